@@ -1,0 +1,1 @@
+"""Packed spacetime attention and fused adaLN kernels, each beside its PyTorch reference."""

@@ -1,0 +1,1 @@
+"""An inference engine for Sora-class video diffusion transformers."""
