@@ -1,0 +1,142 @@
+"""The shape of a Wan transformer, read from diffusers' `config.json` by an allow-list of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sora_engine.errors import CheckpointError
+
+CLASS_NAME = "WanTransformer3DModel"
+
+# What diffusers writes beside the model's own keys. They say nothing about the shape.
+_BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
+_POSITIVE = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+    "rope_max_seq_len",
+)
+_POSITIVE_OR_NONE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+
+
+@dataclass(frozen=True, slots=True)
+class WanConfig:
+    """The configuration of a Wan 2.1 or 2.2 transformer. Fields and defaults are those of
+    diffusers' `WanTransformer3DModel`; a value that no Wan can have raises `CheckpointError`."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    """Width of the CLIP image embedding; None where the model reads no image embedding."""
+    added_kv_proj_dim: int | None = None
+    """Width of the keys' and values' input for image tokens: `inner_dim`, where there is one."""
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+    """Image tokens that carry a learned position (first-last-frame models: 2 x 257)."""
+
+    def __post_init__(self) -> None:
+        patch = self.patch_size
+        if not isinstance(patch, tuple) or len(patch) != 3 or not all(_positive(p) for p in patch):
+            raise CheckpointError(f"patch_size is {patch!r}; it must be three positive integers")
+        for name in _POSITIVE:
+            if not _positive(getattr(self, name)):
+                raise CheckpointError(
+                    f"{name} is {getattr(self, name)!r}; it must be a positive integer"
+                )
+        for name in _POSITIVE_OR_NONE:
+            value = getattr(self, name)
+            if value is not None and not _positive(value):
+                raise CheckpointError(f"{name} is {value!r}; it must be a positive integer or null")
+        if not isinstance(self.cross_attn_norm, bool):
+            raise CheckpointError(
+                f"cross_attn_norm is {self.cross_attn_norm!r}; it must be true or false"
+            )
+        if self.qk_norm != "rms_norm_across_heads":
+            raise CheckpointError(
+                f"qk_norm is {self.qk_norm!r}; Wan has 'rms_norm_across_heads' alone"
+            )
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
+            raise CheckpointError(f"eps is {self.eps!r}; it must be a number")
+        if not 0 < self.eps < 1:
+            raise CheckpointError(f"eps is {self.eps!r}; it must lie between 0 and 1")
+        # RoPE splits a head into pairs for time, height and width: at least one pair each.
+        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
+            raise CheckpointError(
+                f"attention_head_dim is {self.attention_head_dim}; it must be even and at least 6"
+            )
+        if self.freq_dim % 2:
+            raise CheckpointError(f"freq_dim is {self.freq_dim}; it must be even")
+        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+            raise CheckpointError(
+                f"image_dim is {self.image_dim} and added_kv_proj_dim is {self.added_kv_proj_dim}; "
+                "a model with an image embedding needs both, one without needs neither"
+            )
+        if self.added_kv_proj_dim not in (None, self.inner_dim):
+            raise CheckpointError(
+                f"added_kv_proj_dim is {self.added_kv_proj_dim}; the image tokens that it reads "
+                f"are {self.inner_dim} wide (num_attention_heads x attention_head_dim)"
+            )
+        if self.pos_embed_seq_len is not None and self.image_dim is None:
+            raise CheckpointError(
+                f"pos_embed_seq_len is {self.pos_embed_seq_len} but image_dim is null"
+            )
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of a token: heads x head_dim."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, path: str | Path | None = None) -> WanConfig:
+        """Read a diffusers `config.json`. `path` is the file that errors name.
+
+        Missing keys take diffusers' defaults. Raises `CheckpointError` for a key that is not on
+        the list, another class's name, and a value of the wrong type or range.
+        """
+        name = values.get("_class_name", CLASS_NAME)
+        if name != CLASS_NAME:
+            raise CheckpointError(
+                f"_class_name is {name!r}; this loader reads {CLASS_NAME}", path=path
+            )
+        allowed = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - allowed - _BOOKKEEPING)
+        if unknown:
+            raise CheckpointError(
+                f"unknown configuration keys {unknown}; known are {sorted(allowed)}", path=path
+            )
+        known = {key: value for key, value in values.items() if key in allowed}
+        if isinstance(known.get("patch_size"), list):
+            known["patch_size"] = tuple(known["patch_size"])
+        if "out_channels" in known and known["out_channels"] is None:
+            known["out_channels"] = known.get("in_channels", cls().in_channels)
+        try:
+            config = cls(**known)
+        except CheckpointError as error:
+            raise CheckpointError(str(error), path=path) from None
+        return replace(config, eps=float(config.eps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys and values of a diffusers `config.json`."""
+        return {"_class_name": CLASS_NAME, **asdict(self), "patch_size": list(self.patch_size)}
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
