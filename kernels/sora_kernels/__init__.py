@@ -1,1 +1,24 @@
-"""Packed spacetime attention and fused adaLN kernels, each beside its PyTorch reference."""
+"""Packed spacetime attention and fused adaLN kernels, each beside its PyTorch reference.
+
+Every op takes packed tensors (`[tokens, heads, head_dim]` or `[tokens, channels]`) and a `backend`:
+`"auto"` picks the best that can serve, once per device and shape class, and logs it; a backend
+asked for by name serves or raises `KernelUnavailableError`, and never falls back. Every op is also
+registered as `torch.ops.sora.<op>`.
+
+Gradients flow through `backend="reference"` alone; `"auto"` picks it when an input requires grad.
+"""
+
+from sora_kernels.attention.api import packed_attention
+from sora_kernels.dispatch import KernelUnavailableError, backends
+from sora_kernels.gated.api import gate_residual_norm_modulate
+from sora_kernels.modulate.api import norm_modulate
+from sora_kernels.rope.api import qk_norm_rope
+
+__all__ = [
+    "KernelUnavailableError",
+    "backends",
+    "gate_residual_norm_modulate",
+    "norm_modulate",
+    "packed_attention",
+    "qk_norm_rope",
+]

@@ -1,0 +1,1 @@
+"""Attention inside the segments of a packed batch."""

@@ -1,0 +1,71 @@
+"""Packed attention in plain PyTorch: one matmul, softmax and matmul for each run of equal segments.
+
+Softmax runs in fp32 (fp64 for fp64 inputs). Differentiable, log-sum-exp included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sora_kernels.dispatch import Case
+from sora_kernels.segments import batched, equal_runs, offsets_of
+
+
+def unsupported(case: Case) -> str | None:
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention and its log-sum-exp.
+
+    q: `[..., tokens_q, head_dim]`; k, v: `[..., tokens_k, head_dim]`.
+    Returns `[..., tokens_q, head_dim]` in q's dtype and `[..., tokens_q]` in fp32 or fp64.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(wide) * scale
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    return weights.to(v.dtype) @ v, lse
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    return_lse: bool,
+    q_offsets: list[int] | None,
+    k_offsets: list[int] | None,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
+    k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for part in equal_runs(q_offsets, k_offsets):
+        if part.q_len == 0:
+            continue
+        tokens = part.q_len * part.segments
+        if part.k_len == 0:
+            # Times zero, so that these queries stay in the autograd graph with a gradient of 0.
+            outs.append(q[part.q_start : part.q_stop] * 0)
+            lses.append(q.new_full((tokens, q.shape[1]), float("-inf"), dtype=wide))
+            continue
+        out, lse = attend(
+            batched(q, part.q_start, part.q_len, part.segments),
+            batched(k, part.k_start, part.k_len, part.segments),
+            batched(v, part.k_start, part.k_len, part.segments),
+            scale,
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        lses.append(lse.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(outs) if outs else q.new_empty(q.shape)
+    if not return_lse:
+        return out, q.new_empty(0, dtype=wide)
+    return out, torch.cat(lses) if lses else q.new_empty(q.shape[:2], dtype=wide)

@@ -1,0 +1,1 @@
+"""Gated residual, then normalisation with adaLN modulation."""

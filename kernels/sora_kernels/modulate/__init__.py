@@ -1,0 +1,1 @@
+"""Normalisation with adaLN modulation."""

@@ -1,0 +1,1 @@
+"""RMS normalisation of queries and keys with rotary embedding."""

@@ -1,0 +1,189 @@
+"""What the ops refuse, how they pick a backend, and that gradients are never lost silently."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import sora_kernels as sk
+import torch
+from sora_kernels.dispatch import Case, Op
+
+
+def attention_inputs(q_lens=(3, 4), k_lens=(5, 2), heads=2, head_dim=16):
+    def cu(lens):
+        return torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32)
+
+    q = torch.randn(sum(q_lens), heads, head_dim)
+    k, v = (torch.randn(sum(k_lens), heads, head_dim) for _ in range(2))
+    return q, k, v, cu(q_lens), cu(k_lens)
+
+
+def attend(q, k, v, cu_q, cu_k, **kwargs):
+    kwargs = {"max_seqlen_q": 8, "max_seqlen_k": 8, **kwargs}
+    return sk.packed_attention(q, k, v, cu_q, cu_k, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": torch.randn(7, 32)}, "[7, 32]"),
+        ({"q": torch.randn(7, 3, 16)}, "[7, 3, 16]"),
+        ({"q": torch.randn(7, 2, 257)}, "257"),
+        ({"q": torch.randn(7, 0, 16)}, "[7, 0, 16]"),
+        ({"v": torch.randn(6, 2, 16)}, "[6, 2, 16]"),
+        ({"k": torch.randn(7, 2, 16).half()}, "float16"),
+        ({"q": torch.zeros(7, 2, 16, dtype=torch.int32)}, "int32"),
+        ({"cu_q": torch.tensor([0, 3, 7]).float()}, "float32"),
+        ({"cu_q": torch.tensor([0, 5, 3])}, "0 to 7"),
+        ({"cu_q": torch.tensor([0, 8, 7])}, "falls from 8 to 7"),
+        ({"cu_q": torch.tensor([0, 3, 8])}, "from 0 to 8"),
+        ({"cu_q": torch.tensor([1, 3, 7])}, "from 1 to 7"),
+        ({"cu_q": torch.tensor([0, 7])}, "2 offsets"),
+        ({"cu_k": torch.tensor([], dtype=torch.int32)}, "[0]"),
+        ({"max_seqlen_k": 4}, "5 tokens"),
+        ({"max_seqlen_q": -1}, "-1"),
+        ({"backend": "cutlass"}, "cutlass"),
+        ({"q": torch.randn(7, 2, 16, device="meta")}, "meta"),
+    ],
+)
+def test_attention_refuses(change, named):
+    names = ("q", "k", "v", "cu_q", "cu_k")
+    inputs = dict(zip(names, attention_inputs(), strict=True))
+    with pytest.raises(ValueError, match=r".") as caught:
+        attend(**{**inputs, **change})
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.randn(4, 8, 1)}, "[4, 8, 1]"),
+        ({"scale": torch.randn(3, 7)}, "[3, 7]"),
+        ({"shift": torch.randn(2, 8)}, "2 rows"),
+        ({"index": None}, "3 modulation rows"),
+        ({"index": torch.tensor([0, 1, 2, 3])}, "0 to 3"),
+        ({"index": torch.tensor([0, -1, 2, 0])}, "-1"),
+        ({"index": torch.tensor([0.0, 1, 2, 0])}, "float32"),
+        ({"index": torch.tensor([0, 1, 2])}, "[3]"),
+        ({"kind": "batch"}, "batch"),
+        ({"kind": "rms", "bias": torch.zeros(8)}, "no bias"),
+        ({"weight": torch.zeros(9)}, "[9]"),
+        ({"backend": "nope"}, "nope"),
+    ],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_modulation_refuses(change, named, gated):
+    inputs = {
+        "x": torch.randn(4, 8),
+        "scale": torch.randn(3, 8),
+        "shift": torch.randn(3, 8),
+        "index": torch.tensor([0, 1, 2, 0]),
+        **change,
+    }
+    call = sk.norm_modulate
+    if gated:
+        call = sk.gate_residual_norm_modulate
+        inputs["residual"] = torch.randn(inputs["x"].shape)
+    with pytest.raises(ValueError, match=r".") as caught:
+        call(**inputs)
+    assert named in str(caught.value)
+
+
+def test_gated_refuses_a_residual_of_another_shape():
+    with pytest.raises(ValueError, match=r"\[4, 9\]"):
+        sk.gate_residual_norm_modulate(torch.randn(4, 8), torch.randn(4, 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"k": torch.randn(5, 2, 8)}, "[5, 2, 8]"),
+        ({"k": torch.randn(6, 2, 8).bfloat16()}, "bfloat16"),
+        ({"k": None}, "k_weight without k"),
+        ({"q_weight": torch.ones(8)}, "[16] is due"),
+        ({"cos": None}, "together"),
+        ({"cos": torch.randn(6, 8)}, "[6, 8]"),
+        ({"sin": torch.randn(6, 4).half()}, "float16"),
+        ({"q": torch.randn(6, 2, 7), "k": torch.randn(6, 2, 7), "q_weight": None,
+          "k_weight": None}, "odd"),
+    ],
+)  # fmt: skip
+def test_rope_refuses(change, named):
+    inputs = {
+        "q": torch.randn(6, 2, 8),
+        "k": torch.randn(6, 2, 8),
+        "q_weight": torch.ones(16),
+        "k_weight": torch.ones(16),
+        "cos": torch.randn(6, 4),
+        "sin": torch.randn(6, 4),
+        **change,
+    }
+    with pytest.raises(ValueError, match=r".") as caught:
+        sk.qk_norm_rope(**inputs, across_heads=True)
+    assert named in str(caught.value)
+
+
+def test_gradients_flow_through_the_reference_alone():
+    q, k, v, cu_q, cu_k = attention_inputs()
+    q.requires_grad_()
+    out, lse = attend(q, k, v, cu_q, cu_k, return_lse=True)
+    (out.square().sum() + lse.sum()).backward()
+    assert q.grad is not None
+    assert q.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="'sdpa' has no gradient"):
+        attend(q, k, v, cu_q, cu_k, backend="sdpa")
+    with pytest.raises(ValueError, match="no gradient"):
+        torch.ops.sora.packed_attention(q, k, v, cu_q, cu_k, 8, 8, 0.25, False, "sdpa")
+    with torch.no_grad():
+        attend(q, k, v, cu_q, cu_k, backend="sdpa")
+    shift = torch.zeros(1, 8, requires_grad=True)
+    assert sk.norm_modulate(torch.randn(4, 8), None, shift).requires_grad
+
+
+def test_attention_gradients_match_finite_differences():
+    q, k, v, cu_q, cu_k = attention_inputs((3, 0, 2), (2, 4, 0), head_dim=4)
+    q, k, v = (t.double().requires_grad_() for t in (q, k, v))
+
+    def loss(q, k, v):
+        out, lse = attend(q, k, v, cu_q, cu_k, return_lse=True)
+        return out, lse[:3]
+
+    assert torch.autograd.gradcheck(loss, (q, k, v))
+
+
+def test_auto_is_resolved_once_and_logged(caplog):
+    class Never:
+        @staticmethod
+        def unsupported(case):
+            return "never"
+
+    class Counting:
+        asked = 0
+
+        @classmethod
+        def unsupported(cls, case):
+            cls.asked += 1
+
+    op = Op("toy", {"a": "", "b": "", "reference": ""}, {"cpu": ("a", "b")})
+    object.__setattr__(op, "load", lambda name: {"a": Never, "b": Counting}[name])
+    case = Case.of(torch.zeros(2, 8), "rms")
+    with caplog.at_level(logging.INFO, logger="sora_kernels"):
+        assert op.resolve("auto", case) is Counting
+        assert op.resolve("auto", case) is Counting
+    assert Counting.asked == 1
+    assert [r.message for r in caplog.records] == ["toy on cpu float32 width 8, rms: b"]
+    with pytest.raises(sk.KernelUnavailableError, match=r"a cannot serve .*: never"):
+        op.resolve("a", case)
+
+
+def test_a_named_backend_never_falls_back():
+    q, k, v, cu_q, cu_k = attention_inputs()
+    with pytest.raises(sk.KernelUnavailableError, match="float64"):
+        attend(q.double(), k.double(), v.double(), cu_q, cu_k, backend="sdpa")
+
+
+def test_backends_reports_every_op():
+    report = sk.backends("cpu")
+    assert report["packed_attention"]["sdpa"] is None
+    assert all(entry["reference"] is None for entry in report.values())
