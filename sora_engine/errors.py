@@ -26,7 +26,7 @@ class BackendError(SoraError, RuntimeError):
 
 
 class CheckpointError(SoraError, ValueError):
-    """A checkpoint cannot be used. `path` is the file or folder, `tensor` the tensor, if one is to blame."""
+    """A checkpoint cannot be used; `path` and `tensor` say where, as far as that is known."""
 
     def __init__(self, message: str, *, path: str | Path | None = None, tensor: str | None = None):
         self.path = None if path is None else Path(path)
@@ -40,7 +40,7 @@ class JobCancelledError(SoraError):
 
 
 class QueueFullError(SoraError):
-    """The queue holds as many jobs as `Limits` allows; `retry_after_s` is a guess at when one leaves."""
+    """The queue is as long as `Limits` allows; a place may be free in `retry_after_s` seconds."""
 
     def __init__(self, message: str, *, retry_after_s: float):
         self.retry_after_s = retry_after_s

@@ -1,0 +1,285 @@
+"""Segments of any size, laid end to end in one batch without padding.
+
+A `Segment` is the tokens of one window under one guidance branch. `pack` turns a list of them
+into a `PackedBatch`: what a model's forward pass takes. Nothing here has a batch dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValues:
+    """Keys and values of one conditioning text or image, for every layer.
+
+    keys, values: `[layers, tokens, heads, head_dim]`.
+    padding: how many further tokens follow that are all the model's padding token. Their keys are
+        identical, so attention weighs one of them by this count instead of computing them all.
+    padding_keys, padding_values: that token's, `[layers, heads, head_dim]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    padding: int = 0
+    padding_keys: Tensor | None = None
+    padding_values: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """What one guidance branch of one request reads by cross-attention, by source name.
+
+    Computed once a request. Compared by identity: segments with the same object share its memory.
+    """
+
+    sources: Mapping[str, KeyValues]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One window under one guidance branch.
+
+    latents: `[channels, T, H, W]`, the model's input, conditioning channels included.
+    timesteps: the noise level that the model is told, on the host (float32): `[T]`, or
+        `[T, H / patch_h, W / patch_w]` where it differs within a frame.
+    contexts: what stretches of its time read, in order, each with its number of latent frames:
+        one for most requests, one a shot where there are several.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    contexts: tuple[tuple[Context, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The tokens of one modality, segments end to end.
+
+    tokens: `[N, channels * patch volume]`, each token's patch in (channel, t, h, w) order.
+    rows: int64 `[N]`, the row of the modulation table that each token reads; None when there is
+        one row for all.
+    coords: int64 `[N, 3]`, position of each token in its window's patch grid, for RoPE.
+    cu_seqlens: int32 `[segments + 1]`.
+    """
+
+    tokens: Tensor
+    rows: Tensor | None
+    coords: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    grids: tuple[Grid, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRuns:
+    """Runs of consecutive tokens that read one text (or image).
+
+    cu_seqlens_q: int32 `[runs + 1]` over the stream's tokens.
+    cu_seqlens_k: int32 `[runs + 1]` over `keys` and `values` `[layers, K, heads, head_dim]`.
+    log_padding: float32 `[N]`, log of the count of padding keys that each token reads; None when
+        no run has any. `padding_keys`, `padding_values`: as in `KeyValues`.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    keys: Tensor
+    values: Tensor
+    log_padding: Tensor | None
+    padding_keys: Tensor | None
+    padding_values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """What a model's forward pass takes.
+
+    streams: by modality; Wan has `"video"` alone.
+    timesteps: float32 `[rows]`, one for each row of the modulation table.
+    contexts: by source (`"text"`, `"image"`).
+    joint_order: the streams that attend to each other jointly, in order.
+    """
+
+    streams: Mapping[str, Stream]
+    timesteps: Tensor
+    contexts: Mapping[str, ContextRuns]
+    joint_order: tuple[str, ...] = ("video",)
+
+    @property
+    def video(self) -> Stream:
+        return self.streams["video"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackLayout:
+    """The part of a batch that stays the same from step to step: geometry and contexts."""
+
+    coords: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    grids: tuple[Grid, ...]
+    contexts: Mapping[str, ContextRuns]
+
+
+@dataclass(slots=True)
+class Packer:
+    """Packs segments, and keeps the layouts of the last few compositions that it met.
+
+    From one denoising step to the next only tokens and noise levels change, so coordinates,
+    sequence offsets and the joined text keys are built once a run.
+    """
+
+    patch_size: Grid
+    device: torch.device
+    max_layouts: int = 4
+    _layouts: dict[tuple[object, ...], tuple[PackLayout, object]] = field(default_factory=dict)
+
+    def pack(self, segments: Sequence[Segment]) -> PackedBatch:
+        """Lay `segments` end to end. Raises ValueError where a size is off the patch grid."""
+        if not segments:
+            raise ValueError("pack needs at least one segment, got none")
+        layout = self._layout(segments)
+        tokens = torch.cat([patchify(s.latents, self.patch_size) for s in segments])
+        timesteps, rows = _modulation_rows(segments, layout.grids)
+        stream = Stream(
+            tokens=tokens,
+            rows=None if len(timesteps) == 1 else rows.to(self.device),
+            coords=layout.coords,
+            cu_seqlens=layout.cu_seqlens,
+            max_seqlen=layout.max_seqlen,
+            grids=layout.grids,
+        )
+        return PackedBatch({"video": stream}, timesteps.to(self.device), layout.contexts)
+
+    def unpack(self, predictions: Tensor, batch: PackedBatch, channels: int) -> list[Tensor]:
+        """Split `predictions [N, patch volume * channels]` into one `[C, T, H, W]` a segment."""
+        lengths = [math.prod(grid) for grid in batch.video.grids]
+        parts = predictions.split(lengths)
+        return [
+            unpatchify(part, grid, self.patch_size, channels)
+            for part, grid in zip(parts, batch.video.grids, strict=True)
+        ]
+
+    def _layout(self, segments: Sequence[Segment]) -> PackLayout:
+        grids = tuple(_grid(s.latents, self.patch_size) for s in segments)
+        contexts = [s.contexts for s in segments]
+        key = (grids, tuple((id(context), n) for spans in contexts for context, n in spans))
+        if key not in self._layouts:
+            while len(self._layouts) >= self.max_layouts:
+                self._layouts.pop(next(iter(self._layouts)))
+            # The contexts are kept beside the layout, so that their ids are not used again.
+            layout = lay_out(grids, contexts, self.patch_size, self.device)
+            self._layouts[key] = (layout, contexts)
+        return self._layouts[key][0]
+
+    def clear(self) -> None:
+        """Forget all layouts, and the text keys that they hold."""
+        self._layouts.clear()
+
+
+def patchify(latents: Tensor, patch_size: Grid) -> Tensor:
+    """`[C, T, H, W]` -> tokens `[T' * H' * W', C * pt * ph * pw]`, channel first in each token."""
+    (C, T, H, W), (pt, ph, pw) = latents.shape, patch_size
+    x = latents.reshape(C, T // pt, pt, H // ph, ph, W // pw, pw)
+    return x.permute(1, 3, 5, 0, 2, 4, 6).reshape(-1, C * pt * ph * pw)
+
+
+def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid, channels: int) -> Tensor:
+    """Tokens `[N, pt * ph * pw * C]`, channel last as models emit them -> `[C, T, H, W]`."""
+    (T, H, W), (pt, ph, pw) = grid, patch_size
+    x = tokens.reshape(T, H, W, pt, ph, pw, channels).permute(6, 0, 3, 1, 4, 2, 5)
+    return x.reshape(channels, T * pt, H * ph, W * pw)
+
+
+def lay_out(
+    grids: Sequence[Grid],
+    contexts: Sequence[tuple[tuple[Context, int], ...]],
+    patch_size: Grid,
+    device: torch.device,
+) -> PackLayout:
+    """Coordinates and offsets of segments with these patch grids, and their joined contexts."""
+    lengths = [math.prod(grid) for grid in grids]
+    axes = [torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij") for grid in grids]
+    coords = torch.cat([torch.stack([a.flatten() for a in axis], dim=1) for axis in axes])
+    spans: list[tuple[Context, int]] = []
+    for (T, H, W), stretches in zip(grids, contexts, strict=True):
+        frames = [num_frames for _, num_frames in stretches]
+        if sum(frames) != T * patch_size[0] or any(n % patch_size[0] for n in frames):
+            raise ValueError(f"contexts of {frames} latent frames do not fill {T * patch_size[0]}")
+        spans += [(context, n // patch_size[0] * H * W) for context, n in stretches]
+    return PackLayout(
+        coords=coords.to(device),
+        cu_seqlens=_cumulative(lengths, device),
+        max_seqlen=max(lengths),
+        grids=tuple(grids),
+        contexts={
+            name: _context_runs([(c.sources[name], n) for c, n in spans], device)
+            for name in spans[0][0].sources
+        },
+    )
+
+
+def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) -> ContextRuns:
+    """Join consecutive spans of tokens that read the same context into runs."""
+    runs: list[KeyValues] = []
+    run_lengths: list[int] = []
+    for source, length in spans:
+        if runs and runs[-1] is source:
+            run_lengths[-1] += length
+        else:
+            runs.append(source)
+            run_lengths.append(length)
+    key_lengths = [run.keys.shape[1] for run in runs]
+    log_padding = None
+    if any(run.padding for run in runs):
+        counts = torch.tensor([run.padding for run in runs], dtype=torch.float32)
+        log_padding = counts.log().repeat_interleave(torch.tensor(run_lengths)).to(device)
+    single = len(runs) == 1
+    return ContextRuns(
+        cu_seqlens_q=_cumulative(run_lengths, device),
+        cu_seqlens_k=_cumulative(key_lengths, device),
+        max_seqlen_q=max(run_lengths),
+        max_seqlen_k=max(key_lengths),
+        keys=runs[0].keys if single else torch.cat([run.keys for run in runs], dim=1),
+        values=runs[0].values if single else torch.cat([run.values for run in runs], dim=1),
+        log_padding=log_padding,
+        padding_keys=runs[0].padding_keys,
+        padding_values=runs[0].padding_values,
+    )
+
+
+def _modulation_rows(segments: Sequence[Segment], grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+    """The distinct noise levels of all tokens, and for each token which of them it has."""
+    levels = []
+    for segment, (T, H, W) in zip(segments, grids, strict=True):
+        level = segment.timesteps.to(torch.float32)
+        if level.ndim == 1:
+            level = level[:, None, None]
+        levels.append(level.expand(T, H, W).reshape(-1))
+    timesteps, rows = torch.unique(torch.cat(levels), return_inverse=True)
+    return timesteps, rows
+
+
+def _grid(latents: Tensor, patch_size: Grid) -> Grid:
+    if latents.ndim != 4:
+        raise ValueError(f"latents must be [channels, T, H, W], got shape {tuple(latents.shape)}")
+    size = tuple(latents.shape[1:])
+    if any(n % p or n == 0 for n, p in zip(size, patch_size, strict=True)):
+        raise ValueError(f"latent size {size} is not a positive multiple of the patch {patch_size}")
+    T, H, W = (n // p for n, p in zip(size, patch_size, strict=True))
+    return T, H, W
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    return offsets.to(device)

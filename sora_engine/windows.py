@@ -1,0 +1,138 @@
+"""Windows: stretches of a canvas's time that are denoised each in one attention span.
+
+A video longer than the model was trained for is denoised in overlapping windows of latent frames
+whose predictions are averaged by weight (MultiDiffusion, arXiv 2302.08113). There is no cache from
+one window to the next: all windows of a step see the same noisy canvas, so a step's cost grows
+linearly with the length, and memory only by the windows that are packed at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sora_engine.errors import RequestError
+
+WEIGHTS = ("flat", "pyramid", "overlap")
+SCHEDULES = ("static", "moving")
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """How a canvas's time is cut into windows.
+
+    length, overlap: in latent frames.
+    weights: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where neighbours overlap).
+    schedule: `static`, or `moving`: the joints shift at every step.
+    """
+
+    length: int
+    overlap: int
+    weights: str = "pyramid"
+    schedule: str = "static"
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise RequestError(f"window length must be at least 1 latent frame, got {self.length}")
+        if not 0 <= self.overlap < self.length:
+            raise RequestError(
+                f"window overlap must be from 0 to {self.length - 1} latent frames "
+                f"(the window has {self.length}), got {self.overlap}"
+            )
+        if self.weights not in WEIGHTS:
+            raise RequestError(f"window weights must be one of {WEIGHTS}, got {self.weights!r}")
+        if self.schedule not in SCHEDULES:
+            raise RequestError(f"window schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Latent frames `start` to `start + length - 1` of a canvas, modulo `total` in a loop."""
+
+    start: int
+    length: int
+    total: int
+
+    @property
+    def covers_all(self) -> bool:
+        return self.start == 0 and self.length == self.total
+
+    def indices(self) -> Tensor:
+        return torch.arange(self.start, self.start + self.length) % self.total
+
+    def of(self, canvas: Tensor, dim: int) -> Tensor:
+        """The window's frames of a tensor with the canvas's time at `dim`."""
+        if self.covers_all:
+            return canvas
+        return canvas.index_select(dim, self.indices().to(canvas.device))
+
+
+def plan_windows(plan: WindowPlan | None, total: int, *, wraps: bool, step: int) -> list[Window]:
+    """The windows of one step over `total` latent frames, in order of time.
+
+    Every frame is covered, neighbours overlap by `plan.overlap` frames or more, and all windows
+    have the same length. With no plan, or where one window holds everything, there is one window;
+    in a loop it starts elsewhere at every step, so that no frame is always at the seam.
+    """
+    if plan is None or total <= plan.length:
+        return [Window(_golden_offset(step, total) if wraps else 0, total, total)]
+    stride = plan.length - plan.overlap
+    offset = _golden_offset(step, stride) if plan.schedule == "moving" else 0
+    if wraps:
+        count = math.ceil(total / stride)
+        starts = [(offset + i * total // count) % total for i in range(count)]
+    else:
+        last = total - plan.length
+        starts = sorted({0, last, *range(offset, last, stride)})
+    return [Window(start, plan.length, total) for start in starts]
+
+
+def _golden_offset(step: int, stride: int) -> int:
+    """An offset within a stride that spreads evenly over the steps (golden-ratio sequence)."""
+    return int((step * 0.6180339887498949) % 1.0 * stride)
+
+
+def window_weights(plan: WindowPlan | None, window: Window, *, wraps: bool) -> Tensor:
+    """Positive blend weights `[length]` (float32) of a window's frames."""
+    n = window.length
+    if plan is None or window.covers_all or plan.weights == "flat":
+        return torch.ones(n)
+    position = torch.arange(n, dtype=torch.float32)
+    if plan.weights == "pyramid":
+        return torch.minimum(position, n - 1 - position) + 1
+    ramp = plan.overlap + 1
+    weights = torch.ones(n)
+    if wraps or window.start > 0:
+        weights = torch.minimum(weights, (position + 1) / ramp)
+    if wraps or window.start + n < window.total:
+        weights = torch.minimum(weights, (n - position) / ramp)
+    return weights
+
+
+def blend(
+    predictions: Sequence[Tensor],
+    windows: Sequence[Window],
+    plan: WindowPlan | None,
+    *,
+    wraps: bool,
+) -> Tensor:
+    """Average windows' predictions `[C, length, H, W]` by weight into one `[C, total, H, W]`.
+
+    The sum runs in order of the windows' starts, so that it does not depend on the order given.
+    """
+    if len(windows) == 1 and windows[0].covers_all:
+        return predictions[0]
+    C, _, H, W = predictions[0].shape
+    total = windows[0].total
+    blended = predictions[0].new_zeros(C, total, H, W)
+    weight_sum = predictions[0].new_zeros(total)
+    for i in sorted(range(len(windows)), key=lambda i: windows[i].start):
+        indices = windows[i].indices().to(blended.device)
+        weights = window_weights(plan, windows[i], wraps=wraps).to(blended)
+        blended.index_add_(1, indices, predictions[i] * weights[:, None, None])
+        weight_sum.index_add_(0, indices, weights)
+    return blended / weight_sum[:, None, None]
