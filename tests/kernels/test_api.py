@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
-import sora_kernels as sk
 import torch
+
+import sora_kernels as sk
 from sora_kernels.dispatch import Case, Op
 
 

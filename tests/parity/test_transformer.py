@@ -1,0 +1,156 @@
+"""The packed transformer against diffusers' `WanTransformer3DModel` on the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sora_engine.models.wan.config import WanConfig
+from sora_engine.models.wan.model import WanTransformer
+from sora_engine.packing import Packer, Segment
+from tests.parity.oracles import TINY_TRANSFORMER, relative_error, tiny_transformer
+
+TEXT_TOKENS = 512
+VARIANTS = {
+    "t2v": {},
+    "one-head": {"num_attention_heads": 1, "attention_head_dim": 24},
+    "three-layers": {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 14},
+    "no-cross-norm": {"cross_attn_norm": False},
+    "i2v": {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 24},
+    "flf2v": {
+        "in_channels": 36,
+        "image_dim": 20,
+        "added_kv_proj_dim": 24,
+        "pos_embed_seq_len": 14,
+    },
+    "i2v-a14b": {"in_channels": 36},
+    "ti2v-5b": {"in_channels": 48, "out_channels": 48},
+}
+
+
+def pair(seed: int, **overrides):
+    oracle = tiny_transformer(seed, **overrides)
+    config = WanConfig(**{**TINY_TRANSFORMER, **overrides})
+    model = WanTransformer(config).eval()
+    model.load_state_dict(oracle.state_dict())
+    return oracle, model.requires_grad_(False)
+
+
+def padded(text: torch.Tensor) -> torch.Tensor:
+    return torch.cat([text, text.new_zeros(TEXT_TOKENS - len(text), text.shape[1])])[None]
+
+
+def run_packed(model, latents, timesteps, texts, images=None):
+    contexts = model.encode_contexts(texts, images)
+    packer = Packer(model.config.patch_size, torch.device("cpu"))
+    batch = packer.pack(
+        [
+            Segment(x, t, ((c, x.shape[1]),))
+            for x, t, c in zip(latents, timesteps, contexts, strict=True)
+        ]
+    )
+    return packer.unpack(model(batch), batch, model.config.out_channels)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("seed", "size"), [(0, (1, 2, 2)), (1, (3, 6, 4)), (2, (5, 2, 10))])
+@torch.no_grad()
+def test_equals_diffusers(variant, seed, size):
+    oracle, model = pair(seed, **VARIANTS[variant])
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(config.in_channels, *size, generator=generator)
+    text = torch.randn(3 + 7 * seed, config.text_dim, generator=generator)
+    image = oracle_image = None
+    if config.image_dim is not None:
+        image = torch.randn(config.pos_embed_seq_len or 7, config.image_dim, generator=generator)
+        # diffusers takes first and last frame as two rows of a batch.
+        oracle_image = image.view(-1, 7, config.image_dim)
+    timestep = torch.tensor([713.0 - 311 * seed])
+
+    expected = oracle(
+        latents[None],
+        timestep,
+        padded(text),
+        encoder_hidden_states_image=oracle_image,
+        return_dict=False,
+    )[0][0]
+    (actual,) = run_packed(model, [latents], [timestep.expand(size[0])], [text], [image])
+    assert relative_error(actual, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_equals_diffusers_with_a_noise_level_for_each_token():
+    oracle, model = pair(3, in_channels=48, out_channels=48)
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(48, 4, 6, 8, generator=generator)
+    text = torch.randn(9, 32, generator=generator)
+    timesteps = torch.randint(0, 1000, (4, 3, 4), generator=generator).float()
+    timesteps[0] = 0
+
+    expected = oracle(latents[None], timesteps.flatten()[None], padded(text), return_dict=False)
+    (actual,) = run_packed(model, [latents], [timesteps], [text])
+    assert relative_error(actual, expected[0][0]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_text_that_fills_all_tokens_has_no_padding():
+    oracle, model = pair(4)
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(16, 2, 4, 4, generator=generator)
+    text = torch.randn(TEXT_TOKENS, 32, generator=generator)
+    timestep = torch.tensor([500.0])
+    expected = oracle(latents[None], timestep, text[None], return_dict=False)[0][0]
+    (actual,) = run_packed(model, [latents], [timestep.expand(2)], [text])
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["t2v", "i2v", "ti2v-5b"])
+@torch.no_grad()
+def test_company_changes_nothing(variant):
+    """Four segments of different size, length, text and noise in one pass, and each alone."""
+    _, model = pair(5, **VARIANTS[variant])
+    config = model.config
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(1, 2, 2), (5, 4, 6), (2, 10, 2), (3, 6, 6)]
+    latents = [torch.randn(config.in_channels, *size, generator=generator) for size in sizes]
+    texts = [torch.randn(n, config.text_dim, generator=generator) for n in (1, 512, 17, 60)]
+    timesteps = [torch.full((size[0],), t) for size, t in zip(sizes, (999.0, 3.0, 500.0, 250.5))]
+    timesteps[1] = torch.tensor([0.0, 3.0, 900.0, 0.0, 40.0])
+    images = None
+    if config.image_dim is not None:
+        images = [torch.randn(7, config.image_dim, generator=generator) for _ in sizes]
+
+    together = run_packed(model, latents, timesteps, texts, images)
+    for i, actual in enumerate(together):
+        image = None if images is None else [images[i]]
+        (alone,) = run_packed(model, [latents[i]], [timesteps[i]], [texts[i]], image)
+        assert relative_error(actual, alone) < 1e-5
+    backwards = run_packed(
+        model, latents[::-1], timesteps[::-1], texts[::-1], images and images[::-1]
+    )
+    for actual, expected in zip(backwards[::-1], together, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_shots_read_each_its_own_text():
+    """Stretches of one segment with texts of their own equal that text given to every stretch."""
+    _, model = pair(6)
+    generator = torch.Generator().manual_seed(6)
+    latents = torch.randn(16, 4, 4, 4, generator=generator)
+    texts = [torch.randn(5, 32, generator=generator), torch.randn(8, 32, generator=generator)]
+    a, b = model.encode_contexts(texts)
+    packer = Packer(model.config.patch_size, torch.device("cpu"))
+    timesteps = torch.full((4,), 400.0)
+
+    def predict(contexts):
+        batch = packer.pack([Segment(latents, timesteps, contexts)])
+        return packer.unpack(model(batch), batch, 16)[0]
+
+    same = predict(((a, 4),))
+    assert relative_error(predict(((a, 1), (a, 3))), same) < 1e-6
+    mixed = predict(((a, 2), (b, 2)))
+    assert relative_error(mixed, same) > 1e-2
+    with pytest.raises(ValueError, match="do not fill 4"):
+        predict(((a, 2), (b, 1)))
