@@ -1,0 +1,254 @@
+"""The layers of the Wan autoencoder: causal convolution, norm, blocks, attention, resampling.
+
+Tensors are `[B, C, T, H, W]`. Parameter names are those of diffusers' `AutoencoderKLWan` (and so
+the classes nest as there); the arithmetic follows "Wan: Open and Advanced Large-Scale Video
+Generative Models" (arXiv 2503.20314), section 4.1. A layer never keeps anything between calls: what
+it needs from earlier frames comes from a `Tape`, and what it wants kept goes back to it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sora_engine.vae.state import Tape
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees the present and the past: in time, all its padding comes before."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], stride_t: int = 1):
+        super().__init__(c_in, c_out, kernel, stride=(stride_t, 1, 1))
+        self.spatial_padding = (0, kernel[1] // 2, kernel[2] // 2)
+
+    def valid(self, x: Tensor) -> Tensor:
+        """`[B, c_in, T, H, W] -> [B, c_out, (T - k) // stride + 1, H, W]`, no padding in time."""
+        return F.conv3d(x, self.weight, self.bias, self.stride, self.spatial_padding)
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:  # type: ignore[override]
+        """`[B, c_in, T, H, W] -> [B, c_out, T, H, W]`, for a kernel of 3 frames and stride 1."""
+        past = tape.take()
+        if past is None and x.shape[2] == 1:
+            # An empty past is zeros: only the last tap sees anything, a third of the work.
+            tape.leave(x, 2)
+            return F.conv3d(x, self.weight[:, :, -1:], self.bias, 1, self.spatial_padding)
+        if past is None:
+            x = F.pad(x, (0, 0, 0, 0, 2, 0))
+        else:
+            x = torch.cat([past, x], dim=2)
+        tape.leave(x, 2)
+        return self.valid(x)
+
+
+class RMSNorm(nn.Module):
+    """`x / |x| * sqrt(C) * gamma`, over the channels (dimension 1). gamma: `[C, 1, 1(, 1)]`."""
+
+    def __init__(self, channels: int, *, images: bool = False):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *([1] * (2 if images else 3))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.reshape(-1, *([1] * (x.dim() - 2)))
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
+        return (wide / length).to(x.dtype) * (x.shape[1] ** 0.5 * gamma)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, and a shortcut."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1 = RMSNorm(c_in)
+        self.conv1 = CausalConv3d(c_in, c_out, (3, 3, 3))
+        self.norm2 = RMSNorm(c_out)
+        self.conv2 = CausalConv3d(c_out, c_out, (3, 3, 3))
+        self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut.valid(x)
+        x = self.conv1(F.silu(self.norm1(x)), tape)
+        x = self.conv2(F.silu(self.norm2(x)), tape)
+        return x + shortcut
+
+
+class AttentionBlock(nn.Module):
+    """Attention among the pixels of each frame, one head as wide as the channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, images=True)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        batch, channels, time, height, width = x.shape
+        # [B, C, T, H, W] -> [B * T, H * W, C]: 1x1 convolutions are matrix products on the pixels.
+        tokens = self.norm(x).permute(0, 2, 3, 4, 1).reshape(batch * time, height * width, channels)
+        qkv = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
+        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        mixed = F.linear(mixed, self.proj.weight.flatten(1), self.proj.bias)
+        return x + mixed.reshape(batch, time, height, width, channels).permute(0, 4, 1, 2, 3)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the smallest grid."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels)])
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
+        )
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        x = self.resnets[0](x, tape)
+        x = self.attentions[0](x, tape)
+        return self.resnets[1](x, tape)
+
+
+def _convolution(resample: nn.Sequential) -> nn.Conv2d:
+    # Index 1 is where diffusers has the convolution; before it comes padding or upsampling, which
+    # has no parameters and is done differently here.
+    conv = resample[1]
+    assert isinstance(conv, nn.Conv2d)
+    return conv
+
+
+class Downsample(nn.Module):
+    """Halves height and width; with `time`, frames too, the first of a video aside.
+
+    With frames f0 f1 f2 f3 f4, the first passes and the others meet in threes with the frame
+    before them: f0, conv(f0 f1 f2), conv(f2 f3 f4).
+    """
+
+    def __init__(self, channels: int, *, time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride_t=2) if time else None
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        conv = _convolution(self.resample)
+        x = F.pad(x, (0, 1, 0, 1))
+        x = F.conv3d(x, conv.weight.unsqueeze(2), conv.bias, (1, 2, 2))
+        if self.time_conv is None:
+            return x
+        past = tape.take()
+        first = tape.first
+        tape.leave(x, 1)
+        if not first:
+            assert past is not None
+            return self.time_conv.valid(torch.cat([past, x], dim=2))
+        if x.shape[2] == 1:
+            return x
+        return torch.cat([x[:, :, :1], self.time_conv.valid(x)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width; with `time`, frames too, the first of a video aside.
+
+    The first latent frame passes the temporal convolution by and is not in its past either: the
+    second one finds zeros there.
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.time_conv = CausalConv3d(c_in, c_in * 2, (3, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        if self.time_conv is not None:
+            x = self._double_time(x, tape)
+        # 2x nearest and then 3x3 is a transposed convolution with the taps that meet summed.
+        conv = _convolution(self.resample)
+        kernel = fold_upsampling(conv.weight).unsqueeze(2)
+        return F.conv_transpose3d(x, kernel, conv.bias, (1, 2, 2), (0, 1, 1))
+
+    def _double_time(self, x: Tensor, tape: Tape) -> Tensor:
+        assert self.time_conv is not None
+        if tape.first:
+            head, x = x[:, :, :1], x[:, :, 1:]
+            if x.shape[2] == 0:
+                tape.take()
+                tape.leave(None)
+                return head
+        else:
+            head = None
+        pairs = self.time_conv(x, tape).unflatten(1, (2, -1))
+        x = torch.stack([pairs[:, 0], pairs[:, 1]], dim=3).flatten(2, 3)
+        return x if head is None else torch.cat([head, x], dim=2)
+
+
+def fold_upsampling(weight: Tensor) -> Tensor:
+    """The 4x4 kernel of a transposed convolution (stride 2, padding 1) that equals 2x nearest
+    upsampling followed by the 3x3 convolution `weight` (padding 1).
+
+    `[c_out, c_in, 3, 3] -> [c_in, c_out, 4, 4]`. Of the three taps w0 w1 w2 along a side, two fall
+    on the same small pixel: an even output reads w0 of the pixel before and w1 + w2 of its own, an
+    odd one w0 + w1 of its own and w2 of the next. That is 4 products a pixel instead of 9.
+    """
+    sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    return torch.einsum("ai,bj,ocij->coab", sums, sums, weight)
+
+
+class AverageDown(nn.Module):
+    """The shortcut of a residual down stage: squares (and pairs of frames) become channels, and
+    groups of those are averaged. A lone first frame is paired with zeros before it."""
+
+    def __init__(self, c_in: int, c_out: int, *, time: int, space: int):
+        super().__init__()
+        self.c_out, self.time, self.space = c_out, time, space
+
+    def forward(self, x: Tensor) -> Tensor:
+        t, s = self.time, self.space
+        if x.shape[2] % t:
+            x = F.pad(x, (0, 0, 0, 0, t - x.shape[2] % t, 0))
+        batch, _, frames, height, width = x.shape
+        x = x.unflatten(4, (width // s, s)).unflatten(3, (height // s, s))
+        x = x.unflatten(2, (frames // t, t)).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        x = x.reshape(batch, self.c_out, -1, frames // t, height // s, width // s)
+        return x.mean(dim=2)
+
+
+class DuplicateUp(nn.Module):
+    """The shortcut of a residual up stage: channels, repeated as often as needed, become squares
+    (and pairs of frames); of the first frame's pair only the second is kept."""
+
+    def __init__(self, c_in: int, c_out: int, *, time: int, space: int):
+        super().__init__()
+        self.c_out, self.time, self.space = c_out, time, space
+        self.repeats = c_out * time * space * space // c_in
+
+    def forward(self, x: Tensor, *, first: bool) -> Tensor:
+        batch, _, frames, height, width = x.shape
+        t, s = self.time, self.space
+        x = x.repeat_interleave(self.repeats, dim=1)
+        x = x.reshape(batch, self.c_out, t, s, s, frames, height, width)
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.reshape(batch, self.c_out, frames * t, height * s, width * s)
+        return x[:, :, t - 1 :] if first else x
+
+
+def fold_patches(x: Tensor, patch: int) -> Tensor:
+    """`[B, C, T, H, W] -> [B, C * patch^2, T, H / patch, W / patch]`; columns before rows."""
+    if patch == 1:
+        return x
+    batch, channels, frames, height, width = x.shape
+    x = x.reshape(batch, channels, frames, height // patch, patch, width // patch, patch)
+    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(
+        batch, channels * patch * patch, frames, height // patch, width // patch
+    )
+
+
+def unfold_patches(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `fold_patches`."""
+    if patch == 1:
+        return x
+    batch, channels, frames, height, width = x.shape
+    channels //= patch * patch
+    x = x.reshape(batch, channels, patch, patch, frames, height, width)
+    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(
+        batch, channels, frames, height * patch, width * patch
+    )

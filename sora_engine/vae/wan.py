@@ -1,0 +1,194 @@
+"""The Wan video autoencoder: frames to latents and back, whole or a stretch at a time.
+
+Latents that go in and come out here are normalised: `(mean - latents_mean) / latents_std`, as the
+transformer sees them. The first latent frame stands for one frame, each further one for
+`scale_factor_temporal` frames.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sora_engine.errors import RequestError
+from sora_engine.vae.blocks import CausalConv3d, fold_patches, unfold_patches
+from sora_engine.vae.coders import Decoder, Encoder
+from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.state import Tape, VAEState
+
+
+class WanVAE(nn.Module):
+    """`AutoencoderKLWan` of Wan 2.1 and Wan 2.2 (5B) as functions with an explicit state.
+
+    A state dict of diffusers' class loads as it is. All convolutions are causal, so a video may be
+    cut anywhere: `latents_per_call` says how many latent frames go through the layers together.
+    One at a time (the default) needs the least memory and gives the same bits however a video is
+    chunked; None takes all at once, which suits training and short clips.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+
+    @property
+    def z_dim(self) -> int:
+        return self.config.z_dim
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        """Frames that a latent frame stands for, the first one aside."""
+        return self.config.factor_temporal
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        """Pixels along one side of a latent."""
+        return self.config.factor_spatial
+
+    # -- latents ---------------------------------------------------------------------------------
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Raw latents `[B, z, ...]` to zero mean and unit deviation, by the config's statistics."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        # Made on the spot: a buffer outside the state dict would stay on the meta device when
+        # weights are assigned.
+        shape = (-1, *([1] * (like.dim() - 2)))
+        mean = like.new_tensor(self.config.latents_mean).reshape(shape)
+        return mean, like.new_tensor(self.config.latents_std).reshape(shape)
+
+    # -- encoding --------------------------------------------------------------------------------
+
+    def encode(self, video: Tensor, *, latents_per_call: int | None = 1) -> Tensor:
+        """`[B, C, n, H, W]` in [-1, 1] to normalised mean latents `[B, z, t, h, w]`.
+
+        `n` is 1 or `scale_factor_temporal` times a whole number more; RequestError otherwise.
+        """
+        mean, _ = self.encode_moments(video, latents_per_call=latents_per_call)
+        return self.normalise(mean)
+
+    def encode_moments(
+        self, video: Tensor, *, latents_per_call: int | None = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the raw (not normalised) latents, `[B, z, t, h, w]` each."""
+        moments, _ = self._encode(video, None, latents_per_call, keep=False)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode_chunk(
+        self, frames: Tensor, state: VAEState | None = None, *, latents_per_call: int | None = 1
+    ) -> tuple[Tensor, VAEState]:
+        """The next frames of a video to their normalised mean latents, and the state after them.
+
+        The first chunk (`state` None) has 1 frame, or `scale_factor_temporal` times a whole number
+        more; every later one a multiple of it.
+        """
+        moments, state = self._encode(frames, state, latents_per_call, keep=True)
+        assert state is not None
+        return self.normalise(moments.chunk(2, dim=1)[0]), state
+
+    def _encode(
+        self, frames: Tensor, state: VAEState | None, latents_per_call: int | None, *, keep: bool
+    ) -> tuple[Tensor, VAEState | None]:
+        self._check_frames(frames, state)
+        factor = self.scale_factor_temporal
+        head = 1 if state is None else 0
+        latents = head + (frames.shape[2] - head) // factor
+        step = latents if latents_per_call is None else latents_per_call
+        done, caches, parts = 0, None if state is None else state.caches, []
+        while done < latents:
+            take = min(step, latents - done)
+            end = done + take
+            # Latent k stands for the frames up to 1 + k * factor in a video that starts here.
+            low = 0 if done == 0 else head + (done - head) * factor
+            high = head + (end - head) * factor
+            tape = Tape(caches, keep=keep or end < latents)
+            x = fold_patches(frames[:, :, low:high], self.config.patch_size or 1)
+            parts.append(self.quant_conv.valid(self.encoder(x, tape)))
+            done, caches = end, tuple(tape.new)
+        moments = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if not keep:
+            return moments, None
+        assert caches is not None
+        before = 0 if state is None else state.latent_frames
+        return moments, VAEState(caches, before + latents)
+
+    def _check_frames(self, frames: Tensor, state: VAEState | None) -> None:
+        if frames.dim() != 5:
+            raise RequestError(f"frames must be [B, C, n, H, W], not {list(frames.shape)}")
+        channels = self.config.in_channels // (self.config.patch_size or 1) ** 2
+        if frames.shape[1] != channels:
+            raise RequestError(f"frames have {frames.shape[1]} channels; the VAE takes {channels}")
+        n, factor = frames.shape[2], self.scale_factor_temporal
+        if state is None and (n < 1 or (n - 1) % factor):
+            low = max(n - 1, 0) // factor * factor + 1
+            raise RequestError(
+                f"a video of {n} frames does not fit the VAE; {low} or {low + factor} would"
+            )
+        if state is not None and (n < 1 or n % factor):
+            low = max(n // factor, 1) * factor
+            raise RequestError(
+                f"a chunk of {n} frames does not fit the VAE; {low} or {low + factor} would"
+            )
+        # The residual shortcuts cut frames into whole squares; Wan 2.1 rounds down instead.
+        unit = (self.config.patch_size or 1) if not self.config.is_residual else None
+        unit = self.scale_factor_spatial if unit is None else unit
+        for side, size in (("height", frames.shape[3]), ("width", frames.shape[4])):
+            if size % unit or size < 1:
+                low = max(size // unit, 1) * unit
+                raise RequestError(
+                    f"a {side} of {size} pixels does not fit the VAE; {low} or {low + unit} would"
+                )
+
+    # -- decoding --------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor, *, latents_per_call: int | None = 1) -> Tensor:
+        """Normalised latents `[B, z, t, h, w]` to frames `[B, C, n, H, W]` in [-1, 1].
+
+        `n = 1 + (t - 1) * scale_factor_temporal`.
+        """
+        frames, _ = self._decode(latents, None, latents_per_call, keep=False)
+        return frames
+
+    def decode_chunk(
+        self, latents: Tensor, state: VAEState | None = None, *, latents_per_call: int | None = 1
+    ) -> tuple[Tensor, VAEState]:
+        """The next latent frames (any number) to their frames, and the state after them."""
+        frames, state = self._decode(latents, state, latents_per_call, keep=True)
+        assert state is not None
+        return frames, state
+
+    def _decode(
+        self, latents: Tensor, state: VAEState | None, latents_per_call: int | None, *, keep: bool
+    ) -> tuple[Tensor, VAEState | None]:
+        if latents.dim() != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
+            raise RequestError(
+                f"latents must be [B, {self.z_dim}, t, h, w] with t of 1 or more, "
+                f"not {list(latents.shape)}"
+            )
+        count = latents.shape[2]
+        step = count if latents_per_call is None else latents_per_call
+        caches, parts = None if state is None else state.caches, []
+        for low in range(0, count, step):
+            high = min(low + step, count)
+            tape = Tape(caches, keep=keep or high < count)
+            x = self.post_quant_conv.valid(self.denormalise(latents[:, :, low:high]))
+            x = unfold_patches(self.decoder(x, tape), self.config.patch_size or 1)
+            parts.append(x.clamp(-1.0, 1.0) if self.config.clip_output else x)
+            caches = tuple(tape.new)
+        frames = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if not keep:
+            return frames, None
+        assert caches is not None
+        before = 0 if state is None else state.latent_frames
+        return frames, VAEState(caches, before + count)
