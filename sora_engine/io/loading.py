@@ -1,0 +1,138 @@
+"""Fills a module's parameters from open weights, and says exactly what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import nn
+
+from sora_engine.errors import CheckpointError
+from sora_engine.io.safetensors import Weights
+
+
+def load_into(
+    module: nn.Module,
+    weights: Weights,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    rename: Callable[[str], str] | None = None,
+    keep_fp32: Collection[str] = (),
+    ignore: Collection[str] = (),
+    tied: Mapping[str, str] | None = None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Give `module`, built on the meta device, its parameters and persistent buffers.
+
+    Each tensor goes straight to `device` as `dtype` (None: as stored), one at a time, and replaces
+    what the module had under its name. Integers keep their dtype.
+
+    `rename` maps a name in the file to one in the module. `keep_fp32` lists parts of names (between
+    dots) whose tensors become float32 whatever `dtype` is, as diffusers' `_keep_in_fp32_modules`.
+    `ignore` lists parts of names that the file may have and the module need not. `tied` maps a name
+    to that of the parameter it shares; the file may have either or both. `buffers` gives those that
+    no file holds.
+
+    Raises `CheckpointError` for missing, unexpected and wrong-shape tensors, before anything is
+    read, and leaves the module as it was.
+    """
+    tied = dict(tied or {})
+    wanted = dict(module.state_dict(keep_vars=True))
+    sources = _match(wanted, weights, rename or (lambda name: name), ignore, tied)
+
+    order = {name: position for position, name in enumerate(weights)}
+    for name, source in sorted(sources.items(), key=lambda item: order[item[1]]):
+        stored = weights.info(source).dtype
+        target = dtype if stored.is_floating_point else None
+        if dtype is not None and stored.is_floating_point and _has_part(name, keep_fp32):
+            target = torch.float32
+        _assign(module, name, weights.read(source, device=device, dtype=target), wanted[name])
+    for alias, name in tied.items():
+        owner, leaf = _owner(module, alias)
+        setattr(owner, leaf, module.get_parameter(name))
+    for name, value in (buffers or {}).items():
+        owner, leaf = _owner(module, name)
+        owner._buffers[leaf] = value.to(device)
+    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if left and torch.device(device).type != "meta":
+        raise ValueError(f"buffers {left} are in no file; pass them in `buffers`")
+
+
+def _match(
+    wanted: Mapping[str, torch.Tensor],
+    weights: Weights,
+    rename: Callable[[str], str],
+    ignore: Collection[str],
+    tied: Mapping[str, str],
+) -> dict[str, str]:
+    """Map each name of the module to one of the file, or raise."""
+    sources: dict[str, str] = {}
+    unexpected = []
+    for source in weights:
+        name = rename(source)
+        if name in sources:
+            raise CheckpointError(
+                f"tensors {sources[name]!r} and {source!r} are both {name!r}",
+                path=weights.path_of(source),
+                tensor=source,
+            )
+        if name in wanted:
+            sources[name] = source
+        elif not _has_part(name, ignore):
+            unexpected.append(source)
+    for alias, name in tied.items():
+        if alias in sources:
+            source = sources.pop(alias)
+            sources.setdefault(name, source)
+    missing = [name for name in wanted if name not in sources and name not in tied]
+
+    # A wrong name shows up on both sides, so one message tells both.
+    complaints = []
+    if missing:
+        complaints.append(f"missing tensors: {_some(missing)}")
+    if unexpected:
+        complaints.append(f"unexpected tensors: {_some(unexpected)}")
+    if complaints:
+        first = unexpected[0] if unexpected else missing[0]
+        path = weights.path_of(unexpected[0]) if unexpected and not missing else weights.path
+        raise CheckpointError("; ".join(complaints), path=path, tensor=first)
+
+    for name, source in sources.items():
+        info, tensor = weights.info(source), wanted[name]
+        called = source if source == name else f"{source} ({name})"
+        if info.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"tensor {called} has shape {list(info.shape)}, the model has {list(tensor.shape)}",
+                path=weights.path_of(source),
+                tensor=source,
+            )
+        if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"tensor {called} has dtype {info.dtype}, the model has {tensor.dtype}",
+                path=weights.path_of(source),
+                tensor=source,
+            )
+    return sources
+
+
+def _assign(module: nn.Module, name: str, value: torch.Tensor, old: torch.Tensor) -> None:
+    owner, leaf = _owner(module, name)
+    if isinstance(old, nn.Parameter):
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+    else:
+        owner._buffers[leaf] = value
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _has_part(name: str, parts: Collection[str]) -> bool:
+    return any(part in parts for part in name.split("."))
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
