@@ -1,0 +1,118 @@
+"""Names of VAE tensors: Wan's own files and diffusers' folders give the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+from sora_engine.errors import CheckpointError
+from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.vae.checkpoint import infer_config, original_names, vae_from_tensors
+from sora_engine.vae.config import WAN22_MEAN, WAN22_STD
+from tests.parity.vae_models import LAYOUTS, make_pair
+
+WAN22 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "latents_mean": WAN22_MEAN,
+    "latents_std": WAN22_STD,
+}
+
+
+def _meta(config: VAEConfig) -> WanVAE:
+    with torch.device("meta"):
+        return WanVAE(config)
+
+
+def test_wan21_names_against_diffusers_conversion():
+    vae = _meta(VAEConfig())
+    names = original_names(vae.config)
+    originals = {original: name for name, original in names.items()}
+    assert len(originals) == len(names) == len(vae.state_dict())
+    converted = convert_wan_vae_to_diffusers(dict(originals))
+    assert converted.keys() == AutoencoderKLWan(base_dim=4).state_dict().keys()
+    for name, ours in converted.items():
+        assert ours == name
+
+
+def test_wan22_names_as_published():
+    # The names of Wan2.2_VAE.pth: nested lists, shortcuts without parameters.
+    names = original_names(VAEConfig(**WAN22))
+    back = {original: name for name, original in names.items()}
+    assert len(back) == len(names)
+    for original, name in {
+        "conv1.weight": "quant_conv.weight",
+        "conv2.bias": "post_quant_conv.bias",
+        "encoder.conv1.weight": "encoder.conv_in.weight",
+        "encoder.downsamples.0.downsamples.0.residual.0.gamma":
+            "encoder.down_blocks.0.resnets.0.norm1.gamma",
+        "encoder.downsamples.1.downsamples.2.time_conv.weight":
+            "encoder.down_blocks.1.downsampler.time_conv.weight",
+        "encoder.downsamples.1.downsamples.0.shortcut.bias":
+            "encoder.down_blocks.1.resnets.0.conv_shortcut.bias",
+        "encoder.head.2.weight": "encoder.conv_out.weight",
+        "decoder.middle.1.to_qkv.weight": "decoder.mid_block.attentions.0.to_qkv.weight",
+        "decoder.middle.2.residual.6.bias": "decoder.mid_block.resnets.1.conv2.bias",
+        "decoder.upsamples.0.upsamples.3.resample.1.weight":
+            "decoder.up_blocks.0.upsampler.resample.1.weight",
+        "decoder.upsamples.1.upsamples.3.time_conv.bias":
+            "decoder.up_blocks.1.upsampler.time_conv.bias",
+        "decoder.upsamples.3.upsamples.2.residual.3.gamma":
+            "decoder.up_blocks.3.resnets.2.norm2.gamma",
+        "decoder.head.0.gamma": "decoder.norm_out.gamma",
+    }.items():  # fmt: skip
+        assert back[original] == name
+
+
+@pytest.mark.parametrize(
+    "values", [{}, WAN22, {"dim_mult": (1, 2), "temperal_downsample": (True,)}]
+)
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_the_config_is_read_from_the_shapes(values, prefix):
+    config = VAEConfig(**({"decoder_base_dim": 96} | values))
+    shapes = {name: tuple(t.shape) for name, t in _meta(config).state_dict().items()}
+    original = {prefix + name: shapes[ours] for ours, name in original_names(config).items()}
+    assert infer_config(original) == config
+
+
+@pytest.mark.parametrize("layout", ["wan21", "wan21-deep", "wan22", "two-stages-residual"])
+def test_both_sets_of_names_give_the_same_bits(layout):
+    _, vae = make_pair(layout)
+    names = original_names(vae.config)
+    state = vae.state_dict()
+    single = {names[name]: tensor for name, tensor in state.items()}
+    latents = torch.randn(1, vae.z_dim, 2, 2, 3)
+    want = vae.decode(latents)
+    for tensors in (state, single):
+        loaded = vae_from_tensors(tensors, vae.config)
+        assert loaded.state_dict().keys() == state.keys()
+        assert torch.equal(loaded.decode(latents), want)
+
+
+def test_what_is_wrong_is_named():
+    config = VAEConfig.from_dict(LAYOUTS["wan21"])
+    state = WanVAE(config).state_dict()
+    names = original_names(config)
+    single = {names[name]: tensor for name, tensor in state.items()}
+    key = "decoder.conv_in.weight"
+
+    with pytest.raises(CheckpointError, match="missing") as caught:
+        vae_from_tensors({k: v for k, v in state.items() if k != key}, config, path="x")
+    assert caught.value.tensor == key
+    with pytest.raises(CheckpointError, match="no layer") as caught:
+        vae_from_tensors(single | {"decoder.conv9.weight": single["conv1.bias"]}, config)
+    assert caught.value.tensor == "decoder.conv9.weight"
+    with pytest.raises(CheckpointError, match=r"\[3, 3\]") as caught:
+        vae_from_tensors(state | {key: torch.zeros(3, 3)}, config)
+    assert caught.value.tensor == key
+    with pytest.raises(CheckpointError, match="names of Wan's own"):
+        vae_from_tensors(state)  # diffusers' names say nothing about the latents' statistics
+    with pytest.raises(CheckpointError, match="32 latent channels"):
+        infer_config({k: tuple(v.shape) for k, v in single.items()} | {"conv2.weight": (32, 32)})
