@@ -1,4 +1,4 @@
-"""Maps `kernels/sora_kernels` to the top-level package `sora_kernels`; all else is in pyproject.toml."""
+"""Maps `kernels/sora_kernels` to the package `sora_kernels`; all else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
