@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from fractions import Fraction
 from pathlib import Path
@@ -196,7 +197,8 @@ def write_video(
 def check_output(path: str | Path, *, num_frames: int | None = None) -> Path:
     """The path, if a video of `num_frames` frames can be written there; else MediaError.
 
-    Looks at the suffix, the parent folder and what already stands there; writes nothing.
+    Looks at the suffix, at what already stands there, and whether the parent folder takes a file;
+    leaves nothing behind.
     """
     if not str(path):
         raise MediaError("the output path is empty")
@@ -216,8 +218,12 @@ def check_output(path: str | Path, *, num_frames: int | None = None) -> Path:
         raise MediaError(f"{path}: name a file or a new folder")
     if not path.parent.is_dir():
         raise MediaError(f"{path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise MediaError(f"{path}: the folder {path.parent} is not writable")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise MediaError(
+            f"{path}: the folder {path.parent} is not writable: {error.strerror}"
+        ) from error
     if suffix and path.is_dir():
         raise MediaError(f"{path} is a folder")
     if not suffix and path.exists():

@@ -221,7 +221,7 @@ def test_paths_that_cannot_be_written(
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(MediaError, match=".") as caught:
+    with pytest.raises(MediaError, match=r"a|f|\.") as caught:
         VideoWriter(tmp_path / name, 8, num_frames=num_frames)
     assert words in str(caught.value)
     assert name in str(caught.value)

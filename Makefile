@@ -1,0 +1,80 @@
+# From nothing but Python 3.11+ and make. Everything goes into .venv; a second call installs nothing.
+#
+#   make video            a video from a default prompt: out.mp4
+#   make test             the tests             (PYTEST_ARGS="-k io" picks some)
+#   make lint             ruff, mypy, import-linter
+#   make bench-kernels    the kernels' benchmarks
+#   make install          the engine alone, in .venv
+#   make clean            away with .venv and build products
+#
+# A C++ compiler is used if there is one (csrc); without it, `sora doctor` says what is left out.
+# TORCH_ARGS goes to the `pip install` of torch, to choose another index or build.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: video test lint bench-kernels install install-dev clean
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+PROMPT ?= a red circle moves right on a white background
+OUT ?= out.mp4
+
+# The first of these that is Python 3.11 or newer.
+PYTHONS := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14 python
+CSRC := $(shell find csrc -type f 2>/dev/null)
+
+video: install
+	$(VENV)/bin/sora generate "$(PROMPT)" -o $(OUT) --seed 7
+
+test: install-dev
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: install-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	PYTHONPATH=.:kernels $(VENV)/bin/lint-imports --no-logo
+
+bench-kernels: install-dev
+	$(RUN) -m pytest benchmarks/kernels --benchmark-enable $(PYTEST_ARGS)
+
+install: $(VENV)/.engine
+install-dev: $(VENV)/.dev
+
+$(VENV)/.python:
+	@for python in $(PYTHONS); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    found="$$python"; break; \
+	  fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$found"; \
+	"$$found" -m venv --clear $(VENV)
+	@touch $@
+
+# torch comes first and by itself, so that nothing else chooses its version.
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	@echo "Installing torch (the largest part; a CPU build is enough)"
+	@$(PIP) $(TORCH_ARGS) torch
+	@$(PIP) setuptools ninja
+	@touch $@
+
+# Without build isolation csrc is built against the torch that will load it.
+$(VENV)/.engine: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSRC)
+	@echo "Installing sora_engine"
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSRC)
+	@echo "Installing sora_engine and what its tests need"
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $(VENV)/.engine $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/sora_kernels/_native*.so
