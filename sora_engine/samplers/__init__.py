@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sora_engine.errors import RequestError
+from sora_engine.samplers.ancestral import DDIMSolver, DDPMSolver
 from sora_engine.samplers.config import (
     SOLVERS,
     PredictionType,
@@ -13,13 +14,18 @@ from sora_engine.samplers.config import (
     read_config,
     with_solver,
 )
+from sora_engine.samplers.dpm import DPMSolver
 from sora_engine.samplers.euler import EulerSolver, RenoiseSolver
+from sora_engine.samplers.noise import free_noise, initial_noise, noise_for
 from sora_engine.samplers.schedule import Schedule, build_schedule
 from sora_engine.samplers.solver import Solver, SolverState
 from sora_engine.samplers.unipc import UniPCSolver
 
 __all__ = [
     "SOLVERS",
+    "DDIMSolver",
+    "DDPMSolver",
+    "DPMSolver",
     "EulerSolver",
     "PredictionType",
     "RenoiseSolver",
@@ -29,8 +35,11 @@ __all__ = [
     "SolverState",
     "UniPCSolver",
     "build_schedule",
+    "free_noise",
+    "initial_noise",
     "load_solver",
     "make_solver",
+    "noise_for",
     "read_config",
     "with_solver",
 ]
@@ -45,11 +54,13 @@ def load_solver(
     mu: float | None = None,
     sigmas: Sequence[float] | None = None,
     strength: float | None = None,
+    eta: float = 0.0,
     path: str | Path | None = None,
 ) -> Solver:
     """The solver of a `scheduler_config.json`, or of the request's choice, for one request.
 
     The other arguments are those of `build_schedule`; `path` names the file in errors.
+    eta: how much of DDPM's noise DDIM adds, from 0 to 1.
     Raises CheckpointError for the configuration, RequestError for the request.
     """
     return make_solver(
@@ -60,6 +71,7 @@ def load_solver(
         mu=mu,
         sigmas=sigmas,
         strength=strength,
+        eta=eta,
     )
 
 
@@ -72,6 +84,7 @@ def make_solver(
     mu: float | None = None,
     sigmas: Sequence[float] | None = None,
     strength: float | None = None,
+    eta: float = 0.0,
 ) -> Solver:
     """As `load_solver`, from a configuration that was read before."""
     if solver is not None:
@@ -84,6 +97,10 @@ def make_solver(
         sigmas=sigmas,
         strength=strength,
     )
+    if not 0.0 <= eta <= 1.0 or (eta > 0.0 and config.solver != "ddim"):
+        raise RequestError(
+            f"eta = {eta} for solver {config.solver!r}: 'ddim' takes 0 to 1, all others 0"
+        )
     if config.prediction_type == "epsilon" and schedule.level(0)[0] == 0.0:
         raise RequestError(
             f"solver {config.solver!r} starts at pure noise, where an epsilon prediction says "
@@ -103,4 +120,15 @@ def make_solver(
         return EulerSolver(schedule)
     if config.solver == "renoise":
         return RenoiseSolver(schedule)
-    raise RequestError(f"solver {config.solver!r} is not available")
+    if config.solver == "ddim":
+        return DDIMSolver(schedule, eta=eta, clip=config.clip_sample_range)
+    if config.solver == "ddpm":
+        return DDPMSolver(schedule, variance=config.variance_type, clip=config.clip_sample_range)
+    return DPMSolver(
+        schedule,
+        order=config.solver_order,
+        variant="heun" if config.solver_type == "heun" else "midpoint",
+        sde=config.solver == "dpm++sde",
+        lower_order_final=config.lower_order_final,
+        euler_at_final=config.euler_at_final,
+    )

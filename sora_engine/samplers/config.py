@@ -46,6 +46,7 @@ class SamplerConfig:
     steps_offset: int = 0
     lambda_min_clipped: float = -math.inf
     set_alpha_to_one: bool = True
+    fixed_stride: bool = False
     # where the levels lie between the first and the last
     sigma_spacing: Literal["karras", "exponential", "lu"] | None = None
     sigma_min: float | None = None
@@ -273,6 +274,9 @@ def _check_together(name: str, v: Mapping[str, Any], path: str | Path | None) ->
                 "lower_order_final final_sigmas_type",
                 "the last step here is of first order; set lower_order_final to true",
             )
+    if v.get("algorithm_type") == "sde-dpmsolver++" and v["solver_order"] > 2:
+        # diffusers' weight of the second difference tends to -1, not to 0, as steps get short.
+        refuse("algorithm_type solver_order", "the SDE is solved at order 1 or 2")
     if v.get("shift_terminal") is not None:
         if not flow:
             refuse("shift_terminal use_flow_sigmas", "only flow levels are stretched")
@@ -327,6 +331,8 @@ def _typed(name: str, v: Mapping[str, Any]) -> SamplerConfig:
         sigma_spacing=spacing,
         trained_betas=None if betas is None else tuple(float(b) for b in betas),
         disable_corrector=tuple(v.get("disable_corrector", ())),
+        # diffusers' DDIM goes down by T // n whatever the spacing of its timesteps is.
+        fixed_stride=name == "DDIMScheduler",
         clip_sample_range=float(v["clip_sample_range"]) if v.get("clip_sample") else None,
         variance_type=v.get("variance_type") or "fixed_small",
     )

@@ -29,7 +29,7 @@ class Schedule:
     Timesteps are what the model is conditioned on: `1000 s` for flow Euler, whole numbers for the
     others. `start` is how many steps of the full schedule were left out at its beginning because
     the start is a video (`strength`). `targets [n]`, where given, are the levels at which the steps
-    arrive, which in DDIM need not be the ones at which the next steps set out.
+    arrive, which in diffusers' DDIM need not be those at which the next steps set out.
     """
 
     sigmas: tuple[float, ...]
@@ -438,8 +438,7 @@ def _discrete_schedule(config: SamplerConfig, n: int) -> Schedule:
     final = 0.0 if config.set_alpha_to_one or config.solver != "ddim" else float(ratios[0])
     s = tuple(float(ratios[t]) for t in timesteps)
     targets = None
-    if config.solver == "ddim":
-        # diffusers' DDIM goes down by train // n whatever the spacing of the timesteps is.
+    if config.fixed_stride and config.solver == "ddim":
         previous = timesteps - train // n
         targets = tuple(float(ratios[t]) if t >= 0 else final for t in previous)
         if targets[:-1] == s[1:] and targets[-1] == final:

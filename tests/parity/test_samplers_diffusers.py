@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import diffusers
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from sora_engine.samplers import Solver, load_solver
+from sora_engine.samplers import Solver, load_solver, noise_for
 
 SHAPE = (4, 3, 5, 6)
 TOLERANCE = 1e-5
+NOISE_SEED = 77
 
 # scheduler_config.json as published with Wan 2.1 T2V (diffusers layout)
 WAN_UNIPC = {
@@ -45,6 +47,14 @@ WAN_UNIPC = {
     "use_karras_sigmas": False,
 }
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+DPM_VP = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "v_prediction"}
+DPM_FLOW = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
 UNIPC_VP = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "v_prediction"}
 
 
@@ -69,14 +79,25 @@ def kind_of(prediction_type: str, flow: bool) -> str:
     return "flow epsilon" if flow and prediction_type == "epsilon" else prediction_type
 
 
-def run_reference(scheduler: Any, sample: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
+def run_reference(
+    scheduler: Any, sample: torch.Tensor, first: int = 0, **extra: Any
+) -> list[torch.Tensor]:
     config = scheduler.config
-    kind = kind_of(config.get("prediction_type", ""), config.get("use_flow_sigmas", True))
-    scheduler.set_begin_index(first)
+    kind = kind_of(
+        config.get("prediction_type", ""), config.get("use_flow_sigmas", "shift" in config)
+    )
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
     path = []
-    for t in scheduler.timesteps[first:]:
+    for i, t in enumerate(scheduler.timesteps[first:]):
         out = model(sample, float(t), kind)
-        sample = scheduler.step(out[None], t, sample[None], return_dict=False)[0][0]
+        with pytest.MonkeyPatch.context() as patch:
+            # The classes that draw their own noise are handed the solver's.
+            noise = noise_for(NOISE_SEED, i, SHAPE).to(sample)[None]
+            module = sys.modules[type(scheduler).__module__]
+            if hasattr(module, "randn_tensor"):
+                patch.setattr(module, "randn_tensor", lambda *args, n=noise, **kwargs: n)
+            sample = scheduler.step(out[None], t, sample[None], return_dict=False, **extra)[0][0]
         path.append(sample)
     return path
 
@@ -87,14 +108,16 @@ def run_ours(solver: Solver, sample: torch.Tensor) -> list[torch.Tensor]:
     state = solver.init()
     path = []
     for i, t in enumerate(schedule.timesteps):
-        sample, state = solver.step(state, i, sample, model(sample, t, kind))
+        noise = noise_for(NOISE_SEED, i, SHAPE) if solver.stochastic else None
+        sample, state = solver.step(state, i, sample, model(sample, t, kind), noise=noise)
         path.append(sample)
     return path
 
 
 def assert_same_schedule(solver: Solver, scheduler: Any, first: int = 0) -> None:
     ours = solver.schedule
-    assert ours.sigmas == pytest.approx(scheduler.sigmas[first:].tolist(), rel=2e-7, abs=0)
+    if hasattr(scheduler, "sigmas"):
+        assert ours.sigmas == pytest.approx(scheduler.sigmas[first:].tolist(), rel=2e-7, abs=0)
     if scheduler.timesteps.dtype == torch.int64:
         assert list(ours.timesteps) == scheduler.timesteps[first:].tolist()
     else:
@@ -106,7 +129,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def assert_same_path(
-    solver: Solver, scheduler: Any, sample: torch.Tensor, first: int = 0, last: int | None = None
+    solver: Solver,
+    scheduler: Any,
+    sample: torch.Tensor,
+    first: int = 0,
+    last: int | None = None,
+    **extra: Any,
 ) -> None:
     """The float32 path is the class's within 1e-5, the float64 path within 1e-10.
 
@@ -116,28 +144,33 @@ def assert_same_path(
     """
     single = copy.deepcopy(scheduler)
     double = copy.deepcopy(scheduler)
-    double.sigmas = double.sigmas.double()
+    for levels in ("sigmas", "alphas_cumprod", "final_alpha_cumprod"):
+        if hasattr(double, levels):
+            setattr(double, levels, getattr(double, levels).double())
     paths = zip(
         run_ours(solver, sample)[:last],
-        run_reference(single, sample, first)[:last],
+        run_reference(single, sample, first, **extra)[:last],
         run_ours(solver, sample.double())[:last],
-        run_reference(double, sample.double(), first)[:last],
+        run_reference(double, sample.double(), first, **extra)[:last],
         strict=True,
     )
-    # FlowMatchEuler steps in float32 whatever it is given.
-    exact = 1e-5 if "FlowMatch" in type(scheduler).__name__ else 1e-10
+    exact = 1e-10
+    if type(scheduler).__name__.startswith(("FlowMatch", "DPM")):
+        exact = 1e-5  # these two step in float32 whatever they are given
+    elif type(scheduler).__name__.startswith("DDPM"):
+        exact = 1e-9  # where no noise is left to add, this one still adds 1e-10 of it
     for i, (ours, theirs, ours64, theirs64) in enumerate(paths):
         assert distance(ours64, theirs64) <= exact, f"step {i}"
         rounding = distance(theirs, theirs64)
         assert distance(ours, theirs) <= TOLERANCE + 2 * rounding, f"step {i}"
 
 
-def compare(config: dict[str, Any], n: int, last: int | None = None) -> None:
+def compare(config: dict[str, Any], n: int, last: int | None = None, **extra: Any) -> None:
     scheduler = reference(config)
     scheduler.set_timesteps(n)
-    solver = load_solver(config, num_inference_steps=n)
+    solver = load_solver(config, num_inference_steps=n, **extra)
     assert_same_schedule(solver, scheduler)
-    assert_same_path(solver, scheduler, start(), last=last)
+    assert_same_path(solver, scheduler, start(), last=last, **extra)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 50])
@@ -252,6 +285,97 @@ def test_unipc_flow_options(extra: dict[str, Any]) -> None:
     compare({**WAN_UNIPC, **extra}, 13)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 9])
+def test_fresh_noise_each_step(n: int) -> None:
+    compare({**EULER, "stochastic_sampling": True}, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("variant", ["midpoint", "heun"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "epsilon"])
+def test_dpm_variance_preserving(kind: str, order: int, variant: str, n: int) -> None:
+    extra = {"prediction_type": kind, "solver_order": order, "solver_type": variant}
+    compare({**DPM_VP, **extra}, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("variant", ["midpoint", "heun"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("config", ["flow", "vp"])
+def test_dpm_sde(config: str, order: int, variant: str, n: int) -> None:
+    base = DPM_FLOW if config == "flow" else DPM_VP
+    extra = {"algorithm_type": "sde-dpmsolver++", "solver_order": order, "solver_type": variant}
+    compare({**base, **extra}, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 20, 50])
+@pytest.mark.parametrize("kind", ["flow_prediction", "sample", "epsilon"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpm_flow(order: int, kind: str, n: int) -> None:
+    compare({**DPM_FLOW, "solver_order": order, "prediction_type": kind}, n)
+
+
+@pytest.mark.parametrize("n", [7, 16])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"use_karras_sigmas": True},
+        {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
+        {"use_exponential_sigmas": True},
+        {"use_lu_lambdas": True},
+        {"final_sigmas_type": "sigma_min"},
+        {"final_sigmas_type": "sigma_min", "euler_at_final": True},
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_order": 3},
+        {"lower_order_final": False, "solver_order": 3},
+        {"timestep_spacing": "leading", "steps_offset": 1},
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    ],
+)
+def test_dpm_options(extra: dict[str, Any], n: int) -> None:
+    compare({**DPM_VP, **extra}, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 10, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "epsilon"])
+def test_ddim(kind: str, eta: float, n: int) -> None:
+    compare({**DDIM, "prediction_type": kind, "clip_sample": False}, n, eta=eta)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("n", [3, 12])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"clip_sample": True},
+        {"clip_sample": True, "clip_sample_range": 0.4},
+        {"timestep_spacing": "linspace"},
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+        {"steps_offset": 1},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"num_train_timesteps": 300},
+    ],
+)
+def test_ddim_and_ddpm_options(extra: dict[str, Any], n: int, name: str) -> None:
+    config = {**DDIM, "_class_name": name, "prediction_type": "v_prediction", **extra}
+    compare(config, n)
+    if name == "DDIMScheduler":
+        compare({**config, "set_alpha_to_one": False}, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 40])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "epsilon"])
+def test_ddpm(kind: str, variance: str, n: int) -> None:
+    extra = {"prediction_type": kind, "variance_type": variance, "clip_sample": False}
+    compare({"_class_name": "DDPMScheduler", **extra}, n)
+
+
 @pytest.mark.parametrize("config", [EULER, WAN_UNIPC], ids=["euler", "unipc"])
 def test_explicit_sigmas(config: dict[str, Any]) -> None:
     sigmas = [1.0, 0.9, 0.62, 0.3]
@@ -275,11 +399,46 @@ def test_a_requests_shift_is_the_classes_own() -> None:
     assert_same_schedule(load_solver(WAN_UNIPC, num_inference_steps=10, solver="euler"), scheduler)
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "equal"),
+    [
+        (WAN_UNIPC, "dpm++", DPM_FLOW),
+        (WAN_UNIPC, "dpm++sde", {**DPM_FLOW, "algorithm_type": "sde-dpmsolver++"}),
+        (WAN_UNIPC, "renoise", {**EULER, "stochastic_sampling": True}),
+        (EULER, "unipc", WAN_UNIPC),
+        ({**DPM_FLOW, "solver_order": 3}, "unipc", WAN_UNIPC),
+        (UNIPC_VP, "dpm++", DPM_VP),
+        (
+            {**DDIM, "prediction_type": "v_prediction", "timestep_spacing": "linspace"},
+            "unipc",
+            UNIPC_VP,
+        ),
+        (
+            {**DDIM, "prediction_type": "v_prediction"},
+            "ddpm",
+            {
+                "_class_name": "DDPMScheduler",
+                "prediction_type": "v_prediction",
+                "clip_sample": False,
+            },
+        ),
+    ],
+)
+def test_a_requests_solver_is_its_class(
+    config: dict[str, Any], name: str, equal: dict[str, Any]
+) -> None:
+    solver = load_solver(config, num_inference_steps=8, solver=name)
+    scheduler = reference(equal)
+    scheduler.set_timesteps(8)
+    assert_same_schedule(solver, scheduler)
+    assert_same_path(solver, scheduler, start())
+
+
 @pytest.mark.parametrize("strength", [0.29, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize(
     "config",
-    [EULER, WAN_UNIPC, {**WAN_UNIPC, "disable_corrector": [6]}, UNIPC_VP],
-    ids=["euler", "unipc", "unipc-without-a-corrector", "unipc-vp"],
+    [EULER, WAN_UNIPC, {**WAN_UNIPC, "disable_corrector": [6]}, UNIPC_VP, DPM_VP, DPM_FLOW],
+    ids=["euler", "unipc", "unipc-without-a-corrector", "unipc-vp", "dpm-vp", "dpm-flow"],
 )
 def test_strength(config: dict[str, Any], strength: float) -> None:
     n = 10
@@ -323,13 +482,19 @@ def test_seeded_values_of_wan() -> None:
     assert schedule.timesteps == (999.0, float(int(1000 * exact[1])), float(int(1000 * exact[2])))
 
 
-@pytest.mark.parametrize("kind", ["flow_prediction", "sample", "epsilon"])
+# Euler starts at pure noise, where an epsilon prediction says nothing of x0.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in ("unipc", "euler", "dpm++", "ddim")
+        for kind in ("flow_prediction", "sample", "epsilon")
+        if kind != "epsilon" or name in ("unipc", "dpm++")
+    ],
+)
 @pytest.mark.parametrize("config", [WAN_UNIPC, {**WAN_UNIPC, "solver_order": 3}])
-@pytest.mark.parametrize("name", ["unipc", "euler"])
 def test_an_ideal_model_ends_at_its_video(name: str, config: dict[str, Any], kind: str) -> None:
     # No reference class: with the exact x0 every solver must end there.
-    if name == "euler" and kind == "epsilon":
-        pytest.skip("Euler starts at pure noise, where epsilon says nothing of x0")
     config = {**config, "prediction_type": kind}
     solver = load_solver(config, num_inference_steps=9, solver=name)
     x0, eps = start(3).double(), start(4).double()
@@ -352,3 +517,12 @@ def test_the_paths_tell_orders_and_correctors_apart() -> None:
     )[-1]
     assert (a - b).abs().max() / a.abs().max() > 100 * TOLERANCE
     assert (a - c).abs().max() / a.abs().max() > 100 * TOLERANCE
+
+
+def test_few_steps_are_counted_before_strength() -> None:
+    # DPM-Solver lowers its order at the end of schedules under 15 steps, the left-out ones counted.
+    config = {**DPM_VP, "solver_order": 3}
+    scheduler = reference(config)
+    scheduler.set_timesteps(20)
+    solver = load_solver(config, num_inference_steps=20, strength=0.5)
+    assert_same_path(solver, scheduler, start(), first=10)

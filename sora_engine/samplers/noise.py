@@ -1,0 +1,63 @@
+"""Noise as a pure function of its seed, drawn on the CPU so that every device has the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from sora_engine.errors import RequestError
+
+
+def initial_noise(seed: int, shape: Sequence[int]) -> torch.Tensor:
+    """float32 noise of `shape`, the numbers that diffusers draws for a CPU generator of `seed`."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def noise_for(seed: int, step: int, shape: Sequence[int]) -> torch.Tensor:
+    """float32 noise of `shape` for one step of one request.
+
+    The same (seed, step, shape) gives the same noise whatever else was drawn before, on whichever
+    device the request runs and from wherever it is taken up again. Steps are independent of each
+    other and of `initial_noise(seed)`.
+    """
+    return torch.randn(tuple(shape), generator=_generator("step", seed, step))
+
+
+def free_noise(
+    seed: int, shape: Sequence[int], *, window: int, stride: int, wrap: bool = False
+) -> torch.Tensor:
+    """Initial noise for a long video denoised in windows (FreeNoise, arXiv 2310.15169).
+
+    shape: [channels, frames, height, width], in latents; float32. The first `window` frames are
+    `initial_noise(seed)` of that length. Each `stride` frames after them are a shuffle of the
+    `stride` frames one window earlier, so that every window that starts at a multiple of `stride`
+    holds the same frames of noise, each once, in its own order: windows agree on what they show.
+    wrap: time is a loop. What is left after the last whole window is then fresh noise, since a
+    repeat of it could meet its original across the seam.
+    Raises RequestError unless 1 <= stride <= window.
+    """
+    channels, frames, height, width = shape
+    if not 1 <= stride <= window:
+        raise RequestError(f"stride = {stride} must lie between 1 and the window's {window} frames")
+    if frames <= window:
+        return initial_noise(seed, shape)
+    base = initial_noise(seed, (channels, window, height, width))
+    repeated = frames - frames % window if wrap else frames
+    order = list(range(window))
+    generator = _generator("free", seed, 0)
+    while len(order) < repeated:
+        block = order[len(order) - window :][:stride]
+        order += [block[j] for j in torch.randperm(stride, generator=generator).tolist()]
+    noise = base[:, order[:repeated]]
+    if repeated == frames:
+        return noise
+    tail = (channels, frames - repeated, height, width)
+    return torch.cat([noise, torch.randn(tail, generator=_generator("tail", seed, 0))], dim=1)
+
+
+def _generator(stream: str, seed: int, step: int) -> torch.Generator:
+    """A generator whose stream is unrelated to those of neighbouring seeds and steps."""
+    digest = hashlib.blake2b(f"{stream}:{seed}:{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
