@@ -11,6 +11,8 @@ from sora_engine.errors import CheckpointError
 
 CLASS_NAME = "WanTransformer3DModel"
 
+MAX_LAYERS = 1000  # a configuration must not keep the engine busy building a model for hours
+
 # What diffusers writes beside the model's own keys. They say nothing about the shape.
 _BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
 _POSITIVE = (
@@ -21,7 +23,6 @@ _POSITIVE = (
     "text_dim",
     "freq_dim",
     "ffn_dim",
-    "num_layers",
     "rope_max_seq_len",
 )
 _POSITIVE_OR_NONE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
@@ -61,6 +62,11 @@ class WanConfig:
                 raise CheckpointError(
                     f"{name} is {getattr(self, name)!r}; it must be a positive integer"
                 )
+        if not _positive(self.num_layers) or self.num_layers > MAX_LAYERS:
+            raise CheckpointError(
+                f"num_layers is {self.num_layers!r}; it must be a positive integer up to "
+                f"{MAX_LAYERS}"
+            )
         for name in _POSITIVE_OR_NONE:
             value = getattr(self, name)
             if value is not None and not _positive(value):

@@ -1,0 +1,370 @@
+"""Wan checkpoints as they are published: diffusers folders, and single files under Wan's own names.
+
+A single `.safetensors` file holds a transformer and nothing else. The VAE, text encoder and
+tokenizer come from a folder with `vae/`, `text_encoder/` and `tokenizer/` in it: a diffusers folder
+of the same family, or one put together by hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sora_engine.errors import CheckpointError
+from sora_engine.io.config_file import read_json_object
+from sora_engine.io.loading import load_into
+from sora_engine.io.safetensors import Weights, refuse_pickle
+from sora_engine.models.folder import INDEX, Component, ModelFolder, config_file
+from sora_engine.models.wan.config import CLASS_NAME, WanConfig
+
+KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+"""Parts of names whose weights stay float32 in any dtype, as diffusers keeps them."""
+IGNORED = ("norm_added_q",)
+"""Left over in some converted I2V checkpoints; no model reads it."""
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+"""What may stand before every name: ComfyUI saves the transformer as part of a larger module."""
+
+# Wan's own names on the left, diffusers' on the right, each without .weight and .bias.
+_OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_IN_BLOCK = {
+    # Wan numbers its norms self-attention, feed-forward, cross-attention; diffusers in the order
+    # in which they run. Only cross-attention's has weights.
+    "norm3": "norm2",
+    "modulation": "scale_shift_table",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    **{
+        f"{ours}.{part}": f"{theirs}.{name}"
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for part, name in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    },
+}
+
+# What converted checkpoints carry, for companion folders without a scheduler/.
+_DEFAULT_SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "use_flow_sigmas": True,
+}
+
+
+def to_diffusers_name(name: str) -> str:
+    """diffusers' name of a parameter under Wan's own name; a name that is neither's comes back."""
+    for prefix in reversed(PREFIXES):
+        if name.startswith(prefix):
+            name = name[len(prefix) :]
+            break
+    stem, dot, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        stem, dot, leaf = name, "", ""
+    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", stem)
+    if block:
+        stem = block[1] + _IN_BLOCK.get(block[2], block[2])
+    else:
+        stem = _OUTSIDE.get(stem, stem)
+    return stem + dot + leaf
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSource:
+    """Where a transformer's weights are and what they are the weights of."""
+
+    path: Path
+    config: WanConfig
+
+    def load(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device."""
+        with Weights.open(self.path) as weights:
+            load_into(
+                module,
+                weights,
+                device=device,
+                dtype=dtype,
+                rename=to_diffusers_name,
+                keep_fp32=KEEP_FP32,
+                ignore=IGNORED,
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """Counted from the headers; nothing is read."""
+        with Weights.open(self.path) as weights:
+            return sum(torch.Size(weights.info(name).shape).numel() for name in weights)
+
+
+@dataclass(frozen=True, slots=True)
+class WanCheckpoint:
+    """Everything that a Wan model is made of, found and checked, with no weights read yet."""
+
+    path: Path
+    transformer: TransformerSource
+    transformer_2: TransformerSource | None
+    """The expert of the low noise levels (Wan 2.2 A14B)."""
+    boundary_ratio: float | None
+    expand_timesteps: bool
+    vae: Component
+    text_encoder: Component
+    tokenizer: Component
+    scheduler_config: Mapping[str, Any]
+    image_encoder: Component | None
+    image_processor: Component | None
+
+
+def resolve_model(
+    path: str | Path | Sequence[str | Path],
+    *,
+    components: str | Path | None = None,
+    boundary_ratio: float | None = None,
+    attention_head_dim: int = 128,
+) -> WanCheckpoint:
+    """Find the parts of a Wan model.
+
+    `path` is a diffusers folder, or a `.safetensors` file (or `.safetensors.index.json`) with the
+    transformer, or two such files, the expert for high noise first. For files, `components` is the
+    folder with `vae/`, `text_encoder/`, `tokenizer/` and, as they are needed, `image_encoder/`,
+    `image_processor/` and `scheduler/`; by default it is the file's own. `boundary_ratio` overrides
+    where the second expert takes over, and `attention_head_dim` tells what shapes do not.
+
+    Raises `CheckpointError` for what is missing or cannot be; nothing is ever downloaded.
+    """
+    paths = [Path(p) for p in ([path] if isinstance(path, (str, Path)) else path)]
+    if boundary_ratio is not None and not 0 < boundary_ratio < 1:
+        raise CheckpointError(f"boundary_ratio is {boundary_ratio}; it must lie between 0 and 1")
+    if not 1 <= len(paths) <= 2:
+        raise CheckpointError(f"{len(paths)} paths; a model is one path, or two experts")
+    for each in paths:
+        refuse_pickle(each)
+        if not each.exists():
+            raise CheckpointError(
+                "no such file or folder; a model is a diffusers folder or a .safetensors file, "
+                "and nothing is downloaded",
+                path=each,
+            )
+    if len(paths) == 1 and paths[0].is_dir():
+        if components is not None:
+            raise CheckpointError("a folder brings its own components", path=paths[0])
+        return _from_folder(paths[0], boundary_ratio)
+    return _from_files(paths, components, boundary_ratio, attention_head_dim)
+
+
+def _from_folder(path: Path, boundary_ratio: float | None) -> WanCheckpoint:
+    folder = ModelFolder.open(path)
+
+    def transformer(name: str) -> TransformerSource | None:
+        component = folder.get(name)
+        if component is None:
+            return None
+        config = WanConfig.from_dict(component.config, path=component.config_path)
+        return TransformerSource(component.weights_path, config)
+
+    first, second = transformer("transformer"), transformer("transformer_2")
+    assert first is not None  # ModelFolder has seen to it
+    return _assemble(
+        path,
+        [first] if second is None else [first, second],
+        folder.components,
+        (boundary_ratio or folder.boundary_ratio) if second else None,
+        folder.expand_timesteps,
+    )
+
+
+def _from_files(
+    paths: list[Path],
+    components: str | Path | None,
+    boundary_ratio: float | None,
+    head_dim: int,
+) -> WanCheckpoint:
+    sources = [_transformer_file(path, head_dim) for path in paths]
+    config = sources[0].config
+    expand_timesteps = config.in_channels == config.out_channels == 48  # TI2V-5B alone has 48
+    experts_meet = 0.875 if config.in_channels == config.out_channels else 0.9  # T2V, I2V
+
+    folder = Path(components) if components is not None else paths[0].parent
+    if components is None and not (folder / "vae").is_dir():
+        raise CheckpointError(
+            "a single file holds the transformer alone; give `components`, a folder with vae/, "
+            "text_encoder/ and tokenizer/, or put them beside the file",
+            path=paths[0],
+        )
+    parts: dict[str, Component] = {}
+    names = ["vae", "text_encoder", "tokenizer"]
+    names += ["image_encoder", "image_processor"] if config.image_dim is not None else []
+    names += ["scheduler"] if (folder / "scheduler").is_dir() else []
+    for name in names:
+        parts[name] = Component.open(name, folder / name)
+    if (folder / INDEX).exists():
+        index = read_json_object(folder / INDEX)
+        if len(paths) == 2 and isinstance(index.get("boundary_ratio"), float):
+            experts_meet = index["boundary_ratio"]
+    return _assemble(
+        paths[0],
+        sources,
+        parts,
+        (boundary_ratio or experts_meet) if len(paths) == 2 else None,
+        expand_timesteps,
+    )
+
+
+def _assemble(
+    path: Path,
+    sources: list[TransformerSource],
+    parts: Mapping[str, Component],
+    boundary_ratio: float | None,
+    expand_timesteps: bool,
+) -> WanCheckpoint:
+    config = sources[0].config
+    if len(sources) == 2 and sources[1].config != config:
+        raise CheckpointError(
+            f"the two experts differ: {_difference(config, sources[1].config)}",
+            path=sources[1].path,
+        )
+    for name in ("image_encoder", "image_processor"):
+        if config.image_dim is not None and name not in parts:
+            raise CheckpointError(
+                f"the transformer reads CLIP embeddings of images (image_dim {config.image_dim}), "
+                f"and the model has no {name}",
+                path=path,
+            )
+    scheduler = parts.get("scheduler")
+    shift = 5.0 if expand_timesteps else 3.0
+    return WanCheckpoint(
+        path=path,
+        transformer=sources[0],
+        transformer_2=sources[1] if len(sources) == 2 else None,
+        boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=parts["tokenizer"],
+        scheduler_config=scheduler.config
+        if scheduler is not None
+        else {**_DEFAULT_SCHEDULER, "flow_shift": shift},
+        image_encoder=parts.get("image_encoder"),
+        image_processor=parts.get("image_processor"),
+    )
+
+
+def _transformer_file(path: Path, head_dim: int) -> TransformerSource:
+    """A transformer file and its configuration: diffusers' beside it, or else from the shapes."""
+    config_path = path.parent / config_file("transformer")
+    if config_path.is_file():
+        config = read_json_object(config_path)
+        if config.get("_class_name") == CLASS_NAME:
+            return TransformerSource(path, WanConfig.from_dict(config, path=config_path))
+    with Weights.open(path) as weights:
+        shapes = {to_diffusers_name(name): weights.info(name).shape for name in weights}
+    return TransformerSource(path, infer_config(shapes, head_dim=head_dim, path=path))
+
+
+def infer_config(
+    shapes: Mapping[str, tuple[int, ...]], *, head_dim: int = 128, path: Path | None = None
+) -> WanConfig:
+    """The configuration of the transformer whose tensors, under diffusers' names, have `shapes`.
+
+    Every published Wan has heads of 128; that and eps are what shapes do not tell. Raises
+    `CheckpointError` if a tensor that tells a size is missing or has another number of dimensions.
+    """
+    embedder = "condition_embedder."
+
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        if name not in shapes:
+            raise CheckpointError(
+                f"not a Wan transformer: no tensor {name!r}, under this name or Wan's own",
+                path=path,
+                tensor=name,
+            )
+        if len(shapes[name]) != dims or 0 in shapes[name]:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(shapes[name])}; a Wan transformer's has "
+                f"{dims} dimensions",
+                path=path,
+                tensor=name,
+            )
+        return shapes[name]
+
+    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
+    blocks = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,6})\.", name))}
+    if blocks != set(range(len(blocks))):
+        gap = min(set(range(max(blocks))) - blocks)
+        raise CheckpointError(f"no tensors of block {gap} of {max(blocks) + 1}", path=path)
+    if dim % head_dim:
+        raise CheckpointError(
+            f"tokens are {dim} wide, no multiple of attention_head_dim {head_dim}; give its value",
+            path=path,
+            tensor="patch_embedding.weight",
+        )
+    volume = patch[0] * patch[1] * patch[2]
+    out_features, _ = shape("proj_out.weight", 2)
+    if out_features % volume:
+        raise CheckpointError(
+            f"proj_out has {out_features} outputs, no multiple of a patch of {patch}",
+            path=path,
+            tensor="proj_out.weight",
+        )
+    image = embedder + "image_embedder.norm1.weight" in shapes
+    positions = embedder + "image_embedder.pos_embed"
+    try:
+        return WanConfig(
+            patch_size=(patch[0], patch[1], patch[2]),
+            num_attention_heads=dim // head_dim,
+            attention_head_dim=head_dim,
+            in_channels=in_channels,
+            out_channels=out_features // volume,
+            text_dim=shape(embedder + "text_embedder.linear_1.weight", 2)[1],
+            freq_dim=shape(embedder + "time_embedder.linear_1.weight", 2)[1],
+            ffn_dim=shape("blocks.0.ffn.net.0.proj.weight", 2)[0],
+            num_layers=len(blocks),
+            cross_attn_norm="blocks.0.norm2.weight" in shapes,
+            image_dim=shape(embedder + "image_embedder.norm1.weight", 1)[0] if image else None,
+            added_kv_proj_dim=shape("blocks.0.attn2.add_k_proj.weight", 2)[1] if image else None,
+            pos_embed_seq_len=shape(positions, 3)[1] if positions in shapes else None,
+        )
+    except CheckpointError as error:
+        if error.path is not None or path is None:
+            raise
+        raise CheckpointError(str(error), path=path) from None
+
+
+def _difference(a: WanConfig, b: WanConfig) -> str:
+    ours, theirs = a.to_dict(), b.to_dict()
+    return ", ".join(f"{k} {ours[k]} and {theirs[k]}" for k in ours if ours[k] != theirs[k])

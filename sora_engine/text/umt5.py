@@ -1,0 +1,181 @@
+"""UMT5, the text encoder of Wan, through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sora_engine.errors import CheckpointError
+from sora_engine.io.config_file import read_json_object
+from sora_engine.io.loading import load_into
+from sora_engine.io.safetensors import Weights, find_weights
+from sora_engine.text.prompt import clean_prompt
+from sora_engine.text.settings import pick
+
+MAX_TOKENS = 512
+"""Where Wan's pipelines truncate a prompt."""
+TOKENIZER_CLASSES = ("T5Tokenizer", "T5TokenizerFast")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 250112,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+}
+# Of the decoder, which Wan has no use for, or following from the keys above.
+_KNOWN = (
+    "classifier_dropout",
+    "decoder_start_token_id",
+    "dense_act_fn",
+    "eos_token_id",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_gated_act",
+    "num_decoder_layers",
+    "output_past",
+    "pad_token_id",
+    "scalable_attention",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "use_cache",
+)
+_ACTIVATIONS = ("gated-gelu", "relu")
+
+
+class TextEncoder:
+    """Turns prompts into the embeddings that a Wan transformer reads.
+
+    `model` is transformers' `UMT5EncoderModel`, `tokenizer` its `T5Tokenizer`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, max_tokens: int = MAX_TOKENS):
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def from_folders(
+        cls,
+        text_encoder: str | Path,
+        tokenizer: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        max_tokens: int = MAX_TOKENS,
+    ) -> TextEncoder:
+        """Load `text_encoder/` and `tokenizer/` of a diffusers folder from the disk alone.
+
+        Raises `CheckpointError` for whatever is missing, unknown or does not fit.
+        """
+        words = load_tokenizer(Path(tokenizer))
+        encoder = cls(
+            load_umt5(Path(text_encoder), device=device, dtype=dtype), words, max_tokens=max_tokens
+        )
+        known = encoder.model.config.vocab_size
+        if len(words) > known:
+            raise CheckpointError(
+                f"the tokenizer has {len(words)} tokens, the text encoder {known}", path=tokenizer
+            )
+        return encoder
+
+    @property
+    def text_dim(self) -> int:
+        """Channels of an embedding."""
+        return int(self.model.config.d_model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the weights; returns self."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """An embedding `[tokens, text_dim]` for each prompt, in the encoder's dtype, on its device.
+
+        A prompt is cleaned, cut to `max_tokens` (its end mark kept) and encoded at its own length.
+        diffusers pads to 512 and masks: the same numbers, since T5 knows only relative positions,
+        at many times the work. A prompt that comes twice is encoded once.
+        """
+        texts = [clean_prompt(prompt) for prompt in prompts]
+        done: dict[str, torch.Tensor] = {}
+        for text in texts:
+            if text not in done:
+                ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids
+                batch = torch.tensor([ids], device=self.device)
+                done[text] = self.model(input_ids=batch).last_hidden_state[0]
+        return [done[text] for text in texts]
+
+
+def load_umt5(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """transformers' `UMT5EncoderModel` with the weights of `folder`, in evaluation mode."""
+    path = folder / "config.json"
+    config = read_json_object(path)
+    architectures = config.get("architectures")
+    if architectures not in (None, ["UMT5EncoderModel"]):
+        raise CheckpointError(
+            f"architectures is {architectures!r}; supported: ['UMT5EncoderModel']", path=path
+        )
+    values = pick(config, _DEFAULTS, known=_KNOWN, path=path)
+    if values["feed_forward_proj"] not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"feed_forward_proj is {values['feed_forward_proj']!r}; supported: {_ACTIVATIONS}",
+            path=path,
+        )
+    from transformers import UMT5Config, UMT5EncoderModel  # seconds to import
+
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config(**values, dropout_rate=0.0))
+    with Weights.open(find_weights(folder, "model")) as weights:
+        load_into(
+            model,
+            weights,
+            device=device,
+            dtype=dtype,
+            # transformers keeps these in float32 for float16 alone, whose range they leave.
+            keep_fp32=("wo",) if dtype == torch.float16 else (),
+            tied={"encoder.embed_tokens.weight": "shared.weight"},
+        )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' `T5Tokenizer` from the files of `folder`; no code of the folder's own runs."""
+    path = folder / "tokenizer_config.json"
+    config = read_json_object(path)
+    if "auto_map" in config:
+        raise CheckpointError("auto_map asks for code of the folder's own", path=path)
+    name = config.get("tokenizer_class", TOKENIZER_CLASSES[0])
+    if name not in TOKENIZER_CLASSES:
+        raise CheckpointError(
+            f"tokenizer_class is {name!r}; supported: {', '.join(TOKENIZER_CLASSES)}", path=path
+        )
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise CheckpointError(f"no {' and no '.join(TOKENIZER_FILES)}", path=folder)
+    if (folder / TOKENIZER_FILES[0]).is_file():
+        read_json_object(folder / TOKENIZER_FILES[0])
+    from transformers import T5Tokenizer
+
+    try:
+        return T5Tokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises what it likes for files that it cannot use
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"not a T5 tokenizer: {reason}", path=folder) from error
