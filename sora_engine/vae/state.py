@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class VAEState:
     """The last inputs of every causal convolution, in the order in which they run.
 
@@ -17,8 +18,8 @@ class VAEState:
     where a temporal upsampler has met only the first latent frame: that frame passes it by, so the
     next one finds an empty past (diffusers marks this with the word "Rep").
 
-    `latent_frames` counts the latent frames that went through. A state is never written to: one
-    state can be continued in several ways.
+    `latent_frames` counts the latent frames that went through. Layers never write to a cache, so
+    one state can be continued in several ways, until `release` gives it away.
     """
 
     caches: tuple[Tensor | None, ...]
@@ -29,10 +30,22 @@ class VAEState:
         """Bytes the caches hold."""
         return sum(cache.nbytes for cache in self.caches if cache is not None)
 
+    def release(self) -> list[Tensor | None]:
+        """The caches, which this state then no longer holds: for a pass that frees each one as soon
+        as its layer has run, rather than keep two generations of all of them."""
+        caches, self.caches = list(self.caches), ()
+        return caches
+
+    def to(self, device: torch.device | str) -> VAEState:
+        """The same state with its caches on another device."""
+        moved = tuple(cache if cache is None else cache.to(device) for cache in self.caches)
+        return VAEState(moved, self.latent_frames)
+
 
 class Tape:
     """One pass over the layers: each takes its cache in turn and leaves the one for the next pass.
 
+    Caches in a list are dropped from it as they are taken; those in a tuple are the caller's.
     `keep=False` on the last pass over a video: nothing is kept, so nothing is copied for it.
     """
 
@@ -49,7 +62,11 @@ class Tape:
 
     def take(self) -> Tensor | None:
         """The next layer's cache; None means an empty past."""
-        cache = None if self._old is None else self._old[self._at]
+        if self._old is None:
+            return None
+        cache = self._old[self._at]
+        if isinstance(self._old, list):
+            self._old[self._at] = None
         self._at += 1
         return cache
 

@@ -7,6 +7,8 @@ transformer sees them. The first latent frame stands for one frame, each further
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -81,31 +83,44 @@ class WanVAE(nn.Module):
         self, video: Tensor, *, latents_per_call: int | None = 1
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the raw (not normalised) latents, `[B, z, t, h, w]` each."""
-        moments, _ = self._encode(video, None, latents_per_call, keep=False)
+        moments, _ = self._encode(video, None, latents_per_call, keep=False, consume=False)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode_chunk(
-        self, frames: Tensor, state: VAEState | None = None, *, latents_per_call: int | None = 1
+        self,
+        frames: Tensor,
+        state: VAEState | None = None,
+        *,
+        latents_per_call: int | None = 1,
+        consume: bool = False,
     ) -> tuple[Tensor, VAEState]:
         """The next frames of a video to their normalised mean latents, and the state after them.
 
         The first chunk (`state` None) has 1 frame, or `scale_factor_temporal` times a whole number
-        more; every later one a multiple of it.
+        more; every later one a multiple of it. `consume` lets go of `state` on the way, which
+        halves what caches take; it cannot be used again then.
         """
-        moments, state = self._encode(frames, state, latents_per_call, keep=True)
+        moments, state = self._encode(frames, state, latents_per_call, keep=True, consume=consume)
         assert state is not None
         return self.normalise(moments.chunk(2, dim=1)[0]), state
 
     def _encode(
-        self, frames: Tensor, state: VAEState | None, latents_per_call: int | None, *, keep: bool
+        self,
+        frames: Tensor,
+        state: VAEState | None,
+        latents_per_call: int | None,
+        *,
+        keep: bool,
+        consume: bool,
     ) -> tuple[Tensor, VAEState | None]:
         self._check_frames(frames, state)
         factor = self.scale_factor_temporal
         head = 1 if state is None else 0
         latents = head + (frames.shape[2] - head) // factor
         step = latents if latents_per_call is None else latents_per_call
-        done, caches, parts = 0, None if state is None else state.caches, []
+        caches = _open(state, consume)
+        done, parts = 0, []
         while done < latents:
             take = min(step, latents - done)
             end = done + take
@@ -115,13 +130,12 @@ class WanVAE(nn.Module):
             tape = Tape(caches, keep=keep or end < latents)
             x = fold_patches(frames[:, :, low:high], self.config.patch_size or 1)
             parts.append(self.quant_conv.valid(self.encoder(x, tape)))
-            done, caches = end, tuple(tape.new)
+            done, caches = end, tape.new
         moments = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:
             return moments, None
-        assert caches is not None
         before = 0 if state is None else state.latent_frames
-        return moments, VAEState(caches, before + latents)
+        return moments, VAEState(tuple(caches or ()), before + latents)
 
     def _check_frames(self, frames: Tensor, state: VAEState | None) -> None:
         if frames.dim() != 5:
@@ -157,19 +171,34 @@ class WanVAE(nn.Module):
 
         `n = 1 + (t - 1) * scale_factor_temporal`.
         """
-        frames, _ = self._decode(latents, None, latents_per_call, keep=False)
+        frames, _ = self._decode(latents, None, latents_per_call, keep=False, consume=False)
         return frames
 
     def decode_chunk(
-        self, latents: Tensor, state: VAEState | None = None, *, latents_per_call: int | None = 1
+        self,
+        latents: Tensor,
+        state: VAEState | None = None,
+        *,
+        latents_per_call: int | None = 1,
+        consume: bool = False,
     ) -> tuple[Tensor, VAEState]:
-        """The next latent frames (any number) to their frames, and the state after them."""
-        frames, state = self._decode(latents, state, latents_per_call, keep=True)
+        """The next latent frames (any number) to their frames, and the state after them.
+
+        `consume` lets go of `state` on the way, which halves what caches take; it cannot be used
+        again then.
+        """
+        frames, state = self._decode(latents, state, latents_per_call, keep=True, consume=consume)
         assert state is not None
         return frames, state
 
     def _decode(
-        self, latents: Tensor, state: VAEState | None, latents_per_call: int | None, *, keep: bool
+        self,
+        latents: Tensor,
+        state: VAEState | None,
+        latents_per_call: int | None,
+        *,
+        keep: bool,
+        consume: bool,
     ) -> tuple[Tensor, VAEState | None]:
         if latents.dim() != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
             raise RequestError(
@@ -178,17 +207,25 @@ class WanVAE(nn.Module):
             )
         count = latents.shape[2]
         step = count if latents_per_call is None else latents_per_call
-        caches, parts = None if state is None else state.caches, []
+        caches = _open(state, consume)
+        parts = []
         for low in range(0, count, step):
             high = min(low + step, count)
             tape = Tape(caches, keep=keep or high < count)
             x = self.post_quant_conv.valid(self.denormalise(latents[:, :, low:high]))
             x = unfold_patches(self.decoder(x, tape), self.config.patch_size or 1)
             parts.append(x.clamp(-1.0, 1.0) if self.config.clip_output else x)
-            caches = tuple(tape.new)
+            caches = tape.new
         frames = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:
             return frames, None
-        assert caches is not None
         before = 0 if state is None else state.latent_frames
-        return frames, VAEState(caches, before + count)
+        return frames, VAEState(tuple(caches or ()), before + count)
+
+
+def _open(state: VAEState | None, consume: bool) -> Sequence[Tensor | None] | None:
+    if state is None:
+        return None
+    if not state.caches:
+        raise ValueError("this VAE state was consumed by an earlier call; keep what that returned")
+    return state.release() if consume else state.caches

@@ -1,0 +1,73 @@
+"""What every autoencoder backend offers: chunks in, chunks out, and the state between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from sora_engine.errors import RequestError
+
+S = TypeVar("S")
+
+
+class VideoCoder(Protocol[S]):
+    """A video autoencoder that works through time. `WanVAE` is one; so are the ONNX Runtime and
+    TensorRT backends, and a tiling of any of them. `S` is the backend's own state."""
+
+    @property
+    def z_dim(self) -> int: ...
+    @property
+    def scale_factor_temporal(self) -> int: ...
+    @property
+    def scale_factor_spatial(self) -> int: ...
+
+    def decode_chunk(
+        self, latents: Tensor, state: S | None = None, *, consume: bool = False
+    ) -> tuple[Tensor, S]:
+        """The next latent frames, normalised `[B, z, t, h, w]`, to frames `[B, 3, n, H, W]`."""
+        ...
+
+    def encode_chunk(
+        self, frames: Tensor, state: S | None = None, *, consume: bool = False
+    ) -> tuple[Tensor, S]:
+        """The next frames (1 first, later `scale_factor_temporal` a latent) to their latents."""
+        ...
+
+
+def stream_decode(coder: VideoCoder[Any], latents: Tensor) -> Iterator[Tensor]:
+    """Frames of `latents [B, z, t, h, w]` as they come, a latent frame's worth at a time.
+
+    What it holds does not grow with the length. Stopping the iteration stops the work: nothing is
+    decoded ahead.
+    """
+    state = None
+    for latent in latents.split(1, dim=2):
+        with torch.inference_mode():
+            frames, state = coder.decode_chunk(latent, state, consume=True)
+        yield frames
+
+
+def stream_encode(coder: VideoCoder[Any], stretches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Latents of a video that comes in stretches `[B, C, k, H, W]` of any lengths k, a latent frame
+    at a time. A video that ends inside a latent frame is a RequestError."""
+    factor = coder.scale_factor_temporal
+    state, waiting, seen, need = None, [], 0, 1
+    for stretch in stretches:
+        seen += stretch.shape[2]
+        waiting.append(stretch)
+        while sum(part.shape[2] for part in waiting) >= need:
+            joined = waiting[0] if len(waiting) == 1 else torch.cat(waiting, dim=2)
+            with torch.inference_mode():
+                latents, state = coder.encode_chunk(joined[:, :, :need], state, consume=True)
+            waiting = [joined[:, :, need:]]
+            need = factor
+            yield latents
+    left = sum(part.shape[2] for part in waiting)
+    if left or not seen:
+        low = max(seen - left, 1)
+        raise RequestError(
+            f"a video of {seen} frames does not fit the VAE; {low} or {low + factor} would"
+        )

@@ -1,0 +1,140 @@
+"""Frames too large for the memory, in overlapping tiles that are blended where they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from sora_engine.vae.coder import VideoCoder
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Height and width of every tile, and how far neighbours overlap at least, in latents."""
+
+    height: int
+    width: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < min(self.height, self.width):
+            raise ValueError(
+                f"tiles of {self.height} x {self.width} latents cannot overlap by {self.overlap}"
+            )
+
+
+def starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where the tiles of one axis begin: as few as cover it, all of one length, evenly spread."""
+    if tile >= size:
+        return [0]
+    count = -(-(size - overlap) // (tile - overlap))
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+def blend_weights(size: int, tile: int, at: list[int]) -> Tensor:
+    """`[tiles, tile]` float32: a tile's weight along one axis. It rises over the overlap with the
+    tile before and falls over that with the next; at every place the weights add up to one."""
+    weights = torch.ones(len(at), tile)
+    for i in range(1, len(at)):
+        shared = at[i - 1] + tile - at[i]
+        ramp = (torch.arange(shared) + 0.5) / shared
+        weights[i, :shared] *= ramp
+        weights[i - 1, tile - shared :] *= 1 - ramp
+    total = torch.zeros(size)
+    for i, start in enumerate(at):
+        total[start : start + tile] += weights[i]
+    for i, start in enumerate(at):
+        weights[i] /= total[start : start + tile]
+    return weights
+
+
+@dataclass
+class TiledState(Generic[S]):
+    """A state for every tile, row by row."""
+
+    tiles: list[S]
+
+
+class TiledCoder(Generic[S]):
+    """A `VideoCoder` that passes the tiles of each stretch through another one.
+
+    Frames that fit into one tile pass untouched, bit for bit. Otherwise the result differs a little
+    from the untiled one: a tile sees nothing beyond its border. With `offload` the caches of the
+    tiles that are not at work wait in host memory, so that the device holds those of one.
+    """
+
+    def __init__(self, coder: VideoCoder[S], plan: TilePlan, *, offload: bool = False):
+        self.coder, self.plan, self.offload = coder, plan, offload
+
+    @property
+    def z_dim(self) -> int:
+        return self.coder.z_dim
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return self.coder.scale_factor_temporal
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        return self.coder.scale_factor_spatial
+
+    def decode_chunk(
+        self, latents: Tensor, state: TiledState[S] | None = None, *, consume: bool = False
+    ) -> tuple[Tensor, TiledState[S]]:
+        """As `VideoCoder.decode_chunk`."""
+        factor = self.scale_factor_spatial
+        return self._tiled(self.coder.decode_chunk, latents, state, consume, 1, factor)
+
+    def encode_chunk(
+        self, frames: Tensor, state: TiledState[S] | None = None, *, consume: bool = False
+    ) -> tuple[Tensor, TiledState[S]]:
+        """As `VideoCoder.encode_chunk`."""
+        factor = self.scale_factor_spatial
+        return self._tiled(self.coder.encode_chunk, frames, state, consume, factor, 1)
+
+    def _tiled(
+        self,
+        run: Callable[..., tuple[Tensor, S]],
+        x: Tensor,
+        state: TiledState[S] | None,
+        consume: bool,
+        unit_in: int,
+        unit_out: int,
+    ) -> tuple[Tensor, TiledState[S]]:
+        height, width = x.shape[3] // unit_in, x.shape[4] // unit_in
+        tile_h, tile_w = min(self.plan.height, height), min(self.plan.width, width)
+        tops = starts(height, tile_h, self.plan.overlap)
+        lefts = starts(width, tile_w, self.plan.overlap)
+        if len(tops) == len(lefts) == 1:
+            out, new = run(x, state.tiles[0] if state else None, consume=consume)
+            return out, TiledState([new])
+        rows = blend_weights(height * unit_out, tile_h * unit_out, [t * unit_out for t in tops])
+        columns = blend_weights(width * unit_out, tile_w * unit_out, [t * unit_out for t in lefts])
+        total: Tensor | None = None
+        states: list[S] = []
+        for i, top in enumerate(tops):
+            for j, left in enumerate(lefts):
+                ys = slice(top * unit_in, (top + tile_h) * unit_in)
+                xs = slice(left * unit_in, (left + tile_w) * unit_in)
+                old: Any = state.tiles[len(states)] if state else None
+                if self.offload and old is not None:
+                    old = old.to(x.device)
+                part, new = run(x[..., ys, xs], old, consume=consume or self.offload)
+                del old
+                if total is None:
+                    size = (height * unit_out, width * unit_out)
+                    total = part.new_zeros((*part.shape[:3], *size))
+                weight = (rows[i][:, None] * columns[j]).to(part)
+                ys = slice(top * unit_out, (top + tile_h) * unit_out)
+                xs = slice(left * unit_out, (left + tile_w) * unit_out)
+                total[..., ys, xs] += part * weight
+                kept: Any = new
+                states.append(kept.to("cpu") if self.offload else kept)
+        assert total is not None
+        return total, TiledState(states)
