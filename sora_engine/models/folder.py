@@ -27,7 +27,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKLWan",),
     "text_encoder": ("UMT5EncoderModel",),
     "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
-    "scheduler": ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "scheduler": (
+        "UniPCMultistepScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "DDIMScheduler",
+        "DDPMScheduler",
+    ),
     "image_encoder": ("CLIPVisionModel",),
     "image_processor": (
         "CLIPImageProcessor",

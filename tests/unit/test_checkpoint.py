@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import diffusers
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
@@ -13,7 +14,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 from sora_engine.errors import CheckpointError
-from sora_engine.models.folder import ModelFolder
+from sora_engine.models.folder import CLASSES, ModelFolder
 from sora_engine.models.wan.checkpoint import (
     KEEP_FP32,
     TransformerSource,
@@ -23,6 +24,7 @@ from sora_engine.models.wan.checkpoint import (
 )
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
+from sora_engine.samplers.config import read_config
 from tests.unit.wan_folders import IMAGE, VARIANTS, pipeline, transformer
 
 
@@ -208,7 +210,9 @@ def test_a_single_file_takes_its_components_from_a_folder(t2v, i2v, tmp_path):
     model = resolve_model(path, attention_head_dim=12)
     assert model.text_encoder.folder == tmp_path / "text_encoder"
     assert model.scheduler_config["flow_shift"] == 3.0
-    assert UniPCMultistepScheduler.from_config(dict(model.scheduler_config)).config.use_flow_sigmas
+    assert model.scheduler_path is None
+    theirs = UniPCMultistepScheduler.from_config(dict(model.scheduler_config)).config
+    assert read_config(model.scheduler_config) == read_config(dict(theirs))
 
     save_original(i2v, path)
     with pytest.raises(CheckpointError, match="no folder for the image_encoder"):
@@ -216,6 +220,12 @@ def test_a_single_file_takes_its_components_from_a_folder(t2v, i2v, tmp_path):
     model = resolve_model(path, components=i2v, attention_head_dim=12)
     assert model.image_processor is not None
     assert model.transformer.config.image_dim == 16
+
+
+def test_every_scheduler_on_the_list_can_be_read():
+    for name in CLASSES["scheduler"]:
+        config = dict(getattr(diffusers, name)().config) | {"_class_name": name}
+        assert read_config(config).solver
 
 
 def test_diffusers_own_transformer_file_is_a_model_too(t2v, tmp_path):

@@ -146,6 +146,8 @@ class WanCheckpoint:
     text_encoder: Component
     tokenizer: Component
     scheduler_config: Mapping[str, Any]
+    scheduler_path: Path | None
+    """The file of `scheduler_config`; None where it is the default of published models."""
     image_encoder: Component | None
     image_processor: Component | None
 
@@ -279,6 +281,7 @@ def _assemble(
         scheduler_config=scheduler.config
         if scheduler is not None
         else {**_DEFAULT_SCHEDULER, "flow_shift": shift},
+        scheduler_path=scheduler.config_path if scheduler is not None else None,
         image_encoder=parts.get("image_encoder"),
         image_processor=parts.get("image_processor"),
     )
