@@ -16,7 +16,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: 
 
     q, k, v: `[tokens, heads, head_dim]`; returns the same shape.
     """
-    out = packed_attention(
+    return packed_attention(
         q,
         k,
         v,
@@ -26,8 +26,6 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: 
         max_seqlen_k=stream.max_seqlen,
         backend=backend,
     )
-    assert isinstance(out, Tensor)
-    return out
 
 
 def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -> Tensor:
@@ -39,25 +37,23 @@ def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -
     to its logit, and one key merges with the attention over the others through their log-sum-exp:
     so a padded text costs what its real tokens cost, and nothing is approximated.
     """
-    padded = runs.log_padding is not None
-    out = packed_attention(
-        q,
-        runs.keys[layer],
-        runs.values[layer],
-        runs.cu_seqlens_q,
-        runs.cu_seqlens_k,
-        max_seqlen_q=runs.max_seqlen_q,
-        max_seqlen_k=runs.max_seqlen_k,
-        return_lse=padded,
-        backend=backend,
-    )
-    if not padded:
-        assert isinstance(out, Tensor)
-        return out
-    assert runs.log_padding is not None
+    operands = (q, runs.keys[layer], runs.values[layer], runs.cu_seqlens_q, runs.cu_seqlens_k)
+    if runs.log_padding is None:
+        return packed_attention(
+            *operands,
+            max_seqlen_q=runs.max_seqlen_q,
+            max_seqlen_k=runs.max_seqlen_k,
+            backend=backend,
+        )
     assert runs.padding_keys is not None
     assert runs.padding_values is not None
-    attended, lse = out
+    attended, lse = packed_attention(
+        *operands,
+        max_seqlen_q=runs.max_seqlen_q,
+        max_seqlen_k=runs.max_seqlen_k,
+        return_lse=True,
+        backend=backend,
+    )
     key, value = runs.padding_keys[layer].float(), runs.padding_values[layer].float()
     logits = torch.einsum("nhd,hd->nh", q.float(), key) / math.sqrt(q.shape[-1])
     share = torch.sigmoid(logits + runs.log_padding[:, None] - lse)

@@ -14,6 +14,7 @@ class Limits:
     """
 
     max_queued_jobs: int = 256
+    max_running_jobs: int = 16
     max_pixels: int = 2048 * 2048
     max_frames: int = 100_000
     max_inference_steps: int = 1000

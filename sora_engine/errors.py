@@ -39,6 +39,14 @@ class JobCancelledError(SoraError):
     """The job was cancelled before it finished."""
 
 
+class JobFailedError(SoraError, RuntimeError):
+    """The engine met an unexpected error in a job; `__cause__` is that error."""
+
+
+class EngineClosedError(SoraError, RuntimeError):
+    """The engine was closed, and takes no requests."""
+
+
 class QueueFullError(SoraError):
     """The queue is as long as `Limits` allows; a place may be free in `retry_after_s` seconds."""
 

@@ -181,6 +181,10 @@ class Packer:
             self._layouts[key] = (layout, contexts)
         return self._layouts[key][0]
 
+    def num_tokens(self, segment: Segment) -> int:
+        """How many tokens a segment will take in a batch."""
+        return math.prod(_grid(segment.latents, self.patch_size))
+
     def clear(self) -> None:
         """Forget all layouts, and the text keys that they hold."""
         self._layouts.clear()

@@ -8,7 +8,23 @@ the result (tests/parity/test_sharpness.py shows it), so that parity means somet
 from __future__ import annotations
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 TINY_TRANSFORMER = {
     "patch_size": (1, 2, 2),
@@ -46,7 +62,13 @@ def sharpen(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             parameter.copy_(1.0 + 0.3 * noise)
         elif "pos_embed" in name or name.endswith("norm2.bias"):
             parameter.copy_(0.3 * noise)
-        elif "to_v" in name or "to_out" in name or "add_v_proj" in name:
+        elif "attn2" in name and any(part in name for part in ("to_v", "to_out", "add_v_proj")):
+            parameter.mul_(9.0)
+        elif (
+            "to_v" in name
+            or "to_out" in name
+            or name in ("patch_embedding.weight", "proj_out.weight")
+        ):
             parameter.mul_(3.0)
         elif name.endswith("bias"):
             parameter.copy_(0.1 * noise)
@@ -57,3 +79,100 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference over the largest absolute expected value."""
     difference = (actual.double() - expected.double()).abs().max()
     return float(difference / expected.double().abs().max())
+
+
+KINDS = ("t2v", "i2v", "a14b-t2v", "a14b-i2v", "ti2v-5b", "ti2v-5b-i2v")
+"""The published pipelines, each built tiny by `tiny_pipeline`."""
+
+_WORDS = ["a", "red", "blue", "circle", "square", "moves", "left", "right", "on", "white", "cat"]
+
+
+def tiny_text_encoder(seed: int):
+    torch.manual_seed(seed)
+    config = UMT5Config(
+        vocab_size=256,
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    pieces += [("▁" + word, -1.0) for word in _WORDS]
+    pieces += [("▁", -4.0)] + [(chr(c), -5.0) for c in range(ord("a"), ord("z") + 1)]
+    return UMT5EncoderModel(config).eval(), T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def tiny_vae(seed: int, *, residual: bool = False) -> AutoencoderKLWan:
+    torch.manual_seed(seed)
+    config: dict[str, object] = {
+        "base_dim": 3,
+        "z_dim": 16,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }
+    if residual:
+        config |= {
+            "z_dim": 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+            "latents_mean": [0.02 * i - 0.4 for i in range(48)],
+            "latents_std": [0.5 + 0.03 * i for i in range(48)],
+        }
+    vae = AutoencoderKLWan(**config).eval()
+    with torch.no_grad():  # random encoders see next to nothing of a picture
+        vae.encoder.conv_out.weight.mul_(20.0)
+    return vae
+
+
+def tiny_pipeline(kind: str, seed: int, scheduler: str = "unipc") -> DiffusionPipeline:
+    """A published Wan pipeline with tiny sharpened random weights, on the CPU at fp32."""
+    text_encoder, tokenizer = tiny_text_encoder(seed)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    parts: dict[str, object] = {
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "vae": tiny_vae(seed, residual=kind.startswith("ti2v")),
+        "scheduler": UniPCMultistepScheduler(**flow)
+        if scheduler == "unipc"
+        else FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "transformer_2": None,
+    }
+    shape: dict[str, object] = {}
+    if kind == "i2v":
+        shape = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 24}
+        torch.manual_seed(seed)
+        parts["image_encoder"] = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=20,
+                intermediate_size=24,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+                projection_dim=8,
+            )
+        ).eval()
+        parts["image_processor"] = CLIPImageProcessor(crop_size=28, size=28)
+    elif kind == "a14b-i2v":
+        shape = {"in_channels": 36}
+    elif kind.startswith("ti2v"):
+        shape = {"in_channels": 48, "out_channels": 48}
+        parts["expand_timesteps"] = True
+    if kind.startswith("a14b"):
+        parts["transformer_2"] = tiny_transformer(seed + 100, **shape)
+        parts["boundary_ratio"] = 0.875 if kind == "a14b-t2v" else 0.9
+    if "i2v" in kind and kind != "ti2v-5b":
+        parts.setdefault("image_encoder", None)
+        parts.setdefault("image_processor", None)
+        pipeline = WanImageToVideoPipeline
+    else:
+        pipeline = WanPipeline
+    pipe = pipeline(transformer=tiny_transformer(seed, **shape), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

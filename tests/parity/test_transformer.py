@@ -115,7 +115,8 @@ def test_company_changes_nothing(variant):
     sizes = [(1, 2, 2), (5, 4, 6), (2, 10, 2), (3, 6, 6)]
     latents = [torch.randn(config.in_channels, *size, generator=generator) for size in sizes]
     texts = [torch.randn(n, config.text_dim, generator=generator) for n in (1, 512, 17, 60)]
-    timesteps = [torch.full((size[0],), t) for size, t in zip(sizes, (999.0, 3.0, 500.0, 250.5))]
+    levels = (999.0, 3.0, 500.0, 250.5)
+    timesteps = [torch.full((size[0],), t) for size, t in zip(sizes, levels, strict=True)]
     timesteps[1] = torch.tensor([0.0, 3.0, 900.0, 0.0, 40.0])
     images = None
     if config.image_dim is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,8 @@ class WanTransformer(nn.Module):
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        blocks = [WanBlock(config) for _ in range(config.num_layers)]
+        self.blocks: Sequence[WanBlock] = cast("Sequence[WanBlock]", nn.ModuleList(blocks))
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
@@ -85,9 +86,16 @@ class WanTransformer(nn.Module):
                 strict=True,
             )
         ]
-        for source, image in zip(sources, images or (), strict=False):
+        # The branches of a request read one image: its keys are computed once.
+        images = images or [None] * len(texts)
+        distinct = {id(image): image for image in images if image is not None}
+        embedded = {
+            key: KeyValues(*self._keys_values(self._embed_image(image), "image"))
+            for key, image in distinct.items()
+        }
+        for source, image in zip(sources, images, strict=True):
             if image is not None:
-                source["image"] = KeyValues(*self._keys_values(self._embed_image(image), "image"))
+                source["image"] = embedded[id(image)]
         return [Context(source) for source in sources]
 
     def _keys_values(self, embedded: Tensor, source: str) -> tuple[Tensor, Tensor]:
@@ -244,6 +252,7 @@ class WanAttention(nn.Module):
             eps=self.eps,
             backend=backend,
         )
+        assert k is not None
         out = self_attention(q, k, self._heads(self.to_v(y)), stream, backend=backend)
         return self.to_out[0](out.flatten(1))
 
@@ -363,12 +372,13 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, approximate: str, out_dim: int | None = None) -> None:
         super().__init__()
         self.approximate = approximate
-        up = nn.Module()
-        up.proj = nn.Linear(dim, hidden)
+        # The middle entry holds the place of a dropout, so that the names are diffusers'.
+        up = nn.ModuleDict({"proj": nn.Linear(dim, hidden)})
         self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(hidden, out_dim or dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate=self.approximate))
+        up = cast("nn.ModuleDict", self.net[0])["proj"]
+        return self.net[2](F.gelu(up(x), approximate=self.approximate))
 
 
 def rope_tables(coords: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:

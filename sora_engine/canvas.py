@@ -1,0 +1,164 @@
+"""The canvas: the latent video of one request, what of it is known, and how far it is denoised.
+
+Every task is a canvas. Text to video: nothing is known. Image to video: the first latent frame is.
+Extending, connecting, filling: the known frames lie elsewhere. How a model is told what is known
+depends on what it was trained for (`KnownMode`); nothing else in the engine does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from sora_engine.packing import Context, Segment
+from sora_engine.samplers import Solver, SolverState
+from sora_engine.windows import Window, WindowPlan, plan_windows
+
+
+class KnownMode(StrEnum):
+    """How a checkpoint takes known content."""
+
+    NOISE_LEVEL = "noise_level"
+    """Known tokens stand in the sample at noise level 0 (Wan 2.2 TI2V-5B)."""
+    CHANNELS = "channels"
+    """A mask and the known latents come as further input channels (Wan I2V)."""
+    REPLACEMENT = "replacement"
+    """The model knows nothing of it: the known part of the sample is replaced by the known content
+    at the step's noise level (arXiv 2201.09865, without resampling)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """Known content of a canvas.
+
+    latents: `[C, T, H, W]`; mask: bool `[T, H, W]`, True where known. Both are None in mode
+        CHANNELS, where `channels [C', T, H, W]` go beside the sample instead.
+    """
+
+    mode: KnownMode
+    latents: Tensor | None = None
+    mask: Tensor | None = None
+    channels: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompts:
+    """The text embeddings of a request.
+
+    texts: each `[n, text_dim]`; frame_texts: for each latent frame the index into `texts` of what
+    it reads; negative: what the unconditional branch reads; image: CLIP tokens (Wan 2.1 I2V).
+    """
+
+    texts: tuple[Tensor, ...]
+    frame_texts: tuple[int, ...]
+    negative: Tensor | None
+    image: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Canvas:
+    """The latent video of one request.
+
+    latents: float32 `[C, T, H, W]`, the sample at the noise level before `step`.
+    noise: the initial noise, same shape.
+    wraps: time is a circle (a loop).
+    seed: of the fresh noise that stochastic solvers take.
+    guidance_scales: one for each expert.
+    contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    solver: Solver
+    prompts: Prompts
+    guidance_scales: tuple[float, ...]
+    patch_size: tuple[int, int, int]
+    known: Known | None = None
+    wraps: bool = False
+    seed: int = 0
+    window_plan: WindowPlan | None = None
+    solver_state: SolverState = field(default_factory=SolverState)
+    contexts: dict[int, list[Context]] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        return self.solver_state.step
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.solver.schedule)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.num_steps
+
+    @property
+    def timestep(self) -> float:
+        """What the model is told of the noise level before the next step."""
+        return self.solver.schedule.timesteps[self.step]
+
+    @property
+    def guided(self) -> bool:
+        """Whether an unconditional branch runs at all: the first expert's scale decides."""
+        return self.prompts.negative is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all windows and branches of one step."""
+        _, _, H, W = self.latents.shape
+        frames = sum(window.length for window in self.windows())
+        return frames * H * W // math.prod(self.patch_size) * (2 if self.guided else 1)
+
+    def windows(self) -> list[Window]:
+        """The windows of the next step."""
+        total = self.latents.shape[1]
+        return plan_windows(self.window_plan, total, wraps=self.wraps, step=self.step)
+
+    def impose_known(self) -> None:
+        """Put the known content where the model expects it in the sample before the next step."""
+        known = self.known
+        if known is None or known.latents is None or known.mask is None:
+            return
+        content = known.latents
+        if known.mode is KnownMode.REPLACEMENT and not self.finished:
+            content = self.solver.schedule.add_noise(content, self.noise, self.step)
+        self.latents = torch.where(known.mask, content, self.latents)
+
+    def segment(self, window: Window, expert: int, *, conditional: bool) -> Segment:
+        """The tokens of a window under one guidance branch."""
+        return Segment(
+            latents=self._model_input(window),
+            timesteps=self._timesteps(window),
+            contexts=self._contexts(window, expert, conditional=conditional),
+        )
+
+    def _model_input(self, window: Window) -> Tensor:
+        sample = window.of(self.latents, 1)
+        if self.known is None or self.known.channels is None:
+            return sample
+        return torch.cat([sample, window.of(self.known.channels, 1).to(sample)])
+
+    def _timesteps(self, window: Window) -> Tensor:
+        timesteps = torch.full((window.length,), self.timestep)
+        known = self.known
+        if known is None or known.mode is not KnownMode.NOISE_LEVEL:
+            return timesteps
+        assert known.mask is not None
+        mask = window.of(known.mask, 0).cpu()
+        # Masks cover whole patches (see `prepare`), so the first latent of a patch speaks for it.
+        per_token = mask[:, :: self.patch_size[1], :: self.patch_size[2]]
+        return torch.where(per_token, 0.0, timesteps[:, None, None])
+
+    def _contexts(
+        self, window: Window, expert: int, *, conditional: bool
+    ) -> tuple[tuple[Context, int], ...]:
+        contexts = self.contexts[expert]
+        if not conditional:
+            return ((contexts[-1], window.length),)
+        texts = [self.prompts.frame_texts[i] for i in window.indices().tolist()]
+        return tuple((contexts[text], len(list(group))) for text, group in itertools.groupby(texts))

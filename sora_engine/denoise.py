@@ -1,0 +1,203 @@
+"""The way of a request, from its words to its frames. Read it top to bottom.
+
+A `VideoRequest`, checked and with its defaults filled in, is prepared into a `Canvas`: prompts are
+encoded as text, known clips as latents. At each step the canvas is cut into `Window`s, each window
+becomes a `Segment` for each guidance branch, and the segments of all canvases that are to move now
+are laid end to end in one `PackedBatch`, whatever their sizes. The model predicts, guidance joins
+the branches, windows are blended, and the canvas's `Solver` takes one step. A finished canvas is
+decoded a latent frame at a time. The `Job` that holds the canvas counts what is done, and can stop
+it between any two of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sora_engine.canvas import Canvas, Prompts
+from sora_engine.clips import encode_known, encode_video, last_lap_state
+from sora_engine.errors import RequestError
+from sora_engine.guidance import cfg, needs_unconditional
+from sora_engine.job import Job
+from sora_engine.models.video_model import VideoModel
+from sora_engine.packing import Packer, Segment
+from sora_engine.request import ResolvedRequest
+from sora_engine.samplers import make_solver
+from sora_engine.samplers.noise import initial_noise, noise_for
+from sora_engine.windows import Window, WindowPlan, blend
+
+
+@torch.inference_mode()
+def prepare(request: ResolvedRequest, model: VideoModel) -> Canvas:
+    """Encode what a request gives, and lay out its canvas at the first step's noise level."""
+    shape = model.grid.shape(request.height, request.width, request.num_frames, loop=request.loop)
+    if request.latents is None:
+        noise = initial_noise(request.seed, shape).to(model.device)
+    else:
+        noise = request.latents.detach().to(model.device, torch.float32)
+    solver = make_solver(
+        model.sampler_config,
+        solver=request.solver,
+        num_inference_steps=None if request.sigmas else request.num_inference_steps,
+        shift=request.shift,
+        sigmas=request.sigmas,
+        strength=request.strength,
+    )
+    known, image = encode_known(request, model)
+    latents = noise
+    if request.init is not None:
+        start = encode_video(request.init, request, model)
+        latents = solver.schedule.add_noise(start, noise, 0)
+    return Canvas(
+        latents=latents,
+        noise=noise,
+        solver=solver,
+        prompts=encode_prompts(request, model, shape[1], image),
+        guidance_scales=(request.guidance_scale, request.guidance_scale_2)[: model.num_experts],
+        patch_size=model.grid.patch,
+        known=known,
+        wraps=request.loop,
+        window_plan=window_plan(request, model, shape[1]),
+        seed=request.seed,
+        solver_state=solver.init(),
+    )
+
+
+def encode_prompts(
+    request: ResolvedRequest, model: VideoModel, latent_frames: int, image: Tensor | None
+) -> Prompts:
+    """Text embeddings, and which of them each latent frame reads: that of its middle frame."""
+    prompts = [request.prompt]
+    frame_texts = [0] * latent_frames
+    if request.shots:
+        prompts = [shot.prompt for shot in request.shots]
+        shot_of_frame = [i for i, shot in enumerate(request.shots) for _ in range(shot.num_frames)]
+        spans = (model.grid.frames_of(i, loop=request.loop) for i in range(latent_frames))
+        frame_texts = [shot_of_frame[span[len(span) // 2]] for span in spans]
+    guided = needs_unconditional(request.guidance_scale)
+    if guided:
+        prompts.append(request.negative_prompt)
+    texts = model.text_encoder.encode(prompts)
+    negative = texts.pop() if guided else None
+    return Prompts(tuple(texts), tuple(frame_texts), negative, image)
+
+
+def window_plan(
+    request: ResolvedRequest, model: VideoModel, latent_frames: int
+) -> WindowPlan | None:
+    """The request's windows, or those of the model's trained length where the video is longer."""
+    if request.window is not None:
+        if not isinstance(request.window, WindowPlan):
+            raise RequestError(f"window must be a WindowPlan, got {type(request.window).__name__}")
+        return request.window
+    trained = model.defaults.max_window
+    if trained is None or latent_frames <= trained:
+        return None
+    return WindowPlan(trained, max(1, trained // 4) if trained > 1 else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One segment of a step, and where it came from."""
+
+    canvas: Canvas
+    window: Window
+    conditional: bool
+    segment: Segment
+
+
+@torch.inference_mode()
+def denoise_step(jobs: Sequence[Job], model: VideoModel, packer: Packer, max_tokens: int) -> None:
+    """One step of every job's canvas. All are at the same expert (the scheduler sees to that)."""
+    canvases = [job.canvas for job in jobs]
+    expert = model.expert_at(canvases[0].timestep)
+    transformer = model.transformer(expert)
+    for canvas in canvases:
+        if expert not in canvas.contexts:
+            canvas.contexts[expert] = model.encode_contexts(transformer, canvas.prompts)
+        canvas.impose_known()
+
+    parts = [part for canvas in canvases for part in split(canvas, expert)]
+    predictions: dict[tuple[int, Window, bool], Tensor] = {}
+    for group in fill(parts, max_tokens, packer):
+        batch = packer.pack([part.segment for part in group])
+        outputs = packer.unpack(transformer(batch), batch, transformer.config.out_channels)
+        for part, output in zip(group, outputs, strict=True):
+            predictions[id(part.canvas), part.window, part.conditional] = output.float()
+
+    for job, canvas in zip(jobs, canvases, strict=True):
+        windows = canvas.windows()
+        guided = [guide(canvas, window, expert, predictions) for window in windows]
+        prediction = blend(guided, windows, canvas.window_plan, wraps=canvas.wraps)
+        fresh = None
+        if canvas.solver.stochastic:
+            fresh = noise_for(canvas.seed, canvas.step, canvas.latents.shape).to(model.device)
+        canvas.latents, canvas.solver_state = canvas.solver.step(
+            canvas.solver_state, canvas.step, canvas.latents, prediction, noise=fresh
+        )
+        if canvas.finished:
+            canvas.impose_known()
+        job.count_step()
+
+
+def split(canvas: Canvas, expert: int) -> list[Part]:
+    """The parts of a canvas's next step: windows of one branch together, as they share texts."""
+    branches = [True]
+    if canvas.guided and canvas.guidance_scales[expert] != 1.0:
+        branches.append(False)
+    return [
+        Part(canvas, window, conditional, canvas.segment(window, expert, conditional=conditional))
+        for conditional in branches
+        for window in canvas.windows()
+    ]
+
+
+def fill(parts: Sequence[Part], max_tokens: int, packer: Packer) -> Iterator[list[Part]]:
+    """Cut a step's parts into batches of at most `max_tokens`, one part at the least."""
+    group: list[Part] = []
+    tokens = 0
+    for part in parts:
+        size = packer.num_tokens(part.segment)
+        if group and tokens + size > max_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(part)
+        tokens += size
+    if group:
+        yield group
+
+
+def guide(
+    canvas: Canvas,
+    window: Window,
+    expert: int,
+    predictions: dict[tuple[int, Window, bool], Tensor],
+) -> Tensor:
+    """Join the guidance branches of one window."""
+    conditional = predictions[id(canvas), window, True]
+    unconditional = predictions.get((id(canvas), window, False))
+    if unconditional is None:
+        return conditional
+    return cfg(conditional, unconditional, canvas.guidance_scales[expert])
+
+
+@torch.inference_mode()
+def decode(canvas: Canvas, model: VideoModel) -> Iterator[Tensor]:
+    """Frames `[n, height, width, 3]` (uint8, on the host), a latent frame's worth at a time.
+
+    A loop's decoder runs in circles until a lap leaves it as it found it: the next lap has no seam.
+    """
+    latents = canvas.latents.to(model.vae_dtype)
+    state = last_lap_state(latents, model.vae) if canvas.wraps else None
+    for latent_frame in latents.split(1, dim=1):
+        frames, state = model.vae.decode_chunk(latent_frame[None], state)
+        yield to_uint8(frames[0])
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """`[3, n, H, W]` in [-1, 1] -> uint8 `[n, H, W, 3]` on the host, rounded as in diffusers."""
+    scaled = (frames.float() / 2 + 0.5).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous()

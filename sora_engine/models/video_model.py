@@ -1,0 +1,319 @@
+"""A loaded model: transformer or two, VAE, text encoder, and what requests need to know of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sora_engine.canvas import KnownMode, Prompts
+from sora_engine.errors import BackendError, CheckpointError
+from sora_engine.io.config_file import read_json_object
+from sora_engine.io.loading import load_into
+from sora_engine.models.folder import Component
+from sora_engine.models.wan.checkpoint import TransformerSource, WanCheckpoint, resolve_model
+from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer
+from sora_engine.packing import Context
+from sora_engine.request import GenerationDefaults, LatentGrid
+from sora_engine.samplers import SamplerConfig, read_config
+from sora_engine.text import ImageEncoder, TextEncoder
+from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.wan import WanVAE
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = {"sprites": Path(__file__).parents[1] / "checkpoints" / "sprites"}
+"""Checkpoints that come with the package, by name."""
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(slots=True)
+class Expert:
+    """One transformer, loaded when it is first needed.
+
+    from_timestep: it serves timesteps at and above this one, down to the next expert's.
+    """
+
+    load: Callable[[], WanTransformer]
+    from_timestep: float
+    size_bytes: int
+    transformer: WanTransformer | None = None
+
+
+@dataclass(slots=True, eq=False)
+class VideoModel:
+    """Everything that one checkpoint brings.
+
+    experts: by falling noise level; Wan 2.2 A14B has two, all others one.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    experts: list[Expert]
+    vae: WanVAE
+    vae_dtype: torch.dtype
+    text_encoder: TextEncoder
+    image_encoder: ImageEncoder | None
+    takes_last_image: bool
+    sampler_config: SamplerConfig
+    known_mode: KnownMode
+    grid: LatentGrid
+    defaults: GenerationDefaults
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    def expert_at(self, timestep: float) -> int:
+        """The index of the expert for this timestep."""
+        for i, expert in enumerate(self.experts):
+            if timestep >= expert.from_timestep:
+                return i
+        return len(self.experts) - 1
+
+    def transformer(self, index: int) -> WanTransformer:
+        """Expert `index`, loaded; where memory does not hold all, the others are let go of."""
+        expert = self.experts[index]
+        if expert.transformer is None:
+            for other in self.experts:
+                if other.transformer is not None and not self._fits(expert.size_bytes):
+                    logger.info("letting go of one expert to load the other")
+                    other.transformer = None
+            expert.transformer = expert.load()
+        return expert.transformer
+
+    def encode_contexts(self, transformer: WanTransformer, prompts: Prompts) -> list[Context]:
+        """Keys and values of a request's texts, and last of its negative text."""
+        texts = list(prompts.texts)
+        if prompts.negative is not None:
+            texts.append(prompts.negative)
+        texts = [text.to(self.device) for text in texts]
+        return transformer.encode_contexts(texts, [prompts.image] * len(texts))
+
+    def _fits(self, size_bytes: int) -> bool:
+        free = free_memory(self.device)
+        return free is None or size_bytes < 0.8 * free
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a device (available memory, for the CPU); None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def load_video_model(
+    path: str | PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attention_backend: str = "auto",
+    components: str | PathLike[str] | None = None,
+) -> VideoModel:
+    """Load a checkpoint; the arguments are those of `Engine.from_pretrained`."""
+    name = str(path)
+    folder = BUNDLED.get(name, Path(path)) if isinstance(path, str) else Path(path)
+    if name in BUNDLED and not folder.exists():
+        raise CheckpointError(f"the bundled checkpoint {name!r} is not in this build", path=folder)
+    target = resolve_device(device)
+    weights_dtype = resolve_dtype(dtype, target)
+    checkpoint = resolve_model(folder, components=None if components is None else Path(components))
+    settings = read_generation_config(folder)
+    text_tokens = int(settings.get("text_tokens", TEXT_TOKENS))
+
+    # A VAE in half precision is slow on a CPU; elsewhere it shares the transformer's dtype.
+    vae_dtype = torch.float32 if target.type == "cpu" else weights_dtype
+    vae = load_vae(checkpoint.vae, target, vae_dtype)
+    sources = [checkpoint.transformer]
+    if checkpoint.transformer_2 is not None:
+        sources.append(checkpoint.transformer_2)
+    sampler_config = read_config(checkpoint.scheduler_config, path=checkpoint.path)
+    boundary = (checkpoint.boundary_ratio or 0.0) * sampler_config.num_train_timesteps
+    config = checkpoint.transformer.config
+    grid = LatentGrid(
+        channels=config.out_channels,
+        vae_spatial=vae.scale_factor_spatial,
+        patch=config.patch_size,
+        time=vae.scale_factor_temporal,
+    )
+    known_mode = _known_mode(checkpoint, grid)
+    model = VideoModel(
+        name=name if name in BUNDLED else folder.name,
+        device=target,
+        dtype=weights_dtype,
+        experts=[
+            Expert(
+                load=partial(
+                    _load_transformer,
+                    source,
+                    target,
+                    weights_dtype,
+                    attention_backend,
+                    text_tokens,
+                ),
+                from_timestep=boundary if i == 0 else 0.0,
+                size_bytes=source.num_parameters * weights_dtype.itemsize,
+            )
+            for i, source in enumerate(sources)
+        ],
+        vae=vae,
+        vae_dtype=vae_dtype,
+        text_encoder=TextEncoder.from_folders(
+            checkpoint.text_encoder.folder,
+            checkpoint.tokenizer.folder,
+            device=target,
+            dtype=weights_dtype,
+            max_tokens=text_tokens,
+        ),
+        image_encoder=_load_image_encoder(checkpoint, target, weights_dtype),
+        takes_last_image=config.pos_embed_seq_len is not None,
+        sampler_config=sampler_config,
+        known_mode=known_mode,
+        grid=grid,
+        defaults=_defaults(settings, checkpoint, grid, folder),
+    )
+    model.transformer(0)
+    return model
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device by name; `"auto"` is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise BackendError(f"device {device!r} is not one; use auto, cpu, cuda or cuda:N") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise BackendError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise BackendError(
+            f"device {device!r} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    return resolved
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A dtype by name; `"auto"` is bfloat16 on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(_SHORT.get(dtype, dtype), dtype)
+    if dtype not in DTYPES.values():
+        raise BackendError(f"dtype {dtype!r} is not supported; use auto, {', '.join(DTYPES)}")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> WanVAE:
+    """A VAE from its folder."""
+    config = VAEConfig.from_dict(component.config, path=component.config_path)
+    with torch.device("meta"):
+        vae = WanVAE(config)
+    with component.open_weights() as weights:
+        load_into(vae, weights, device=device, dtype=dtype)
+    return vae.eval().requires_grad_(False)
+
+
+def _load_transformer(
+    source: TransformerSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    text_tokens: int,
+) -> WanTransformer:
+    with torch.device("meta"):
+        transformer = WanTransformer(source.config, backend=backend, text_tokens=text_tokens)
+    source.load(transformer, device=device, dtype=dtype)
+    return transformer.eval().requires_grad_(False)
+
+
+def _load_image_encoder(
+    checkpoint: WanCheckpoint, device: torch.device, dtype: torch.dtype
+) -> ImageEncoder | None:
+    if checkpoint.image_encoder is None or checkpoint.image_processor is None:
+        return None
+    return ImageEncoder.from_folders(
+        checkpoint.image_encoder.folder,
+        checkpoint.image_processor.folder,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _known_mode(checkpoint: WanCheckpoint, grid: LatentGrid) -> KnownMode:
+    """What the checkpoint was trained to do with known content, from its input channels."""
+    config = checkpoint.transformer.config
+    if checkpoint.expand_timesteps:
+        return KnownMode.NOISE_LEVEL
+    if config.in_channels == config.out_channels:
+        return KnownMode.REPLACEMENT
+    with_mask = 2 * config.out_channels + grid.time
+    if config.in_channels != with_mask:
+        raise CheckpointError(
+            f"the transformer takes {config.in_channels} channels and makes "
+            f"{config.out_channels}; {config.out_channels} (text to video) or {with_mask} "
+            "(with mask and known latents) would work",
+            path=checkpoint.path,
+        )
+    return KnownMode.CHANNELS
+
+
+def read_generation_config(folder: Path) -> Mapping[str, Any]:
+    """The defaults that a checkpoint brings in `generation_config.json`; empty where it has none.
+
+    Raises CheckpointError for keys that this engine does not know.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return {}
+    settings = read_json_object(path)
+    known = {f.name for f in fields(GenerationDefaults)} | {"text_tokens"}
+    strange = sorted(key for key in settings if key not in known and not key.startswith("_"))
+    if strange:
+        raise CheckpointError(f"unknown keys {strange}; known are {sorted(known)}", path=path)
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def _defaults(
+    settings: Mapping[str, Any], checkpoint: WanCheckpoint, grid: LatentGrid, folder: Path
+) -> GenerationDefaults:
+    """The checkpoint's own defaults over those of its family's published pipelines."""
+    height, width, num_frames, fps = 480, 832, 81, 16.0
+    if checkpoint.expand_timesteps:  # TI2V-5B
+        height, width, num_frames, fps = 704, 1280, 121, 24.0
+    two = checkpoint.transformer_2 is not None
+    published = {
+        "height": height,
+        "width": width,
+        "num_frames": (num_frames - 1) // 4 * grid.time + 1,
+        "fps": fps,
+        "num_inference_steps": 40 if two else 50,
+        "guidance_scale": 4.0 if two else 5.0,
+        "guidance_scale_2": 3.0 if two else None,
+        "max_window": (num_frames - 1) // 4 + 1,
+    }
+    own = {key: value for key, value in settings.items() if key != "text_tokens"}
+    try:
+        return GenerationDefaults(**{**published, **own})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(str(error), path=folder / GENERATION_CONFIG) from error

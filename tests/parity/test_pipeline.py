@@ -1,0 +1,204 @@
+"""The whole path, from a prompt to final latents, against diffusers' pipelines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sora_engine as sora
+from sora_engine import clips as clips_module
+from sora_engine.models.wan import model as model_module
+from sora_engine.text import TextEncoder
+from tests.parity.oracles import KINDS, relative_error, tiny_pipeline
+
+PROMPT = "a red circle moves right"
+NEGATIVE = "blue square"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Build a tiny pipeline, save it, load it here; each (kind, seed, scheduler) once."""
+    made = {}
+
+    def build(kind: str, seed: int = 0, scheduler: str = "unipc"):
+        key = (kind, seed, scheduler)
+        if key not in made:
+            pipe = tiny_pipeline(kind, seed, scheduler)
+            folder = tmp_path_factory.mktemp(f"{kind}-{seed}-{scheduler}")
+            pipe.save_pretrained(folder)
+            made[key] = pipe, sora.Engine.from_pretrained(folder, device="cpu")
+        return made[key]
+
+    yield build
+    for _, engine in made.values():
+        engine.close()
+
+
+def an_image(width: int, height: int, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def run_both(pair, kind, *, seed=0, scheduler="unipc", size=(32, 48), frames=9, steps=6, **extra):
+    """Final latents of diffusers and of the engine, both as the VAE decoder takes them."""
+    pipe, engine = pair(kind, seed, scheduler)
+    # TI2V-5B's VAE is 16x spatial, and its patch makes that 32.
+    height, width = (s * 2 for s in size) if kind.startswith("ti2v") else size
+    shared = {
+        "prompt": extra.get("prompt", PROMPT),
+        "negative_prompt": NEGATIVE,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": extra.get("guidance_scale", 4.0),
+    }
+    if kind.startswith("a14b"):
+        shared["guidance_scale_2"] = extra.get("guidance_scale_2", 2.5)
+    image = an_image(width, height, seed) if "i2v" in kind and kind != "ti2v-5b" else None
+    arguments = dict(shared) if image is None else {**shared, "image": image}
+    expected = pipe(
+        **arguments, output_type="latent", generator=torch.Generator().manual_seed(seed)
+    ).frames[0]
+    clips = () if image is None else (sora.Clip(image, at=0),)
+    video = engine.generate(sora.VideoRequest(**shared, seed=seed, clips=clips))
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(values)[:, None, None, None]
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return expected * std + mean, video.latents, video, pipe
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "euler"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_final_latents_equal_diffusers(pair, kind, scheduler):
+    expected, actual, _, _ = run_both(pair, kind, scheduler=scheduler)
+    assert relative_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed", "size", "frames", "steps"),
+    [
+        ("t2v", 1, (16, 16), 1, 1),
+        ("t2v", 2, (80, 16), 5, 10),
+        ("i2v", 1, (48, 16), 5, 3),
+        ("a14b-t2v", 1, (16, 112), 13, 8),
+        ("a14b-i2v", 2, (48, 64), 5, 12),
+        ("ti2v-5b", 2, (16, 48), 5, 4),
+        ("ti2v-5b-i2v", 1, (48, 16), 17, 5),
+    ],
+)
+def test_other_seeds_sizes_and_lengths(pair, kind, seed, size, frames, steps):
+    expected, actual, _, _ = run_both(pair, kind, seed=seed, size=size, frames=frames, steps=steps)
+    assert relative_error(actual, expected) < 1e-4
+
+
+def test_without_guidance(pair):
+    expected, actual, _, _ = run_both(pair, "t2v", guidance_scale=1.0)
+    assert relative_error(actual, expected) < 1e-4
+
+
+def test_long_and_odd_prompts(pair):
+    for prompt in ("", "cat &amp; “dog”  " * 3, "red " * 700):
+        expected, actual, _, _ = run_both(pair, "t2v", prompt=prompt, steps=2)
+        assert relative_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["t2v", "ti2v-5b-i2v"])
+def test_frames_equal_diffusers(pair, kind):
+    """Decoded frames: diffusers' VAE on the engine's latents, and the engine's own."""
+    _, latents, video, pipe = run_both(pair, kind)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents[None], return_dict=False)[0]
+    frames = pipe.video_processor.postprocess_video(decoded, output_type="np")[0]
+    expected = (frames * 255).round().astype(np.uint8)
+    assert video.frames.shape == expected.shape
+    difference = np.abs(video.frames.astype(int) - expected.astype(int))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01
+
+
+def test_both_experts_are_used(pair):
+    _, engine = pair("a14b-t2v")
+    resolved = engine.resolve(sora.VideoRequest(PROMPT, num_inference_steps=6))
+    from sora_engine.denoise import prepare
+
+    timesteps = prepare(resolved, engine.model).solver.schedule.timesteps
+    assert {engine.model.expert_at(t) for t in timesteps} == {0, 1}
+
+
+def test_company_changes_nothing(pair):
+    """Requests of several sizes, lengths, steps and tasks together, and each alone."""
+    _, engine = pair("ti2v-5b-i2v")
+    requests = [
+        sora.VideoRequest(PROMPT, height=32, width=64, num_frames=5, num_inference_steps=4, seed=1),
+        sora.VideoRequest("cat", height=64, width=32, num_frames=1, num_inference_steps=2, seed=2),
+        sora.VideoRequest(
+            "a blue square",
+            height=96,
+            width=32,
+            num_frames=9,
+            num_inference_steps=5,
+            guidance_scale=1.0,
+            seed=3,
+        ),
+        sora.VideoRequest(
+            PROMPT,
+            height=32,
+            width=32,
+            num_frames=13,
+            num_inference_steps=3,
+            clips=[sora.Clip(an_image(32, 32, 4), at=0)],
+            seed=4,
+        ),
+    ]
+    together = engine.generate(requests)
+    for request, company in zip(requests, together, strict=True):
+        alone = engine.generate(request)
+        assert relative_error(company.latents, alone.latents) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("left_out", ["rope", "text", "half a point of guidance", "image"])
+def test_the_oracles_are_sharp(pair, kind, left_out, monkeypatch):
+    """Leaving out a part moves the latents by over 100 times the tolerance of parity."""
+    if left_out == "image" and kind in ("t2v", "a14b-t2v", "ti2v-5b"):
+        pytest.skip("the task has no image")
+    _, actual, _, _ = run_both(pair, kind)
+    more = 0.0
+    if left_out == "rope":
+        flat = model_module.rope_tables
+
+        def no_rotation(coords, config):
+            cos, sin = flat(coords, config)
+            return torch.ones_like(cos), torch.zeros_like(sin)
+
+        monkeypatch.setattr(model_module, "rope_tables", no_rotation)
+    elif left_out == "text":
+        monkeypatch.setattr(
+            TextEncoder, "encode", lambda self, prompts: [torch.zeros(1, 32) for _ in prompts]
+        )
+    elif left_out == "image":
+        grey = lambda frames: torch.zeros(1, 3, *frames.shape[:3])  # noqa: E731
+        monkeypatch.setattr(clips_module, "to_unit_range", grey)
+    else:
+        more = 0.5
+    _, engine = pair(kind)
+    height, width = (64, 96) if kind.startswith("ti2v") else (32, 48)
+    image = an_image(width, height, 0) if "i2v" in kind and kind != "ti2v-5b" else None
+    request = sora.VideoRequest(
+        PROMPT,
+        NEGATIVE,
+        height=height,
+        width=width,
+        num_frames=9,
+        num_inference_steps=6,
+        guidance_scale=4.0 + more,
+        guidance_scale_2=2.5 + more if kind.startswith("a14b") else None,
+        seed=0,
+        clips=() if image is None else (sora.Clip(image),),
+    )
+    assert relative_error(engine.generate(request).latents, actual) > 100 * 1e-4

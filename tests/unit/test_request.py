@@ -1,0 +1,136 @@
+"""Requests: defaults, the grid of sizes, and an error that names each bad value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sora_engine.config import Limits
+from sora_engine.errors import RequestError
+from sora_engine.request import (
+    Clip,
+    GenerationDefaults,
+    LatentGrid,
+    Shot,
+    VideoRequest,
+    resolve_request,
+)
+
+DEFAULTS = GenerationDefaults(
+    height=480,
+    width=832,
+    num_frames=81,
+    fps=16,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    guidance_scale_2=3.0,
+)
+GRID = LatentGrid(channels=16, vae_spatial=8, patch=(1, 2, 2), time=4)
+
+
+def resolve(*, limits=None, **values):
+    values.setdefault("prompt", "a cat")
+    request = VideoRequest(**values)
+    return resolve_request(request, DEFAULTS, GRID, limits or Limits(), solvers=("euler", "unipc"))
+
+
+def test_defaults_fill_what_is_silent():
+    resolved = resolve()
+    assert (resolved.height, resolved.width, resolved.num_frames) == (480, 832, 81)
+    assert (resolved.guidance_scale, resolved.guidance_scale_2) == (5.0, 3.0)
+    assert resolved.num_inference_steps == 50
+    assert 0 <= resolved.seed < 2**32
+
+
+def test_the_second_expert_follows_a_given_scale():
+    """As in diffusers: guidance_scale_2 defaults to the guidance_scale that a caller gives."""
+    assert resolve(guidance_scale=6.0).guidance_scale_2 == 6.0
+    assert resolve(guidance_scale=6.0, guidance_scale_2=2.0).guidance_scale_2 == 2.0
+
+
+def test_numpy_integers_and_floats_are_numbers():
+    resolved = resolve(height=np.int64(64), guidance_scale=np.float32(2.5), seed=np.int32(3))
+    assert (resolved.height, resolved.guidance_scale, resolved.seed) == (64, 2.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": None}, "prompt must be a string, got NoneType"),
+        ({"negative_prompt": 3}, "negative_prompt must be a string, got int"),
+        ({"height": 0}, "height must be at least 16, got 0"),
+        ({"height": -16}, "height must be at least 16, got -16"),
+        ({"height": 100}, "height must be a multiple of 16, got 100; the nearest are 96 or 112"),
+        ({"width": 7}, "width must be a multiple of 16, got 7; the nearest are 16"),
+        ({"width": 64.0}, "width must be an integer, got 64.0"),
+        ({"width": True}, "width must be an integer, got True"),
+        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"num_frames": 80}, "a multiple of 4 plus 1, got 80; the nearest are 77 or 81"),
+        ({"num_frames": 81, "loop": True}, "a multiple of 4, got 81; the nearest are 80 or 84"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 1000, got 0"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps must be an integer, got 1.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a number, got '5'"),
+        ({"guidance_scale_2": float("inf")}, "guidance_scale_2 must be finite, got inf"),
+        ({"shift": 0}, "shift must be over 0, got 0"),
+        ({"fps": -8}, "fps must be over 0, got -8"),
+        ({"seed": -1}, "seed must be from 0 to"),
+        ({"seed": 2**64}, "seed must be from 0 to"),
+        ({"solver": "heun"}, r"solver must be one of \['euler', 'unipc'\], got 'heun'"),
+        ({"sigmas": []}, r"sigmas must fall strictly, within \(0, 1\], got \[\]"),
+        ({"sigmas": [0.5, 0.9]}, "sigmas must fall strictly"),
+        ({"strength": 0.5}, "give an `init` video too"),
+        ({"init": "x.mp4", "strength": 1.5}, r"strength must lie in \(0, 1\], got 1.5"),
+        ({"init": "x.mp4", "strength": 0}, r"strength must lie in \(0, 1\], got 0"),
+        ({"clips": ["x.png"]}, "clips must be Clip objects, got str"),
+        ({"clips": [Clip("x.png", at=81)]}, "begins at frame 81; frames run from 0 to 80"),
+        ({"clips": [Clip("x.png", at=-1)]}, "begins at frame -1"),
+        ({"shots": [Shot("a", 40), Shot("b", 40)]}, "num_frames must be a multiple of 4 plus 1"),
+        ({"shots": [Shot("a", 40)], "num_frames": 81}, "the shots have 40 frames together"),
+        ({"shots": [Shot("a", 0)]}, "a shot's num_frames must be at least 1, got 0"),
+        ({"latents": torch.zeros(16, 21, 60, 100)}, r"\(16, 21, 60, 104\) for this request"),
+        ({"latents": [1]}, "got list"),
+    ],
+)
+def test_bad_values_are_named(values, message):
+    with pytest.raises(RequestError, match=message):
+        resolve(**values)
+
+
+def test_rounding_to_the_grid_is_by_request_alone():
+    resolved = resolve(height=100, width=7, num_frames=80, round_to_grid=True)
+    assert (resolved.height, resolved.width, resolved.num_frames) == (96, 16, 81)
+    assert resolve(num_frames=82, loop=True, round_to_grid=True).num_frames == 80
+
+
+def test_limits_are_checked():
+    small = Limits(max_pixels=64 * 64, max_frames=9, max_inference_steps=4, max_prompt_chars=5)
+    fits = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4}
+    resolve(limits=small, **fits)
+    for change, message in [
+        ({"width": 80}, "80x64 is 5120 pixels; at most 4096"),
+        ({"num_frames": 13}, "num_frames is 13; at most 9"),
+        ({"num_inference_steps": 5}, "from 1 to 4, got 5"),
+        ({"prompt": "a cat sat"}, "prompt has 9 characters; at most 5"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            resolve(limits=small, **{**fits, **change})
+    with pytest.raises(ValueError, match="max_frames must be a positive integer, got 0"):
+        Limits(max_frames=0)
+
+
+def test_latent_frames_and_the_frames_they_hold():
+    assert [GRID.latent_frames(n, loop=False) for n in (1, 5, 81)] == [1, 2, 21]
+    assert GRID.latent_frames(80, loop=True) == 20
+    assert [list(GRID.frames_of(i, loop=False)) for i in (0, 1, 2)] == [
+        [0],
+        [1, 2, 3, 4],
+        [5, 6, 7, 8],
+    ]
+    assert list(GRID.frames_of(1, loop=True)) == [4, 5, 6, 7]
+
+
+def test_unknown_arguments_raise():
+    with pytest.raises(TypeError, match="num_steps"):
+        VideoRequest("a cat", num_steps=3)
