@@ -19,7 +19,7 @@ class KernelUnavailableError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a choice of backend depends on. `width`: head_dim or channels; `traits`: the op's own."""
+    """What a choice of backend depends on. `width`: head_dim or channels; `traits` are an op's."""
 
     device_type: str
     device_index: int | None
@@ -128,11 +128,11 @@ def check_gradless(op: Op, backend: str) -> None:
 def backends(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:
     """For each op, each backend and why it cannot serve bf16 (fp32 on a CPU) on `device`.
 
-    None means that it can. `sora doctor` prints this table.
+    The widths are 128, the segments short. None means that it can. `sora doctor` prints this table.
     """
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    case = Case(device.type, device.index, dtype, 128)
+    case = Case(device.type, device.index, dtype, 128, frozenset({"short"}))
     report: dict[str, dict[str, str | None]] = {}
     for op in OPS.values():
         report[op.name] = {}

@@ -17,9 +17,13 @@ OP = declare(
     modules={
         "reference": "sora_kernels.attention.reference",
         "sdpa": "sora_kernels.attention.sdpa",
+        "native": "sora_kernels.attention.native",
     },
-    order={"cpu": ("sdpa",), "cuda": ("sdpa",)},
+    order={"cpu": ("native", "sdpa"), "cuda": ("sdpa",)},
 )
+
+# Segments to this length are one (segment, head) a task, and not blocks of a long row.
+SHORT = 64
 
 
 @overload
@@ -145,7 +149,9 @@ def run(
         q_offsets, k_offsets = offsets_of(cu_seqlens_q), offsets_of(cu_seqlens_k)
         checks.check_offsets(OP.name, "cu_seqlens_q", q_offsets, q.shape[0], max_seqlen_q)
         checks.check_offsets(OP.name, "cu_seqlens_k", k_offsets, k.shape[0], max_seqlen_k)
-    module = OP.resolve(backend, Case.of(q, "lse" if return_lse else ""))
+    short = max(max_seqlen_q, max_seqlen_k) <= SHORT
+    case = Case.of(q, "lse" if return_lse else "", "short" if short else "")
+    module = OP.resolve(backend, case)
     return module.run(
         q,
         k,

@@ -23,7 +23,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     Returns `[..., tokens_q, head_dim]` in q's dtype and `[..., tokens_q]` in fp32 or fp64.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(wide) * scale
+    # Scaled first: raw scores of fp16 inputs can pass 65504.
+    scores = ((q * scale) @ k.transpose(-1, -2)).to(wide)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))
     return weights.to(v.dtype) @ v, lse

@@ -10,8 +10,11 @@ from sora_kernels.library import register
 
 OP = declare(
     "gate_residual_norm_modulate",
-    modules={"reference": "sora_kernels.gated.reference"},
-    order={},
+    modules={
+        "reference": "sora_kernels.gated.reference",
+        "native": "sora_kernels.gated.native",
+    },
+    order={"cpu": ("native",)},
 )
 
 

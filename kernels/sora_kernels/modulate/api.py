@@ -10,8 +10,11 @@ from sora_kernels.library import register
 
 OP = declare(
     "norm_modulate",
-    modules={"reference": "sora_kernels.modulate.reference"},
-    order={},
+    modules={
+        "reference": "sora_kernels.modulate.reference",
+        "native": "sora_kernels.modulate.native",
+    },
+    order={"cpu": ("native",)},
 )
 
 

@@ -11,8 +11,11 @@ from sora_kernels.library import register
 
 OP = declare(
     "qk_norm_rope",
-    modules={"reference": "sora_kernels.rope.reference"},
-    order={},
+    modules={
+        "reference": "sora_kernels.rope.reference",
+        "native": "sora_kernels.rope.native",
+    },
+    order={"cpu": ("native",)},
 )
 
 

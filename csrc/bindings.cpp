@@ -1,0 +1,288 @@
+// The native ops as torch.ops.sora.native_*. Arguments arrive validated by sora_kernels' Python
+// API; what is checked here is what memory safety needs.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+sora::Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return sora::Type::f32;
+    case at::kHalf: return sora::Type::f16;
+    case at::kBFloat16: return sora::Type::bf16;
+    default: TORCH_CHECK(false, "sora: native kernels take fp32, fp16 and bf16, not ",
+                         tensor.scalar_type());
+  }
+}
+
+// Dense in the last dimension, which the kernels read as vectors.
+Tensor dense_rows(const Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// Modulation tables, weights and rotations are read as fp32; they are small beside the tokens.
+Tensor as_float(const MaybeTensor& tensor) {
+  return tensor.has_value() ? dense_rows(tensor->to(at::kFloat)) : Tensor();
+}
+
+sora::Table table_of(const Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  return {tensor.const_data_ptr<float>(), tensor.size(0) == 1 ? 0 : tensor.stride(0)};
+}
+
+const float* data_of(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+}
+
+// An output, on huge pages where the system gives them: first touching a 50 MB result page by page
+// takes longer than computing it.
+Tensor result_like(const Tensor& tensor) {
+  Tensor result = at::empty(tensor.sizes(), tensor.options());
+#ifdef __linux__
+  constexpr std::uintptr_t kHuge = 2 << 20;
+  const auto begin = reinterpret_cast<std::uintptr_t>(result.mutable_data_ptr());
+  const std::uintptr_t end = (begin + result.nbytes()) / kHuge * kHuge;
+  const std::uintptr_t start = (begin + kHuge - 1) / kHuge * kHuge;
+  if (end >= start + 4 * kHuge) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
+// About 32k elements a task: less than that and starting a thread costs more than it saves.
+int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
+
+// Fills what both norms share, then runs them over the tokens. Holds converted tensors alive.
+void run_norm(sora::NormArgs args, const Tensor& x, const MaybeTensor& gate,
+              const MaybeTensor& scale, const MaybeTensor& shift, const MaybeTensor& index,
+              const std::string& kind, const MaybeTensor& weight, const MaybeTensor& bias,
+              double eps) {
+  const int64_t tokens = x.size(0), channels = x.size(1);
+  const Tensor rows[] = {as_float(gate), as_float(scale), as_float(shift)};
+  const Tensor weights = as_float(weight), biases = as_float(bias);
+  const Tensor indices = index.has_value() ? index->to(at::kLong).contiguous() : Tensor();
+  args.gate = table_of(rows[0]);
+  args.scale = table_of(rows[1]);
+  args.shift = table_of(rows[2]);
+  for (const Tensor& table : rows) {
+    if (!table.defined()) continue;
+    TORCH_CHECK(table.size(1) == channels, "sora: modulation of ", table.size(1), " channels");
+    if (!indices.defined() && table.size(0) != 1) {
+      TORCH_CHECK(table.size(0) == tokens, "sora: ", table.size(0), " rows, ", tokens, " tokens");
+      args.row_step = 1;
+    }
+  }
+  args.index = indices.defined() ? indices.const_data_ptr<int64_t>() : nullptr;
+  args.weight = data_of(weights);
+  args.bias = data_of(biases);
+  args.channels = channels;
+  args.rms = kind == "rms";
+  args.eps = static_cast<float>(eps);
+  const auto& kernels = sora::kernels();
+  at::parallel_for(0, tokens, grain(channels), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(sora::norm_scratch(channels));
+    kernels.norm(args, begin, end, scratch.data());
+  });
+}
+
+Tensor norm_modulate(const Tensor& x_in, const MaybeTensor& scale, const MaybeTensor& shift,
+                     const MaybeTensor& index, std::string kind, const MaybeTensor& weight,
+                     const MaybeTensor& bias, double eps) {
+  const Tensor x = dense_rows(x_in);
+  Tensor y = result_like(x);
+  sora::NormArgs args;
+  args.type = args.residual_type = type_of(x);
+  args.x = x.const_data_ptr();
+  args.x_stride = x.stride(0);
+  args.y = y.mutable_data_ptr();
+  run_norm(args, x, {}, scale, shift, index, kind, weight, bias, eps);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gate_residual_norm_modulate(
+    const Tensor& x_in, const Tensor& residual_in, const MaybeTensor& gate,
+    const MaybeTensor& scale, const MaybeTensor& shift, const MaybeTensor& index, std::string kind,
+    const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+  const Tensor x = dense_rows(x_in), residual = dense_rows(residual_in);
+  TORCH_CHECK(x.sizes() == residual.sizes(), "sora: residual of another shape");
+  Tensor y = result_like(x);
+  Tensor residual_out = result_like(residual);
+  sora::NormArgs args;
+  args.type = type_of(x);
+  args.x = x.const_data_ptr();
+  args.x_stride = x.stride(0);
+  args.y = y.mutable_data_ptr();
+  args.residual_type = type_of(residual);
+  args.residual = residual.const_data_ptr();
+  args.residual_stride = residual.stride(0);
+  args.residual_out = residual_out.mutable_data_ptr();
+  run_norm(args, x, gate, scale, shift, index, kind, weight, bias, eps);
+  return {residual_out, y};
+}
+
+Tensor norm_rope(const Tensor& x_in, const MaybeTensor& weight, const MaybeTensor& cos,
+                 const MaybeTensor& sin, bool across_heads, bool interleaved, double eps) {
+  const Tensor x = dense_rows(x_in);
+  Tensor y = result_like(x);
+  const Tensor weights = as_float(weight), cosines = as_float(cos), sines = as_float(sin);
+  sora::RopeArgs args;
+  args.type = type_of(x);
+  args.x = x.const_data_ptr();
+  args.token_stride = x.stride(0);
+  args.head_stride = x.stride(1);
+  args.y = y.mutable_data_ptr();
+  args.heads = x.size(1);
+  args.head_dim = x.size(2);
+  args.weight = data_of(weights);
+  args.cos = data_of(cosines);
+  args.sin = data_of(sines);
+  if (cosines.defined()) {
+    TORCH_CHECK(sines.defined() && cosines.sizes() == sines.sizes() &&
+                    cosines.size(0) == x.size(0) && cosines.size(1) * 2 == x.size(2),
+                "sora: rotation tables of ", cosines.sizes(), " for ", x.sizes());
+    args.cos_stride = cosines.stride(0);
+    args.sin_stride = sines.stride(0);
+  }
+  args.across_heads = across_heads;
+  args.interleaved = interleaved;
+  args.eps = static_cast<float>(eps);
+  const auto& kernels = sora::kernels();
+  at::parallel_for(0, x.size(0), grain(x.size(1) * x.size(2)), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(sora::rope_scratch(args.heads, args.head_dim));
+    kernels.rope(args, begin, end, scratch.data());
+  });
+  return y;
+}
+
+// Sequences are (q first, q step, q count, k first, k step, k count), int64 [sequences, 6].
+std::tuple<Tensor, Tensor> short_attention(const Tensor& q_in, const Tensor& k_in,
+                                           const Tensor& v_in, const Tensor& sequences_in,
+                                           double scale, bool return_lse) {
+  const Tensor q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
+  const Tensor sequences = sequences_in.to(at::kLong).contiguous();
+  Tensor out = result_like(q);
+  Tensor lse = at::empty({return_lse ? q.size(0) : 0, return_lse ? q.size(1) : 0},
+                         q.options().dtype(at::kFloat));
+  sora::AttentionArgs args;
+  args.type = type_of(q);
+  args.q = q.const_data_ptr();
+  args.k = k.const_data_ptr();
+  args.v = v.const_data_ptr();
+  args.q_stride = q.stride(0);
+  args.k_stride = k.stride(0);
+  args.v_stride = v.stride(0);
+  args.q_head_stride = q.stride(1);
+  args.k_head_stride = k.stride(1);
+  args.v_head_stride = v.stride(1);
+  args.out = out.mutable_data_ptr();
+  args.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
+  args.heads = q.size(1);
+  args.head_dim = q.size(2);
+  args.scale = static_cast<float>(scale);
+
+  const int64_t count = sequences.size(0);
+  const auto* spans = reinterpret_cast<const sora::Span*>(sequences.const_data_ptr<int64_t>());
+  int64_t most_q = 0, most_k = 0, work = 0;
+  const auto inside = [](const sora::Span& span, int64_t tokens) {
+    return span.count == 0 || (span.count > 0 && span.first >= 0 && span.step >= 1 &&
+                               span.first + (span.count - 1) * span.step < tokens);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK(inside(spans[2 * i], q.size(0)) && inside(spans[2 * i + 1], k.size(0)),
+                "sora: sequence ", i, " reads past the tokens");
+    most_q = std::max(most_q, spans[2 * i].count);
+    most_k = std::max(most_k, spans[2 * i + 1].count);
+    work += spans[2 * i].count * spans[2 * i + 1].count;
+  }
+  const int64_t items = count * args.heads;
+  const int64_t cost = std::max<int64_t>(1, work / std::max<int64_t>(1, count)) * args.head_dim;
+  const auto& kernels = sora::kernels();
+  const bool half = args.type != sora::Type::f32;
+  at::parallel_for(0, items, grain(cost / 8), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(kernels.attention_scratch(most_q, most_k, args.head_dim));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item % args.heads;
+      const sora::Span qs = spans[2 * (item / args.heads)];
+      const sora::Span ks = spans[2 * (item / args.heads) + 1];
+      if (qs.count == 0) continue;
+      if (ks.count > 0) {
+        kernels.attention(args, qs, ks, head, scratch.data());
+        continue;
+      }
+      for (int64_t i = 0; i < qs.count; ++i) {
+        const int64_t row = (qs.first + i * qs.step) * args.heads + head;
+        const int64_t bytes = args.head_dim * (half ? 2 : 4);
+        std::memset(static_cast<char*>(args.out) + row * bytes, 0, bytes);
+        if (args.lse) args.lse[row] = -std::numeric_limits<float>::infinity();
+      }
+    }
+  });
+  return {out, lse};
+}
+
+// A tile of `block` queries for each entry: (segment, first query of the tile in its segment).
+Tensor plan_tiles(const Tensor& offsets_in, int64_t block) {
+  const Tensor offsets = offsets_in.to(at::kLong).contiguous();
+  const auto* cu = offsets.const_data_ptr<int64_t>();
+  const int64_t segments = offsets.size(0) - 1;
+  TORCH_CHECK(block > 0 && segments >= 0, "sora: no offsets, or block ", block);
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < segments; ++i) {
+    TORCH_CHECK(cu[i + 1] >= cu[i], "sora: offsets fall at ", i + 1);
+    tiles += (cu[i + 1] - cu[i] + block - 1) / block;
+  }
+  Tensor table = at::empty({tiles, 2}, at::TensorOptions().dtype(at::kInt));
+  int32_t* entry = table.mutable_data_ptr<int32_t>();
+  for (int64_t i = 0; i < segments; ++i) {
+    for (int64_t start = 0; start < cu[i + 1] - cu[i]; start += block) {
+      *entry++ = static_cast<int32_t>(i);
+      *entry++ = static_cast<int32_t>(start);
+    }
+  }
+  return table;
+}
+
+std::string native_isa() { return sora::kernels().name; }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sora, m) {
+  m.def("native_norm_modulate(Tensor x, Tensor? scale, Tensor? shift, Tensor? index, str kind, "
+        "Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("native_gate_residual_norm_modulate(Tensor x, Tensor residual, Tensor? gate, "
+        "Tensor? scale, Tensor? shift, Tensor? index, str kind, Tensor? weight, Tensor? bias, "
+        "float eps) -> (Tensor, Tensor)");
+  m.def("native_norm_rope(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, bool across_heads, "
+        "bool interleaved, float eps) -> Tensor");
+  m.def("native_short_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, float scale, "
+        "bool return_lse) -> (Tensor, Tensor)");
+  m.def("native_plan_tiles(Tensor offsets, int block) -> Tensor");
+  m.def("native_isa() -> str", native_isa);
+}
+
+TORCH_LIBRARY_IMPL(sora, CPU, m) {
+  m.impl("native_norm_modulate", norm_modulate);
+  m.impl("native_gate_residual_norm_modulate", gate_residual_norm_modulate);
+  m.impl("native_norm_rope", norm_rope);
+  m.impl("native_short_attention", short_attention);
+  m.impl("native_plan_tiles", plan_tiles);
+}

@@ -1,0 +1,50 @@
+// Picks the kernels of the best instruction set that this processor has.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#define SORA_DECLARE(isa)                                                                   \
+  namespace isa {                                                                           \
+  void norm(const sora::NormArgs&, int64_t, int64_t, float*);                               \
+  void rope(const sora::RopeArgs&, int64_t, int64_t, float*);                               \
+  void attention(const sora::AttentionArgs&, sora::Span, sora::Span, int64_t, float*);      \
+  int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \
+  }                                                                                         \
+  static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
+                                              isa::attention_scratch};
+
+SORA_DECLARE(baseline)
+#ifdef SORA_X86
+SORA_DECLARE(avx2)
+SORA_DECLARE(avx512)
+#endif
+
+namespace sora {
+
+static const Kernels& pick() {
+  // SORA_CPU_ISA holds a test or a comparison to a lesser set; it cannot raise it.
+  const char* wanted = std::getenv("SORA_CPU_ISA");
+  const auto allowed = [wanted](const char* name) {
+    return wanted == nullptr || std::strcmp(wanted, name) == 0;
+  };
+  (void)allowed;
+#ifdef SORA_X86
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && allowed("avx512")) return avx512_kernels;
+  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return avx2_kernels;
+#endif
+  return baseline_kernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = pick();
+  return chosen;
+}
+
+}  // namespace sora

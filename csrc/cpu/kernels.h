@@ -1,0 +1,82 @@
+// What the CPU kernels take, and the table of their entry points, one for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace sora {
+
+enum class Type : int { f32, f16, bf16 };
+
+// Modulation rows [rows, channels] in fp32. Without data the term is left out.
+struct Table {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct NormArgs {
+  Type type;                       // of x and y
+  const void* x;                   // [tokens, channels]
+  int64_t x_stride;
+  void* y;                         // [tokens, channels], dense
+  Type residual_type;
+  const void* residual = nullptr;  // [tokens, channels]; null for the plain norm
+  int64_t residual_stride = 0;
+  void* residual_out = nullptr;    // dense
+  Table gate, scale, shift;
+  const int64_t* index = nullptr;  // each token's row; null: row_step * token
+  int64_t row_step = 0;            // 0: one row for all, 1: one row a token
+  const float* weight = nullptr;   // [channels]
+  const float* bias = nullptr;
+  int64_t channels;
+  bool rms;
+  float eps;
+};
+
+struct RopeArgs {
+  Type type;
+  const void* x;  // [tokens, heads, head_dim], head_dim dense
+  int64_t token_stride, head_stride;
+  void* y;        // dense
+  int64_t heads, head_dim;
+  const float* weight = nullptr;  // [heads * head_dim] across heads, else [head_dim]
+  const float* cos = nullptr;     // [tokens, head_dim / 2]
+  const float* sin = nullptr;
+  int64_t cos_stride = 0, sin_stride = 0;
+  bool across_heads, interleaved;
+  float eps;
+};
+
+struct AttentionArgs {
+  Type type;
+  const void *q, *k, *v;  // [tokens, heads, head_dim], head_dim dense
+  int64_t q_stride, k_stride, v_stride;                 // of tokens
+  int64_t q_head_stride, k_head_stride, v_head_stride;
+  void* out;              // dense
+  float* lse = nullptr;   // [tokens, heads]
+  int64_t heads, head_dim;
+  float scale;
+};
+
+// Tokens first, first + step, ...: `count` of them.
+struct Span {
+  int64_t first, step, count;
+};
+
+struct Kernels {
+  const char* name;
+  void (*norm)(const NormArgs&, int64_t begin, int64_t end, float* scratch);
+  void (*rope)(const RopeArgs&, int64_t begin, int64_t end, float* scratch);
+  void (*attention)(const AttentionArgs&, Span q, Span k, int64_t head, float* scratch);
+  int64_t (*attention_scratch)(int64_t queries, int64_t keys, int64_t head_dim);
+};
+
+// Floats of scratch that `norm` and `rope` want.
+inline int64_t norm_scratch(int64_t channels) { return channels + 16; }
+inline int64_t rope_scratch(int64_t heads, int64_t head_dim) {
+  return heads * head_dim + 2 * head_dim + 48;
+}
+
+// The best table for this processor.
+const Kernels& kernels();
+
+}  // namespace sora

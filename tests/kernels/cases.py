@@ -1,0 +1,242 @@
+"""Random cases of every op, each run by a backend and held against fp64 and plain PyTorch."""
+
+from __future__ import annotations
+
+import sora_kernels as sk
+import torch
+from hypothesis import strategies as st
+from sora_kernels.testing import check_within_budget, generator, guarded, offsets
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# fp32 results differ from PyTorch's by the order of their sums, which at tiny sizes is all the
+# error there is.
+SLACK = {torch.float32: 8.0, torch.float16: 2.0, torch.bfloat16: 2.0}
+
+seeds = st.integers(0, 2**31)
+dtypes = st.sampled_from(DTYPES)
+layouts = st.sampled_from(["dense", "rows", "gaps"])
+magnitudes = st.sampled_from([1.0, 1.0, 1e-3, 30.0])
+lengths = st.one_of(st.sampled_from([0, 1, 2, 37]), st.integers(0, 70))
+
+
+def clone_dense(tensor):
+    return None if tensor is None else tensor.clone()
+
+
+def wide(tensor):
+    return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+
+@st.composite
+def attention_cases(draw, max_length=70, max_segments=5, head_dims=(8, 16, 40, 64, 72, 128, 256)):
+    q_lens = draw(st.lists(st.integers(0, max_length) | lengths.map(lambda n: min(n, max_length)),
+                           min_size=1, max_size=max_segments))  # fmt: skip
+    if draw(st.booleans()):
+        k_lens = [draw(st.sampled_from([0, 1, n, max_length])) for n in q_lens]
+    else:
+        k_lens = list(q_lens)
+    if draw(st.booleans()):  # a uniform batch
+        q_lens, k_lens = [q_lens[0]] * len(q_lens), [k_lens[0]] * len(k_lens)
+    return {
+        "q_lens": q_lens,
+        "k_lens": k_lens,
+        "heads": draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from(head_dims)),
+        "dtype": draw(dtypes),
+        "seed": draw(seeds),
+        "layout": draw(layouts),
+        "magnitude": draw(magnitudes),
+        "scale": draw(st.sampled_from([None, 0.3])),
+    }
+
+
+def attention_inputs(case):
+    rng = generator(case["seed"])
+    shape = (case["heads"], case["head_dim"])
+    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    q = guarded((sum(case["q_lens"]), *shape), case["dtype"], rng, **made)
+    k = guarded((sum(case["k_lens"]), *shape), case["dtype"], rng, **made)
+    v = guarded((sum(case["k_lens"]), *shape), case["dtype"], rng, **made)
+    return q, k, v, offsets(case["q_lens"]), offsets(case["k_lens"])
+
+
+def check_attention(case, backend, slack=None):
+    q, k, v, cu_q, cu_k = attention_inputs(case)
+    kwargs = {
+        "max_seqlen_q": max(case["q_lens"]),
+        "max_seqlen_k": max(case["k_lens"]),
+        "scale": case["scale"],
+        "return_lse": True,
+    }
+    slack = slack or SLACK[case["dtype"]]
+    out, lse = sk.packed_attention(q, k, v, cu_q, cu_k, backend=backend, **kwargs)
+    low, low_lse = sk.packed_attention(q, k, v, cu_q, cu_k, backend="reference", **kwargs)
+    ref, ref_lse = sk.packed_attention(
+        q.double(), k.double(), v.double(), cu_q, cu_k, backend="reference", **kwargs
+    )
+    check_within_budget("out", out, ref, low, slack)
+    # An lse that is off by half the inputs' epsilon moves each weight by less than its rounding.
+    floor = torch.finfo(case["dtype"]).eps / 2
+    check_within_budget("lse", lse, ref_lse, low_lse, max(slack, 8.0), floor)
+    again, again_lse = sk.packed_attention(q, k, v, cu_q, cu_k, backend=backend, **kwargs)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, again_lse)
+    # Without the log-sum-exp another path may serve; it must say the same.
+    alone = sk.packed_attention(
+        q, k, v, cu_q, cu_k, backend=backend, **{**kwargs, "return_lse": False}
+    )
+    check_within_budget("out without lse", alone, ref, low, slack)
+
+
+@st.composite
+def modulation_cases(draw, max_tokens=40, channels=(1, 7, 16, 33, 64, 200, 384)):
+    return {
+        "tokens": draw(st.integers(0, max_tokens)),
+        "channels": draw(st.sampled_from(channels)),
+        "rows": draw(st.sampled_from(["one", "token", "index", "none"])),
+        "parts": draw(st.sets(st.sampled_from(["gate", "scale", "shift", "weight", "bias"]))),
+        "kind": draw(st.sampled_from(["layer", "rms"])),
+        "dtype": draw(dtypes),
+        "residual_dtype": draw(dtypes),
+        "table_dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        "seed": draw(seeds),
+        "layout": draw(layouts),
+        "table_layout": draw(layouts),
+        "magnitude": draw(magnitudes),
+        "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+    }
+
+
+def modulation_inputs(case):
+    rng = generator(case["seed"])
+    tokens, channels, parts = case["tokens"], case["channels"], case["parts"]
+    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    x = guarded((tokens, channels), case["dtype"], rng, **made)
+    residual = guarded((tokens, channels), case["residual_dtype"], rng, **made)
+    rows = {"one": 1, "token": tokens, "index": 3, "none": 0}[case["rows"]]
+    tables = {
+        name: guarded((rows, channels), case["table_dtype"], rng, layout=case["table_layout"])
+        if name in parts and case["rows"] != "none"
+        else None
+        for name in ("gate", "scale", "shift")
+    }
+    index = None
+    if case["rows"] == "index":
+        index = torch.randint(0, 3, (tokens,), generator=rng).to(case["index_dtype"])
+    norm = {
+        "kind": case["kind"],
+        "weight": guarded((channels,), case["table_dtype"], rng) if "weight" in parts else None,
+        "bias": guarded((channels,), case["table_dtype"], rng)
+        if "bias" in parts and case["kind"] == "layer"
+        else None,
+        "eps": 1e-6,
+    }
+    return x, residual, tables, index, norm
+
+
+def check_norm_modulate(case, backend):
+    x, _, tables, index, norm = modulation_inputs(case)
+
+    def call(backend, cast=lambda t: t):
+        return sk.norm_modulate(
+            cast(x),
+            cast(tables["scale"]),
+            cast(tables["shift"]),
+            index,
+            backend=backend,
+            **{key: cast(v) if isinstance(v, torch.Tensor) else v for key, v in norm.items()},
+        )
+
+    out = call(backend)
+    check_within_budget("y", out, call("reference", wide), call("reference"), SLACK[case["dtype"]])
+    assert torch.equal(out, call(backend))
+
+
+def check_gated(case, backend):
+    x, residual, tables, index, norm = modulation_inputs(case)
+
+    def call(backend, cast=lambda t: t):
+        return sk.gate_residual_norm_modulate(
+            cast(x),
+            cast(residual),
+            *(cast(tables[name]) for name in ("gate", "scale", "shift")),
+            index,
+            backend=backend,
+            **{key: cast(v) if isinstance(v, torch.Tensor) else v for key, v in norm.items()},
+        )
+
+    out, y = call(backend)
+    low, _ = call("reference")
+    ref, _ = call("reference", wide)
+    check_within_budget("residual", out, ref, low, SLACK[case["residual_dtype"]])
+
+    # y is a function of the residual as it was returned.
+    def norm_of(cast):
+        return sk.norm_modulate(
+            cast(out),
+            cast(tables["scale"]),
+            cast(tables["shift"]),
+            index,
+            backend="reference",
+            **{key: cast(v) if isinstance(v, torch.Tensor) else v for key, v in norm.items()},
+        )
+
+    y_ref = norm_of(wide)
+    y_low = norm_of(lambda t: None if t is None else t.float()).to(x.dtype)
+    check_within_budget("y", y, y_ref, y_low, SLACK[case["dtype"]])
+    again, y_again = call(backend)
+    assert torch.equal(out, again)
+    assert torch.equal(y, y_again)
+
+
+@st.composite
+def rope_cases(draw, max_tokens=30, head_dims=(2, 8, 16, 40, 64, 72, 128)):
+    return {
+        "tokens": draw(st.integers(0, max_tokens)),
+        "heads": draw(st.integers(1, 4)),
+        "k_heads": draw(st.sampled_from([None, 1, 2, 3])),
+        "head_dim": draw(st.sampled_from(head_dims)),
+        "across_heads": draw(st.booleans()),
+        "interleaved": draw(st.booleans()),
+        "rotate": draw(st.booleans()),
+        "weighted": draw(st.booleans()),
+        "dtype": draw(dtypes),
+        "seed": draw(seeds),
+        "layout": draw(layouts),
+        "magnitude": draw(magnitudes),
+    }
+
+
+def check_rope(case, backend):
+    rng = generator(case["seed"])
+    tokens, head_dim = case["tokens"], case["head_dim"]
+    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+
+    def stream(heads):
+        x = guarded((tokens, heads, head_dim), case["dtype"], rng, **made)
+        width = heads * head_dim if case["across_heads"] else head_dim
+        return x, guarded((width,), torch.float32, rng) if case["weighted"] else None
+
+    q, q_weight = stream(case["heads"])
+    k, k_weight = stream(case["k_heads"]) if case["k_heads"] else (None, None)
+    cos = sin = None
+    if case["rotate"]:
+        angle = torch.randn(tokens, head_dim // 2, generator=rng)
+        cos, sin = angle.cos(), angle.sin()
+
+    def call(backend, cast=lambda t: t):
+        return sk.qk_norm_rope(
+            *(cast(t) for t in (q, k, q_weight, k_weight, cos, sin)),
+            across_heads=case["across_heads"],
+            interleaved=case["interleaved"],
+            backend=backend,
+        )
+
+    outs, lows, refs = call(backend), call("reference"), call("reference", wide)
+    again = call(backend)
+    for name, out, low, ref, same in zip("qk", outs, lows, refs, again, strict=True):
+        if out is None:
+            assert ref is None
+            continue
+        check_within_budget(name, out, ref, low, SLACK[case["dtype"]])
+        assert torch.equal(out, same)

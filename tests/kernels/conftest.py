@@ -1,0 +1,46 @@
+"""Builds the native library where it is missing or old; sets how many random cases are tried."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "kernels" / "sora_kernels"
+
+hypothesis.settings.register_profile(
+    "quick", max_examples=25, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("thorough", max_examples=400, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("SORA_HYPOTHESIS", "quick"))
+
+
+def native_is_stale() -> bool:
+    built = [path.stat().st_mtime for path in PACKAGE.glob("_native*.so")]
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*")]
+    return not built or max(built) < max(path.stat().st_mtime for path in sources)
+
+
+@pytest.fixture(scope="session")
+def native_library() -> None:
+    """The library from csrc, built first if need be (20 s). Skips where there is no compiler."""
+    if native_is_stale():
+        if shutil.which("c++") is None and shutil.which("g++") is None:
+            pytest.skip("no C++ compiler to build the native library")
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=ROOT,
+            check=True,
+            env={**os.environ, "SORA_REQUIRE_NATIVE": "1"},
+            capture_output=True,
+        )
+    from sora_kernels import csrc
+
+    csrc.problem.cache_clear()
+    assert csrc.problem() is None

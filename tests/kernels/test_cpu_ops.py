@@ -1,0 +1,147 @@
+"""Every op by every CPU backend against fp64, under FlashAttention's error rule."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sora_kernels as sk
+import torch
+from cases import (
+    attention_cases,
+    check_attention,
+    check_gated,
+    check_norm_modulate,
+    check_rope,
+    modulation_cases,
+    rope_cases,
+)
+from hypothesis import given
+from sora_kernels import csrc
+from sora_kernels.testing import check_within_budget, generator, guarded, offsets
+
+ROOT = Path(__file__).parents[2]
+
+
+@given(attention_cases(max_length=150))
+def test_sdpa_attention(case):
+    check_attention(case, "sdpa")
+
+
+@pytest.mark.usefixtures("native_library")
+@given(attention_cases(max_length=64))
+def test_native_attention(case):
+    check_attention(case, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@given(modulation_cases())
+def test_native_norm_modulate(case):
+    check_norm_modulate(case, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@given(modulation_cases())
+def test_native_gate_residual_norm_modulate(case):
+    check_gated(case, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@given(rope_cases())
+def test_native_qk_norm_rope(case):
+    check_rope(case, "native")
+
+
+BACKENDS = ["reference", "sdpa", "native"]
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_thousand_segments_in_any_order(backend):
+    """Shuffling segments shuffles the result and changes nothing else."""
+    rng = generator(0)
+    lens = torch.randint(0, 7, (1000,), generator=rng).tolist()
+    parts = [torch.randn(3, n, 2, 16, generator=rng) for n in lens]
+    order = torch.randperm(1000, generator=rng).tolist()
+
+    def run(parts):
+        q, k, v = torch.cat(parts, 1)
+        cu = offsets([part.shape[1] for part in parts])
+        out = sk.packed_attention(q, k, v, cu, cu, max_seqlen_q=6, max_seqlen_k=6, backend=backend)
+        return out.split([part.shape[1] for part in parts])
+
+    straight, shuffled = run(parts), run([parts[i] for i in order])
+    for place, i in enumerate(order):
+        torch.testing.assert_close(shuffled[place], straight[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_keeps_the_budget(isa):
+    """The kernels of lesser instruction sets, in a process that is held to them."""
+    environment = {**os.environ, "SORA_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    chosen = subprocess.run(
+        [sys.executable, "-c", "from sora_kernels import csrc; print(csrc.instruction_set())"],
+        env={**environment, "PYTHONPATH": str(ROOT / "kernels")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if chosen != isa:
+        pytest.skip(f"this processor has no {isa}")
+    if isa == csrc.instruction_set():
+        return  # the other tests of this file have just run it
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "test_native"],
+        env=environment,
+        cwd=ROOT,
+        check=True,
+    )
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_native_rounds_every_half_as_pytorch_does(dtype):
+    """All 65,536 bit patterns through a load and a store; NaN stays NaN."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).view(-1, 64)
+    zero = torch.zeros_like(x)
+    total, _ = sk.gate_residual_norm_modulate(zero, x, backend="native")
+    assert torch.equal(total.isnan(), x.isnan())
+    assert torch.equal(total.nan_to_num(), x.nan_to_num())
+    # From fp32, values between two halves.
+    finite = torch.randn(1000, 64, generator=generator(1)) * 10
+    total, _ = sk.gate_residual_norm_modulate(finite, finite.new_zeros(1000, 64).to(dtype),
+                                              backend="native")  # fmt: skip
+    assert torch.equal(total, finite.to(dtype))
+
+
+@pytest.mark.usefixtures("native_library")
+def test_native_refuses_what_would_read_past_the_tokens():
+    q = torch.randn(4, 1, 16)
+    for spans in ([[0, 1, 5, 0, 1, 4]], [[0, 2, 3, 0, 1, 4]], [[-1, 1, 2, 0, 1, 4]]):
+        with pytest.raises(RuntimeError, match="past the tokens"):
+            torch.ops.sora.native_short_attention(q, q, q, torch.tensor(spans), 1.0, False)
+
+
+@pytest.mark.usefixtures("native_library")
+def test_the_budget_catches_a_wrong_scale_and_an_unmasked_tail():
+    """The rule itself: results that are off by what a typical fault costs do not pass."""
+    rng = generator(3)
+    q, k, v = (guarded((40, 2, 64), torch.float32, rng) for _ in range(3))
+    cu = offsets([17, 23])
+    kwargs = {"max_seqlen_q": 40, "max_seqlen_k": 40, "backend": "reference"}
+    low = sk.packed_attention(q, k, v, cu, cu, **kwargs)
+    ref = sk.packed_attention(q.double(), k.double(), v.double(), cu, cu, **kwargs)
+    check_within_budget("right", low, ref, low)
+    wrong = [
+        sk.packed_attention(q, k, v, cu, cu, scale=1.001 / 8, **kwargs),
+        sk.packed_attention(q, k, v, offsets([16, 24]), offsets([17, 23]), **kwargs),
+        sk.packed_attention(q, k, v, offsets([40]), offsets([40]), **kwargs),
+    ]
+    for result in wrong:
+        with pytest.raises(AssertionError, match="budget"):
+            check_within_budget("wrong", result, ref, low, 8.0)
