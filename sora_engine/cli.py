@@ -248,7 +248,7 @@ def _check_before_loading(request: VideoRequest, output: str, image: str | None)
     )
     any_grid = LatentGrid(channels=1, vae_spatial=1, patch=(1, 1, 1), time=1)
     try:
-        check_output(output, num_frames=request.num_frames)
+        check_output(output, num_frames=request.num_frames, fps=request.fps)
         if image is not None:
             read_image(image)
         resolve_request(request, any_defaults, any_grid, Limits())
@@ -289,7 +289,7 @@ def _make(engine: Engine, request: VideoRequest, resolved: ResolvedRequest, outp
             provenance=provenance_of(resolved, engine.model),
         )
     except MediaError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_in_options(error)) from error
 
     def write(frames: np.ndarray) -> None:
         for frame in frames:
@@ -351,9 +351,9 @@ def _wait(job: Job, timeout_s: float) -> bool:
     try:
         job.result(timeout_s)
     except TimeoutError:
-        if job.done():  # a TimeoutError of the job's own
-            raise
-        return False
+        if not job.done():
+            return False
+        job.result()  # done in the meantime, or failed by a TimeoutError of its own
     return True
 
 

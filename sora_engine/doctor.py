@@ -135,6 +135,8 @@ def _triton() -> str:
 
 
 def _csrc() -> str:
+    if importlib.util.find_spec("sora_kernels.csrc") is None:
+        return "not in this installation"
     csrc = importlib.import_module("sora_kernels.csrc")
     why = csrc.problem()
     if why is None:

@@ -45,10 +45,6 @@ class GifWriter:
     """
 
     def __init__(self, file: BinaryIO, fps: Fraction, comment: str):
-        if fps > GIF_MAX_FPS:
-            raise MediaError(
-                f"fps {float(fps):g}: a .gif plays at most {GIF_MAX_FPS} frames a second"
-            )
         self._file, self._fps, self._comment = file, fps, comment
         self._frames: list[np.ndarray] = []
 
@@ -132,10 +128,6 @@ class WebpWriter:
     """An animated WebP that plays for ever, lossy at quality 90, a frame coded as it arrives."""
 
     def __init__(self, file: BinaryIO, fps: Fraction, comment: str):
-        if fps > WEBP_MAX_FPS:
-            raise MediaError(
-                f"fps {float(fps):g}: a .webp plays at most {WEBP_MAX_FPS} frames a second"
-            )
         self._file, self._fps, self._comment = file, fps, comment
         self._shape: tuple[int, int] | None = None
         self._count = 0

@@ -33,12 +33,18 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from sora_engine.errors import MediaError
-from sora_engine.io.animation import GifWriter, WebpWriter, animation_frames
+from sora_engine.io.animation import (
+    GIF_MAX_FPS,
+    WEBP_MAX_FPS,
+    GifWriter,
+    WebpWriter,
+    animation_frames,
+)
 from sora_engine.io.images import check_frame, check_size, fit, open_file, open_image, write_png
 from sora_engine.io.provenance import Provenance
 
-SUFFIXES = (".mp4", ".gif", ".webp", ".png")
-MAX_FPS = 1000
+MAX_FPS = {".mp4": 1000, ".gif": GIF_MAX_FPS, ".webp": WEBP_MAX_FPS, ".png": 1000, "": 1000}
+SUFFIXES = tuple(suffix for suffix in MAX_FPS if suffix)
 
 # Near-transparent: about 45 dB on smooth clips. x264's default of 23 smears small coloured shapes.
 H264_CRF = 14
@@ -80,8 +86,8 @@ class VideoWriter:
         num_frames: int | None = None,
         provenance: Provenance | None = None,
     ):
-        self.path = check_output(path, num_frames=num_frames)
-        rate = _rate(fps)
+        self.path = check_output(path, num_frames=num_frames, fps=fps)
+        rate = Fraction(fps).limit_denominator(1001)  # 1001 keeps 24000/1001 exact
         comment = "" if provenance is None else provenance.to_json()
         self._shape: tuple[int, ...] | None = None
         self._count = 0
@@ -194,8 +200,10 @@ def write_video(
     return writer.path
 
 
-def check_output(path: str | Path, *, num_frames: int | None = None) -> Path:
-    """The path, if a video of `num_frames` frames can be written there; else MediaError.
+def check_output(
+    path: str | Path, *, num_frames: int | None = None, fps: float | Fraction | None = None
+) -> Path:
+    """The path, if such a video can be written there; else MediaError.
 
     Looks at the suffix, at what already stands there, and whether the parent folder takes a file;
     leaves nothing behind.
@@ -214,6 +222,8 @@ def check_output(path: str | Path, *, num_frames: int | None = None) -> Path:
             f"{path}: a .png holds one frame, not {num_frames}; "
             "leave the suffix away for a folder of PNGs"
         )
+    if fps is not None:
+        _check_rate(fps, suffix)
     if not path.name or path.name == "..":
         raise MediaError(f"{path}: name a file or a new folder")
     if not path.parent.is_dir():
@@ -239,10 +249,11 @@ def check_output(path: str | Path, *, num_frames: int | None = None) -> Path:
     return path
 
 
-def _rate(fps: float | Fraction) -> Fraction:
-    if not math.isfinite(fps) or not 0 < fps <= MAX_FPS:
-        raise MediaError(f"fps {fps}: it must be above 0 and at most {MAX_FPS}")
-    return Fraction(fps).limit_denominator(1001)  # 1001 keeps 24000/1001 exact
+def _check_rate(fps: float | Fraction, suffix: str = "") -> None:
+    limit = MAX_FPS[suffix]
+    if not math.isfinite(fps) or not 0 < fps <= limit:
+        what = f" for a {suffix}" if suffix else ""
+        raise MediaError(f"fps {float(fps):g}: it must be above 0 and at most {limit}{what}")
 
 
 def _replace_folder(source: Path, target: Path) -> None:
@@ -357,7 +368,7 @@ def read_video(
     """
     path = Path(path)
     if fps is not None:
-        _rate(fps)
+        _check_rate(fps)
     if max_frames is not None and max_frames < 1:
         raise MediaError(f"max_frames {max_frames}: it must be 1 or more")
     if path.is_dir():

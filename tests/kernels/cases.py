@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sora_kernels as sk
 import torch
 from hypothesis import strategies as st
+
+import sora_kernels as sk
 from sora_kernels.testing import check_within_budget, generator, guarded, offsets
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sora_kernels as sk
 import torch
 from cases import (
     attention_cases,
@@ -20,6 +19,8 @@ from cases import (
     rope_cases,
 )
 from hypothesis import given
+
+import sora_kernels as sk
 from sora_kernels import csrc
 from sora_kernels.testing import check_within_budget, generator, guarded, offsets
 
