@@ -130,6 +130,11 @@ class Engine:
             request, self.model.defaults, self.model.grid, self.limits, solvers=SOLVERS
         )
 
+    @property
+    def num_queued(self) -> int:
+        """Jobs that wait to be started."""
+        return len(self._queue)
+
     def close(self) -> None:
         """Cancel what is queued or running, and stop. Further requests raise EngineClosedError."""
         with self._wake:

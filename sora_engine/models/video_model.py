@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import sora_kernels
 from sora_engine.canvas import KnownMode, Prompts
 from sora_engine.errors import BackendError, CheckpointError
 from sora_engine.io.config_file import read_json_object
@@ -131,6 +132,7 @@ def load_video_model(
         raise CheckpointError(f"the bundled checkpoint {name!r} is not in this build", path=folder)
     target = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, target)
+    check_attention_backend(attention_backend, target)
     checkpoint = resolve_model(folder, components=None if components is None else Path(components))
     settings = read_generation_config(folder)
     text_tokens = int(settings.get("text_tokens", TEXT_TOKENS))
@@ -224,6 +226,18 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return dtype
 
 
+def check_attention_backend(name: str, device: torch.device) -> None:
+    """Raises BackendError unless attention can run there on this backend."""
+    found = sora_kernels.backends(device)["packed_attention"]
+    if name == "auto":
+        return
+    if name not in found:
+        raise BackendError(f"attention_backend must be auto, {', '.join(found)}, got {name!r}")
+    reason = found[name]
+    if reason is not None:
+        raise BackendError(f"attention_backend {name!r} cannot serve on {device}: {reason}")
+
+
 def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> WanVAE:
     """A VAE from its folder."""
     config = VAEConfig.from_dict(component.config, path=component.config_path)
@@ -242,7 +256,9 @@ def _load_transformer(
     text_tokens: int,
 ) -> WanTransformer:
     with torch.device("meta"):
-        transformer = WanTransformer(source.config, backend=backend, text_tokens=text_tokens)
+        transformer = WanTransformer(
+            source.config, text_tokens=text_tokens, attention_backend=backend
+        )
     source.load(transformer, device=device, dtype=dtype)
     return transformer.eval().requires_grad_(False)
 

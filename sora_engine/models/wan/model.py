@@ -31,6 +31,13 @@ class Modulation(NamedTuple):
     shift: Tensor
 
 
+class Backends(NamedTuple):
+    """The backends of one forward pass: of the fused operations, and of attention."""
+
+    fused: str
+    attention: str
+
+
 class WanTransformer(nn.Module):
     """A Wan transformer (2.1, 2.2 A14B expert, 2.2 TI2V-5B).
 
@@ -38,15 +45,21 @@ class WanTransformer(nn.Module):
         config: the checkpoint's `transformer/config.json`.
         text_tokens: length to which texts count as padded (512 in every published pipeline).
         backend: `backend` of every `sora_kernels` call; training uses `"reference"`.
+        attention_backend: that of `packed_attention`, where it is another one.
     """
 
     def __init__(
-        self, config: WanConfig, *, text_tokens: int = TEXT_TOKENS, backend: str = "auto"
+        self,
+        config: WanConfig,
+        *,
+        text_tokens: int = TEXT_TOKENS,
+        backend: str = "auto",
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.text_tokens = text_tokens
-        self.backend = backend
+        self.backends = Backends(backend, attention_backend or backend)
         dim = config.inner_dim
         self.patch_embedding = nn.Conv3d(
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -99,7 +112,7 @@ class WanTransformer(nn.Module):
         return [Context(source) for source in sources]
 
     def _keys_values(self, embedded: Tensor, source: str) -> tuple[Tensor, Tensor]:
-        pairs = [block.attn2.keys_values(embedded, source, self.backend) for block in self.blocks]
+        pairs = [block.attn2.keys_values(embedded, source, self.backends) for block in self.blocks]
         keys, values = zip(*pairs, strict=True)
         return torch.stack(keys), torch.stack(values)
 
@@ -131,7 +144,12 @@ class WanTransformer(nn.Module):
         entries.append(Modulation(scale, shift))
 
         y = norm_modulate(
-            x, *entries[0], stream.rows, kind="layer", eps=self.config.eps, backend=self.backend
+            x,
+            *entries[0],
+            stream.rows,
+            kind="layer",
+            eps=self.config.eps,
+            backend=self.backends.fused,
         )
         for layer, block in enumerate(self.blocks):
             # Each block ends in the normalisation that the next one begins with: one fused pass.
@@ -144,7 +162,7 @@ class WanTransformer(nn.Module):
                 table=tables[layer],
                 following=entries[layer + 1],
                 rope=rope,
-                backend=self.backend,
+                backends=self.backends,
             )
         return self.proj_out(y)
 
@@ -173,13 +191,13 @@ class WanBlock(nn.Module):
         table: Tensor,
         following: Modulation,
         rope: tuple[Tensor, Tensor],
-        backend: str,
+        backends: Backends,
     ) -> tuple[Tensor, Tensor]:
         """Residual stream x and normalised input y, both `[N, dim]`, to those of the next block."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)
         rows = stream.rows
 
-        attended = self.attn1.to_itself(y, stream, rope, backend)
+        attended = self.attn1.to_itself(y, stream, rope, backends)
         x, y = gate_residual_norm_modulate(
             attended,
             x,
@@ -191,11 +209,11 @@ class WanBlock(nn.Module):
             weight=None if self.norm2 is None else self.norm2.weight,
             bias=None if self.norm2 is None else self.norm2.bias,
             eps=self.eps,
-            backend=backend,
+            backend=backends.fused,
         )
         if self.norm2 is None:
             y = x
-        attended = self.attn2.to_contexts(y, contexts, layer, backend)
+        attended = self.attn2.to_contexts(y, contexts, layer, backends)
         x, y = gate_residual_norm_modulate(
             attended,
             x,
@@ -205,7 +223,7 @@ class WanBlock(nn.Module):
             rows,
             kind="layer",
             eps=self.eps,
-            backend=backend,
+            backend=backends.fused,
         )
         return gate_residual_norm_modulate(
             self.ffn(y),
@@ -216,7 +234,7 @@ class WanBlock(nn.Module):
             rows,
             kind="layer",
             eps=self.eps,
-            backend=backend,
+            backend=backends.fused,
         )
 
 
@@ -240,7 +258,7 @@ class WanAttention(nn.Module):
             self.norm_added_k = nn.RMSNorm(dim, config.eps)
 
     def to_itself(
-        self, y: Tensor, stream: Stream, rope: tuple[Tensor, Tensor], backend: str
+        self, y: Tensor, stream: Stream, rope: tuple[Tensor, Tensor], backends: Backends
     ) -> Tensor:
         q, k = qk_norm_rope(
             self._heads(self.to_q(y)),
@@ -250,10 +268,10 @@ class WanAttention(nn.Module):
             *rope,
             across_heads=True,
             eps=self.eps,
-            backend=backend,
+            backend=backends.fused,
         )
         assert k is not None
-        out = self_attention(q, k, self._heads(self.to_v(y)), stream, backend=backend)
+        out = self_attention(q, k, self._heads(self.to_v(y)), stream, backend=backends.attention)
         return self.to_out[0](out.flatten(1))
 
     def to_contexts(
@@ -261,15 +279,17 @@ class WanAttention(nn.Module):
         y: Tensor,
         contexts: Mapping[str, ContextRuns],
         layer: int,
-        backend: str,
+        backends: Backends,
     ) -> Tensor:
-        q = self._normalised(self.to_q(y), self.norm_q.weight, backend)
-        out = cross_attention(q, contexts["text"], layer, backend=backend)
+        q = self._normalised(self.to_q(y), self.norm_q.weight, backends)
+        out = cross_attention(q, contexts["text"], layer, backend=backends.attention)
         if "image" in contexts:
-            out = out + cross_attention(q, contexts["image"], layer, backend=backend)
+            out = out + cross_attention(q, contexts["image"], layer, backend=backends.attention)
         return self.to_out[0](out.flatten(1))
 
-    def keys_values(self, embedded: Tensor, source: str, backend: str) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, embedded: Tensor, source: str, backends: Backends
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values `[n, heads, head_dim]` of embedded tokens `[n, dim]`.
 
         Image tokens (Wan 2.1 I2V) have projections of their own beside the text's.
@@ -278,9 +298,9 @@ class WanAttention(nn.Module):
             k, v, norm = self.add_k_proj, self.add_v_proj, self.norm_added_k
         else:
             k, v, norm = self.to_k, self.to_v, self.norm_k
-        return self._normalised(k(embedded), norm.weight, backend), self._heads(v(embedded))
+        return self._normalised(k(embedded), norm.weight, backends), self._heads(v(embedded))
 
-    def _normalised(self, projected: Tensor, weight: Tensor, backend: str) -> Tensor:
+    def _normalised(self, projected: Tensor, weight: Tensor, backends: Backends) -> Tensor:
         normalised, _ = qk_norm_rope(
             self._heads(projected),
             None,
@@ -290,7 +310,7 @@ class WanAttention(nn.Module):
             None,
             across_heads=True,
             eps=self.eps,
-            backend=backend,
+            backend=backends.fused,
         )
         return normalised
 

@@ -1,0 +1,178 @@
+"""Every task is a canvas: what is known stays, what wraps closes, windows change nothing else.
+
+On tiny random weights: the frames show nothing, but what must be equal is equal.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import sora_engine as sora
+from tests.parity.oracles import relative_error, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {kind: tiny_pipeline(kind, 0) for kind in ("ti2v-5b", "t2v")}
+
+
+@pytest.fixture(scope="module")
+def folders(pipes, tmp_path_factory):
+    made = {}
+    for kind, pipe in pipes.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        pipe.save_pretrained(made[kind])
+    return made
+
+
+@pytest.fixture(scope="module")
+def engines(folders):
+    made = {kind: sora.Engine.from_pretrained(path, device="cpu") for kind, path in folders.items()}
+    yield made
+    for engine in made.values():
+        engine.close()
+
+
+def a_clip(num_frames: int, seed: int = 0, size: int = 32) -> np.ndarray:
+    shape = (num_frames, size, size, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def a_request(**values):
+    defaults = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 3, "seed": 1}
+    return sora.VideoRequest("a red circle", **{**defaults, **values})
+
+
+def oracle_latents(pipe, frames: np.ndarray) -> torch.Tensor:
+    """diffusers' mean latents of frames, as the decoder takes them."""
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    with torch.no_grad():
+        return pipe.vae.encode(video).latent_dist.mode()[0]
+
+
+@pytest.mark.parametrize("kind", ["ti2v-5b", "t2v"])
+@pytest.mark.parametrize(
+    ("placed", "known"),
+    [
+        ({0: 1}, [0]),
+        ({0: 9}, [0, 1, 2]),
+        ({9: 8}, [3, 4]),
+        ({0: 5, 13: 4}, [0, 1, 4]),
+        ({0: 3, 5: 5}, [0, 2]),
+    ],
+    ids=["animate", "extend forward", "extend backward", "connect", "fill"],
+)
+def test_known_frames_are_kept_in_their_place(pipes, engines, kind, placed, known):
+    """Known latents are those that diffusers' encoder gives for the time line, and stay."""
+    clip = a_clip(17)
+    clips = [sora.Clip(clip[at : at + n], at=at) for at, n in placed.items()]
+    video = engines[kind].generate(a_request(clips=clips))
+    # Unknown frames stand still at the nearest known one while the clips are encoded.
+    frames = sorted(at + i for at, n in placed.items() for i in range(n))
+    nearest = [min(frames, key=lambda f, i=i: (abs(f - i), f)) for i in range(17)]
+    expected = oracle_latents(pipes[kind], clip[nearest])
+    plain = engines[kind].generate(a_request())
+    for t in range(5):
+        if t in known:
+            assert relative_error(video.latents[:, t], expected[:, t]) < 1e-4
+        else:
+            assert relative_error(video.latents[:, t], expected[:, t]) > 1e-2
+            assert not torch.equal(video.latents[:, t], plain.latents[:, t])
+
+
+def test_a_mask_makes_known_what_it_covers_whole(pipes, engines):
+    """A token is known where all of its pixels are."""
+    clip = a_clip(17, size=64)
+    mask = np.zeros((64, 64), bool)
+    mask[:, :40] = True
+    request = a_request(height=64, width=64, clips=[sora.Clip(clip, at=0, mask=mask)])
+    video = engines["ti2v-5b"].generate(request)
+    expected = oracle_latents(pipes["ti2v-5b"], clip)
+    assert relative_error(video.latents[..., :2], expected[..., :2]) < 1e-4
+    assert relative_error(video.latents[..., 2:], expected[..., 2:]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        ([sora.Clip(a_clip(2), at=3)], "cover no whole latent frame.*0, 1-4, 5-8, 9-12"),
+        ([sora.Clip(a_clip(5), at=14)], "ends at frame 19; the video has 17: at most 3 fit"),
+        ([sora.Clip(a_clip(5)), sora.Clip(a_clip(5), at=3)], "two clips overlap at frame 3"),
+        ([sora.Clip(a_clip(1), mask=np.ones((3, 3), bool))], "mask is bool"),
+        ([sora.Clip(np.zeros((1, 32, 32, 3), np.float32))], "uint8"),
+        ([sora.Clip(np.zeros((32, 32), np.uint8))], "uint8"),
+        ([sora.Clip(7)], "got int"),
+        ([sora.Clip("/nowhere.png")], "/nowhere.png"),
+    ],
+)
+def test_bad_clips(engines, clips, message):
+    with pytest.raises((sora.RequestError, sora.MediaError), match=message):
+        engines["ti2v-5b"].generate(a_request(clips=clips))
+
+
+def test_a_loop_is_decoded_closed(pipes, engines):
+    """Frames are those of a late lap of diffusers' decoder over the latents repeated."""
+    video = engines["t2v"].generate(a_request(num_frames=16, loop=True))
+    assert video.frames.shape == (16, 32, 32, 3)
+    assert video.latents.shape[1] == 4
+    laps = 14
+    with torch.no_grad():
+        decoded = pipes["t2v"].vae.decode(
+            video.latents.repeat(1, laps, 1, 1)[None], return_dict=False
+        )[0][0]
+    lap = ((decoded[:, -16:] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 3, 0).numpy()
+    assert np.abs(video.frames - lap).max() <= 1
+
+
+def test_one_window_is_the_plain_path_bit_for_bit(engines):
+    plain = engines["t2v"].generate(a_request())
+    for plan in (sora.WindowPlan(5, 2), sora.WindowPlan(9, 0, "flat", "moving")):
+        windowed = engines["t2v"].generate(a_request(window=plan))
+        assert torch.equal(windowed.latents, plain.latents)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_how_many_windows_are_packed_at_a_time_changes_nothing(folders, loop):
+    plan = sora.WindowPlan(3, 1, schedule="moving")
+    request = a_request(num_frames=28 if loop else 29, window=plan, loop=loop)
+    results = []
+    for tokens in (1, 13, 100_000):
+        limits = sora.Limits(max_batch_tokens=tokens)
+        with sora.Engine.from_pretrained(folders["t2v"], device="cpu", limits=limits) as engine:
+            results.append(engine.generate(request).latents)
+    assert relative_error(results[0], results[2]) < 1e-5
+    assert relative_error(results[1], results[2]) < 1e-5
+
+
+def test_shots_read_their_own_text(engines):
+    """Two shots of one text are that text; two texts give something else, in both shots."""
+    frames = {"num_frames": 17}
+    one = engines["t2v"].generate(a_request(**frames))
+    same = [sora.Shot("a red circle", 9), sora.Shot("a red circle", 8)]
+    twice = engines["t2v"].generate(a_request(shots=same, **frames))
+    assert relative_error(twice.latents, one.latents) < 1e-5
+    other = [sora.Shot("a red circle", 9), sora.Shot("cat", 8)]
+    mixed = engines["t2v"].generate(a_request(shots=other, **frames))
+    assert relative_error(mixed.latents, one.latents) > 1e-2
+
+
+def test_a_start_video_of_full_strength_is_noise_alone(engines):
+    """At strength 1 a flow starts at pure noise, whatever the start video shows."""
+    clip = a_clip(17)
+    full = engines["t2v"].generate(a_request(init=clip, strength=1.0))
+    plain = engines["t2v"].generate(a_request())
+    assert relative_error(full.latents, plain.latents) < 1e-2
+    weak = engines["t2v"].generate(a_request(init=clip, strength=0.4))
+    assert relative_error(weak.latents, plain.latents) > 1e-1
+    with pytest.raises(sora.RequestError, match="start video has 9 frames; the request makes 17"):
+        engines["t2v"].generate(a_request(init=clip[:9]))
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "dpm++sde", "ddim", "renoise"])
+def test_every_solver_runs_by_name(engines, solver):
+    video = engines["t2v"].generate(a_request(solver=solver))
+    again = engines["t2v"].generate(a_request(solver=solver))
+    assert torch.isfinite(video.latents).all()
+    assert torch.equal(video.latents, again.latents)
