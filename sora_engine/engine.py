@@ -59,7 +59,7 @@ class Engine:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | PathLike[str],
+        model: str | PathLike[str] | Sequence[str | PathLike[str]],
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -70,8 +70,9 @@ class Engine:
         """Load a checkpoint.
 
         Args:
-            model: a folder in diffusers' layout, a `.safetensors` file under Wan's own names, or
-                `"sprites"`, the bundled checkpoint.
+            model: a folder in diffusers' layout; a `.safetensors` file under Wan's own names, or
+                two of them, the expert for high noise first; or `"sprites"`, the bundled
+                checkpoint.
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
             attention_backend: a backend of `sora_kernels`, for all its operations.
@@ -208,6 +209,9 @@ class Engine:
     def _decode(self, jobs: list[Job]) -> None:
         (job,) = jobs
         job.enter(JobState.DECODING)
+        # Kept on the job from here on: a decode that fails does not lose them.
+        latents = self.model.vae.denormalise(job.canvas.latents[None])[0].float().cpu()
+        job.latents = latents
         on_frames = self._frame_callbacks.get(job)
         decoded = []
         for chunk in decode(job.canvas, self.model):
@@ -217,7 +221,6 @@ class Engine:
                 on_frames(frames)
             decoded.append(frames)
             job.count_frames(len(frames))
-        latents = self.model.vae.denormalise(job.canvas.latents[None])[0].float().cpu()
         video = Video(
             frames=np.concatenate(decoded),
             latents=latents,

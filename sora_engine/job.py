@@ -13,6 +13,8 @@ from sora_engine.errors import JobCancelledError
 from sora_engine.request import ResolvedRequest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sora_engine.canvas import Canvas
     from sora_engine.video import Video
 
@@ -48,6 +50,9 @@ class Job:
         self.request = request
         self.canvas_or_none: Canvas | None = None
         self.last_ran = 0
+        self.latents: Tensor | None = None
+        """The finished latents, as `Video.latents`, from the end of denoising on: also where
+        decoding fails or is cancelled."""
         self._timings_s: dict[str, float] = {}
         self._state = JobState.QUEUED
         self._steps_done = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
@@ -118,7 +118,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def load_video_model(
-    path: str | PathLike[str],
+    path: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -126,14 +126,21 @@ def load_video_model(
     components: str | PathLike[str] | None = None,
 ) -> VideoModel:
     """Load a checkpoint; the arguments are those of `Engine.from_pretrained`."""
-    name = str(path)
-    folder = BUNDLED.get(name, Path(path)) if isinstance(path, str) else Path(path)
-    if name in BUNDLED and not folder.exists():
-        raise CheckpointError(f"the bundled checkpoint {name!r} is not in this build", path=folder)
+    paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+    bundled = BUNDLED.get(path) if isinstance(path, str) else None
+    if bundled is not None:
+        if not bundled.exists():
+            raise CheckpointError(f"the bundled checkpoint {path!r} is missing", path=bundled)
+        paths = [bundled]
+    if not paths:
+        raise CheckpointError("a model is one path, or those of two experts; got none")
+    folder = Path(paths[0])
     target = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, target)
     check_attention_backend(attention_backend, target)
-    checkpoint = resolve_model(folder, components=None if components is None else Path(components))
+    checkpoint = resolve_model(
+        [Path(p) for p in paths], components=None if components is None else Path(components)
+    )
     settings = read_generation_config(folder)
     text_tokens = int(settings.get("text_tokens", TEXT_TOKENS))
 
@@ -154,7 +161,7 @@ def load_video_model(
     )
     known_mode = _known_mode(checkpoint, grid)
     model = VideoModel(
-        name=name if name in BUNDLED else folder.name,
+        name=str(path) if bundled is not None else folder.name,
         device=target,
         dtype=weights_dtype,
         experts=[

@@ -7,10 +7,14 @@ import threading
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sora_engine as sora
 from sora_engine import engine as engine_module
+from sora_engine.models import video_model
+from sora_engine.models.wan.model import WanTransformer
 from tests.parity.oracles import tiny_pipeline
+from tests.unit.test_checkpoint import original_name
 
 SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 1}
 
@@ -119,6 +123,7 @@ def test_an_error_in_one_job_is_its_own(engine, monkeypatch):
     with pytest.raises(sora.JobFailedError, match="OSError: disk full"):
         jobs[1].result(timeout_s=60)
     assert jobs[1].state == "failed"
+    assert torch.equal(jobs[1].latents, jobs[0].result(60).latents)  # they are not lost
     assert torch.equal(jobs[0].result(60).latents, jobs[2].result(60).latents)
 
 
@@ -204,3 +209,54 @@ def test_half_precision_runs_close_to_single(folder):
         single = engine.generate(request)
     error = (half.latents - single.latents).norm() / single.latents.norm()
     assert 1e-5 < error < 0.2
+
+
+def test_texts_are_encoded_once_a_request(engine, monkeypatch):
+    """Cross-attention's keys and values are made once, whatever the number of steps."""
+    calls = []
+    encode = WanTransformer.encode_contexts
+    monkeypatch.setattr(
+        WanTransformer,
+        "encode_contexts",
+        lambda self, *arguments: calls.append(1) or encode(self, *arguments),
+    )
+    engine.generate(sora.VideoRequest("a cat", **{**SMALL, "num_inference_steps": 7}))
+    assert len(calls) == 1
+
+
+def test_the_second_expert_is_let_go_of_where_memory_is_short(tmp_path, monkeypatch):
+    pipe = tiny_pipeline("a14b-t2v", 0)
+    pipe.save_pretrained(tmp_path)
+    request = sora.VideoRequest("a cat", height=32, width=32, num_frames=5, seed=1)
+    with sora.Engine.from_pretrained(tmp_path, device="cpu") as engine:
+        roomy = engine.generate(request)
+        assert all(expert.transformer is not None for expert in engine.model.experts)
+    monkeypatch.setattr(video_model, "free_memory", lambda device: 1)
+    with sora.Engine.from_pretrained(tmp_path, device="cpu") as engine:
+        tight = engine.generate(request)
+        assert [expert.transformer is not None for expert in engine.model.experts] == [False, True]
+        again = engine.generate(request)
+    assert torch.equal(roomy.latents, tight.latents)
+    assert torch.equal(roomy.latents, again.latents)
+
+
+def test_single_files_make_what_the_folder_makes(folder, tmp_path):
+    """A file under Wan's own names with its components beside it, and two experts as two files."""
+    pipe = tiny_pipeline("a14b-t2v", 3)
+    pipe.save_pretrained(tmp_path / "folder")
+    files = []
+    for name in ("transformer", "transformer_2"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "expert.safetensors"
+        state = getattr(pipe, name).state_dict()
+        save_file({original_name(key): value for key, value in state.items()}, file)
+        # Heads of 12 channels: what shapes do not tell, a config.json beside the file does.
+        config = (tmp_path / "folder" / name / "config.json").read_text()
+        (tmp_path / name / "config.json").write_text(config)
+        files.append(file)
+    request = sora.VideoRequest("a cat", height=32, width=32, num_frames=5, seed=1)
+    with sora.Engine.from_pretrained(tmp_path / "folder", device="cpu") as engine:
+        expected = engine.generate(request)
+    with sora.Engine.from_pretrained(files, components=tmp_path / "folder", device="cpu") as engine:
+        actual = engine.generate(request)
+    assert torch.equal(actual.latents, expected.latents)
