@@ -63,7 +63,7 @@ def sharpen(model: torch.nn.Module, seed: int) -> torch.nn.Module:
         elif "pos_embed" in name or name.endswith("norm2.bias"):
             parameter.copy_(0.3 * noise)
         elif "attn2" in name and any(part in name for part in ("to_v", "to_out", "add_v_proj")):
-            parameter.mul_(9.0)
+            parameter.mul_(12.0)
         elif (
             "to_v" in name
             or "to_out" in name
@@ -81,10 +81,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected.double().abs().max())
 
 
-KINDS = ("t2v", "i2v", "a14b-t2v", "a14b-i2v", "ti2v-5b", "ti2v-5b-i2v")
+KINDS = ("t2v", "i2v", "flf2v", "a14b-t2v", "a14b-i2v", "ti2v-5b", "ti2v-5b-i2v")
 """The published pipelines, each built tiny by `tiny_pipeline`."""
 
 _WORDS = ["a", "red", "blue", "circle", "square", "moves", "left", "right", "on", "white", "cat"]
+
+
+def takes_image(kind: str) -> bool:
+    """Whether the pipeline of this kind animates an image."""
+    return kind.endswith(("i2v", "flf2v"))
 
 
 def tiny_text_encoder(seed: int):
@@ -144,8 +149,10 @@ def tiny_pipeline(kind: str, seed: int, scheduler: str = "unipc") -> DiffusionPi
         "transformer_2": None,
     }
     shape: dict[str, object] = {}
-    if kind == "i2v":
+    if kind in ("i2v", "flf2v"):
         shape = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 24}
+        if kind == "flf2v":
+            shape["pos_embed_seq_len"] = 10  # two images of a class token and 2 x 2 patches
         torch.manual_seed(seed)
         parts["image_encoder"] = CLIPVisionModel(
             CLIPVisionConfig(
@@ -167,7 +174,7 @@ def tiny_pipeline(kind: str, seed: int, scheduler: str = "unipc") -> DiffusionPi
     if kind.startswith("a14b"):
         parts["transformer_2"] = tiny_transformer(seed + 100, **shape)
         parts["boundary_ratio"] = 0.875 if kind == "a14b-t2v" else 0.9
-    if "i2v" in kind and kind != "ti2v-5b":
+    if takes_image(kind):
         parts.setdefault("image_encoder", None)
         parts.setdefault("image_processor", None)
         pipeline = WanImageToVideoPipeline

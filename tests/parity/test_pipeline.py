@@ -11,7 +11,7 @@ import sora_engine as sora
 from sora_engine import clips as clips_module
 from sora_engine.models.wan import model as model_module
 from sora_engine.text import TextEncoder
-from tests.parity.oracles import KINDS, relative_error, tiny_pipeline
+from tests.parity.oracles import KINDS, relative_error, takes_image, tiny_pipeline
 
 PROMPT = "a red circle moves right"
 NEGATIVE = "blue square"
@@ -57,12 +57,16 @@ def run_both(pair, kind, *, seed=0, scheduler="unipc", size=(32, 48), frames=9, 
     }
     if kind.startswith("a14b"):
         shared["guidance_scale_2"] = extra.get("guidance_scale_2", 2.5)
-    image = an_image(width, height, seed) if "i2v" in kind and kind != "ti2v-5b" else None
-    arguments = dict(shared) if image is None else {**shared, "image": image}
+    arguments, clips = dict(shared), []
+    if takes_image(kind):
+        arguments["image"] = an_image(width, height, seed)
+        clips.append(sora.Clip(arguments["image"], at=0))
+    if kind == "flf2v" or extra.get("last_image"):
+        arguments["last_image"] = an_image(width, height, seed + 50)
+        clips.append(sora.Clip(arguments["last_image"], at=frames - 1))
     expected = pipe(
         **arguments, output_type="latent", generator=torch.Generator().manual_seed(seed)
     ).frames[0]
-    clips = () if image is None else (sora.Clip(image, at=0),)
     video = engine.generate(sora.VideoRequest(**shared, seed=seed, clips=clips))
     config = pipe.vae.config
     mean, std = (
@@ -93,6 +97,11 @@ def test_final_latents_equal_diffusers(pair, kind, scheduler):
 )
 def test_other_seeds_sizes_and_lengths(pair, kind, seed, size, frames, steps):
     expected, actual, _, _ = run_both(pair, kind, seed=seed, size=size, frames=frames, steps=steps)
+    assert relative_error(actual, expected) < 1e-4
+
+
+def test_last_image_without_image_embedding(pair):
+    expected, actual, _, _ = run_both(pair, "a14b-i2v", last_image=True)
     assert relative_error(actual, expected) < 1e-4
 
 
@@ -165,7 +174,7 @@ def test_company_changes_nothing(pair):
 @pytest.mark.parametrize("left_out", ["rope", "text", "half a point of guidance", "image"])
 def test_the_oracles_are_sharp(pair, kind, left_out, monkeypatch):
     """Leaving out a part moves the latents by over 100 times the tolerance of parity."""
-    if left_out == "image" and kind in ("t2v", "a14b-t2v", "ti2v-5b"):
+    if left_out == "image" and not takes_image(kind):
         pytest.skip("the task has no image")
     _, actual, _, _ = run_both(pair, kind)
     more = 0.0
@@ -188,7 +197,9 @@ def test_the_oracles_are_sharp(pair, kind, left_out, monkeypatch):
         more = 0.5
     _, engine = pair(kind)
     height, width = (64, 96) if kind.startswith("ti2v") else (32, 48)
-    image = an_image(width, height, 0) if "i2v" in kind and kind != "ti2v-5b" else None
+    clips = [sora.Clip(an_image(width, height, 0), at=0)] if takes_image(kind) else []
+    if kind == "flf2v":
+        clips.append(sora.Clip(an_image(width, height, 50), at=8))
     request = sora.VideoRequest(
         PROMPT,
         NEGATIVE,
@@ -199,6 +210,6 @@ def test_the_oracles_are_sharp(pair, kind, left_out, monkeypatch):
         guidance_scale=4.0 + more,
         guidance_scale_2=2.5 + more if kind.startswith("a14b") else None,
         seed=0,
-        clips=() if image is None else (sora.Clip(image),),
+        clips=clips,
     )
     assert relative_error(engine.generate(request).latents, actual) > 100 * 1e-4
