@@ -11,6 +11,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# Triton reads this when a kernel is decorated, so it stands before any kernel is imported. Tests
+# that compile kernels run in processes of their own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "sora_kernels"
 
@@ -44,3 +48,16 @@ def native_library() -> None:
 
     csrc.problem.cache_clear()
     assert csrc.problem() is None
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> None:
+    """Triton's interpreter, its faults with bf16 mended."""
+    pytest.importorskip("triton")
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("triton was imported without TRITON_INTERPRET=1")
+    from interpreter import mend
+
+    mend()

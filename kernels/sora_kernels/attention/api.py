@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels import checks
+from sora_kernels.attention.plan import AttentionPlan
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.library import register
 from sora_kernels.segments import offsets_of
@@ -18,8 +19,9 @@ OP = declare(
         "reference": "sora_kernels.attention.reference",
         "sdpa": "sora_kernels.attention.sdpa",
         "native": "sora_kernels.attention.native",
+        "triton": "sora_kernels.attention.triton",
     },
-    order={"cpu": ("native", "sdpa"), "cuda": ("sdpa",)},
+    order={"cpu": ("native", "sdpa"), "cuda": ("triton", "sdpa")},
 )
 
 # Segments to this length are one (segment, head) a task, and not blocks of a long row.
@@ -37,6 +39,7 @@ def packed_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float | None = None,
+    plan: AttentionPlan | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -53,6 +56,7 @@ def packed_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float | None = None,
+    plan: AttentionPlan | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -68,6 +72,7 @@ def packed_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float | None = None,
+    plan: AttentionPlan | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -77,7 +82,8 @@ def packed_attention(
     (fp64 by the reference), head_dim to 256; strided views serve without a copy where the last
     dimension is dense. cu_seqlens_q, cu_seqlens_k: int32 or int64 `[segments + 1]`, from 0 to the
     number of tokens. max_seqlen_*: at least the longest segment. scale: by default
-    head_dim ** -0.5.
+    head_dim ** -0.5. plan: of `plan_attention`, for calls that share offsets (backends that make
+    none of their own ignore it).
 
     Returns `[tokens_q, heads, head_dim]` in q's dtype, and with `return_lse` the natural
     log-sum-exp of the scaled scores, float32 `[tokens_q, heads]` (float64 for float64 inputs).
@@ -87,6 +93,7 @@ def packed_attention(
     the CPU alone) and KernelUnavailableError when a named backend cannot serve.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    tiles, block = (None, 0) if plan is None else (plan.tiles, plan.block)
     if needs_grad(q, k, v):
         check_gradless(OP, backend)
         backend = "reference"
@@ -94,7 +101,18 @@ def packed_attention(
     else:
         call = _op
     out, lse = call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, return_lse, backend
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        tiles,
+        block,
+        return_lse,
+        backend,
     )
     return (out, lse) if return_lse else out
 
@@ -107,6 +125,8 @@ def check(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    scale: float,
+    tiles: Tensor | None,
 ) -> None:
     """Everything that metadata can tell."""
     op = OP.name
@@ -128,6 +148,14 @@ def check(
     checks.check_device(op, q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if max_seqlen_q < 0 or max_seqlen_k < 0:
         raise ValueError(f"{op}: max_seqlen_q {max_seqlen_q}, max_seqlen_k {max_seqlen_k} below 0")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{op}: scale {scale}; a positive number is due")
+    if tiles is not None:
+        checks.check_device(op, q, plan=tiles)
+        if tiles.dtype != torch.int32 or tiles.dim() != 2 or tiles.shape[1] != 2:
+            raise ValueError(
+                f"{op}: a plan of {tiles.dtype} {[*tiles.shape]}; int32 [tiles, 2] is due"
+            )
 
 
 def run(
@@ -139,11 +167,13 @@ def run(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    tiles: Tensor | None,
+    block: int,
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Validate, dispatch, run. Returns an empty lse unless it was asked for."""
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, tiles)
     q_offsets = k_offsets = None
     if q.device.type == "cpu":
         q_offsets, k_offsets = offsets_of(cu_seqlens_q), offsets_of(cu_seqlens_k)
@@ -164,6 +194,8 @@ def run(
         return_lse=return_lse,
         q_offsets=q_offsets,
         k_offsets=k_offsets,
+        tiles=tiles,
+        block=block,
     )
 
 
@@ -180,10 +212,12 @@ def _fake(
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    tiles: Tensor | None,
+    block: int,
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, tiles)
     lse = q.new_empty(q.shape[:2] if return_lse else (0,), dtype=lse_dtype(q.dtype))
     return q.new_empty(q.shape), lse
 
@@ -191,7 +225,8 @@ def _fake(
 _op = register(
     OP.name,
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool return_lse, str backend)"
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, Tensor? tiles, int block, "
+    "bool return_lse, str backend)"
     " -> (Tensor, Tensor)",
     run,
     _fake,

@@ -32,6 +32,8 @@ def run(
     return_lse: bool,
     q_offsets: list[int] | None,
     k_offsets: list[int] | None,
+    tiles: Tensor | None = None,
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     spans = torch.ones(cu_seqlens_q.shape[0] - 1, 6, dtype=torch.int64)
     for column, offsets in ((0, cu_seqlens_q), (3, cu_seqlens_k)):

@@ -43,6 +43,8 @@ def run(
     return_lse: bool,
     q_offsets: list[int] | None,
     k_offsets: list[int] | None,
+    tiles: Tensor | None = None,
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets

@@ -50,6 +50,8 @@ def run(
     return_lse: bool,
     q_offsets: list[int] | None,
     k_offsets: list[int] | None,
+    tiles: Tensor | None = None,
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
     k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets

@@ -13,8 +13,9 @@ OP = declare(
     modules={
         "reference": "sora_kernels.gated.reference",
         "native": "sora_kernels.gated.native",
+        "triton": "sora_kernels.gated.triton",
     },
-    order={"cpu": ("native",)},
+    order={"cpu": ("native",), "cuda": ("triton",)},
 )
 
 

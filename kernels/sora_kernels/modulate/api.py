@@ -13,8 +13,9 @@ OP = declare(
     modules={
         "reference": "sora_kernels.modulate.reference",
         "native": "sora_kernels.modulate.native",
+        "triton": "sora_kernels.modulate.triton",
     },
-    order={"cpu": ("native",)},
+    order={"cpu": ("native",), "cuda": ("triton",)},
 )
 
 

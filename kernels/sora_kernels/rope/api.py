@@ -14,8 +14,9 @@ OP = declare(
     modules={
         "reference": "sora_kernels.rope.reference",
         "native": "sora_kernels.rope.native",
+        "triton": "sora_kernels.rope.triton",
     },
-    order={"cpu": ("native",)},
+    order={"cpu": ("native",), "cuda": ("triton",)},
 )
 
 

@@ -1,0 +1,280 @@
+"""Packed attention as a portable Triton kernel (FlashAttention-2's schedule, arXiv 2307.08691).
+
+A program is one tile of queries of one head; the tile table names its segment. The main loop runs
+over whole blocks of keys without a mask, and one masked block takes the rest. Loads go through host
+tensor descriptors where the architecture has TMA, and through pointers elsewhere.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads a kernel's annotations: they say constexpr, and nothing else.
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_kernels.attention.plan import padded_width, plan_tiles
+from sora_kernels.dispatch import Case
+from sora_kernels.launch import architecture, attention_launch, has_tma
+from sora_kernels.triton_support import dense_rows
+from sora_kernels.triton_support import unsupported as no_triton
+
+
+def unsupported(case: Case) -> str | None:
+    return no_triton(case)
+
+
+@triton.jit
+def _rows(
+    source, stride, head_stride, first, last, head, head_dim, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, WIDTH] from row `first` of one head; rows from `last` on are zero where MASKED.
+
+    A descriptor reads on into the next segment, whose values (or NaN) must not count.
+    """
+    row = first + tl.arange(0, BLOCK)
+    if TMA:
+        tile = source.load([first, head, 0]).reshape(BLOCK, WIDTH)
+        if MASKED:
+            tile = tl.where((row < last)[:, None], tile, 0.0)
+    else:
+        column = tl.arange(0, WIDTH)
+        inside = column[None, :] < head_dim
+        if MASKED:
+            inside = inside & (row < last)[:, None]
+        at = row[:, None].to(tl.int64) * stride + head * head_stride + column[None, :]
+        tile = tl.load(source + at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _attend_block(
+    acc, total, top, q, k, v, keys, scale2, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running softmax. `top` and `scale2` are in powers of two."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where((tl.arange(0, BLOCK_N) < keys)[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale2)
+    # scores * scale2 - top is one fused multiply-add.
+    weights = tl.exp2(scores * scale2 - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
+def packed_attention_kernel(
+    q_source,
+    k_source,
+    v_source,
+    out_ptr,
+    lse_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    tiles_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    q_len,
+    k_len,
+    heads,
+    head_dim,
+    scale2,
+    UNIFORM: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Grid: (tiles, heads). UNIFORM: all segments have q_len queries and k_len keys, no table."""
+    head = tl.program_id(1)
+    if UNIFORM:
+        tiles = tl.cdiv(q_len, BLOCK_M)
+        segment = tl.program_id(0) // tiles
+        start = (tl.program_id(0) % tiles) * BLOCK_M
+        q_first = segment * q_len
+        q_last = q_first + q_len
+        k_first = segment * k_len
+        k_last = k_first + k_len
+    else:
+        segment = tl.load(tiles_ptr + 2 * tl.program_id(0))
+        start = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
+        if segment < 0:
+            return
+        q_first = tl.load(cu_q_ptr + segment).to(tl.int32)
+        q_last = tl.load(cu_q_ptr + segment + 1).to(tl.int32)
+        k_first = tl.load(cu_k_ptr + segment).to(tl.int32)
+        k_last = tl.load(cu_k_ptr + segment + 1).to(tl.int32)
+    q_first += start
+    q = _rows(
+        q_source,
+        q_stride,
+        q_head_stride,
+        q_first,
+        q_last,
+        head,
+        head_dim,
+        BLOCK_M,
+        WIDTH,
+        TMA,
+        True,
+    )
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    whole = k_first + (k_last - k_first) // BLOCK_N * BLOCK_N
+    for at in tl.range(k_first, whole, BLOCK_N):
+        k = _rows(
+            k_source,
+            k_stride,
+            k_head_stride,
+            at,
+            k_last,
+            head,
+            head_dim,
+            BLOCK_N,
+            WIDTH,
+            TMA,
+            False,
+        )
+        v = _rows(
+            v_source,
+            v_stride,
+            v_head_stride,
+            at,
+            k_last,
+            head,
+            head_dim,
+            BLOCK_N,
+            WIDTH,
+            TMA,
+            False,
+        )
+        acc, total, top = _attend_block(
+            acc, total, top, q, k, v, BLOCK_N, scale2, BLOCK_N, False, PRECISION
+        )
+    if whole < k_last:
+        k = _rows(
+            k_source, k_stride, k_head_stride, whole, k_last, head, head_dim, BLOCK_N, WIDTH, TMA,
+            True,
+        )  # fmt: skip
+        v = _rows(
+            v_source, v_stride, v_head_stride, whole, k_last, head, head_dim, BLOCK_N, WIDTH, TMA,
+            True,
+        )  # fmt: skip
+        acc, total, top = _attend_block(
+            acc, total, top, q, k, v, k_last - whole, scale2, BLOCK_N, True, PRECISION
+        )
+    # Without keys total is 0: the result is 0 and the log-sum-exp -inf.
+    inverse = tl.where(total > 0, 1.0 / total, 0.0)
+    row = q_first + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, WIDTH)
+    at = (row[:, None].to(tl.int64) * heads + head) * head_dim + column[None, :]
+    mask = (row < q_last)[:, None] & (column < head_dim)[None, :]
+    tl.store(out_ptr + at, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    if HAS_LSE:
+        lse = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        tl.store(lse_ptr + row.to(tl.int64) * heads + head, lse, mask=row < q_last)
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether TMA can address it: 16-byte base and strides."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(
+        stride * size % 16 == 0 for stride in tensor.stride()[:-1]
+    )
+
+
+def _source(tensor: Tensor, block: int, width: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block, 1, width])
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    return_lse: bool,
+    q_offsets: list[int] | None,
+    k_offsets: list[int] | None,
+    tiles: Tensor | None = None,
+    block: int = 0,
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, head_dim = q.shape
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((tokens, heads) if return_lse else (0,), dtype=torch.float32, device=q.device)
+    segments = cu_seqlens_q.shape[0] - 1
+    if tokens == 0:
+        return out, lse
+    arch = architecture(q.device)
+    width = padded_width(head_dim)
+    launch = attention_launch(arch, q.dtype, width)
+    # No segment is longer than max_seqlen, so this says that none is shorter either.
+    uniform = segments * max_seqlen_q == tokens and segments * max_seqlen_k == k.shape[0]
+    if uniform:
+        count = segments * triton.cdiv(max_seqlen_q, launch.block_m)
+        tiles = cu_seqlens_q
+    else:
+        if tiles is None:
+            tiles = plan_tiles(cu_seqlens_q, tokens, launch.block_m)
+        elif block != launch.block_m:
+            raise ValueError(
+                f"packed_attention: the plan has tiles of {block} queries, this kernel "
+                f"{launch.block_m}; plan with this dtype, head_dim and device"
+            )
+        count = tiles.shape[0]
+    tma = has_tma(arch) and k.shape[0] > 0 and all(describable(t) for t in (q, k, v))
+    sources: tuple[Any, Any, Any] = (q, k, v)
+    if tma:
+        sources = (
+            _source(q, launch.block_m, width),
+            _source(k, launch.block_n, width),
+            _source(v, launch.block_n, width),
+        )
+    packed_attention_kernel[(count, heads)](
+        *sources,
+        out,
+        lse,
+        *(t.stride(0) for t in (q, k, v)),
+        *(t.stride(1) for t in (q, k, v)),
+        tiles,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        heads,
+        head_dim,
+        scale * math.log2(math.e),
+        UNIFORM=uniform,
+        HAS_LSE=return_lse,
+        TMA=tma,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        WIDTH=width,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return out, lse

@@ -1,0 +1,78 @@
+"""Every op by its Triton kernel, interpreted, against fp64 under FlashAttention's error rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    attention_cases,
+    check_attention,
+    check_gated,
+    check_norm_modulate,
+    check_rope,
+    modulation_cases,
+    rope_cases,
+)
+from hypothesis import given
+
+import sora_kernels as sk
+from sora_kernels.testing import generator, offsets
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+def test_the_mended_casts_round_as_pytorch_does():
+    from interpreter import to_bfloat16, to_float32
+
+    values = torch.cat(
+        [torch.randn(4096, generator=generator(0)) * 100, torch.tensor([0.0, 1e-40])]
+    )
+    expected = values.to(torch.bfloat16)
+    bits = to_bfloat16(values.numpy())
+    assert np.array_equal(bits.view(np.int16), expected.view(torch.int16).numpy())
+    assert np.array_equal(to_float32(bits), expected.float().numpy())
+
+
+@given(modulation_cases(max_tokens=12))
+def test_norm_modulate(case):
+    check_norm_modulate(case, "triton")
+
+
+@given(modulation_cases(max_tokens=12))
+def test_gate_residual_norm_modulate(case):
+    check_gated(case, "triton")
+
+
+@given(rope_cases(max_tokens=10))
+def test_qk_norm_rope(case):
+    check_rope(case, "triton")
+
+
+@given(attention_cases(max_length=40, max_segments=4))
+def test_packed_attention(case):
+    check_attention(case, "triton")
+
+
+@given(attention_cases(max_length=40, max_segments=4, head_dims=(16, 40, 72)))
+def test_packed_attention_through_descriptors(case):
+    from sora_kernels.attention import triton as backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "has_tma", lambda arch: True)
+        check_attention(case, "triton")
+
+
+def test_a_plan_serves_and_must_fit():
+    rng = generator(5)
+    lens = [3, 0, 70, 33]
+    q, k, v = (torch.randn(sum(lens), 1, 16, generator=rng) for _ in range(3))
+    cu = offsets(lens)
+    plan = sk.plan_attention(cu, num_tokens=sum(lens), head_dim=16, dtype=q.dtype)
+    live = plan.tiles[plan.tiles[:, 0] >= 0]
+    assert live.tolist() == [[0, 0], [2, 0], [2, 32], [2, 64], [3, 0], [3, 32]]
+    kwargs = {"max_seqlen_q": 70, "max_seqlen_k": 70, "backend": "triton"}
+    planned = sk.packed_attention(q, k, v, cu, cu, plan=plan, **kwargs)
+    assert torch.equal(planned, sk.packed_attention(q, k, v, cu, cu, **kwargs))
+    with pytest.raises(ValueError, match="tiles of 64 queries, this kernel 32"):
+        sk.packed_attention(q, k, v, cu, cu, plan=sk.AttentionPlan(plan.tiles, 64), **kwargs)
