@@ -62,8 +62,8 @@ def sharpen(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             parameter.copy_(1.0 + 0.3 * noise)
         elif "pos_embed" in name or name.endswith("norm2.bias"):
             parameter.copy_(0.3 * noise)
-        elif "attn2" in name and any(part in name for part in ("to_v", "to_out", "add_v_proj")):
-            parameter.mul_(12.0)
+        elif "attn2" in name and any(part in name for part in ("to_v", "to_out")):
+            parameter.mul_(9.0)
         elif (
             "to_v" in name
             or "to_out" in name
