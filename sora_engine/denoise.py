@@ -193,7 +193,7 @@ def decode(canvas: Canvas, model: VideoModel) -> Iterator[Tensor]:
     latents = canvas.latents.to(model.vae_dtype)
     state = last_lap_state(latents, model.vae) if canvas.wraps else None
     for latent_frame in latents.split(1, dim=1):
-        frames, state = model.vae.decode_chunk(latent_frame[None], state)
+        frames, state = model.vae.decode_chunk(latent_frame[None], state, consume=True)
         yield to_uint8(frames[0])
 
 

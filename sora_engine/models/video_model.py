@@ -252,7 +252,7 @@ def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> 
         vae = WanVAE(config)
     with component.open_weights() as weights:
         load_into(vae, weights, device=device, dtype=dtype)
-    return vae.eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False).prepare()
 
 
 def _load_transformer(

@@ -4,6 +4,9 @@ Tensors are `[B, C, T, H, W]`. Parameter names are those of diffusers' `Autoenco
 the classes nest as there); the arithmetic follows "Wan: Open and Advanced Large-Scale Video
 Generative Models" (arXiv 2503.20314), section 4.1. A layer never keeps anything between calls: what
 it needs from earlier frames comes from a `Tape`, and what it wants kept goes back to it.
+
+Tensors lie channels-last in memory (`torch.channels_last_3d`): convolutions on GPUs and CPUs are
+fastest so, a norm reads its channels in one piece, and a frame is a picture without a copy.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sora_engine.vae.native import Layouts, PackedConv, native_kernels
 from sora_engine.vae.state import Tape
+from sora_kernels import norm_modulate
 
 
 class CausalConv3d(nn.Conv3d):
@@ -21,10 +26,23 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], stride_t: int = 1):
         super().__init__(c_in, c_out, kernel, stride=(stride_t, 1, 1))
         self.spatial_padding = (0, kernel[1] // 2, kernel[2] // 2)
+        self.layouts = Layouts()
 
     def valid(self, x: Tensor) -> Tensor:
         """`[B, c_in, T, H, W] -> [B, c_out, (T - k) // stride + 1, H, W]`, no padding in time."""
+        if self.layouts.wanted:
+            packed = self.layouts.get("whole", lambda: self._pack(self.weight, self.stride))
+            return packed(x)
         return F.conv3d(x, self.weight, self.bias, self.stride, self.spatial_padding)
+
+    def _last_tap(self, x: Tensor) -> Tensor:
+        if self.layouts.wanted:
+            packed = self.layouts.get("last", lambda: self._pack(self.weight[:, :, -1:], (1, 1, 1)))
+            return packed(x)
+        return F.conv3d(x, self.weight[:, :, -1:], self.bias, 1, self.spatial_padding)
+
+    def _pack(self, weight: Tensor, stride: tuple[int, ...]) -> PackedConv:
+        return PackedConv(weight, self.bias, stride, self.spatial_padding)
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:  # type: ignore[override]
         """`[B, c_in, T, H, W] -> [B, c_out, T, H, W]`, for a kernel of 3 frames and stride 1."""
@@ -32,7 +50,7 @@ class CausalConv3d(nn.Conv3d):
         if past is None and x.shape[2] == 1:
             # An empty past is zeros: only the last tap sees anything, a third of the work.
             tape.leave(x, 2)
-            return F.conv3d(x, self.weight[:, :, -1:], self.bias, 1, self.spatial_padding)
+            return self._last_tap(x)
         if past is None:
             x = F.pad(x, (0, 0, 0, 0, 2, 0))
         else:
@@ -50,9 +68,26 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gamma = self.gamma.reshape(-1, *([1] * (x.dim() - 2)))
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
-        return (wide / length).to(x.dtype) * (x.shape[1] ** 0.5 * gamma)
+        gain = x.shape[1] ** 0.5 * gamma
+        if x.dtype in (torch.float16, torch.bfloat16):
+            length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+            return (x / length.clamp_min(1e-12)).to(x.dtype) * gain
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
+        return x / length * gain
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the norm of `x [B, C, T, H, W]`, in fewer passes where no gradient is wanted."""
+        wants_grad = torch.is_grad_enabled() and (x.requires_grad or self.gamma.requires_grad)
+        if wants_grad or torch.compiler.is_compiling():
+            return F.silu(self(x))
+        if x.device.type == "cpu" and x.dtype == torch.float32 and native_kernels():
+            rows = x.permute(0, 2, 3, 4, 1)
+            y = norm_modulate(
+                rows.reshape(-1, x.shape[1]), None, None, kind="rms", weight=self.gamma.flatten(),
+                eps=1e-30, backend="native",
+            )  # fmt: skip
+            return F.silu(y, inplace=True).view(rows.shape).permute(0, 4, 1, 2, 3)
+        return F.silu(self(x), inplace=True)
 
 
 class ResidualBlock(nn.Module):
@@ -68,8 +103,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut.valid(x)
-        x = self.conv1(F.silu(self.norm1(x)), tape)
-        x = self.conv2(F.silu(self.norm2(x)), tape)
+        x = self.conv1(self.norm1.silu(x), tape)
+        x = self.conv2(self.norm2.silu(x), tape)
         return x + shortcut
 
 
@@ -128,11 +163,19 @@ class Downsample(nn.Module):
         super().__init__()
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride_t=2) if time else None
+        self.layouts = Layouts()
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        conv = _convolution(self.resample)
         x = F.pad(x, (0, 1, 0, 1))
-        x = F.conv3d(x, conv.weight.unsqueeze(2), conv.bias, (1, 2, 2))
+        conv = _convolution(self.resample)
+        weight = conv.weight.unsqueeze(2)
+        if self.layouts.wanted:
+            packed = self.layouts.get(
+                "conv", lambda: PackedConv(weight, conv.bias, (1, 2, 2), (0, 0, 0))
+            )
+            x = packed(x)
+        else:
+            x = F.conv3d(x, weight, conv.bias, (1, 2, 2))
         if self.time_conv is None:
             return x
         past = tape.take()
@@ -157,14 +200,21 @@ class Upsample(nn.Module):
         super().__init__()
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.time_conv = CausalConv3d(c_in, c_in * 2, (3, 1, 1)) if time else None
+        self.layouts = Layouts()
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         if self.time_conv is not None:
             x = self._double_time(x, tape)
         # 2x nearest and then 3x3 is a transposed convolution with the taps that meet summed.
         conv = _convolution(self.resample)
-        kernel = fold_upsampling(conv.weight).unsqueeze(2)
-        return F.conv_transpose3d(x, kernel, conv.bias, (1, 2, 2), (0, 1, 1))
+        if self.layouts.wanted:
+            kernel = self.layouts.get("folded", lambda: _folded_kernel(conv.weight.detach()))
+        else:
+            kernel = fold_upsampling(conv.weight)
+        batch = x.shape[0]
+        pictures = x.transpose(1, 2).flatten(0, 1)  # no copy: channels lie last
+        pictures = F.conv_transpose2d(pictures, kernel, conv.bias, 2, 1)
+        return pictures.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def _double_time(self, x: Tensor, tape: Tape) -> Tensor:
         assert self.time_conv is not None
@@ -176,9 +226,14 @@ class Upsample(nn.Module):
                 return head
         else:
             head = None
-        pairs = self.time_conv(x, tape).unflatten(1, (2, -1))
-        x = torch.stack([pairs[:, 0], pairs[:, 1]], dim=3).flatten(2, 3)
+        # The first half of the channels is the earlier frame of each pair, the second the later.
+        pairs = self.time_conv(x, tape).permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))
+        x = pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
         return x if head is None else torch.cat([head, x], dim=2)
+
+
+def _folded_kernel(weight: Tensor) -> Tensor:
+    return fold_upsampling(weight).contiguous(memory_format=torch.channels_last)
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:

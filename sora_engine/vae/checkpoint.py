@@ -224,4 +224,4 @@ def vae_from_tensors(
         vae = WanVAE(config)
     check_tensors(vae, {name: tuple(t.shape) for name, t in tensors.items()}, path=path)
     vae.load_state_dict(dict(tensors), assign=True)
-    return vae.eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False).prepare()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_engine.errors import CheckpointError
@@ -118,7 +117,7 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             x = stage(x, tape)
         x = self.mid_block(x, tape)
-        return self.conv_out(F.silu(self.norm_out(x)), tape)
+        return self.conv_out(self.norm_out.silu(x), tape)
 
 
 class Decoder(nn.Module):
@@ -154,4 +153,4 @@ class Decoder(nn.Module):
         x = self.mid_block(x, tape)
         for stage in self.up_blocks:
             x = stage(x, tape)
-        return self.conv_out(F.silu(self.norm_out(x)), tape)
+        return self.conv_out(self.norm_out.silu(x), tape)

@@ -132,7 +132,7 @@ def plan_tiles(
         return None
     pixels = config.out_channels // (config.patch_size or 1) ** 2 * config.factor_spatial**2
     frames = height * width * pixels * config.factor_temporal * dtype.itemsize
-    least = whole.peak
+    need = whole.peak
     tile_h, tile_w = height, width
     while max(tile_h, tile_w) > _SMALLEST:
         if tile_h >= tile_w:
@@ -140,15 +140,19 @@ def plan_tiles(
         else:
             tile_w = max(_SMALLEST, tile_w * 3 // 4)
         plan = TilePlan(tile_h, tile_w, overlap=min(tile_h, tile_w) // 4)
-        one = measure(config, tile_h, tile_w, dtype)
         count = len(starts(height, tile_h, plan.overlap)) * len(starts(width, tile_w, plan.overlap))
-        waiting = 0 if offload else (count - 1) * one.cache
-        need = one.peak + waiting + (0 if encode else 2 * frames)
-        least = min(least, need)
+        waiting = 0 if offload else count - 1
+        # Everything grows with the area: a guess from the whole spares most measurements.
+        share = tile_h * tile_w / (height * width)
+        guess = share * (whole.peak + waiting * whole.cache)
+        if guess > 1.2 * budget and max(tile_h, tile_w) > _SMALLEST:
+            continue
+        one = measure(config, tile_h, tile_w, dtype)
+        need = one.peak + waiting * one.cache + (0 if encode else 2 * frames)
         if need <= budget:
             return plan
     raise RequestError(
-        f"coding {height} x {width} latents needs {least / 2**20:.0f} MiB even in tiles, "
+        f"coding {height} x {width} latents needs {need / 2**20:.0f} MiB even in tiles, "
         f"and {budget / 2**20:.0f} MiB are to be had"
     )
 

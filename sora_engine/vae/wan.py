@@ -8,14 +8,16 @@ transformer sees them. The first latent frame stands for one frame, each further
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sora_engine.errors import RequestError
-from sora_engine.vae.blocks import CausalConv3d, fold_patches, unfold_patches
+from sora_engine.vae.blocks import CausalConv3d, Downsample, Upsample, fold_patches, unfold_patches
 from sora_engine.vae.coders import Decoder, Encoder
 from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.native import Layouts
 from sora_engine.vae.state import Tape, VAEState
 
 
@@ -49,6 +51,32 @@ class WanVAE(nn.Module):
     def scale_factor_spatial(self) -> int:
         """Pixels along one side of a latent."""
         return self.config.factor_spatial
+
+    def prepare(self, wanted: bool = True) -> WanVAE:
+        """Have the layers lay out their weights for inference, each when it first runs: channels
+        last on a GPU, in oneDNN's blocks on a CPU, upsampling folded into kernels. Returns self.
+
+        The layers then run on copies, without gradients: weights that are changed afterwards need
+        another `prepare`, and `train()`, `to()` and `load_state_dict` undo it.
+        """
+        for module in self.modules():
+            if isinstance(module, CausalConv3d | Downsample | Upsample):
+                module.layouts = Layouts(wanted)
+        return self
+
+    def train(self, mode: bool = True) -> WanVAE:
+        if mode:
+            self.prepare(False)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepare(False)
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`."""
+        self.prepare(False)
+        return super().load_state_dict(*args, **kwargs)
 
     # -- latents ---------------------------------------------------------------------------------
 
@@ -129,6 +157,7 @@ class WanVAE(nn.Module):
             high = head + (end - head) * factor
             tape = Tape(caches, keep=keep or end < latents)
             x = fold_patches(frames[:, :, low:high], self.config.patch_size or 1)
+            x = x.contiguous(memory_format=torch.channels_last_3d)
             parts.append(self.quant_conv.valid(self.encoder(x, tape)))
             done, caches = end, tape.new
         moments = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -212,7 +241,8 @@ class WanVAE(nn.Module):
         for low in range(0, count, step):
             high = min(low + step, count)
             tape = Tape(caches, keep=keep or high < count)
-            x = self.post_quant_conv.valid(self.denormalise(latents[:, :, low:high]))
+            x = self.denormalise(latents[:, :, low:high])
+            x = self.post_quant_conv.valid(x.contiguous(memory_format=torch.channels_last_3d))
             x = unfold_patches(self.decoder(x, tape), self.config.patch_size or 1)
             parts.append(x.clamp(-1.0, 1.0) if self.config.clip_output else x)
             caches = tape.new

@@ -116,7 +116,7 @@ def test_any_chunking_gives_the_same_bits(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("latents_per_call", [2, 3, None])
 def test_several_latents_a_call(layout, latents_per_call):
-    oracle, ours = make_pair(layout)
+    oracle, ours = make_pair(layout, prepared=False)
     latents = _latents(ours, 5)
     want = oracle.decode(ours.denormalise(latents)).sample
     assert relative(ours.decode(latents, latents_per_call=latents_per_call), want) < TOLERANCE
@@ -150,7 +150,7 @@ def test_the_state_does_not_grow():
 @pytest.mark.parametrize("layout", ["wan21", "wan22", "three-stages"])
 @pytest.mark.parametrize("latents_per_call", [1, None])
 def test_gradients_equal_diffusers(layout, latents_per_call):
-    oracle, ours = make_pair(layout, dtype=torch.float64)
+    oracle, ours = make_pair(layout, dtype=torch.float64, prepared=False)
     oracle.requires_grad_(True)
     ours.requires_grad_(True)
     video = _video(ours, 9, 2, 3, batch=2).double()
@@ -210,7 +210,22 @@ def test_weights_assigned_to_a_model_on_meta():
         empty = WanVAE(ours.config)
     empty.load_state_dict(ours.state_dict(), assign=True)
     latents = _latents(ours, 2)
-    assert torch.equal(empty.decode(latents), ours.decode(latents))
+    assert torch.equal(empty.prepare().decode(latents), ours.decode(latents))
+
+
+def test_training_and_new_weights_undo_the_layouts():
+    # A layout is a copy: it must not survive what changes the weights.
+    _, ours = make_pair("wan21")
+    latents = _latents(ours, 2)
+    before = ours.decode(latents)
+    changed = {name: tensor * 1.5 for name, tensor in ours.state_dict().items()}
+    ours.load_state_dict(changed)
+    after = ours.decode(latents)
+    assert not torch.allclose(before, after)
+    assert relative(ours.prepare().decode(latents), after) < 1e-5
+    ours.train().requires_grad_(True)
+    ours.decode(latents).sum().backward()
+    assert ours.decoder.conv_in.weight.grad.abs().max() > 0
 
 
 def test_time_factor_of_one_and_of_eight_round_trip():
@@ -232,7 +247,7 @@ def test_bfloat16_stays_close():
     _, ours = make_pair("wan21")
     latents = _latents(ours, 3)
     want = ours.decode(latents)
-    got = ours.to(torch.bfloat16).decode(latents.bfloat16())
+    got = ours.to(torch.bfloat16).prepare().decode(latents.bfloat16())
     assert got.dtype == torch.bfloat16
     assert 1e-4 < relative(got.float(), want) < 0.05
 

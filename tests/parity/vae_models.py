@@ -57,9 +57,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def make_pair(
-    layout: str | dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32
+    layout: str | dict[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    *,
+    prepared: bool = True,
 ) -> tuple[AutoencoderKLWan, WanVAE]:
-    """The two classes with one set of weights, frozen.
+    """The two classes with one set of weights, frozen; ours laid out for inference or not.
 
     Gains and biases are random too, so that a layer that ignores one is found out; the last
     convolution is scaled so that hardly a pixel is clipped.
@@ -75,7 +79,7 @@ def make_pair(
     oracle.decoder.conv_out.weight.mul_(0.3)
     ours = WanVAE(VAEConfig.from_dict(dict(oracle.config))).requires_grad_(False)
     ours.load_state_dict(oracle.state_dict(), strict=True)
-    return oracle.to(dtype), ours.to(dtype)
+    return oracle.to(dtype), ours.to(dtype).prepare(prepared)
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
