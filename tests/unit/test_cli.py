@@ -75,6 +75,17 @@ def test_every_format_of_a_video(
     assert [p.name for p in tmp_path.iterdir()] == [output.name]
 
 
+def test_a_terminal_gets_two_bars(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generate(model, "-o", tmp_path / "a.mp4", *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"denoise .*2/2", printed)
+    assert re.search(r"decode .*5/5", printed)
+    assert f"{tmp_path}/a.mp4: 48x32" in printed.splitlines()[-1]
+
+
 def test_one_frame_is_an_image(tmp_path: Path, model: str) -> None:
     assert generate(model, "-o", tmp_path / "a.png", *SMALL, "--frames", "1") == 0
     assert Image.open(tmp_path / "a.png").size == (48, 32)
@@ -270,14 +281,15 @@ def test_a_signal_stops_it_and_leaves_nothing(
 ) -> None:
     run = start(
         "generate", PROMPT, "--model", model, "-o", str(tmp_path / "a.mp4"),
-        "--size", "48x32", "--frames", "5", "--steps", "1000",
+        "--size", "128x128", "--frames", "33", "--steps", "1000",
     )  # fmt: skip
     assert run.stdout is not None
     for line in run.stdout:
-        if line.startswith("denoise"):
+        if line.startswith("making"):  # minutes of steps, of which some have been done
             break
+    time.sleep(1)
     run.send_signal(number)
-    _, errors = run.communicate(timeout=30)
+    _, errors = run.communicate(timeout=120)
     assert run.returncode == code
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []

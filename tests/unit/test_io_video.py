@@ -386,6 +386,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     good = write_video(tmp_path / "good.mp4", smooth_clip(9, 64, 96), 8).read_bytes()
     noise = bytearray(good)
     noise[len(good) // 2 :: 50] = bytes(b ^ 0xFF for b in noise[len(good) // 2 :: 50])
+    with av.open(str(tmp_path / "good.mp4")) as container:
+        ends_of_pictures = [p.pos for p in container.demux(video=0) if p.pos]
     with av.open(str(tmp_path / "sound.mp4"), "w") as output:
         stream = output.add_stream("aac", rate=8000)
         tone = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
@@ -397,6 +399,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     )
     bad = {
         "half.mp4": (good[: len(good) // 2], "damaged"),
+        "whole pictures.mp4": (good[: max(ends_of_pictures)], "damaged"),
         "noise.mp4": (bytes(noise), "damaged"),
         "empty.mp4": (b"", "cannot be read"),
         "text.mp4": (b"hello " * 99, "cannot be read"),
