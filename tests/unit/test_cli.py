@@ -20,6 +20,7 @@ from sora_engine.cli import main
 from sora_engine.errors import CheckpointError
 from sora_engine.io.provenance import read_provenance
 from sora_engine.io.video import read_video
+from sora_engine.job import Job
 from tests.unit.wan_folders import pipeline
 
 SMALL = ["--size", "48x32", "--frames", "5", "--fps", "8", "--steps", "2", "--seed", "3"]
@@ -292,6 +293,21 @@ def test_a_signal_stops_it_and_leaves_nothing(
     _, errors = run.communicate(timeout=120)
     assert run.returncode == code
     assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_cancels_the_job(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+
+    def interrupt(job: Job) -> None:
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sora_engine.cli._follow", interrupt)
+    assert generate(model, "-o", tmp_path / "a.mp4", *SMALL, "--steps", "1000") == 130
+    assert jobs[0].state == "cancelled"
     assert list(tmp_path.iterdir()) == []
 
 
