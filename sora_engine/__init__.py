@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RequestError,
         SoraError,
     )
+    from sora_engine.guidance import Guidance
     from sora_engine.job import Job, JobState, Progress
     from sora_engine.request import Clip, Shot, VideoRequest
     from sora_engine.video import Video
@@ -35,6 +36,7 @@ _HOMES = {
     "QueueFullError": "errors",
     "RequestError": "errors",
     "SoraError": "errors",
+    "Guidance": "guidance",
     "Job": "job",
     "JobState": "job",
     "Progress": "job",
@@ -51,6 +53,7 @@ __all__ = [
     "Clip",
     "Engine",
     "EngineClosedError",
+    "Guidance",
     "Job",
     "JobCancelledError",
     "JobFailedError",

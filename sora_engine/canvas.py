@@ -15,6 +15,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from sora_engine.guidance import Guidance
 from sora_engine.packing import Context, Segment
 from sora_engine.samplers import Solver, SolverState
 from sora_engine.windows import Window, WindowPlan, plan_windows
@@ -68,7 +69,7 @@ class Canvas:
     noise: the initial noise, same shape.
     wraps: time is a circle (a loop).
     seed: of the fresh noise that stochastic solvers take.
-    guidance_scales: one for each expert.
+    guidances: one for each expert; guidance_memory: what theirs keeps from step to step.
     contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
     """
 
@@ -76,7 +77,7 @@ class Canvas:
     noise: Tensor
     solver: Solver
     prompts: Prompts
-    guidance_scales: tuple[float, ...]
+    guidances: tuple[Guidance, ...]
     patch_size: tuple[int, int, int]
     known: Known | None = None
     wraps: bool = False
@@ -84,6 +85,7 @@ class Canvas:
     window_plan: WindowPlan | None = None
     solver_state: SolverState = field(default_factory=SolverState)
     contexts: dict[int, list[Context]] = field(default_factory=dict)
+    guidance_memory: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -102,17 +104,19 @@ class Canvas:
         """What the model is told of the noise level before the next step."""
         return self.solver.schedule.timesteps[self.step]
 
-    @property
-    def guided(self) -> bool:
-        """Whether an unconditional branch runs at all: the first expert's scale decides."""
-        return self.prompts.negative is not None
+    def guided_at(self, expert: int) -> bool:
+        """Whether the next step takes an unconditional prediction."""
+        guidance = self.guidances[expert]
+        wanted = guidance.needs_unconditional(self.step, self.num_steps)
+        return wanted and self.prompts.negative is not None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all windows and branches of one step."""
         _, _, H, W = self.latents.shape
         frames = sum(window.length for window in self.windows())
-        return frames * H * W // math.prod(self.patch_size) * (2 if self.guided else 1)
+        branches = 1 if self.prompts.negative is None else 2
+        return frames * H * W // math.prod(self.patch_size) * branches
 
     def windows(self) -> list[Window]:
         """The windows of the next step."""

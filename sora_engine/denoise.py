@@ -3,30 +3,29 @@
 A `VideoRequest`, checked and with its defaults filled in, is prepared into a `Canvas`: prompts are
 encoded as text, known clips as latents. At each step the canvas is cut into `Window`s, each window
 becomes a `Segment` for each guidance branch, and the segments of all canvases that are to move now
-are laid end to end in one `PackedBatch`, whatever their sizes. The model predicts, guidance joins
-the branches, windows are blended, and the canvas's `Solver` takes one step. A finished canvas is
-decoded a latent frame at a time. The `Job` that holds the canvas counts what is done, and can stop
-it between any two of these.
+are laid end to end in one `PackedBatch`, whatever their sizes. The model predicts, windows are
+blended, guidance joins the branches, and the canvas's `Solver` takes one step. A finished canvas
+is decoded a latent frame at a time. The `Job` that holds the canvas counts what is done, and can
+stop it between any two of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sora_engine.canvas import Canvas, Prompts
 from sora_engine.clips import encode_known, encode_video, last_lap_state
-from sora_engine.errors import RequestError
-from sora_engine.guidance import cfg, needs_unconditional
+from sora_engine.guidance import needs_unconditional
 from sora_engine.job import Job
 from sora_engine.models.video_model import VideoModel
 from sora_engine.packing import Packer, Segment
 from sora_engine.request import ResolvedRequest
 from sora_engine.samplers import make_solver
-from sora_engine.samplers.noise import initial_noise, noise_for
+from sora_engine.samplers.noise import free_noise, initial_noise, noise_for
 from sora_engine.windows import Window, WindowPlan, blend
 
 
@@ -34,10 +33,8 @@ from sora_engine.windows import Window, WindowPlan, blend
 def prepare(request: ResolvedRequest, model: VideoModel) -> Canvas:
     """Encode what a request gives, and lay out its canvas at the first step's noise level."""
     shape = model.grid.shape(request.height, request.width, request.num_frames, loop=request.loop)
-    if request.latents is None:
-        noise = initial_noise(request.seed, shape).to(model.device)
-    else:
-        noise = request.latents.detach().to(model.device, torch.float32)
+    plan = window_plan(request, model, shape[1])
+    noise = initial_latents(request, shape, plan).to(model.device)
     solver = make_solver(
         model.sampler_config,
         solver=request.solver,
@@ -56,14 +53,30 @@ def prepare(request: ResolvedRequest, model: VideoModel) -> Canvas:
         noise=noise,
         solver=solver,
         prompts=encode_prompts(request, model, shape[1], image),
-        guidance_scales=(request.guidance_scale, request.guidance_scale_2)[: model.num_experts],
+        guidances=tuple(
+            replace(request.guidance, scale=scale)
+            for scale in (request.guidance_scale, request.guidance_scale_2)[: model.num_experts]
+        ),
         patch_size=model.grid.patch,
         known=known,
         wraps=request.loop,
-        window_plan=window_plan(request, model, shape[1]),
+        window_plan=plan,
         seed=request.seed,
         solver_state=solver.init(),
     )
+
+
+def initial_latents(
+    request: ResolvedRequest, shape: tuple[int, ...], plan: WindowPlan | None
+) -> Tensor:
+    """The request's own noise, or that of its seed (float32, on the host)."""
+    if request.latents is not None:
+        return request.latents.detach().to("cpu", torch.float32)
+    if plan is not None and plan.free_noise and not plan.holds(shape[1]):
+        return free_noise(
+            request.seed, shape, window=plan.length, stride=plan.stride, wrap=request.loop
+        )
+    return initial_noise(request.seed, shape)
 
 
 def encode_prompts(
@@ -90,8 +103,6 @@ def window_plan(
 ) -> WindowPlan | None:
     """The request's windows, or those of the model's trained length where the video is longer."""
     if request.window is not None:
-        if not isinstance(request.window, WindowPlan):
-            raise RequestError(f"window must be a WindowPlan, got {type(request.window).__name__}")
         return request.window
     trained = model.defaults.max_window
     if trained is None or latent_frames <= trained:
@@ -129,9 +140,11 @@ def denoise_step(jobs: Sequence[Job], model: VideoModel, packer: Packer, max_tok
             predictions[id(part.canvas), part.window, part.conditional] = output.float()
 
     for job, canvas in zip(jobs, canvases, strict=True):
-        windows = canvas.windows()
-        guided = [guide(canvas, window, expert, predictions) for window in windows]
-        prediction = blend(guided, windows, canvas.window_plan, wraps=canvas.wraps)
+        conditional = join(canvas, True, predictions)
+        unconditional = join(canvas, False, predictions) if canvas.guided_at(expert) else None
+        prediction, canvas.guidance_memory = canvas.guidances[expert](
+            conditional, unconditional, canvas.step, canvas.num_steps, canvas.guidance_memory
+        )
         fresh = None
         if canvas.solver.stochastic:
             fresh = noise_for(canvas.seed, canvas.step, canvas.latents.shape).to(model.device)
@@ -145,9 +158,7 @@ def denoise_step(jobs: Sequence[Job], model: VideoModel, packer: Packer, max_tok
 
 def split(canvas: Canvas, expert: int) -> list[Part]:
     """The parts of a canvas's next step: windows of one branch together, as they share texts."""
-    branches = [True]
-    if canvas.guided and canvas.guidance_scales[expert] != 1.0:
-        branches.append(False)
+    branches = (True, False) if canvas.guided_at(expert) else (True,)
     return [
         Part(canvas, window, conditional, canvas.segment(window, expert, conditional=conditional))
         for conditional in branches
@@ -170,18 +181,13 @@ def fill(parts: Sequence[Part], max_tokens: int, packer: Packer) -> Iterator[lis
         yield group
 
 
-def guide(
-    canvas: Canvas,
-    window: Window,
-    expert: int,
-    predictions: dict[tuple[int, Window, bool], Tensor],
+def join(
+    canvas: Canvas, conditional: bool, predictions: dict[tuple[int, Window, bool], Tensor]
 ) -> Tensor:
-    """Join the guidance branches of one window."""
-    conditional = predictions[id(canvas), window, True]
-    unconditional = predictions.get((id(canvas), window, False))
-    if unconditional is None:
-        return conditional
-    return cfg(conditional, unconditional, canvas.guidance_scales[expert])
+    """Blend one branch's windows. Guidance comes after: its rules look at a whole video."""
+    windows = canvas.windows()
+    parts = [predictions[id(canvas), window, conditional] for window in windows]
+    return blend(parts, windows, canvas.window_plan, wraps=canvas.wraps)
 
 
 @torch.inference_mode()

@@ -9,15 +9,18 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
+from sora_engine.guidance import Guidance
 
 if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
     import torch
+
+    from sora_engine.windows import WindowPlan
 
     Frames = np.ndarray | PIL.Image.Image | str | PathLike[str]
 
@@ -74,6 +77,8 @@ class VideoRequest:
         latents: the initial noise, float32, `LatentGrid.shape`:
             `[channels, latent_frames, latent_height, latent_width]`.
         round_to_grid: take the nearest size and length that the model can make.
+        guidance: the kind of guidance and the part of the steps that it covers; its own scale
+            counts where `guidance_scale` is None.
     """
 
     prompt: str
@@ -94,9 +99,10 @@ class VideoRequest:
     strength: float | None = None
     loop: bool = False
     shots: Sequence[Shot] = ()
-    window: Any | None = None
+    window: WindowPlan | None = None
     latents: torch.Tensor | None = None
     round_to_grid: bool = False
+    guidance: Guidance | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +177,8 @@ class ResolvedRequest:
     strength: float | None
     loop: bool
     shots: tuple[Shot, ...]
-    window: Any | None
+    guidance: Guidance
+    window: WindowPlan | None
     latents: torch.Tensor | None
 
 
@@ -230,12 +237,19 @@ def resolve_request(
         if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
             raise RequestError(f"sigmas must fall strictly, within (0, 1], got {list(sigmas)}")
         steps = len(sigmas)
-    guidance = _finite("guidance_scale", given["guidance_scale"], defaults.guidance_scale)
-    second_default = guidance if given["guidance_scale"] is not None else defaults.guidance_scale_2
-    guidance_2 = _finite(
+    guidance = request.guidance or Guidance()
+    if not isinstance(guidance, Guidance):
+        raise RequestError(f"guidance must be a Guidance, got {type(guidance).__name__}")
+    scale = given["guidance_scale"]
+    if scale is None and request.guidance is not None:
+        scale = guidance.scale
+    guidance_scale = _finite("guidance_scale", scale, defaults.guidance_scale)
+    # As in diffusers, a scale that a caller gives holds for both experts.
+    second = guidance_scale if scale is not None else defaults.guidance_scale_2
+    guidance_scale_2 = _finite(
         "guidance_scale_2",
         given["guidance_scale_2"],
-        guidance if second_default is None else second_default,
+        guidance_scale if second is None else second,
     )
     shift = None if request.shift is None else _positive("shift", request.shift)
     fps = _positive("fps", defaults.fps if request.fps is None else request.fps)
@@ -261,8 +275,9 @@ def resolve_request(
         num_frames=num_frames,
         fps=fps,
         num_inference_steps=steps,
-        guidance_scale=guidance,
-        guidance_scale_2=guidance_2,
+        guidance_scale=guidance_scale,
+        guidance_scale_2=guidance_scale_2,
+        guidance=guidance,
         shift=shift,
         sigmas=sigmas,
         solver=request.solver,

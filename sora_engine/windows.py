@@ -28,12 +28,16 @@ class WindowPlan:
     length, overlap: in latent frames.
     weights: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where neighbours overlap).
     schedule: `static`, or `moving`: the joints shift at every step.
+    free_noise: windows start from the same frames of noise, shuffled (FreeNoise, arXiv 2310.15169),
+        so that what the prompt leaves open is drawn once for the whole video. It has no part where
+        a request brings its own noise.
     """
 
     length: int
     overlap: int
     weights: str = "pyramid"
     schedule: str = "static"
+    free_noise: bool = True
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -47,6 +51,15 @@ class WindowPlan:
             raise RequestError(f"window weights must be one of {WEIGHTS}, got {self.weights!r}")
         if self.schedule not in SCHEDULES:
             raise RequestError(f"window schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+
+    @property
+    def stride(self) -> int:
+        """Latent frames from one window's start to the next one's, at most."""
+        return self.length - self.overlap
+
+    def holds(self, total: int) -> bool:
+        """Whether one window holds all of `total` latent frames."""
+        return total <= self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +91,9 @@ def plan_windows(plan: WindowPlan | None, total: int, *, wraps: bool, step: int)
     have the same length. With no plan, or where one window holds everything, there is one window;
     in a loop it starts elsewhere at every step, so that no frame is always at the seam.
     """
-    if plan is None or total <= plan.length:
+    if plan is None or plan.holds(total):
         return [Window(_golden_offset(step, total) if wraps else 0, total, total)]
-    stride = plan.length - plan.overlap
+    stride = plan.stride
     offset = _golden_offset(step, stride) if plan.schedule == "moving" else 0
     if wraps:
         count = math.ceil(total / stride)

@@ -176,3 +176,36 @@ def test_every_solver_runs_by_name(engines, solver):
     again = engines["t2v"].generate(a_request(solver=solver))
     assert torch.isfinite(video.latents).all()
     assert torch.equal(video.latents, again.latents)
+
+
+def test_guidance_by_interval_and_kind(engines):
+    """A kind that reduces to CFG gives CFG; an interval of nothing is no guidance."""
+    engine = engines["t2v"]
+    plain = engine.generate(a_request(guidance_scale=3.0))
+    same = engine.generate(a_request(guidance=sora.Guidance("apg", scale=3.0)))
+    assert relative_error(same.latents, plain.latents) < 1e-5
+    never = engine.generate(a_request(guidance=sora.Guidance(scale=3.0, stop=0.0)))
+    assert torch.equal(never.latents, engine.generate(a_request(guidance_scale=1.0)).latents)
+    for other in (
+        sora.Guidance("cfg_zero_star", scale=3.0),
+        sora.Guidance("apg", scale=3.0, eta=0.0, momentum=-0.5, norm_threshold=5.0),
+        sora.Guidance(scale=3.0, rescale=0.7),
+        sora.Guidance(scale=3.0, stop=0.5),
+    ):
+        changed = engine.generate(a_request(guidance=other))
+        assert relative_error(changed.latents, plain.latents) > 1e-4
+
+
+def test_windows_start_from_the_same_frames_of_noise(engines):
+    from sora_engine.denoise import prepare
+
+    engine = engines["t2v"]
+    plan = sora.WindowPlan(4, 2)
+    resolved = engine.resolve(a_request(num_frames=45, window=plan))
+    noise = prepare(resolved, engine.model).noise
+    sums = noise.sum(dim=(0, 2, 3))
+    for start in range(2, 9, 2):
+        assert sorted(sums[start : start + 4].tolist()) == sorted(sums[:4].tolist())
+    apart = sora.WindowPlan(4, 2, free_noise=False)
+    resolved = engine.resolve(a_request(num_frames=45, window=apart))
+    assert len(set(prepare(resolved, engine.model).noise.sum(dim=(0, 2, 3)).tolist())) == 12
