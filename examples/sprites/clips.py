@@ -1,0 +1,108 @@
+"""Training clips as latents: a pool of them, the given frames and the noise levels of each."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import world
+from torch import Tensor
+from training import save
+
+from sora_engine.vae import WanVAE
+
+SHIFT = 4.0  # of the noise levels, in training and in the exported scheduler
+SHORT_SIDES = (64, 64, 64, 80, 96, 96, 128, 128, 160)
+LENGTHS = (1, 5, 9, 9, 17, 17, 25, 33, 33, 33)
+
+
+@dataclass
+class Clip:
+    """Latents `[48, t, h, w]` of a scene; `later` is how many latents of it came before them."""
+
+    scene: world.Scene
+    latents: Tensor
+    later: int
+
+
+class Pool:
+    """Clips, encoded once and shown several times, of which some are renewed all the time."""
+
+    def __init__(self, vae: WanVAE, rng: random.Random, path: Path, size: int) -> None:
+        self.vae, self.rng, self.path, self.size = vae, rng, path, size
+        self.clips: list[Clip] = torch.load(path, weights_only=False) if path.exists() else []
+        self.next = 0
+
+    def add(self) -> None:
+        clip = self.make()
+        if len(self.clips) < self.size:
+            self.clips.append(clip)
+        else:
+            self.clips[self.next % self.size] = clip
+            self.next += 1
+
+    def save(self) -> None:
+        save(self.path, self.clips)
+
+    @torch.no_grad()
+    def make(self) -> Clip:
+        rng = self.rng
+        short = rng.choice(SHORT_SIDES)
+        long = rng.choice(range(short, 161, 16)) if rng.random() < 0.6 else short
+        size = (short, long) if rng.random() < 0.5 else (long, short)
+        scene = world.sample_scene(rng, *size)
+        num_frames = rng.choice(LENGTHS)
+        later = rng.randrange(1, 4) if num_frames > 1 and rng.random() < 0.2 else 0
+        video = scene.render(num_frames + 4 * later)
+        return Clip(scene, to_latents(self.vae, video)[:, later:].half(), later)
+
+
+@torch.no_grad()
+def to_latents(vae: WanVAE, frames: Tensor) -> Tensor:
+    """Frames `[n, h, w, 3]` in [0, 1] to latents `[48, t, h, w]`."""
+    video = frames.permute(3, 0, 1, 2)[None].to(next(vae.parameters()).device) * 2 - 1
+    with torch.autocast(video.device.type, torch.bfloat16):
+        return vae.encode(video, latents_per_call=None)[0].float()
+
+
+def known_frames(rng: random.Random, t: int) -> list[bool]:
+    """Which latents of a training clip are given: as the engine's tasks give them, or at random."""
+    kind = rng.choice(("first", "first", "head", "tail", "ends", "every", "some"))
+    part = rng.randrange(1, t) if t > 1 else 0
+    known = {
+        "first": [i == 0 for i in range(t)],
+        "head": [i < part for i in range(t)],
+        "tail": [i >= t - part for i in range(t)],
+        "ends": [i < (t + 2) // 3 or i >= t - (t + 1) // 3 for i in range(t)],
+        "every": [i % rng.choice((2, 3, 4)) == 0 for i in range(t)],
+        "some": [rng.random() < 0.5 for i in range(t)],
+    }[kind]
+    return known if not all(known) else [i == 0 for i in range(t)]
+
+
+def noise_levels(rng: random.Random, clip: Clip) -> Tensor:
+    """The noise level of each latent frame, `[t]`; 0 where the frame is given."""
+    t = clip.latents.shape[1]
+
+    def level() -> float:
+        # A window from the middle looks like a clip's beginning while there is only noise: such
+        # windows are shown where something can be seen, so that beginnings stay the rule.
+        u = rng.random() * (0.8 if clip.later else 1.0)
+        return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+    levels = torch.full((t,), level())
+    if t > 1 and rng.random() < 0.35:
+        levels[torch.tensor(known_frames(rng, t))] = 0.0
+    elif t > 1 and rng.random() < 0.08:
+        levels = torch.tensor([level() for _ in range(t)])
+    return levels
+
+
+@torch.no_grad()
+def to_frames(vae: WanVAE, latents: Tensor) -> np.ndarray:
+    video = vae.decode(latents[None].float(), latents_per_call=None)[0]
+    video = (video.permute(1, 2, 3, 0).clamp(-1, 1) * 127.5 + 127.5).round()
+    return video.to(torch.uint8).cpu().numpy()

@@ -1,0 +1,177 @@
+"""The text encoder and the transformer as one module, their plain sampler and their export."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from clips import SHIFT
+from safetensors.torch import save_file
+from text import TEXT_DIM, encode, new_text_encoder, new_tokenizer
+from torch import Tensor, nn
+
+from sora_engine.models.wan.config import WanConfig
+from sora_engine.models.wan.model import WanTransformer
+from sora_engine.packing import Context, Packer, Segment
+
+CONFIG = WanConfig(
+    patch_size=(1, 2, 2),
+    num_attention_heads=4,
+    attention_head_dim=56,
+    in_channels=48,
+    out_channels=48,
+    text_dim=TEXT_DIM,
+    freq_dim=256,
+    ffn_dim=896,
+    num_layers=6,
+)
+SETTINGS = {
+    "height": 128,
+    "width": 128,
+    "num_frames": 33,
+    "fps": 8,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "max_window": 9,
+    "text_tokens": 512,
+}
+
+
+class Sprites(nn.Module):
+    """The text encoder and the transformer, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = new_tokenizer()
+        self.text = new_text_encoder(self.tokenizer)
+        torch.manual_seed(2)
+        self.transformer = WanTransformer(CONFIG, backend="reference")
+        for name, param in self.transformer.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(param)
+            elif param.ndim == 2 and "to_out" not in name and "net.2" not in name:
+                nn.init.xavier_uniform_(param)
+        nn.init.zeros_(self.transformer.proj_out.weight)
+
+    def contexts(self, captions: list[str]) -> list[Context]:
+        unique = sorted(set(captions))
+        encoded = self.transformer.encode_contexts(encode(self.text, self.tokenizer, unique))
+        done = dict(zip(unique, encoded, strict=True))
+        return [done[caption] for caption in captions]
+
+    def forward(
+        self, packer: Packer, latents: list[Tensor], levels: list[Tensor], contexts: list[Context]
+    ) -> Tensor:
+        """x0 of noisy `latents` (`[48, t, h, w]` each), as tokens `[N, 192]`, channel last."""
+        dtype = self.transformer.dtype
+        segments = [
+            Segment(x.to(dtype), s * 1000.0, ((context, len(s)),))
+            for x, s, context in zip(latents, levels, contexts, strict=True)
+        ]
+        return self.transformer(packer.pack(segments)).float()
+
+
+def as_targets(latents: Tensor) -> Tensor:
+    """`[C, t, h, w]` to what the model emits for it: tokens `[N, 4 * C]`, channel last."""
+    C, t, h, w = latents.shape
+    return latents.reshape(C, t, h // 2, 2, w // 2, 2).permute(1, 2, 4, 3, 5, 0).reshape(-1, 4 * C)
+
+
+@torch.no_grad()
+def sample(
+    model: Sprites,
+    captions: list[str],
+    shapes: list[tuple[int, int, int]],
+    *,
+    steps: int = 12,
+    guidance: float = 3.0,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Latents `[48, t, h, w]` by plain Euler steps: enough to see how training goes."""
+    weight = model.transformer.proj_out.weight
+    packer = Packer((1, 2, 2), weight.device)
+    noise = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(48, *shape, generator=noise).to(weight.device) for shape in shapes]
+    contexts = model.contexts(captions + [""] * len(captions))
+    line = torch.linspace(1, 0, steps + 1)
+    sigmas = (SHIFT * line / (1 + (SHIFT - 1) * line)).tolist()
+    for here, there in itertools.pairwise(sigmas):
+        levels = [torch.full((x.shape[1],), here) for x in latents]
+        tokens = model(packer, latents * 2, levels * 2, contexts)
+        parts = tokens.split([x[0].numel() // 4 for x in latents] * 2)
+        for i, x in enumerate(latents):
+            with_text, without = parts[i], parts[len(latents) + i]
+            x0 = from_targets(without + guidance * (with_text - without), x.shape)
+            latents[i] = x + (there - here) * (x - x0) / here
+    return latents
+
+
+def from_targets(tokens: Tensor, shape: torch.Size) -> Tensor:
+    C, t, h, w = shape
+    x = tokens.reshape(t, h // 2, w // 2, 2, 2, C)
+    return x.permute(5, 0, 1, 3, 2, 4).reshape(C, t, h, w)
+
+
+def export(weights: dict[str, Tensor], model: Sprites, vae_folder: Path, folder: Path) -> None:
+    """Write the whole pipeline as diffusers lays it out, weights in fp16."""
+    parts = {
+        "transformer": (
+            {**CONFIG.to_dict(), "_diffusers_version": "0.42.1"},
+            "diffusion_pytorch_model",
+        ),
+        "text_encoder": (None, "model"),
+    }
+    for part, (config, name) in parts.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        prefix = "text." if part == "text_encoder" else f"{part}."
+        tensors = {
+            key.removeprefix(prefix): value.half().contiguous().cpu()
+            for key, value in weights.items()
+            if key.startswith(prefix) and not key.endswith("encoder.embed_tokens.weight")
+        }
+        save_file(tensors, folder / part / f"{name}.safetensors", {"format": "pt"})
+        if config is not None:
+            write_json(folder / part / "config.json", config)
+    config = model.text.config.to_dict() | {
+        "architectures": ["UMT5EncoderModel"],
+        "dtype": "float16",
+    }
+    write_json(folder / "text_encoder" / "config.json", config)
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "vae").mkdir(exist_ok=True)
+    for file in vae_folder.iterdir():
+        (folder / "vae" / file.name).write_bytes(file.read_bytes())
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": "0.42.1",
+        "num_train_timesteps": 1000,
+        "prediction_type": "sample",
+        "use_flow_sigmas": True,
+        "flow_shift": SHIFT,
+        "solver_order": 2,
+        "predict_x0": True,
+        "lower_order_final": True,
+        "final_sigmas_type": "zero",
+    }
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": "0.42.1",
+        "boundary_ratio": None,
+        "expand_timesteps": True,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "generation_config.json", SETTINGS)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
