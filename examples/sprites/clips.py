@@ -15,7 +15,7 @@ from training import save
 from sora_engine.vae import WanVAE
 
 SHIFT = 4.0  # of the noise levels, in training and in the exported scheduler
-SHORT_SIDES = (64, 64, 64, 80, 96, 96, 128, 128, 160)
+SHORT_SIDES = (64, 64, 64, 64, 64, 80, 80, 96, 96, 128, 128, 160)
 LENGTHS = (1, 5, 9, 9, 17, 17, 25, 33, 33, 33)
 
 

@@ -19,12 +19,12 @@ from sora_engine.packing import Context, Packer, Segment
 CONFIG = WanConfig(
     patch_size=(1, 2, 2),
     num_attention_heads=4,
-    attention_head_dim=56,
+    attention_head_dim=48,
     in_channels=48,
     out_channels=48,
     text_dim=TEXT_DIM,
     freq_dim=256,
-    ffn_dim=896,
+    ffn_dim=768,
     num_layers=6,
 )
 SETTINGS = {
@@ -134,10 +134,13 @@ def export(weights: dict[str, Tensor], model: Sprites, vae_folder: Path, folder:
         save_file(tensors, folder / part / f"{name}.safetensors", {"format": "pt"})
         if config is not None:
             write_json(folder / part / "config.json", config)
-    config = model.text.config.to_dict() | {
-        "architectures": ["UMT5EncoderModel"],
-        "dtype": "float16",
-    }
+    names = (
+        "model_type vocab_size d_model d_kv d_ff num_layers num_heads dropout_rate "
+        "relative_attention_num_buckets relative_attention_max_distance feed_forward_proj "
+        "layer_norm_epsilon is_encoder_decoder pad_token_id eos_token_id"
+    )
+    config = {"architectures": ["UMT5EncoderModel"], "dtype": "float16"}
+    config |= {name: getattr(model.text.config, name) for name in names.split()}
     write_json(folder / "text_encoder" / "config.json", config)
     model.tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "vae").mkdir(exist_ok=True)

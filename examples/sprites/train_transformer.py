@@ -33,9 +33,10 @@ from sora_engine.vae import WanVAE
 
 def loss_of(model: Sprites, packer: Packer, clips: list[Clip], rng: random.Random) -> Tensor:
     device = model.transformer.proj_out.weight.device
-    # Neighbours of one size are one dense attention call.
-    clips = sorted(clips, key=lambda clip: (clip.latents.shape[1:], clip.scene.background))
-    captions = ["" if rng.random() < 0.1 else clip.scene.caption(rng) for clip in clips]
+    pairs = [("" if rng.random() < 0.1 else clip.scene.caption(rng), clip) for clip in clips]
+    # Neighbours of one size, and of captions of one length, are one dense attention call.
+    pairs.sort(key=lambda pair: (pair[1].latents.shape[1:], len(pair[0].split())))
+    captions, clips = [caption for caption, _ in pairs], [clip for _, clip in pairs]
     levels = [noise_levels(rng, clip) for clip in clips]
     clean = [clip.latents.to(device).float() for clip in clips]
     noisy = []
@@ -86,8 +87,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run's state")
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--tokens", type=int, default=2500, help="a step, in each process")
-    parser.add_argument("--pool", type=int, default=3000, help="clips kept, in each process")
+    parser.add_argument("--tokens", type=int, default=1400, help="a step, in each process")
+    parser.add_argument("--pool", type=int, default=2500, help="clips kept, in each process")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     rank, world_size = start(args.device)
@@ -127,7 +128,7 @@ def main() -> None:
     shown, saved, scored = None, clock.seconds, clock.seconds
     while (rate := clock.rate(args.rate, step)) > 0:
         # A pool is filled as training goes, and then renewed slowly.
-        for _ in range(3 if len(pool.clips) < args.pool else 1):
+        for _ in range(2 if len(pool.clips) < args.pool else 1):
             pool.add()
         clips: list[Clip] = []
         while sum(clip.latents[0].numel() // 4 for clip in clips) < args.tokens:

@@ -1,0 +1,135 @@
+"""The parts of the sprites' training that a mistake would spoil without an error."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sprites"))
+
+import clips
+import model as sprites_model
+import train_transformer
+import training
+import world
+
+from sora_engine.packing import Packer
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
+def test_orthogonal_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = training.orthogonal(matrix)
+    values = torch.linalg.svdvals(found)
+    assert values.max() < 1.35
+    assert values.median() > 0.65
+    assert torch.cosine_similarity(found.flatten(), (left @ right).flatten(), dim=0) > 0.95
+
+
+def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    def new() -> tuple[nn.Module, training.Muon]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        return net, training.Muon(dict(net.named_parameters()))
+
+    def steps(net: nn.Module, optimiser: training.Muon, count: int, first: int = 0) -> None:
+        for i in range(first, first + count):
+            data = torch.randn(16, 6, generator=torch.Generator().manual_seed(i))
+            (net(data) - data[:, :2]).pow(2).mean().backward()
+            optimiser.step(0.01)
+
+    straight, optimiser = new()
+    steps(straight, optimiser, 6)
+    halved, optimiser = new()
+    steps(halved, optimiser, 3)
+    training.save(tmp_path / "state.pt", optimiser.state_dict())
+    resumed, optimiser = new()
+    optimiser.load_state_dict(torch.load(tmp_path / "state.pt"))
+    steps(resumed, optimiser, 3, first=3)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_optimiser_learns() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))
+    optimiser = training.Muon(dict(net.named_parameters()))
+    data = torch.randn(64, 6)
+    losses = []
+    for _ in range(150):
+        loss = (net(data) - data.flip(1)).pow(2).mean()
+        loss.backward()
+        optimiser.step(0.01)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_given_frames_are_some_but_never_all() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        t = rng.randrange(2, 10)
+        known = clips.known_frames(rng, t)
+        assert len(known) == t
+        assert not all(known)
+
+
+def test_noise_levels_are_zero_where_frames_are_given_and_equal_elsewhere_mostly() -> None:
+    rng = random.Random(1)
+    scene = world.sample_scene(rng, 64, 64)
+    clip = clips.Clip(scene, torch.zeros(48, 5, 8, 8), 0)
+    levels = [clips.noise_levels(rng, clip) for _ in range(600)]
+    given = [level for level in levels if (level == 0).any()]
+    assert 0.25 < len(given) / 600 < 0.45
+    assert all((level < 1.0001).all() and (level > 0).any() for level in levels)
+    assert all(len(level[level > 0].unique()) == 1 for level in given)
+    # A window from the middle is never shown as mere noise.
+    window = clips.Clip(scene, torch.zeros(48, 5, 8, 8), 2)
+    assert max(float(clips.noise_levels(rng, window).max()) for _ in range(300)) < 0.95
+
+
+def test_targets_are_laid_out_as_the_engine_unpacks_predictions() -> None:
+    latents = torch.randn(48, 3, 4, 6)
+    tokens = sprites_model.as_targets(latents)
+    torch.testing.assert_close(sprites_model.from_targets(tokens, latents.shape), latents)
+    from sora_engine.packing import unpatchify
+
+    torch.testing.assert_close(unpatchify(tokens, (3, 2, 3), (1, 2, 2), 48), latents)
+
+
+def test_given_frames_carry_no_loss_and_all_parts_learn() -> None:
+    torch.manual_seed(0)
+    rng = random.Random(2)
+    net = sprites_model.Sprites()
+    packer = Packer((1, 2, 2), torch.device("cpu"), max_layouts=1)
+    batch = [
+        clips.Clip(world.sample_scene(rng, 64, 64), torch.randn(48, t, 4, 4), 0) for t in (1, 3, 3)
+    ]
+    loss = train_transformer.loss_of(net, packer, batch, rng)
+    loss.backward()
+    assert net.transformer.proj_out.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        net.transformer.proj_out.weight.normal_(std=0.02)
+    train_transformer.loss_of(net, packer, batch, rng).backward()
+    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    # Attention does not see a bias of all keys of a query (nor, then, the text keys' bias).
+    assert [n for n in silent if "to_k.bias" not in n] == []
+
+
+def test_every_word_of_the_world_is_one_token() -> None:
+    from text import new_tokenizer
+
+    tokenizer = new_tokenizer()
+    rng = random.Random(0)
+    for _ in range(100):
+        caption = world.sample_scene(rng, 64, 64).caption(rng)
+        ids = tokenizer(caption).input_ids
+        assert len(ids) == len(caption.split()) + 1, caption
+        assert tokenizer.unk_token_id not in ids
+    assert tokenizer.unk_token_id not in tokenizer("An astronaut, riding 2 horses!").input_ids
