@@ -1,0 +1,181 @@
+"""The autoencoder against diffusers' `AutoencoderKLWan`, on the CPU, interleaved.
+
+    python benchmarks/bench_vae.py [--base-dim 96] [--sizes 16,32] [--latents 3] [--rounds 5]
+                                   [--threads 2] [--encode] [--memory] [--json FILE]
+
+Both have the same random weights and threads and take turns round by round, each time in the other
+order; the ratio of a round is paired, so that a machine that slows down slows both. CPU time is
+reported beside wall time: it hardly notices who else is on the machine. `--memory` measures the
+peak resident size of a decode, each in a process of its own, at 5, 21 and 81 latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from sora_engine.vae import VAEConfig, WanVAE, stream_decode
+from sora_engine.vae.memory import decode_memory
+from sora_engine.vae.native import native_kernels
+
+
+def make(base_dim: int) -> tuple[AutoencoderKLWan, WanVAE]:
+    torch.manual_seed(0)
+    oracle = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
+    ours = WanVAE(VAEConfig.from_dict(dict(oracle.config))).eval().requires_grad_(False)
+    ours.load_state_dict(oracle.state_dict())
+    return oracle, ours.prepare()
+
+
+def timed(run: Callable[[], torch.Tensor]) -> tuple[float, float, torch.Tensor]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = run()
+    return time.perf_counter() - wall, time.process_time() - cpu, out
+
+
+def compare(
+    name: str, theirs: Callable[[], torch.Tensor], mine: Callable[[], torch.Tensor], rounds: int
+) -> dict[str, object]:
+    """Paired ratios (theirs / ours) over `rounds`, after one warm-up of both."""
+    want, got = theirs(), mine()
+    difference = float((want - got).norm() / want.norm())
+    pairs = []
+    for index in range(rounds):
+        order = [theirs, mine] if index % 2 == 0 else [mine, theirs]
+        times = {run: timed(run)[:2] for run in order}
+        pairs.append((times[theirs], times[mine]))
+    wall = [a[0] / b[0] for a, b in pairs]
+    cpu = [a[1] / b[1] for a, b in pairs]
+    result: dict[str, object] = {
+        "name": name,
+        "diffusers_s": statistics.median(a[0] for a, _ in pairs),
+        "ours_s": statistics.median(b[0] for _, b in pairs),
+        "wall_ratio": {"median": statistics.median(wall), "all": wall},
+        "cpu_ratio": {"median": statistics.median(cpu), "all": cpu},
+        "relative_difference": difference,
+    }
+    print(
+        f"{name}: diffusers {result['diffusers_s']:.2f} s, ours {result['ours_s']:.2f} s, paired "
+        f"ratio {statistics.median(wall):.2f} wall ({min(wall):.2f} to {max(wall):.2f}), "
+        f"{statistics.median(cpu):.2f} CPU time; difference {difference:.1e}",
+        flush=True,
+    )
+    return result
+
+
+def resident(kind: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        found = re.search(kind + r":\s*(\d+) kB", file.read())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def peak(side: str, base_dim: int, size: int, latents: int) -> None:
+    """Prints how far a decode of `latents` latent frames raises the resident size."""
+    oracle, ours = make(base_dim)
+    video = torch.randn(1, 16, latents, size, size)
+    with torch.inference_mode():
+        if side == "diffusers":
+            oracle.decode(video[:, :, :1, :2, :2])
+        else:
+            list(stream_decode(ours, video[:, :, :3, :2, :2]))
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+    with torch.inference_mode():
+        if side == "diffusers":
+            oracle.decode(video)
+        else:
+            for _ in stream_decode(ours, video):
+                pass
+    print(resident("VmHWM") - before)
+
+
+def memory(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
+    """Peak memory of both at several lengths, each in a fresh process."""
+    # Freed blocks go back to the system at once, so that the resident size is what is in use.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found: dict[str, dict[int, int]] = {"diffusers": {}, "ours": {}}
+    for side in found:
+        for latents in lengths:
+            command = [sys.executable, __file__, "--peak", side, "--base-dim", str(base_dim)]
+            command += ["--sizes", str(size), "--latents", str(latents)]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+            found[side][latents] = int(done.stdout.split()[-1])
+            print(f"{side}, {latents} latents of {size}x{size}, base_dim {base_dim}: "
+                  f"{found[side][latents] / 2**20:.1f} MiB", flush=True)  # fmt: skip
+    promised = decode_memory(VAEConfig(base_dim=base_dim), size, size).peak
+    print(f"promised: {promised / 2**20:.1f} MiB")
+    return {"base_dim": base_dim, "size": size, "peak_bytes": found, "promised_bytes": promised}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base-dim", type=int, default=96)
+    parser.add_argument("--sizes", default="16,32")
+    parser.add_argument("--latents", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--encode", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--json")
+    parser.add_argument("--peak", choices=["diffusers", "ours"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sizes = [int(size) for size in args.sizes.split(",")]
+    if args.peak:
+        peak(args.peak, args.base_dim, sizes[0], args.latents)
+        return
+    results: list[object] = []
+    if args.memory:
+        results.append(memory(args.base_dim, sizes[0], [5, 21, 81]))
+    else:
+        oracle, ours = make(args.base_dim)
+        with torch.inference_mode():
+            for size in sizes:
+                latents = torch.randn(1, 16, args.latents, size, size)
+                raw = ours.denormalise(latents)
+                shape = f"{args.latents}x{size}x{size} latents, base_dim {args.base_dim}"
+                results.append(
+                    compare(
+                        f"decode {shape}",
+                        lambda raw=raw: oracle.decode(raw).sample,
+                        lambda latents=latents: ours.decode(latents),
+                        args.rounds,
+                    )
+                )
+                if args.encode:
+                    video = ours.decode(latents)
+                    results.append(
+                        compare(
+                            f"encode {shape}",
+                            lambda video=video: oracle.encode(video).latent_dist.mean,
+                            lambda video=video: ours.encode_moments(video)[0],
+                            args.rounds,
+                        )
+                    )
+    if args.json:
+        record = {
+            "machine": platform.processor() or platform.machine(),
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "native_kernels": native_kernels(),
+            "results": results,
+        }
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
