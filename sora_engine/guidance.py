@@ -7,11 +7,12 @@ standard deviations run over all of it, as diffusers' guiders run over all but t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from sora_engine.errors import RequestError
+
+if TYPE_CHECKING:  # requests hold a Guidance, and are checked before torch is loaded
+    import torch
 
 
 def needs_unconditional(scale: float) -> bool:
@@ -134,7 +135,7 @@ class Guidance:
         uncond: needed where `needs_unconditional` says so, else ignored.
         """
         if step < self.zero_init_steps:
-            return torch.zeros_like(cond), running
+            return cond.new_zeros(cond.shape), running
         if not self.needs_unconditional(step, num_inference_steps):
             return cond, running
         if uncond is None:
