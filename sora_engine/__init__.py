@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sora_engine.async_engine import AsyncEngine
     from sora_engine.config import Limits
     from sora_engine.engine import Engine
     from sora_engine.errors import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sora_engine.windows import WindowPlan
 
 _HOMES = {
+    "AsyncEngine": "async_engine",
     "Limits": "config",
     "Engine": "engine",
     "BackendError": "errors",
@@ -48,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncEngine",
     "BackendError",
     "CheckpointError",
     "Clip",

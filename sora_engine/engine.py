@@ -136,6 +136,11 @@ class Engine:
         """Jobs that wait to be started."""
         return len(self._queue)
 
+    @property
+    def num_running(self) -> int:
+        """Jobs that were started and are not done."""
+        return len(self._running)
+
     def close(self) -> None:
         """Cancel what is queued or running, and stop. Further requests raise EngineClosedError."""
         with self._wake:

@@ -1,0 +1,115 @@
+"""The engine for asyncio: the same jobs, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sora_engine.engine import Engine
+from sora_engine.job import Job, Progress
+from sora_engine.request import VideoRequest
+from sora_engine.video import Video
+
+
+class AsyncEngine:
+    """An `Engine` whose waiting is awaiting. Cancelling a task cancels its job.
+
+    An async context manager; leaving it cancels what is still running.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    async def from_pretrained(cls, *arguments: Any, **options: Any) -> AsyncEngine:
+        """As `Engine.from_pretrained`, without holding up the event loop."""
+        return cls(await asyncio.to_thread(Engine.from_pretrained, *arguments, **options))
+
+    def submit(self, request: VideoRequest) -> Job:
+        """Queue a request; raises as `Engine.submit`."""
+        return self.engine.submit(request)
+
+    async def generate(self, request: VideoRequest) -> Video:
+        """Make a video. Cancelling the task cancels the job, within one step or latent frame."""
+        return await self.wait(self.submit(request))
+
+    async def wait(self, job: Job) -> Video:
+        """The video of a job; raises what `Job.result` raises."""
+        done = _done_event(job)
+        try:
+            await done.wait()
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+        return job.result()
+
+    async def progress(self, job: Job, *, interval_s: float = 0.25) -> AsyncIterator[Progress]:
+        """A job's progress whenever it changed, at most every `interval_s`, up to its last."""
+        done = _done_event(job)
+        last: Progress | None = None
+        while not job.done():
+            current = job.progress
+            if current != last:
+                last = current
+                yield current
+            try:
+                await asyncio.wait_for(done.wait(), interval_s)
+            except TimeoutError:
+                continue
+        if job.progress != last:
+            yield job.progress
+
+    async def frames(self, request: VideoRequest) -> AsyncIterator[np.ndarray]:
+        """Frames as they are decoded, uint8 `[n, height, width, 3]`.
+
+        Leaving the loop early, or cancelling its task, cancels the job.
+        """
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[np.ndarray | None] = asyncio.Queue()
+
+        def put(item: np.ndarray | None) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        job = self.engine.submit(request, on_frames=put)
+        job.add_done_callback(lambda _: put(None))
+        try:
+            while (chunk := await queue.get()) is not None:
+                yield chunk
+            error = job.exception()
+            if error is not None:
+                raise error
+        finally:
+            job.cancel()
+
+    async def close(self) -> None:
+        """As `Engine.close`."""
+        await asyncio.to_thread(self.engine.close)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _done_event(job: Job) -> asyncio.Event:
+    """An event of the running loop that is set once the job is done."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def tell(_: Job) -> None:
+        # The loop may be gone by the time that a job whose waiter was cancelled ends.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(event.set)
+
+    job.add_done_callback(tell)
+    return event
