@@ -53,6 +53,19 @@ ATTENTION: dict[int, dict[tuple[int, int], Launch]] = {
         (4, 128): Launch(32, 32, 4, 2),
         (4, 256): Launch(32, 16, 4, 2),
     },
+    # 99 KB of shared memory, and matrix products that keep their accumulators in registers.
+    120: {
+        (2, 16): Launch(128, 64, 4, 3),
+        (2, 32): Launch(128, 64, 4, 3),
+        (2, 64): Launch(128, 64, 4, 3),
+        (2, 128): Launch(128, 64, 8, 2),
+        (2, 256): Launch(64, 32, 8, 2),
+        (4, 16): Launch(64, 32, 4, 2),
+        (4, 32): Launch(64, 32, 4, 2),
+        (4, 64): Launch(64, 32, 4, 2),
+        (4, 128): Launch(32, 32, 4, 2),
+        (4, 256): Launch(32, 16, 4, 2),
+    },
 }
 
 

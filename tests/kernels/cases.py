@@ -241,3 +241,104 @@ def check_rope(case, backend):
             continue
         check_within_budget(name, out, ref, low, SLACK[case["dtype"]])
         assert torch.equal(out, same)
+
+
+@st.composite
+def grid_cases(draw, max_extent=5, max_segments=3, head_dims=(8, 16, 40, 72)):
+    extent = st.integers(1, max_extent)
+    count = draw(st.integers(1, max_segments))
+    grids = [tuple(draw(extent) for _ in range(3)) for _ in range(count)]
+    if draw(st.booleans()):
+        grids.append((0, 2, 2))
+    return {
+        "grids": grids,
+        "window": tuple(draw(st.sampled_from([-1, 1, 3, 5])) for _ in range(3)),
+        # A shard: queries are frames `first` to `last` of a video whose keys are all there.
+        "shard": draw(st.booleans()),
+        "heads": draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from(head_dims)),
+        "dtype": draw(dtypes),
+        "seed": draw(seeds),
+        "layout": draw(layouts),
+        "magnitude": draw(magnitudes),
+    }
+
+
+def grid_inputs(case, counts):
+    rng = generator(case["seed"])
+    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    shape = (case["heads"], case["head_dim"])
+    return [guarded((count, *shape), case["dtype"], rng, **made) for count in counts]
+
+
+def tokens_of(grids):
+    return [t * h * w for t, h, w in grids]
+
+
+def check_temporal(case, backend):
+    q, k, v = grid_inputs(case, [sum(tokens_of(case["grids"]))] * 3)
+
+    def call(backend, cast=lambda t: t):
+        return sk.temporal_attention(cast(q), cast(k), cast(v), case["grids"], backend=backend)
+
+    out = call(backend)
+    check_within_budget(
+        "out", out, call("reference", wide), call("reference"), SLACK[case["dtype"]]
+    )
+    assert torch.equal(out, call(backend))
+
+
+def check_windowed(case, backend):
+    grids = case["grids"]
+    queries, origins = grids, None
+    if case["shard"]:
+        origins = [(t // 2, 0, 0) for t, _, _ in grids]
+        queries = [(t - t // 2, h, w) for t, h, w in grids]
+    q_count, k_count = sum(tokens_of(queries)), sum(tokens_of(grids))
+    q, k, v = grid_inputs(case, [q_count, k_count, k_count])
+    cu = offsets(tokens_of(queries))
+
+    def call(backend, cast=lambda t: t):
+        return sk.windowed_attention(
+            cast(q),
+            cast(k),
+            cast(v),
+            cu,
+            queries,
+            case["window"],
+            key_grids=grids,
+            origins=origins,
+            backend=backend,
+        )
+
+    out = call(backend)
+    check_within_budget(
+        "out", out, call("reference", wide), call("reference"), SLACK[case["dtype"]]
+    )
+    assert torch.equal(out, call(backend))
+
+
+def check_neighbours_do_not_leak(backend, q_lens, k_lens, head_dim=16):
+    """A segment of NaN spoils its own result and no other; the others equal a run without it."""
+    rng = generator(7)
+    q = torch.randn(sum(q_lens), 2, head_dim, generator=rng)
+    k, v = (torch.randn(sum(k_lens), 2, head_dim, generator=rng) for _ in range(2))
+    cu_q, cu_k = offsets(q_lens), offsets(k_lens)
+
+    def run(q, k, v):
+        lengths = {"max_seqlen_q": max(q_lens), "max_seqlen_k": max(k_lens)}
+        return sk.packed_attention(q, k, v, cu_q, cu_k, backend=backend, **lengths)
+
+    ref = sk.packed_attention(
+        q.double(), k.double(), v.double(), cu_q, cu_k, max_seqlen_q=max(q_lens),
+        max_seqlen_k=max(k_lens), backend="reference",
+    )  # fmt: skip
+    for spoilt in range(len(q_lens)):
+        inputs = [x.clone() for x in (q, k, v)]
+        for x, cu in zip(inputs, (cu_q, cu_k, cu_k), strict=True):
+            x[cu[spoilt] : cu[spoilt + 1]] = float("nan")
+        out = run(*inputs)
+        for i in range(len(q_lens)):
+            rows = slice(cu_q[i], cu_q[i + 1])
+            if i != spoilt:
+                torch.testing.assert_close(out[rows], ref[rows].float(), rtol=1e-4, atol=1e-5)

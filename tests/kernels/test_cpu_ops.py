@@ -13,8 +13,12 @@ from cases import (
     attention_cases,
     check_attention,
     check_gated,
+    check_neighbours_do_not_leak,
     check_norm_modulate,
     check_rope,
+    check_temporal,
+    check_windowed,
+    grid_cases,
     modulation_cases,
     rope_cases,
 )
@@ -56,6 +60,61 @@ def test_native_qk_norm_rope(case):
     check_rope(case, "native")
 
 
+@pytest.mark.usefixtures("native_library")
+@given(grid_cases())
+def test_native_temporal_attention(case):
+    check_temporal(case, "native")
+
+
+@given(grid_cases())
+def test_sdpa_temporal_attention(case):
+    check_temporal(case, "sdpa")
+
+
+@given(grid_cases(max_extent=6))
+def test_sdpa_windowed_attention(case):
+    check_windowed(case, "sdpa")
+
+
+def neighbours(grid, token, window):
+    """The keys that one token sees, from the words of the definition."""
+    t, h, w = grid
+    place = (token // (h * w), token // w % h, token % w)
+    return [
+        (a * h + b) * w + c
+        for a in range(t)
+        for b in range(h)
+        for c in range(w)
+        if all(
+            extent == -1 or abs(x - y) <= extent // 2
+            for x, y, extent in zip(place, (a, b, c), window, strict=True)
+        )
+    ]
+
+
+@pytest.mark.parametrize("window", [(3, 3, 3), (1, -1, -1), (-1, 1, 1), (5, 1, 3)])
+def test_the_reference_sees_the_window_and_nothing_else(window):
+    rng = generator(2)
+    grid = (4, 3, 5)
+    q, k, v = (torch.randn(60, 2, 8, generator=rng, dtype=torch.float64) for _ in range(3))
+    out = sk.windowed_attention(q, k, v, offsets([60]), [grid], window, backend="reference")
+    for token in range(60):
+        keys = neighbours(grid, token, window)
+        weights = torch.softmax(torch.einsum("hd,nhd->hn", q[token], k[keys]) / 8**0.5, dim=-1)
+        torch.testing.assert_close(out[token], torch.einsum("hn,nhd->hd", weights, v[keys]))
+
+
+def test_factorised_forms_are_windows_over_a_whole_axis():
+    rng = generator(4)
+    grids = [(3, 2, 4), (2, 3, 3)]
+    q, k, v = (torch.randn(42, 2, 16, generator=rng) for _ in range(3))
+    cu = offsets([24, 18])
+    expected = sk.windowed_attention(q, k, v, cu, grids, (-1, 1, 1), backend="reference")
+    torch.testing.assert_close(sk.temporal_attention(q, k, v, grids), expected)
+    expected = sk.windowed_attention(q, k, v, cu, grids, (1, -1, -1), backend="reference")
+    torch.testing.assert_close(sk.spatial_attention(q, k, v, grids), expected)
+
+
 BACKENDS = ["reference", "sdpa", "native"]
 
 
@@ -77,6 +136,13 @@ def test_a_thousand_segments_in_any_order(backend):
     straight, shuffled = run(parts), run([parts[i] for i in order])
     for place, i in enumerate(order):
         torch.testing.assert_close(shuffled[place], straight[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("lens", [([5, 33, 7], [20, 3, 18]), ([6, 6, 6], [19, 19, 19])])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neighbours_do_not_leak(backend, lens):
+    check_neighbours_do_not_leak(backend, *lens)
 
 
 @pytest.mark.usefixtures("native_library")

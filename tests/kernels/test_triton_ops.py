@@ -9,15 +9,22 @@ from cases import (
     attention_cases,
     check_attention,
     check_gated,
+    check_neighbours_do_not_leak,
     check_norm_modulate,
     check_rope,
+    check_temporal,
+    check_windowed,
+    grid_cases,
     modulation_cases,
     rope_cases,
 )
-from hypothesis import given
+from hypothesis import given, settings
 
 import sora_kernels as sk
 from sora_kernels.testing import generator, offsets
+
+# The interpreter takes about 10 ms for each tile of an attention kernel.
+FEW = settings().max_examples // 2
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -49,18 +56,49 @@ def test_qk_norm_rope(case):
     check_rope(case, "triton")
 
 
-@given(attention_cases(max_length=40, max_segments=4))
+@settings(max_examples=FEW)
+@given(attention_cases(max_length=40, max_segments=2))
 def test_packed_attention(case):
     check_attention(case, "triton")
 
 
-@given(attention_cases(max_length=40, max_segments=4, head_dims=(16, 40, 72)))
+@settings(max_examples=FEW)
+@given(attention_cases(max_length=40, max_segments=2, head_dims=(16, 40, 72)))
 def test_packed_attention_through_descriptors(case):
     from sora_kernels.attention import triton as backend
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "has_tma", lambda arch: True)
         check_attention(case, "triton")
+
+
+@settings(max_examples=FEW)
+@given(grid_cases())
+def test_temporal_attention(case):
+    check_temporal(case, "triton")
+
+
+def test_temporal_attention_over_several_tiles_of_frames():
+    check_temporal(
+        {"grids": [(70, 1, 2), (33, 1, 1)], "heads": 1, "head_dim": 16, "dtype": torch.bfloat16,
+         "seed": 1, "layout": "rows", "magnitude": 1.0}, "triton"
+    )  # fmt: skip
+
+
+@settings(max_examples=FEW)
+@given(grid_cases(max_segments=2, head_dims=(16, 40)))
+def test_windowed_attention(case):
+    check_windowed(case, "triton")
+
+
+# A batch of unequal segments, and one of equal segments that takes the dense path.
+@pytest.mark.parametrize("lens", [([5, 33, 7], [20, 3, 18]), ([6, 6, 6], [19, 19, 19])])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_neighbours_do_not_leak(lens, descriptors, monkeypatch):
+    from sora_kernels.attention import triton as backend
+
+    monkeypatch.setattr(backend, "has_tma", lambda arch: descriptors)
+    check_neighbours_do_not_leak("triton", *lens)
 
 
 def test_a_plan_serves_and_must_fit():

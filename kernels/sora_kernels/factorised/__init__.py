@@ -1,0 +1,1 @@
+"""Factorised attention: along time alone, or within each frame."""

@@ -1,0 +1,1 @@
+"""Attention within a 3-D neighbourhood of each token."""

@@ -1,0 +1,166 @@
+"""`windowed_attention`: what it takes, what it checks, and who serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sora_kernels import checks
+from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
+from sora_kernels.grids import check_grids, check_tokens, flatten
+from sora_kernels.library import register
+from sora_kernels.segments import offsets_of
+from sora_kernels.windowed.plan import WindowPlan
+
+OP = declare(
+    "windowed_attention",
+    modules={
+        "reference": "sora_kernels.windowed.reference",
+        "sdpa": "sora_kernels.windowed.sdpa",
+        "triton": "sora_kernels.windowed.triton",
+    },
+    order={"cpu": ("sdpa",), "cuda": ("triton",)},
+)
+
+
+def windowed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    grids: Sequence[Sequence[int]],
+    window: Sequence[int],
+    *,
+    key_grids: Sequence[Sequence[int]] | None = None,
+    origins: Sequence[Sequence[int]] | None = None,
+    scale: float | None = None,
+    plan: WindowPlan | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of each token over a 3-D neighbourhood of itself, inside its segment.
+
+    q: `[tokens_q, heads, head_dim]`; k, v: `[tokens_k, heads, head_dim]`, fp32, fp16 or bf16 (fp64
+    by the reference). cu_seqlens: int32 or int64 `[segments + 1]` of the queries. grids: for each
+    segment (frames, rows, columns), whose tokens lie in that order. window: odd extents in frames,
+    rows and columns; a key counts if it is at most `extent // 2` away on every axis; -1 is the
+    whole axis. Windows are cut off at the edges.
+
+    Where queries are a shard of a video, `key_grids` are the grids of k and v, and `origins` the
+    coordinates of each query grid's first token in them. plan: of `plan_windows`.
+
+    Returns `[tokens_q, heads, head_dim]` in q's dtype; a query without keys gives 0. Raises
+    ValueError for what does not fit and KernelUnavailableError when a named backend cannot serve.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    flat = flatten(OP.name, grids)
+    flat_keys = flat if key_grids is None else flatten(OP.name, key_grids)
+    flat_origins = [0] * len(flat) if origins is None else flatten(OP.name, origins)
+    tables = [] if plan is None else [plan.segments, plan.tiles, plan.blocks]
+    shape = [] if plan is None else list(plan.shape)
+    grid_arguments = (flat, flat_keys, flat_origins, list(window), scale, tables, shape)
+    if needs_grad(q, k, v):
+        check_gradless(OP, backend)
+        return run(q, k, v, cu_seqlens, *grid_arguments, "reference")
+    return _op(q, k, v, cu_seqlens, *grid_arguments, backend)
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    flat: Sequence[int],
+    flat_keys: Sequence[int],
+    flat_origins: Sequence[int],
+    window: Sequence[int],
+    scale: float,
+) -> None:
+    """Everything that metadata can tell."""
+    op = OP.name
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.check_packed_heads(op, name, tensor)
+        checks.check_float(op, name, tensor, like=q)
+    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+        raise ValueError(
+            f"{op}: q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}; "
+            "k and v must be equal in shape, and equal to q in heads and head_dim"
+        )
+    checks.check_cu_seqlens(op, "cu_seqlens", cu_seqlens)
+    checks.check_device(op, q, k=k, v=v, cu_seqlens=cu_seqlens)
+    if len(window) != 3 or any(n != -1 and (n < 1 or n % 2 == 0) for n in window):
+        raise ValueError(f"{op}: window {list(window)}; three odd extents, or -1, are due")
+    check_tokens(op, check_grids(op, "grids", flat, None), q)
+    check_tokens(op, check_grids(op, "key_grids", flat_keys, None), k)
+    if not len(flat) == len(flat_keys) == len(flat_origins):
+        raise ValueError(
+            f"{op}: {len(flat) // 3} grids, {len(flat_keys) // 3} key_grids, "
+            f"{len(flat_origins) // 3} origins; they must be as many"
+        )
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{op}: scale {scale}; a positive number is due")
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    flat: Sequence[int],
+    flat_keys: Sequence[int],
+    flat_origins: Sequence[int],
+    window: Sequence[int],
+    scale: float,
+    tables: Sequence[Tensor],
+    shape: Sequence[int],
+    backend: str,
+) -> Tensor:
+    """Validate, dispatch, run."""
+    check(q, k, v, cu_seqlens, flat, flat_keys, flat_origins, window, scale)
+    offsets = offsets_of(cu_seqlens) if q.device.type == "cpu" else None
+    if offsets is not None:
+        checks.check_offsets(OP.name, "cu_seqlens", offsets, q.shape[0], q.shape[0])
+    plan = None
+    if tables:
+        segments, tiles, blocks = tables
+        t, h, w = shape
+        plan = WindowPlan(segments, tiles, blocks, (t, h, w))
+    module = OP.resolve(backend, Case.of(q))
+    return module.run(
+        q,
+        k,
+        v,
+        check_grids(OP.name, "grids", flat, offsets),
+        check_grids(OP.name, "key_grids", flat_keys, None),
+        check_grids(OP.name, "origins", flat_origins, None),
+        tuple(window),
+        scale=scale,
+        plan=plan,
+    )
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    flat: Sequence[int],
+    flat_keys: Sequence[int],
+    flat_origins: Sequence[int],
+    window: Sequence[int],
+    scale: float,
+    tables: Sequence[Tensor],
+    shape: Sequence[int],
+    backend: str,
+) -> Tensor:
+    check(q, k, v, cu_seqlens, flat, flat_keys, flat_origins, window, scale)
+    return q.new_empty(q.shape)
+
+
+_op = register(
+    OP.name,
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int[] grids, int[] key_grids, "
+    "int[] origins, int[] window, float scale, Tensor[] plan, int[] shape, str backend) -> Tensor",
+    run,
+    _fake,
+)
