@@ -1,9 +1,9 @@
 """Train the sprites' transformer and text encoder on the latents of a finished VAE.
 
     torchrun --nproc-per-node 2 examples/sprites/train_transformer.py \
-        --vae runs/vae/vae --run runs/transformer --minutes 75
+        --vae runs/vae/vae --out runs/transformer --minutes 75
 
-Starting it again with the same `--run` resumes it. It writes `RUN/sprites`, a folder in diffusers'
+Starting it again with the same `--out` resumes it. It writes `OUT/sprites`, a folder in diffusers'
 layout, every few minutes and at the end.
 
 Flow matching: x_s = (1 - s) x0 + s noise, and the network says what x0 is. Every batch packs clips
@@ -84,7 +84,7 @@ def score(model: Sprites, vae: WanVAE, count: int, seed: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="the folder of a trained VAE")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run's state")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=1400, help="a step, in each process")
@@ -104,14 +104,14 @@ def main() -> None:
     )
     model.transformer.to(torch.bfloat16)
     average = Average(optimiser.master, 250)
-    step, seconds, path = 0, 0.0, args.run / "state.pt"
+    step, seconds, path = 0, 0.0, args.out / "state.pt"
     if path.exists():
         state = torch.load(path, map_location=args.device)
         optimiser.load_state_dict(state["optimiser"])
         average.weights = state["average"]
         step, seconds = state["step"], state["seconds"]
     rng = random.Random(step * world_size + rank)
-    pool = Pool(vae, rng, args.run / f"pool{rank}.pt", args.pool)
+    pool = Pool(vae, rng, args.out / f"pool{rank}.pt", args.pool)
     if not pool.clips:
         while len(pool.clips) < min(200, args.pool):
             pool.add()
@@ -122,7 +122,7 @@ def main() -> None:
         if rank == 0:
             trained = {"optimiser": optimiser.state_dict(), "average": average.weights}
             save(path, {**trained, "step": step, "seconds": clock.seconds})
-            export(average.weights, model, args.vae, args.run / "sprites")
+            export(average.weights, model, args.vae, args.out / "sprites")
 
     clock = Clock(args.minutes, seconds)
     shown, saved, scored = None, clock.seconds, clock.seconds

@@ -1,9 +1,9 @@
 """Train the sprites' video autoencoder: Wan 2.2's residual layout, 8x in space and 4x in time.
 
-    torchrun --nproc-per-node 2 examples/sprites/train_vae.py --run runs/vae --minutes 60
+    torchrun --nproc-per-node 2 examples/sprites/train_vae.py --out runs/vae --minutes 60
 
-Starting it again with the same `--run` resumes it. At the end it measures the latents' statistics
-and writes `RUN/vae`, a folder that diffusers and the engine read.
+Starting it again with the same `--out` resumes it. At the end it measures the latents' statistics
+and writes `OUT/vae`, a folder that diffusers and the engine read.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def export(vae: WanVAE, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run's state")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--pixels", type=int, default=280_000, help="a step, in each process")
@@ -148,7 +148,7 @@ def main() -> None:
 
     vae = new_vae().to(args.device)
     optimiser = Muon(dict(vae.named_parameters()))
-    step, seconds, path = 0, 0.0, args.run / "state.pt"
+    step, seconds, path = 0, 0.0, args.out / "state.pt"
     if path.exists():
         state = torch.load(path, map_location=args.device)
         optimiser.load_state_dict(state["optimiser"])
@@ -179,7 +179,7 @@ def main() -> None:
     if rank == 0:
         state = {"optimiser": optimiser.state_dict(), "step": step, "seconds": clock.seconds}
         save(path, state)
-        export(vae, args.run / "vae")
+        export(vae, args.out / "vae")
         scores = [psnr(round_trip(vae, clip), clip) for clip in unseen_clips(100)]
         say(f"100 unseen clips: {sum(scores) / 100:.2f} dB on average, {min(scores):.2f} at worst")
 

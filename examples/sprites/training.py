@@ -2,7 +2,7 @@
 
 Start one process a core (or a device) for the best use of a CPU::
 
-    torchrun --nproc-per-node 2 examples/sprites/train_vae.py --run runs/vae --minutes 60
+    torchrun --nproc-per-node 2 examples/sprites/train_vae.py --out runs/vae --minutes 60
 """
 
 from __future__ import annotations
