@@ -34,8 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     pipe = pipeline()
     pipe.scheduler.register_to_config(prediction_type="flow_prediction")
-    for value in pipe.transformer.parameters():
-        torch.nn.init.normal_(value)
     pipe.save_pretrained(folder)
     return str(folder)
 
