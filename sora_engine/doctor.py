@@ -18,10 +18,6 @@ OPTIONAL_PACKAGES = {
     "tensorrt": "VAE decoding with vae_backend='tensorrt'",
     "flash-attn": "attention backend 'flash'",
     "xformers": "attention backend 'xformers'",
-    "fastapi": "sora_engine.serve",
-    "uvicorn": "sora_engine.serve",
-    "prometheus-client": "metrics of sora_engine.serve",
-    "ray": "replicas on several machines",
 }
 
 

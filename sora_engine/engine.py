@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from types import TracebackType
 from typing import Any, overload
@@ -30,6 +29,7 @@ from sora_engine.packing import Packer
 from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
 from sora_engine.samplers import SOLVERS
 from sora_engine.scheduler import Scheduler
+from sora_engine.version import version
 from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)
@@ -288,18 +288,10 @@ def provenance_of(request: ResolvedRequest, model: VideoModel) -> Provenance:
         prompt=request.prompt,
         seed=request.seed,
         model=model.name,
-        version=package_version(),
+        version=version(),
         settings=settings,
     )
 
 
 def asdict_shallow(request: ResolvedRequest) -> dict[str, Any]:
     return {name: getattr(request, name) for name in request.__dataclass_fields__}
-
-
-def package_version() -> str:
-    """The installed version, or that of the source tree."""
-    try:
-        return version("sora_engine")
-    except PackageNotFoundError:
-        return "0.1.0"

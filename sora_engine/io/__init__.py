@@ -1,1 +1,1 @@
-"""io"""
+"""Files in and out: weights, images, videos, provenance."""
