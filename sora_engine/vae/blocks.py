@@ -42,7 +42,9 @@ class CausalConv3d(nn.Conv3d):
         return F.conv3d(x, self.weight[:, :, -1:], self.bias, 1, self.spatial_padding)
 
     def _pack(self, weight: Tensor, stride: tuple[int, ...]) -> PackedConv:
-        return PackedConv(weight, self.bias, stride, self.spatial_padding)
+        return PackedConv(
+            weight, self.bias, stride, self.spatial_padding, onednn=self.layouts.onednn
+        )
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:  # type: ignore[override]
         """`[B, c_in, T, H, W] -> [B, c_out, T, H, W]`, for a kernel of 3 frames and stride 1."""
@@ -171,7 +173,10 @@ class Downsample(nn.Module):
         weight = conv.weight.unsqueeze(2)
         if self.layouts.wanted:
             packed = self.layouts.get(
-                "conv", lambda: PackedConv(weight, conv.bias, (1, 2, 2), (0, 0, 0))
+                "conv",
+                lambda: PackedConv(
+                    weight, conv.bias, (1, 2, 2), (0, 0, 0), onednn=self.layouts.onednn
+                ),
             )
             x = packed(x)
         else:

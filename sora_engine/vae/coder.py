@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from sora_engine.errors import RequestError
+from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.shapes import check_frames
 
 S = TypeVar("S")
 
@@ -17,6 +20,8 @@ class VideoCoder(Protocol[S]):
     """A video autoencoder that works through time. `WanVAE` is one; so are the ONNX Runtime and
     TensorRT backends, and a tiling of any of them. `S` is the backend's own state."""
 
+    @property
+    def config(self) -> VAEConfig: ...
     @property
     def z_dim(self) -> int: ...
     @property
@@ -35,6 +40,67 @@ class VideoCoder(Protocol[S]):
     ) -> tuple[Tensor, S]:
         """The next frames (1 first, later `scale_factor_temporal` a latent) to their latents."""
         ...
+
+
+class ChunkCoder(ABC, Generic[S]):
+    """What follows from coding in chunks: whole videos, and the statistics of the latents."""
+
+    @property
+    @abstractmethod
+    def config(self) -> VAEConfig:
+        """The autoencoder's layout."""
+
+    @abstractmethod
+    def decode_chunk(
+        self, latents: Tensor, state: S | None = None, *, consume: bool = False
+    ) -> tuple[Tensor, S]:
+        """See `VideoCoder`."""
+
+    @abstractmethod
+    def encode_chunk(
+        self, frames: Tensor, state: S | None = None, *, consume: bool = False
+    ) -> tuple[Tensor, S]:
+        """See `VideoCoder`."""
+
+    @property
+    def z_dim(self) -> int:
+        return self.config.z_dim
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        return self.config.factor_temporal
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        return self.config.factor_spatial
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `WanVAE.decode`."""
+        return torch.cat(list(stream_decode(self, latents)), dim=2)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """As `WanVAE.encode`."""
+        check_frames(self.config, video, first=True)
+        return torch.cat(list(stream_encode(self, [video])), dim=2)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """As `WanVAE.normalise`."""
+        mean, std = latent_statistics(self.config, latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """As `WanVAE.denormalise`."""
+        mean, std = latent_statistics(self.config, latents)
+        return latents * std + mean
+
+
+def latent_statistics(config: VAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latents, shaped to go with `like [B, z, ...]`, of its dtype."""
+    # Made on the spot: a buffer outside the state dict would stay on the meta device when weights
+    # are assigned.
+    shape = (-1, *([1] * (like.dim() - 2)))
+    mean = like.new_tensor(config.latents_mean).reshape(shape)
+    return mean, like.new_tensor(config.latents_std).reshape(shape)
 
 
 def stream_decode(coder: VideoCoder[Any], latents: Tensor) -> Iterator[Tensor]:

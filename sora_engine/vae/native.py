@@ -22,8 +22,8 @@ def native_kernels() -> bool:
 class Layouts:
     """A layer's weights as the processor likes them best, made when they are first asked for."""
 
-    def __init__(self, wanted: bool = False):
-        self.wanted = wanted
+    def __init__(self, wanted: bool = False, *, onednn: bool = True):
+        self.wanted, self.onednn = wanted, onednn
         self._made: dict[str, Any] = {}
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
@@ -43,13 +43,19 @@ class PackedConv:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        *,
+        onednn: bool = True,
     ):
         self.bias = None if bias is None else bias.detach()
         self.stride, self.padding = tuple(stride), tuple(padding)
         self.weight = weight.detach().contiguous(memory_format=torch.channels_last_3d)
         self.blocked: Tensor | None = None
-        if _onednn_takes(self.weight):
+        if onednn and _onednn_takes(self.weight):
             # The layout depends on the kernel and the channels; the size is a hint.
             self.blocked = torch._C._nn.mkldnn_reorder_conv3d_weight(  # type: ignore[attr-defined, call-arg]
                 self.weight.contiguous().to_mkldnn(),

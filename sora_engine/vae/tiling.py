@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sora_engine.vae.coder import VideoCoder
+from sora_engine.vae.coder import ChunkCoder, VideoCoder
+from sora_engine.vae.config import VAEConfig
 
 S = TypeVar("S")
 
@@ -61,7 +62,7 @@ class TiledState(Generic[S]):
     tiles: list[S]
 
 
-class TiledCoder(Generic[S]):
+class TiledCoder(ChunkCoder[TiledState[S]], Generic[S]):
     """A `VideoCoder` that passes the tiles of each stretch through another one.
 
     Frames that fit into one tile pass untouched, bit for bit. Otherwise the result differs a little
@@ -73,16 +74,8 @@ class TiledCoder(Generic[S]):
         self.coder, self.plan, self.offload = coder, plan, offload
 
     @property
-    def z_dim(self) -> int:
-        return self.coder.z_dim
-
-    @property
-    def scale_factor_temporal(self) -> int:
-        return self.coder.scale_factor_temporal
-
-    @property
-    def scale_factor_spatial(self) -> int:
-        return self.coder.scale_factor_spatial
+    def config(self) -> VAEConfig:
+        return self.coder.config
 
     def decode_chunk(
         self, latents: Tensor, state: TiledState[S] | None = None, *, consume: bool = False

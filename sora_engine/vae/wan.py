@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sora_engine.errors import RequestError
 from sora_engine.vae.blocks import CausalConv3d, Downsample, Upsample, fold_patches, unfold_patches
+from sora_engine.vae.coder import latent_statistics
 from sora_engine.vae.coders import Decoder, Encoder
 from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.native import Layouts
+from sora_engine.vae.shapes import check_frames, check_latents
 from sora_engine.vae.state import Tape, VAEState
 
 
@@ -52,16 +53,17 @@ class WanVAE(nn.Module):
         """Pixels along one side of a latent."""
         return self.config.factor_spatial
 
-    def prepare(self, wanted: bool = True) -> WanVAE:
+    def prepare(self, wanted: bool = True, *, onednn: bool = True) -> WanVAE:
         """Have the layers lay out their weights for inference, each when it first runs: channels
         last on a GPU, in oneDNN's blocks on a CPU, upsampling folded into kernels. Returns self.
 
         The layers then run on copies, without gradients: weights that are changed afterwards need
-        another `prepare`, and `train()`, `to()` and `load_state_dict` undo it.
+        another `prepare`, and `train()`, `to()` and `load_state_dict` undo it. `onednn=False`
+        leaves weights plain on a CPU, for a graph that is to run elsewhere.
         """
         for module in self.modules():
             if isinstance(module, CausalConv3d | Downsample | Upsample):
-                module.layouts = Layouts(wanted)
+                module.layouts = Layouts(wanted, onednn=onednn)
         return self
 
     def train(self, mode: bool = True) -> WanVAE:
@@ -82,20 +84,13 @@ class WanVAE(nn.Module):
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Raw latents `[B, z, ...]` to zero mean and unit deviation, by the config's statistics."""
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.config, latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `normalise`."""
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.config, latents)
         return latents * std + mean
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        # Made on the spot: a buffer outside the state dict would stay on the meta device when
-        # weights are assigned.
-        shape = (-1, *([1] * (like.dim() - 2)))
-        mean = like.new_tensor(self.config.latents_mean).reshape(shape)
-        return mean, like.new_tensor(self.config.latents_std).reshape(shape)
 
     # -- encoding --------------------------------------------------------------------------------
 
@@ -142,7 +137,7 @@ class WanVAE(nn.Module):
         keep: bool,
         consume: bool,
     ) -> tuple[Tensor, VAEState | None]:
-        self._check_frames(frames, state)
+        check_frames(self.config, frames, first=state is None)
         factor = self.scale_factor_temporal
         head = 1 if state is None else 0
         latents = head + (frames.shape[2] - head) // factor
@@ -165,33 +160,6 @@ class WanVAE(nn.Module):
             return moments, None
         before = 0 if state is None else state.latent_frames
         return moments, VAEState(tuple(caches or ()), before + latents)
-
-    def _check_frames(self, frames: Tensor, state: VAEState | None) -> None:
-        if frames.dim() != 5:
-            raise RequestError(f"frames must be [B, C, n, H, W], not {list(frames.shape)}")
-        channels = self.config.in_channels // (self.config.patch_size or 1) ** 2
-        if frames.shape[1] != channels:
-            raise RequestError(f"frames have {frames.shape[1]} channels; the VAE takes {channels}")
-        n, factor = frames.shape[2], self.scale_factor_temporal
-        if state is None and (n < 1 or (n - 1) % factor):
-            low = max(n - 1, 0) // factor * factor + 1
-            raise RequestError(
-                f"a video of {n} frames does not fit the VAE; {low} or {low + factor} would"
-            )
-        if state is not None and (n < 1 or n % factor):
-            low = max(n // factor, 1) * factor
-            raise RequestError(
-                f"a chunk of {n} frames does not fit the VAE; {low} or {low + factor} would"
-            )
-        # The residual shortcuts cut frames into whole squares; Wan 2.1 rounds down instead.
-        unit = (self.config.patch_size or 1) if not self.config.is_residual else None
-        unit = self.scale_factor_spatial if unit is None else unit
-        for side, size in (("height", frames.shape[3]), ("width", frames.shape[4])):
-            if size % unit or size < 1:
-                low = max(size // unit, 1) * unit
-                raise RequestError(
-                    f"a {side} of {size} pixels does not fit the VAE; {low} or {low + unit} would"
-                )
 
     # -- decoding --------------------------------------------------------------------------------
 
@@ -229,11 +197,7 @@ class WanVAE(nn.Module):
         keep: bool,
         consume: bool,
     ) -> tuple[Tensor, VAEState | None]:
-        if latents.dim() != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
-            raise RequestError(
-                f"latents must be [B, {self.z_dim}, t, h, w] with t of 1 or more, "
-                f"not {list(latents.shape)}"
-            )
+        check_latents(self.config, latents)
         count = latents.shape[2]
         step = count if latents_per_call is None else latents_per_call
         caches = _open(state, consume)
