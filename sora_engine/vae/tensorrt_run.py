@@ -30,7 +30,7 @@ _WORKSPACE = 4 << 30
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Latent heights and widths that one optimisation profile serves, tuned for the best of them."""
+    """Latent heights and widths that one profile serves, tuned for the best of them."""
 
     least: tuple[int, int]
     best: tuple[int, int]
@@ -119,7 +119,8 @@ def read_ranges(engine: Path) -> tuple[SizeRange, ...]:
         return ()
 
 
-def _tensorrt() -> Any:
+def require_tensorrt() -> Any:
+    """The tensorrt module; BackendError with the install line where there is none."""
     try:
         import tensorrt
     except ImportError as error:
@@ -146,7 +147,7 @@ def build_engines(
 
     Takes minutes a graph. Precision is the graphs' own (fp32 or fp16): networks are strongly typed.
     """
-    trt = _tensorrt()
+    trt = require_tensorrt()
     device = torch.device(device)
     gpu = _gpu(device)
     cache = private_folder(cache)
@@ -202,7 +203,7 @@ class TensorRTVAE(GraphCoder):
     def __init__(
         self, folder: str | Path, cache: str | Path, *, device: str | torch.device = "cuda"
     ):
-        self._trt = _tensorrt()
+        self._trt = require_tensorrt()
         device = torch.device(device)
         self._gpu_name = _gpu(device)
         super().__init__(GraphSet.load(folder), device)

@@ -44,6 +44,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "scale_factor_spatial": 4,
         "scale_factor_temporal": 2,
     },
+    # Time doubles where channels shrink: only there do the duplicated frames of a pair differ.
+    "residual-early-time": {
+        "base_dim": 4,
+        "dim_mult": [1, 1, 2, 2],
+        "temperal_downsample": [True, False, True],
+        "num_res_blocks": 1,
+        "is_residual": True,
+    },
     "two-stages-residual": {
         "base_dim": 4,
         "dim_mult": [2, 2],

@@ -1,0 +1,125 @@
+"""Which backend codes the video: `vae_backend` of the engine, and `sora export-vae`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sora_engine.errors import BackendError, RequestError
+from sora_engine.vae.coder import VideoCoder
+from sora_engine.vae.graphs import SPEC_FILE, GraphSet
+from sora_engine.vae.wan import WanVAE
+
+BACKENDS = ("auto", "torch", "onnx", "tensorrt")
+
+
+def default_cache() -> Path:
+    """Where exported graphs and engines are kept: `$XDG_CACHE_HOME/sora_engine/vae`."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "sora_engine" / "vae"
+
+
+def open_coder(
+    backend: str, vae: WanVAE, *, device: str | torch.device, cache: str | Path | None = None
+) -> VideoCoder[Any]:
+    """The backend of that name for `vae`, ready to code on `device`.
+
+    "auto" and "torch" give `vae` itself. "onnx" exports it, once, into the cache. "tensorrt" takes
+    engines that `export_vae` has built and builds none. Raises BackendError.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"vae_backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend in ("auto", "torch"):
+        return vae
+    folder = (Path(cache) if cache is not None else default_cache()) / _key(vae)
+    if backend == "onnx":
+        from sora_engine.vae.onnx_run import OnnxVAE
+
+        _export_once(vae, folder)
+        return OnnxVAE(folder, device)
+    from sora_engine.vae.tensorrt_run import TensorRTVAE, require_tensorrt
+
+    require_tensorrt()
+    return TensorRTVAE(folder, folder / "engines", device=device)
+
+
+def export_vae(
+    vae: WanVAE,
+    backend: str,
+    output: str | Path | None = None,
+    *,
+    sizes: Sequence[tuple[int, int]] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cuda",
+) -> Path:
+    """Export `vae` to ONNX graphs in `output`; for "tensorrt" build engines from them too, in its
+    subfolder `engines`, for the pixel `sizes` (height, width).
+
+    Without `output` it all goes into the cache, where `open_coder` finds it. Returns the folder.
+    """
+    if backend not in ("onnx", "tensorrt"):
+        raise BackendError(f"a VAE is exported to onnx or tensorrt, not to {backend!r}")
+    latents = latent_sizes(vae, sizes)
+    if backend == "tensorrt":
+        from sora_engine.vae.tensorrt_run import build_engines, require_tensorrt
+
+        require_tensorrt()
+        if not latents:
+            raise BackendError("TensorRT engines are built for sizes: --sizes 480x832,720x1280")
+    folder = Path(output) if output is not None else default_cache() / _key(vae)
+    if output is None and dtype == torch.float32:
+        _export_once(vae, folder)
+    else:
+        from sora_engine.vae.onnx_export import export_onnx
+
+        export_onnx(vae, folder, dtype=dtype)
+    if backend == "tensorrt":
+        build_engines(GraphSet.load(folder), folder / "engines", latents, device=device)
+    return folder
+
+
+def latent_sizes(vae: WanVAE, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pixel sizes in latents; RequestError for one that does not divide."""
+    factor = vae.scale_factor_spatial
+    for height, width in sizes:
+        if height % factor or width % factor or min(height, width) < factor:
+            near = [max(round(side / factor), 1) * factor for side in (height, width)]
+            raise RequestError(
+                f"{height}x{width} does not divide into latents of {factor} pixels; "
+                f"{near[0]}x{near[1]} does"
+            )
+    return [(height // factor, width // factor) for height, width in sizes]
+
+
+def _export_once(vae: WanVAE, folder: Path) -> None:
+    """Export unless it has been done. Whole or not at all: another process may be at it too."""
+    if (folder / SPEC_FILE).is_file():
+        return
+    from sora_engine.vae.onnx_export import export_onnx
+
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="export-") as scratch:
+        ready = Path(scratch) / "graphs"
+        export_onnx(vae, ready)
+        try:
+            ready.rename(folder)
+        except OSError:
+            if not (folder / SPEC_FILE).is_file():
+                raise
+
+
+def _key(vae: WanVAE) -> str:
+    """A name for this autoencoder with these weights."""
+    digest = hashlib.sha256(json.dumps(vae.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in vae.state_dict().items():
+        flat = tensor.detach().float().cpu().contiguous().view(torch.uint8)
+        digest.update(name.encode())
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()[:32]
