@@ -64,7 +64,7 @@ def _attention(arch: int, dtype: torch.dtype, width: int) -> Build:
         "UNIFORM": False,
         "HAS_LSE": True,
         "TMA": tma,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "BLOCK_M": parameters.block_m,
         "BLOCK_N": parameters.block_n,
         "WIDTH": width,
@@ -111,15 +111,60 @@ def _rope(arch: int, heads: int, width: int, across_heads: bool, interleaved: bo
     )
 
 
+def _strided(dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """Types of q, k, v and out, and of the strides of q, k and v."""
+    name = _NAMES[dtype]
+    types = {f"{operand}_ptr": f"*{name}" for operand in ("q", "k", "v", "out")}
+    types |= {f"{operand}_stride": "i32" for operand in "qkv"}
+    return name, types | {f"{operand}_head_stride": "i32" for operand in "qkv"}
+
+
+def _temporal(arch: int, dtype: torch.dtype, width: int, frames: int) -> Build:
+    from sora_kernels.factorised.triton import temporal_attention_kernel, tile_tokens
+
+    name, types = _strided(dtype)
+    types |= dict.fromkeys(("first_token", "frames", "positions", "heads", "head_dim"), "i32")
+    types |= {"scale2": "fp32"}
+    sequences = tile_tokens(dtype, width) // frames
+    constants: dict[str, Any] = {"PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    constants |= {"FRAMES": frames, "SEQUENCES": sequences, "WIDTH": width}
+    key = f"temporal_attention/{name}/{width}/{frames}"
+    options = {"num_warps": 4, "num_stages": 2}
+    return Build(key, arch, temporal_attention_kernel, types, constants, options)
+
+
+def _windowed(arch: int, dtype: torch.dtype, width: int) -> Build:
+    from sora_kernels.windowed.triton import tile_shape, warps_of, windowed_attention_kernel
+
+    name, types = _strided(dtype)
+    types |= {"segments_ptr": "*i32", "tiles_ptr": "*i32", "blocks_ptr": "*i32"}
+    types |= {"heads": "i32", "head_dim": "i32", "scale2": "fp32"}
+    types |= {"reach_t": "i32", "reach_h": "i32", "reach_w": "i32"}
+    t, h, w = tile_shape(arch, dtype, width)
+    constants: dict[str, Any] = {"PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+    constants |= {"TT": t, "TH": h, "TW": w, "WIDTH": width}
+    options = {"num_warps": warps_of(arch, dtype, width), "num_stages": 2}
+    return Build(
+        f"windowed_attention/{name}/{width}",
+        arch,
+        windowed_attention_kernel,
+        types,
+        constants,
+        options,
+    )
+
+
 def builds(arch: int) -> Iterator[Build]:
     """Every kernel at every configuration for one architecture."""
-    table = launch.ATTENTION[max(key for key in launch.ATTENTION if key <= arch)]
-    for size, width in table:
+    for size, width in launch.attention_table(arch):
         yield _attention(arch, torch.bfloat16 if size == 2 else torch.float32, width)
-    for channels in (1152, 1536, 3072, 5120):
+    for dtype, width in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)):
+        yield _temporal(arch, dtype, width, 16)
+        yield _windowed(arch, dtype, width)
+    for channels in (1536, 5120):
         yield _norm(arch, channels, gated=False)
         yield _norm(arch, channels, gated=True)
-    for heads, width in ((12, 128), (40, 128), (24, 64)):
+    for heads, width in ((12, 128), (40, 128)):
         yield _rope(arch, heads, width, across_heads=True, interleaved=True)
         yield _rope(arch, heads, width, across_heads=False, interleaved=False)
 
@@ -128,7 +173,10 @@ def _attributes(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
     """Pointers, strides and widths are multiples of 16, as they are in the models."""
     names = list(build.kernel.arg_names)
     aligned = ("*", "i32")
-    loose = ("tokens", "table_rows", "heads", "q_len", "k_len")
+    loose = (
+        *("tokens", "table_rows", "heads", "q_len", "k_len", "first_token", "frames", "positions"),
+        *("reach_t", "reach_h", "reach_w"),
+    )
     return {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in build.types.items()

@@ -25,6 +25,14 @@ class Launch:
 
 INTERPRETED = 0  # the "architecture" of TRITON_INTERPRET=1: small tiles, so that tails are met
 
+# fp32 as three tf32 products. Wider heads spill at every tile that was tried, so they are left to
+# SDPA.
+FP32 = {
+    (4, 16): Launch(32, 32, 4, 2),
+    (4, 32): Launch(32, 32, 4, 2),
+    (4, 64): Launch(32, 32, 8, 1),
+}
+
 ATTENTION: dict[int, dict[tuple[int, int], Launch]] = {
     INTERPRETED: {
         (size, width): Launch(32, 16, 4, 1) for size in (2, 4) for width in (16, 32, 64, 128, 256)
@@ -34,24 +42,24 @@ ATTENTION: dict[int, dict[tuple[int, int], Launch]] = {
         (2, 32): Launch(128, 64, 4, 3),
         (2, 64): Launch(128, 64, 4, 3),
         (2, 128): Launch(128, 64, 8, 2),
-        (2, 256): Launch(64, 32, 8, 2),
-        (4, 16): Launch(64, 32, 4, 2),
-        (4, 32): Launch(64, 32, 4, 2),
-        (4, 64): Launch(64, 32, 4, 2),
-        (4, 128): Launch(32, 32, 4, 2),
-        (4, 256): Launch(32, 16, 4, 2),
+        (2, 256): Launch(32, 32, 8, 1),
+        **FP32,
     },
     90: {
         (2, 16): Launch(128, 128, 8, 3),
         (2, 32): Launch(128, 128, 8, 3),
         (2, 64): Launch(128, 128, 8, 3),
         (2, 128): Launch(128, 128, 8, 2),
-        (2, 256): Launch(128, 64, 8, 2),
-        (4, 16): Launch(64, 32, 4, 2),
-        (4, 32): Launch(64, 32, 4, 2),
-        (4, 64): Launch(64, 32, 4, 2),
-        (4, 128): Launch(32, 32, 4, 2),
-        (4, 256): Launch(32, 16, 4, 2),
+        (2, 256): Launch(128, 32, 8, 1),
+        **FP32,
+    },
+    # Blackwell as Hopper, without the width that spills there.
+    100: {
+        (2, 16): Launch(128, 128, 8, 3),
+        (2, 32): Launch(128, 128, 8, 3),
+        (2, 64): Launch(128, 128, 8, 3),
+        (2, 128): Launch(128, 128, 8, 2),
+        **FP32,
     },
     # 99 KB of shared memory, and matrix products that keep their accumulators in registers.
     120: {
@@ -59,12 +67,8 @@ ATTENTION: dict[int, dict[tuple[int, int], Launch]] = {
         (2, 32): Launch(128, 64, 4, 3),
         (2, 64): Launch(128, 64, 4, 3),
         (2, 128): Launch(128, 64, 8, 2),
-        (2, 256): Launch(64, 32, 8, 2),
-        (4, 16): Launch(64, 32, 4, 2),
-        (4, 32): Launch(64, 32, 4, 2),
-        (4, 64): Launch(64, 32, 4, 2),
-        (4, 128): Launch(32, 32, 4, 2),
-        (4, 256): Launch(32, 16, 4, 2),
+        (2, 256): Launch(32, 32, 8, 1),
+        **FP32,
     },
 }
 
@@ -82,10 +86,19 @@ def _cuda_architecture(index: int | None) -> int:
     return 10 * major + minor
 
 
+def attention_table(arch: int) -> dict[tuple[int, int], Launch]:
+    return ATTENTION[max(key for key in ATTENTION if key <= arch)]
+
+
 def attention_launch(arch: int, dtype: torch.dtype, width: int) -> Launch:
-    """The parameters of packed attention for a head_dim padded to `width`."""
-    known = max(key for key in ATTENTION if key <= arch)
-    return ATTENTION[known][dtype.itemsize, width]
+    """The parameters of packed attention for a head_dim padded to `width`.
+
+    Raises ValueError where the architecture has none, which is where every tile spills.
+    """
+    found = attention_table(arch).get((dtype.itemsize, width))
+    if found is None:
+        raise ValueError(f"no launch parameters for {dtype} head_dim {width} on sm_{arch}")
+    return found
 
 
 def has_tma(arch: int) -> bool:

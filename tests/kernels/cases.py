@@ -17,7 +17,8 @@ seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(["dense", "rows", "gaps"])
 magnitudes = st.sampled_from([1.0, 1.0, 1e-3, 30.0])
-lengths = st.one_of(st.sampled_from([0, 1, 2, 37]), st.integers(0, 70))
+# One less and one more than the vectors and blocks of kernels.
+lengths = st.one_of(st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 37, 63]), st.integers(0, 70))
 
 
 def clone_dense(tensor):

@@ -61,3 +61,13 @@ def interpreter() -> None:
     from interpreter import mend
 
     mend()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Minutes of compiling are for a run that asks for them: `-m slow`."""
+    if "slow" in config.option.markexpr:
+        return
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

@@ -31,6 +31,16 @@ from sora_kernels.testing import check_within_budget, generator, guarded, offset
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_attention_at_every_length(dtype):
+    """Each number of keys leaves another tail to mask."""
+    lens = list(range(1, 65))
+    case = {"q_lens": [3] * 64, "k_lens": lens, "heads": 1, "head_dim": 16, "dtype": dtype,
+            "seed": 11, "layout": "dense", "magnitude": 1.0, "scale": None}  # fmt: skip
+    check_attention(case, "native")
+
+
 @given(attention_cases(max_length=150))
 def test_sdpa_attention(case):
     check_attention(case, "sdpa")

@@ -19,13 +19,19 @@ from torch import Tensor
 
 from sora_kernels.attention.plan import padded_width, plan_tiles
 from sora_kernels.dispatch import Case
-from sora_kernels.launch import architecture, attention_launch, has_tma
+from sora_kernels.launch import architecture, attention_launch, attention_table, has_tma
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
 
 def unsupported(case: Case) -> str | None:
-    return no_triton(case)
+    problem = no_triton(case)
+    if problem is not None:
+        return problem
+    arch = architecture(torch.device(case.device_type, case.device_index or 0))
+    if (case.dtype.itemsize, padded_width(case.width)) not in attention_table(arch):
+        return f"{case.dtype} head_dim {case.width} spills registers on sm_{arch}"
+    return None
 
 
 @triton.jit
@@ -120,19 +126,11 @@ def packed_attention_kernel(
         k_first = tl.load(cu_k_ptr + segment).to(tl.int32)
         k_last = tl.load(cu_k_ptr + segment + 1).to(tl.int32)
     q_first += start
+    # Queries past the segment's end are not stored, so only pointers need to be kept in bounds.
     q = _rows(
-        q_source,
-        q_stride,
-        q_head_stride,
-        q_first,
-        q_last,
-        head,
-        head_dim,
-        BLOCK_M,
-        WIDTH,
-        TMA,
-        True,
-    )
+        q_source, q_stride, q_head_stride, q_first, q_last, head, head_dim, BLOCK_M, WIDTH, TMA,
+        not TMA,
+    )  # fmt: skip
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -270,7 +268,7 @@ def run(
         UNIFORM=uniform,
         HAS_LSE=return_lse,
         TMA=tma,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         WIDTH=width,

@@ -94,12 +94,17 @@ def temporal_attention_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & wide)
 
 
+def tile_tokens(dtype: torch.dtype, width: int) -> int:
+    """Tokens a tile: fewer where registers are short."""
+    return 32 if width > 128 or dtype == torch.float32 else TILE
+
+
 def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _, heads, head_dim = q.shape
     width = padded_width(head_dim)
-    tile = 32 if width > 128 or q.dtype == torch.float32 else TILE
+    tile = tile_tokens(q.dtype, width)
     for start, (t, h, w) in zip(starts_of(grids), grids, strict=False):
         if t * h * w == 0:
             continue
@@ -119,7 +124,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> 
             heads,
             head_dim,
             scale * math.log2(math.e),
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
             FRAMES=frames,
             SEQUENCES=sequences,
             WIDTH=width,

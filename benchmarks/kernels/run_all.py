@@ -1,0 +1,132 @@
+"""All numerics on a device, then the benchmark.
+
+`--device cuda` is for a GPU; on the CPU it is a dry run of the same path.
+The benchmark's JSON goes to `--output`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import sora_kernels as sk
+from sora_kernels.testing import check_within_budget, generator, offsets
+
+HERE = Path(__file__).parent
+
+
+def check_attention(backend: str, device: str, dtype: torch.dtype, lengths: list[int]) -> None:
+    rng = generator(len(lengths))
+    q, k, v = (torch.randn(sum(lengths), 4, 128, generator=rng).to(device, dtype) for _ in range(3))
+    cu = offsets(lengths).to(device)
+    limits = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+
+    def call(backend: str, cast: torch.dtype) -> torch.Tensor:
+        inputs = (x.to(cast) for x in (q, k, v))
+        return sk.packed_attention(*inputs, cu, cu, **limits, backend=backend)
+
+    low, ref = call("reference", dtype), call("reference", torch.float64)
+    out = call(backend, dtype)
+    check_within_budget(f"packed_attention {backend}", out, ref, low, slack=4.0)
+    if not torch.equal(out, call(backend, dtype)):
+        raise AssertionError(f"packed_attention {backend}: a second run differs")
+
+
+def check_norm(backend: str, device: str, dtype: torch.dtype) -> None:
+    rng = generator(1)
+    x, residual = (torch.randn(333, 1536, generator=rng).to(device, dtype) for _ in range(2))
+    table = torch.randn(3, 1536, generator=rng).to(device)
+    index = (torch.arange(333) % 3).to(device)
+
+    def call(backend: str, cast: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = x.to(cast), residual.to(cast)
+        return sk.gate_residual_norm_modulate(*inputs, table, table, table, index, backend=backend)
+
+    low, ref, out = call("reference", dtype), call("reference", torch.float64), call(backend, dtype)
+    for name, result, expected, plain in zip(("residual", "y"), out, ref, low, strict=True):
+        check_within_budget(f"gated {backend} {name}", result, expected, plain, slack=4.0)
+
+
+def check_rope(backend: str, device: str, dtype: torch.dtype) -> None:
+    rng = generator(2)
+    q, k = (torch.randn(333, 12, 128, generator=rng).to(device, dtype) for _ in range(2))
+    angle = torch.randn(333, 64, generator=rng).to(device)
+    weight = torch.randn(1536, generator=rng).to(device)
+
+    def call(backend: str, cast: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tables = (weight, weight, angle.cos(), angle.sin())
+        return sk.qk_norm_rope(q.to(cast), k.to(cast), *tables, across_heads=True, backend=backend)
+
+    low, ref, out = call("reference", dtype), call("reference", torch.float64), call(backend, dtype)
+    for name, result, expected, plain in zip("qk", out, ref, low, strict=True):
+        assert result is not None
+        assert expected is not None
+        assert plain is not None
+        check_within_budget(f"qk_norm_rope {backend} {name}", result, expected, plain, slack=4.0)
+
+
+def check_grids(backend: str, device: str, dtype: torch.dtype, windowed: bool) -> None:
+    rng = generator(3)
+    grids = [(9, 6, 10), (16, 4, 4)]
+    tokens = [t * h * w for t, h, w in grids]
+    q, k, v = (torch.randn(sum(tokens), 4, 64, generator=rng).to(device, dtype) for _ in range(3))
+    cu = offsets(tokens).to(device)
+
+    def call(backend: str, cast: torch.dtype) -> torch.Tensor:
+        inputs = [x.to(cast) for x in (q, k, v)]
+        if windowed:
+            return sk.windowed_attention(*inputs, cu, grids, (3, 5, 5), backend=backend)
+        return sk.temporal_attention(*inputs, grids, backend=backend)
+
+    low, ref = call("reference", dtype), call("reference", torch.float64)
+    name = "windowed" if windowed else "temporal"
+    check_within_budget(f"{name} {backend}", call(backend, dtype), ref, low, slack=4.0)
+
+
+def numerics(device: str) -> None:
+    """Every backend that can serve bf16 (fp32 on a CPU), against fp64."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    report = sk.backends(device)
+
+    def served(op: str) -> list[str]:
+        return [name for name, why in report[op].items() if why is None and name != "reference"]
+
+    for backend in served("packed_attention"):
+        batches = [[37, 1, 20, 64]] if backend == "native" else [[300, 1, 0, 777], [256, 256, 256]]
+        for lengths in batches:
+            check_attention(backend, device, dtype, lengths)
+    for backend in served("gate_residual_norm_modulate"):
+        check_norm(backend, device, dtype)
+    for backend in served("qk_norm_rope"):
+        check_rope(backend, device, dtype)
+    for backend in served("temporal_attention"):
+        check_grids(backend, device, dtype, windowed=False)
+    for backend in served("windowed_attention"):
+        check_grids(backend, device, dtype, windowed=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("--only-numerics", action="store_true")
+    options = parser.parse_args()
+    numerics(options.device)
+    print(f"numerics on {options.device}: every backend keeps its error budget")
+    if options.only_numerics:
+        return 0
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "--benchmark-enable", str(HERE)]
+    if options.output:
+        command.append(f"--benchmark-json={options.output}")
+    return subprocess.run(
+        command, env={**os.environ, "SORA_BENCH_DEVICE": options.device}, check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
