@@ -17,7 +17,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ from sora_engine.version import version
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from sora_engine.engine import Engine
     from sora_engine.job import Job
@@ -60,6 +61,11 @@ _OPTION_OF = {
     "device": "--device",
     "dtype": "--dtype",
 }
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
 
 
 class UsageError(Exception):
@@ -163,8 +169,9 @@ def generate(
         str | None, typer.Option(help="Such as unipc or euler; the checkpoint's by default.")
     ] = None,
     image: Annotated[str | None, typer.Option(help="An image that is the first frame.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    vae_backend: VAEBackend = "auto",
 ) -> None:
     """Make a video from words.
 
@@ -201,12 +208,14 @@ def generate(
         _say(f"sora_engine {version()}: loading {model}")
 
     started = time.monotonic()
-    engine, resolved = _load(request, model or DEFAULT_MODEL, components, device, dtype)
+    model = model or DEFAULT_MODEL
+    options = {"components": components, "device": device, "dtype": dtype}
+    engine, resolved = _load(request, model, {**options, "vae_backend": vae_backend})
     load_s = time.monotonic() - started
     with closing(engine):
         settings = f"{resolved.width}x{resolved.height}, {resolved.num_frames} frames"
         _say(f"making {settings}, {resolved.num_inference_steps} steps, seed {resolved.seed}")
-        job = _make(engine, request, resolved, output)
+        job = _make(engine, request, resolved, output, model)
     times_s = {
         "load": load_s,
         "encode": job.timings_s["encoding"],
@@ -217,6 +226,86 @@ def generate(
     _say(
         f"{output}: {settings} at {resolved.fps:g} fps, seed {resolved.seed} ({times})",
     )
+
+
+@app.command()
+def decode(
+    latents: Annotated[str, typer.Argument(help="A file of finished latents.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="As of `sora generate`.")
+    ] = "out.mp4",
+    model: Annotated[
+        str | None, typer.Option(help="Whose VAE; by default the model that made the latents.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    vae_backend: VAEBackend = "auto",
+) -> None:
+    """Decode finished latents that an interrupted `sora generate` left."""
+    from sora_engine.io.latents import SavedLatents
+    from sora_engine.io.video import VideoWriter, check_output
+
+    try:
+        check_output(output)
+        saved = SavedLatents.read(latents)
+    except SoraError as error:
+        raise UsageError(str(error)) from error
+    name = model or saved.model
+    _say(f"sora_engine {version()}: loading the VAE of {name}")
+    started = time.monotonic()
+    from sora_engine.denoise import decode as decode_frames
+    from sora_engine.models.video_model import load_video_decoder
+
+    try:
+        decoder = load_video_decoder(name, device=device, dtype=dtype, vae_backend=vae_backend)
+        normalised = decoder.vae.normalise(saved.latents[None])[0]
+    except (SoraError, RuntimeError) as error:
+        raise UsageError(f"{_in_options(error)}") from error
+    total, done = saved.latents.shape[1], 0
+    with VideoWriter(output, saved.fps, provenance=saved.provenance) as writer:
+        for chunk in decode_frames(normalised, decoder, wraps=saved.loop):
+            for frame in chunk.numpy():
+                writer.write(frame)
+            done += 1
+            _say(f"decode {done}/{total} latent frames")
+    _say(f"{output}: {saved.fps:g} fps ({time.monotonic() - started:.1f} s)")
+
+
+@app.command("export-vae")
+def export_vae(
+    model: Annotated[str, typer.Argument(help="A checkpoint, as of `sora generate --model`.")],
+    backend: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
+    output: Annotated[
+        str | None, typer.Option(help="Folder; by default the cache where the engine looks.")
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="HEIGHTxWIDTH,... in pixels, for TensorRT: 480x832,720x1280.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    device: Device = "auto",
+) -> None:
+    """Export a VAE to ONNX graphs, or build TensorRT engines from them."""
+    _say(f"sora_engine {version()}: loading the VAE of {model}")
+    from sora_engine.models.video_model import load_video_decoder, resolve_device, resolve_dtype
+    from sora_engine.vae.backend import export_vae as export
+    from sora_engine.vae.wan import WanVAE
+
+    pixels = [_parse_size(size) for size in sizes.split(",") if size.strip()]
+    try:
+        target = resolve_device(device)
+        vae = load_video_decoder(model, device=target, dtype="float32").vae
+        assert isinstance(vae, WanVAE)
+        folder = export(
+            vae,
+            backend,
+            output,
+            sizes=[(width, height) for height, width in pixels],
+            dtype=resolve_dtype(dtype, target),
+            device=target,
+        )
+    except SoraError as error:
+        raise UsageError(_in_options(error)) from error
+    _say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 @app.command()
@@ -257,13 +346,13 @@ def _check_before_loading(request: VideoRequest, output: str, image: str | None)
 
 
 def _load(
-    request: VideoRequest, model: str, components: str | None, device: str, dtype: str
+    request: VideoRequest, model: str, options: dict[str, Any]
 ) -> tuple[Engine, ResolvedRequest]:
     """The engine, and the request as this model will make it."""
     from sora_engine.engine import Engine
 
     try:
-        engine = Engine.from_pretrained(model, device=device, dtype=dtype, components=components)
+        engine = Engine.from_pretrained(model, **options)
     except SoraError as error:
         raise UsageError(_in_options(error)) from error
     try:
@@ -273,37 +362,52 @@ def _load(
         raise UsageError(_in_options(error)) from error
 
 
-def _make(engine: Engine, request: VideoRequest, resolved: ResolvedRequest, output: str) -> Job:
-    """Runs one job to its end, frames going into the file as they are decoded."""
+def _make(
+    engine: Engine, request: VideoRequest, resolved: ResolvedRequest, output: str, model: str
+) -> Job:
+    """Runs one job to its end, frames going into the file as they are decoded.
+
+    The finished latents lie beside the output while it is decoded: a decode that fails, or is
+    killed, loses nothing.
+    """
     from dataclasses import replace
 
     from sora_engine.engine import provenance_of
     from sora_engine.errors import MediaError
+    from sora_engine.io.latents import SUFFIX, SavedLatents
     from sora_engine.io.video import VideoWriter
 
+    provenance = provenance_of(resolved, engine.model)
     try:
         writer = VideoWriter(
-            output,
-            resolved.fps,
-            num_frames=resolved.num_frames,
-            provenance=provenance_of(resolved, engine.model),
+            output, resolved.fps, num_frames=resolved.num_frames, provenance=provenance
         )
     except MediaError as error:
         raise UsageError(_in_options(error)) from error
+    kept = Path(output + SUFFIX)
 
     def write(frames: np.ndarray) -> None:
         for frame in frames:
             writer.write(frame)
 
+    def keep(latents: Tensor) -> None:
+        source = str(Path(model).resolve()) if model != DEFAULT_MODEL else model
+        SavedLatents(latents, resolved.fps, resolved.loop, source, provenance).write(kept)
+
     with writer:
-        job = engine.submit(replace(request, seed=resolved.seed), on_frames=write)
+        job = engine.submit(replace(request, seed=resolved.seed), on_frames=write, on_latents=keep)
         try:
             _follow(job)
         except BaseException:
             job.cancel()
             with suppress(Exception):
                 job.result()  # the engine must have let go of the file before it is removed
+            if kept.exists():
+                _say(
+                    f"the finished latents are in {kept}; `sora decode {kept} -o {output}` goes on"
+                )
             raise
+    kept.unlink(missing_ok=True)
     return job
 
 
@@ -357,7 +461,7 @@ def _wait(job: Job, timeout_s: float) -> bool:
     return True
 
 
-def _in_options(error: SoraError) -> str:
+def _in_options(error: Exception) -> str:
     """The error's text, with the option that it is about in front."""
     text = str(error)
     for name, option in _OPTION_OF.items():

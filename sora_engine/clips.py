@@ -17,6 +17,7 @@ from sora_engine.errors import RequestError
 from sora_engine.io.images import fit
 from sora_engine.io.video import read_video
 from sora_engine.request import Clip, ResolvedRequest
+from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.state import VAEState
 from sora_engine.vae.wan import WanVAE
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from sora_engine.models.video_model import VideoModel
     from sora_engine.request import Frames
 
-MAX_LAPS = 12
-"""Laps of a loop after which a causal decoder that still changes is taken to be at fault. Wan's
-decoder reaches back 38 latent frames, so even a loop of 4 settles in 10."""
+MAX_REACH = 96
+"""Latent frames after which a causal decoder that still remembers is taken to be at fault: Wan's
+reaches back 38."""
 
 
 def load_frames(
@@ -130,14 +131,14 @@ def encode_video(frames: Frames, request: ResolvedRequest, model: VideoModel) ->
     return _encode(loaded, request, model)
 
 
-def last_lap_state(latents: Tensor, vae: WanVAE) -> VAEState:
+def last_lap_state(latents: Tensor, vae: ChunkCoder[VAEState] | WanVAE) -> VAEState:
     """The decoder's state from which a lap over a loop's latents ends where it began.
 
     latents: `[C, T, H, W]`. A causal decoder forgets: after enough laps its caches repeat bit for
     bit, and the frames of the next lap join at the seam like any others.
     """
     before: VAEState | None = None
-    for _ in range(MAX_LAPS):
+    for _ in range(MAX_REACH // latents.shape[1] + 2):
         state = before
         for latent_frame in latents.split(1, dim=1):
             _, state = vae.decode_chunk(latent_frame[None], state)
@@ -145,7 +146,7 @@ def last_lap_state(latents: Tensor, vae: WanVAE) -> VAEState:
         if before is not None and _same(before, state):
             return state
         before = state
-    raise RuntimeError(f"the decoder does not repeat after {MAX_LAPS} laps of a loop")
+    raise RuntimeError(f"the decoder does not repeat within {MAX_REACH} latent frames of a loop")
 
 
 def _same(a: VAEState, b: VAEState) -> bool:

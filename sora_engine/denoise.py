@@ -21,7 +21,7 @@ from sora_engine.canvas import Canvas, Prompts
 from sora_engine.clips import encode_known, encode_video, last_lap_state
 from sora_engine.guidance import needs_unconditional
 from sora_engine.job import Job
-from sora_engine.models.video_model import VideoModel
+from sora_engine.models.video_model import VideoDecoder, VideoModel
 from sora_engine.packing import Packer, Segment
 from sora_engine.request import ResolvedRequest
 from sora_engine.samplers import make_solver
@@ -191,13 +191,14 @@ def join(
 
 
 @torch.inference_mode()
-def decode(canvas: Canvas, model: VideoModel) -> Iterator[Tensor]:
+def decode(latents: Tensor, model: VideoModel | VideoDecoder, *, wraps: bool) -> Iterator[Tensor]:
     """Frames `[n, height, width, 3]` (uint8, on the host), a latent frame's worth at a time.
 
-    A loop's decoder runs in circles until a lap leaves it as it found it: the next lap has no seam.
+    latents: normalised, `[C, T, H, W]`. A loop's decoder runs in circles until a lap leaves it as
+    it found it: the next lap has no seam.
     """
-    latents = canvas.latents.to(model.vae_dtype)
-    state = last_lap_state(latents, model.vae) if canvas.wraps else None
+    latents = latents.to(model.device, model.vae_dtype)
+    state = last_lap_state(latents, model.vae) if wraps else None
     for latent_frame in latents.split(1, dim=1):
         frames, state = model.vae.decode_chunk(latent_frame[None], state, consume=True)
         yield to_uint8(frames[0])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from os import PathLike
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ from sora_engine.video import Video
 logger = logging.getLogger(__name__)
 
 FrameCallback = Callable[[np.ndarray], None]
+LatentsCallback = Callable[[torch.Tensor], None]
+
+
+class Callbacks(NamedTuple):
+    """Whom a job tells of what it has made."""
+
+    on_frames: FrameCallback | None = None
+    on_latents: LatentsCallback | None = None
 
 
 class Engine:
@@ -50,7 +58,7 @@ class Engine:
         self._packer = Packer(model.grid.patch, model.device)
         self._queue: list[Job] = []
         self._running: list[Job] = []
-        self._frame_callbacks: dict[Job, FrameCallback] = {}
+        self._callbacks: dict[Job, Callbacks] = {}
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="sora-engine", daemon=True)
@@ -63,6 +71,7 @@ class Engine:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        vae_backend: str = "auto",
         attention_backend: str = "auto",
         components: str | PathLike[str] | None = None,
         limits: Limits | None = None,
@@ -75,7 +84,9 @@ class Engine:
                 checkpoint.
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
-            attention_backend: a backend of `sora_kernels`, for all its operations.
+            vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
+                (engines that `sora export-vae` has built); `"auto"` is torch.
+            attention_backend: a backend of `sora_kernels.packed_attention`.
             components: folder with VAE, text encoder and tokenizer for a single-file checkpoint.
 
         Raises CheckpointError for a checkpoint that cannot be used, BackendError for a device or a
@@ -85,6 +96,7 @@ class Engine:
             model,
             device=device,
             dtype=dtype,
+            vae_backend=vae_backend,
             attention_backend=attention_backend,
             components=components,
         )
@@ -107,7 +119,7 @@ class Engine:
         resolved = [self.resolve(r) for r in requests]
         jobs: list[Job] = []
         try:
-            jobs += [self._enqueue(r, None) for r in resolved]
+            jobs += [self._enqueue(r, Callbacks()) for r in resolved]
             videos = [job.result() for job in jobs]
         except BaseException:  # KeyboardInterrupt too: nothing is left running
             for job in jobs:
@@ -115,15 +127,22 @@ class Engine:
             raise
         return videos[0] if single else videos
 
-    def submit(self, request: VideoRequest, *, on_frames: FrameCallback | None = None) -> Job:
+    def submit(
+        self,
+        request: VideoRequest,
+        *,
+        on_frames: FrameCallback | None = None,
+        on_latents: LatentsCallback | None = None,
+    ) -> Job:
         """Queue a request and return its job at once.
 
-        `on_frames` gets uint8 `[n, height, width, 3]` as frames are decoded, on the engine's
-        thread; an exception in it fails the job.
+        `on_latents` gets the finished latents, as `Video.latents`, before they are decoded, and
+        `on_frames` uint8 `[n, height, width, 3]` as frames come. Both are called on the engine's
+        thread; an exception in one fails the job.
 
         Raises RequestError for a bad value, QueueFullError, EngineClosedError.
         """
-        return self._enqueue(self.resolve(request), on_frames)
+        return self._enqueue(self.resolve(request), Callbacks(on_frames, on_latents))
 
     def resolve(self, request: VideoRequest) -> ResolvedRequest:
         """The request with the checkpoint's defaults, checked; raises RequestError."""
@@ -162,7 +181,7 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _enqueue(self, request: ResolvedRequest, on_frames: FrameCallback | None) -> Job:
+    def _enqueue(self, request: ResolvedRequest, callbacks: Callbacks) -> Job:
         job = Job(request)
         with self._wake:
             if self._closed:
@@ -172,8 +191,7 @@ class Engine:
                     f"{len(self._queue)} jobs are queued, which is Limits.max_queued_jobs",
                     retry_after_s=10.0,
                 )
-            if on_frames is not None:
-                self._frame_callbacks[job] = on_frames
+            self._callbacks[job] = callbacks
             self._queue.append(job)
             self._wake.notify_all()
         return job
@@ -217,9 +235,11 @@ class Engine:
         # Kept on the job from here on: a decode that fails does not lose them.
         latents = self.model.vae.denormalise(job.canvas.latents[None])[0].float().cpu()
         job.latents = latents
-        on_frames = self._frame_callbacks.get(job)
+        on_frames, on_latents = self._callbacks[job]
+        if on_latents is not None:
+            on_latents(latents)
         decoded = []
-        for chunk in decode(job.canvas, self.model):
+        for chunk in decode(job.canvas.latents, self.model, wraps=job.canvas.wraps):
             job.check_cancelled()
             frames = chunk.numpy()
             if on_frames is not None:
@@ -262,7 +282,7 @@ class Engine:
         with self._wake:
             if job in self._running:
                 self._running.remove(job)
-            self._frame_callbacks.pop(job, None)
+            self._callbacks.pop(job, None)
         if not self._running:
             self._packer.clear()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,10 @@ from sora_engine.packing import Context
 from sora_engine.request import GenerationDefaults, LatentGrid
 from sora_engine.samplers import SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, TextEncoder
+from sora_engine.vae.backend import open_coder
+from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.state import VAEState
 from sora_engine.vae.wan import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,19 @@ class Expert:
     transformer: WanTransformer | None = None
 
 
+Coder = WanVAE | ChunkCoder[VAEState]
+"""A VAE by any of its backends."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VideoDecoder:
+    """The VAE of a checkpoint alone: what finished latents need."""
+
+    vae: Coder
+    vae_dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(slots=True, eq=False)
 class VideoModel:
     """Everything that one checkpoint brings.
@@ -59,7 +75,7 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     experts: list[Expert]
-    vae: WanVAE
+    vae: Coder
     vae_dtype: torch.dtype
     text_encoder: TextEncoder
     image_encoder: ImageEncoder | None
@@ -122,31 +138,19 @@ def load_video_model(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    vae_backend: str = "auto",
     attention_backend: str = "auto",
     components: str | PathLike[str] | None = None,
 ) -> VideoModel:
     """Load a checkpoint; the arguments are those of `Engine.from_pretrained`."""
-    paths = [path] if isinstance(path, (str, PathLike)) else list(path)
-    bundled = BUNDLED.get(path) if isinstance(path, str) else None
-    if bundled is not None:
-        if not bundled.exists():
-            raise CheckpointError(f"the bundled checkpoint {path!r} is missing", path=bundled)
-        paths = [bundled]
-    if not paths:
-        raise CheckpointError("a model is one path, or those of two experts; got none")
-    folder = Path(paths[0])
     target = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, target)
     check_attention_backend(attention_backend, target)
-    checkpoint = resolve_model(
-        [Path(p) for p in paths], components=None if components is None else Path(components)
-    )
+    checkpoint, folder, name = find_checkpoint(path, components)
     settings = read_generation_config(folder)
     text_tokens = int(settings.get("text_tokens", TEXT_TOKENS))
-
-    # A VAE in half precision is slow on a CPU; elsewhere it shares the transformer's dtype.
-    vae_dtype = torch.float32 if target.type == "cpu" else weights_dtype
-    vae = load_vae(checkpoint.vae, target, vae_dtype)
+    decoder = _open_decoder(checkpoint, target, weights_dtype, vae_backend)
+    vae = decoder.vae
     sources = [checkpoint.transformer]
     if checkpoint.transformer_2 is not None:
         sources.append(checkpoint.transformer_2)
@@ -161,7 +165,7 @@ def load_video_model(
     )
     known_mode = _known_mode(checkpoint, grid)
     model = VideoModel(
-        name=str(path) if bundled is not None else folder.name,
+        name=name,
         device=target,
         dtype=weights_dtype,
         experts=[
@@ -180,7 +184,7 @@ def load_video_model(
             for i, source in enumerate(sources)
         ],
         vae=vae,
-        vae_dtype=vae_dtype,
+        vae_dtype=decoder.vae_dtype,
         text_encoder=TextEncoder.from_folders(
             checkpoint.text_encoder.folder,
             checkpoint.tokenizer.folder,
@@ -197,6 +201,51 @@ def load_video_model(
     )
     model.transformer(0)
     return model
+
+
+def load_video_decoder(
+    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    vae_backend: str = "auto",
+    components: str | PathLike[str] | None = None,
+) -> VideoDecoder:
+    """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
+    target = resolve_device(device)
+    checkpoint, _, _ = find_checkpoint(path, components)
+    return _open_decoder(checkpoint, target, resolve_dtype(dtype, target), vae_backend)
+
+
+def find_checkpoint(
+    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    components: str | PathLike[str] | None = None,
+) -> tuple[WanCheckpoint, Path, str]:
+    """A checkpoint by its path or name, its folder, and the name that results carry."""
+    paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+    bundled = BUNDLED.get(path) if isinstance(path, str) else None
+    if bundled is not None:
+        if not bundled.exists():
+            raise CheckpointError(f"the bundled checkpoint {path!r} is missing", path=bundled)
+        paths = [bundled]
+    if not paths:
+        raise CheckpointError("a model is one path, or those of two experts; got none")
+    folder = Path(paths[0])
+    checkpoint = resolve_model(
+        [Path(p) for p in paths], components=None if components is None else Path(components)
+    )
+    return checkpoint, folder, str(path) if bundled is not None else folder.name
+
+
+def _open_decoder(
+    checkpoint: WanCheckpoint, device: torch.device, dtype: torch.dtype, backend: str
+) -> VideoDecoder:
+    # A VAE in half precision is slow on a CPU; elsewhere it shares the transformer's dtype. The
+    # graphs of ONNX are exported in float32.
+    if device.type == "cpu" or backend == "onnx":
+        dtype = torch.float32
+    vae = load_vae(checkpoint.vae, device, dtype)
+    return VideoDecoder(cast("Coder", open_coder(backend, vae, device=device)), dtype, device)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

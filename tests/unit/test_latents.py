@@ -1,0 +1,122 @@
+"""Finished latents in a file, and `sora decode` going on from them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sora_engine as sora
+from sora_engine import cli
+from sora_engine.errors import MediaError
+from sora_engine.io.latents import SavedLatents
+from sora_engine.io.provenance import Provenance
+from sora_engine.io.video import read_video
+from tests.parity.oracles import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("t2v")
+    tiny_pipeline("t2v", 0).save_pretrained(path)
+    return path
+
+
+def test_what_is_written_is_read(tmp_path):
+    latents = torch.randn(16, 3, 4, 6)
+    how = Provenance(prompt="a cat", seed=3)
+    SavedLatents(latents, 23.976, True, "sprites", how).write(tmp_path / "a.safetensors")
+    read = SavedLatents.read(tmp_path / "a.safetensors")
+    assert torch.equal(read.latents, latents)
+    assert (read.fps, read.loop, read.model, read.provenance) == (23.976, True, "sprites", how)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read as latents"),
+        (b"not a file of tensors", "cannot be read as latents"),
+        ({"weight": torch.zeros(2)}, r"holds \['weight'\]"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "x.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        save_file(content, path)
+    with pytest.raises(MediaError, match=message):
+        SavedLatents.read(path)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_decode_goes_on_from_finished_latents(folder, tmp_path, loop):
+    request = sora.VideoRequest(
+        "a cat",
+        height=32,
+        width=32,
+        num_frames=8 if loop else 9,
+        num_inference_steps=2,
+        seed=1,
+        loop=loop,
+    )
+    file = tmp_path / "kept.safetensors"
+    with sora.Engine.from_pretrained(folder, device="cpu") as engine:
+
+        def keep(latents):
+            SavedLatents(latents, 8.0, loop, str(folder)).write(file)
+
+        video = engine.submit(request, on_latents=keep).result(120)
+    assert cli.main(["decode", str(file), "-o", str(tmp_path / "frames")]) == 0
+    frames, _ = read_video(tmp_path / "frames")
+    # Latents are kept as the decoder takes them: there and back is a rounding of float32.
+    assert np.abs(frames.astype(int) - video.frames.astype(int)).max() <= 1
+
+
+def test_a_decode_that_was_killed_loses_nothing(folder, tmp_path):
+    """SIGKILL in the middle of decoding; `sora decode` makes the video that would have been."""
+    command = [sys.executable, "-m", "sora_engine", "generate", "a cat", "--model", str(folder)]
+    command += ["--size", "64x64", "--frames", "161", "--steps", "1", "--seed", "5"]
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    for line in process.stdout:
+        if line.startswith("decode"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    kept = tmp_path / "out.latents.safetensors"
+    assert kept.exists()
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["decode", str(kept), "-o", str(tmp_path / "again")]) == 0
+    assert cli.main([*command[3:], "-o", str(tmp_path / "whole")]) == 0
+    assert not (tmp_path / "whole.latents.safetensors").exists()
+    again, whole = (read_video(tmp_path / name)[0] for name in ("again", "whole"))
+    assert again.shape == whole.shape == (161, 64, 64, 3)
+    assert np.abs(again.astype(int) - whole.astype(int)).max() <= 1
+
+
+def test_bad_values(folder, tmp_path, capsys):
+    save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
+    for arguments, words in [
+        (["decode", str(tmp_path / "none"), "-o", str(tmp_path / "x.mp4")], "cannot be read"),
+        (["decode", str(tmp_path / "w.safetensors"), "-o", str(tmp_path / "x.mp4")], "holds ['w']"),
+        (["export-vae", str(folder), "--backend", "vulkan"], "onnx or tensorrt"),
+        (["export-vae", str(folder), "--sizes", "big"], "--size: 'big'"),
+        (["export-vae", str(tmp_path / "none")], "no such file or folder"),
+    ]:
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
