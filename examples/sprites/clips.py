@@ -14,9 +14,29 @@ from training import save
 
 from sora_engine.vae import WanVAE
 
-SHIFT = 4.0  # of the noise levels, in training and in the exported scheduler
-SHORT_SIDES = (64, 64, 64, 64, 64, 80, 80, 96, 96, 128, 128, 160)
-LENGTHS = (1, 5, 9, 9, 17, 17, 25, 33, 33, 33)
+SHIFT = 8.0  # of the noise levels, in training and in the exported scheduler
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What sizes and lengths a stretch of training shows, and how many scenes have two sprites."""
+
+    short_sides: tuple[int, ...]
+    longest_side: int
+    lengths: tuple[int, ...]
+    two_sprites: float
+
+
+# One scale of pixels first: there a sprite's edge has the fewest forms to learn. Then all.
+STAGES = {
+    "small": Stage((64,), 96, (1, 9, 9, 17, 17, 17), 0.15),
+    "all": Stage(
+        (64, 64, 64, 64, 64, 80, 80, 96, 96, 128, 128, 160),
+        160,
+        (1, 5, 9, 9, 17, 17, 25, 33, 33),
+        0.3,
+    ),
+}
 
 
 @dataclass
@@ -31,8 +51,10 @@ class Clip:
 class Pool:
     """Clips, encoded once and shown several times, of which some are renewed all the time."""
 
-    def __init__(self, vae: WanVAE, rng: random.Random, path: Path, size: int) -> None:
-        self.vae, self.rng, self.path, self.size = vae, rng, path, size
+    def __init__(
+        self, vae: WanVAE, stage: Stage, rng: random.Random, path: Path, size: int
+    ) -> None:
+        self.vae, self.stage, self.rng, self.path, self.size = vae, stage, rng, path, size
         self.clips: list[Clip] = torch.load(path, weights_only=False) if path.exists() else []
         self.next = 0
 
@@ -49,12 +71,12 @@ class Pool:
 
     @torch.no_grad()
     def make(self) -> Clip:
-        rng = self.rng
-        short = rng.choice(SHORT_SIDES)
-        long = rng.choice(range(short, 161, 16)) if rng.random() < 0.6 else short
+        rng, stage = self.rng, self.stage
+        short = rng.choice(stage.short_sides)
+        long = rng.choice(range(short, stage.longest_side + 1, 16)) if rng.random() < 0.5 else short
         size = (short, long) if rng.random() < 0.5 else (long, short)
-        scene = world.sample_scene(rng, *size)
-        num_frames = rng.choice(LENGTHS)
+        scene = world.sample_scene(rng, *size, sprites=2 if rng.random() < stage.two_sprites else 1)
+        num_frames = rng.choice(stage.lengths)
         later = rng.randrange(1, 4) if num_frames > 1 and rng.random() < 0.2 else 0
         video = scene.render(num_frames + 4 * later)
         return Clip(scene, to_latents(self.vae, video)[:, later:].half(), later)
@@ -94,7 +116,7 @@ def noise_levels(rng: random.Random, clip: Clip) -> Tensor:
         return SHIFT * u / (1 + (SHIFT - 1) * u)
 
     levels = torch.full((t,), level())
-    if t > 1 and rng.random() < 0.35:
+    if t > 1 and rng.random() < 0.25:
         levels[torch.tensor(known_frames(rng, t))] = 0.0
     elif t > 1 and rng.random() < 0.08:
         levels = torch.tensor([level() for _ in range(t)])

@@ -28,13 +28,13 @@ CONFIG = WanConfig(
     num_layers=6,
 )
 SETTINGS = {
-    "height": 128,
-    "width": 128,
-    "num_frames": 33,
+    "height": 64,
+    "width": 64,
+    "num_frames": 17,
     "fps": 8,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
-    "max_window": 9,
+    "max_window": 5,
     "text_tokens": 512,
 }
 

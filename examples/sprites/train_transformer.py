@@ -7,7 +7,7 @@ Starting it again with the same `--out` resumes it. It writes `OUT/sprites`, a f
 layout, every few minutes and at the end.
 
 Flow matching: x_s = (1 - s) x0 + s noise, and the network says what x0 is. Every batch packs clips
-of many sizes and lengths; a third of them have known frames at noise level 0, as in animating,
+of many sizes and lengths; a quarter of them have known frames at noise level 0, as in animating,
 extending, connecting and filling; some have a level of their own for each frame; some are windows
 from the middle of a longer clip; a tenth have no caption, for guidance.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import reader
 import torch
 import world
-from clips import Clip, Pool, noise_levels, to_frames
+from clips import STAGES, Clip, Pool, noise_levels, to_frames
 from model import Sprites, as_targets, export, sample
 from torch import Tensor
 from train_vae import load_vae
@@ -50,7 +50,7 @@ def loss_of(model: Sprites, packer: Packer, clips: list[Clip], rng: random.Rando
     weights = []
     for x, s in zip(clean, levels, strict=True):
         per_token = x.shape[2] * x.shape[3] // 4
-        weight = torch.where(s > 0, 1 / (s * s + 0.1), 0.0)
+        weight = torch.where(s > 0, 1 / (s * s + 0.3), 0.0)
         weights.append((weight / (len(s) * per_token) ** 0.5).repeat_interleave(per_token))
     weight = torch.cat(weights).to(device)
     error = (predicted - target).pow(2).mean(dim=1)
@@ -60,8 +60,8 @@ def loss_of(model: Sprites, packer: Packer, clips: list[Clip], rng: random.Rando
 def score(model: Sprites, vae: WanVAE, count: int, seed: int) -> dict[str, float]:
     """The reader's scores on captions held out from training, one sprite each."""
     rng = random.Random(seed)
-    sizes = [(64, 64), (96, 64), (64, 112), (128, 128)]
-    scenes = [world.sample_scene(rng, *sizes[i % 4], sprites=1, unseen=True) for i in range(count)]
+    sizes = [(64, 64), (96, 64), (64, 96)]
+    scenes = [world.sample_scene(rng, *sizes[i % 3], sprites=1, unseen=True) for i in range(count)]
     shapes = [(5, scene.height // 8, scene.width // 8) for scene in scenes]
     right = dict.fromkeys(("background", "colour", "shape", "motion", "all"), 0.0)
     for low in range(0, count, 8):
@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="the folder of a trained VAE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
+    parser.add_argument("--stage", choices=STAGES, default="all", help="sizes and lengths shown")
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=1400, help="a step, in each process")
@@ -111,7 +112,7 @@ def main() -> None:
         average.weights = state["average"]
         step, seconds = state["step"], state["seconds"]
     rng = random.Random(step * world_size + rank)
-    pool = Pool(vae, rng, args.out / f"pool{rank}.pt", args.pool)
+    pool = Pool(vae, STAGES[args.stage], rng, args.out / f"pool-{args.stage}-{rank}.pt", args.pool)
     if not pool.clips:
         while len(pool.clips) < min(200, args.pool):
             pool.add()
