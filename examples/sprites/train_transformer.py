@@ -1,7 +1,7 @@
 """Train the sprites' transformer and text encoder on the latents of a finished VAE.
 
     torchrun --nproc-per-node 2 examples/sprites/train_transformer.py \
-        --vae runs/vae/vae --out runs/transformer --minutes 75
+        --out runs/transformer --stage small --minutes 75
 
 Starting it again with the same `--out` resumes it. It writes `OUT/sprites`, a folder in diffusers'
 layout, every few minutes and at the end.
@@ -29,6 +29,8 @@ from training import Average, Clock, Muon, save, say, start
 
 from sora_engine.packing import Packer
 from sora_engine.vae import WanVAE
+
+TRAINED_VAE = Path(__file__).parent / "vae"
 
 
 def loss_of(model: Sprites, packer: Packer, clips: list[Clip], rng: random.Random) -> Tensor:
@@ -83,7 +85,7 @@ def score(model: Sprites, vae: WanVAE, count: int, seed: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="the folder of a trained VAE")
+    parser.add_argument("--vae", type=Path, default=TRAINED_VAE, help="the folder of a VAE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
     parser.add_argument("--stage", choices=STAGES, default="all", help="sizes and lengths shown")
     parser.add_argument("--minutes", type=float, default=75)
