@@ -202,6 +202,7 @@ def generate(
         _say(
             f"sora_engine {version()}: loading sprites, the bundled checkpoint (--model for others)"
         )
+        _say("sprites is half-trained: it gets backgrounds and colours, seldom motions and shapes")
     else:
         if model != DEFAULT_MODEL and not Path(model).exists():
             raise UsageError(f"--model: {model} does not exist")

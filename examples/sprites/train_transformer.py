@@ -30,7 +30,7 @@ from training import Average, Clock, Muon, save, say, start
 from sora_engine.packing import Packer
 from sora_engine.vae import WanVAE
 
-TRAINED_VAE = Path(__file__).parent / "vae"
+TRAINED_VAE = Path(__file__).parents[2] / "sora_engine" / "checkpoints" / "sprites" / "vae"
 
 
 def loss_of(model: Sprites, packer: Packer, clips: list[Clip], rng: random.Random) -> Tensor:

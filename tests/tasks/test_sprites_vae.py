@@ -15,7 +15,7 @@ import reader
 import train_vae
 import world
 
-FOLDER = Path(__file__).parents[2] / "examples" / "sprites" / "vae"
+FOLDER = Path(__file__).parents[2] / "sora_engine" / "checkpoints" / "sprites" / "vae"
 
 
 @pytest.fixture(scope="module")
