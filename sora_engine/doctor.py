@@ -16,8 +16,6 @@ OPTIONAL_PACKAGES = {
     "onnxscript": "VAE export",
     "onnxruntime": "VAE decoding with vae_backend='onnx'",
     "tensorrt": "VAE decoding with vae_backend='tensorrt'",
-    "flash-attn": "attention backend 'flash'",
-    "xformers": "attention backend 'xformers'",
 }
 
 
