@@ -19,7 +19,12 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 # One object for each instruction set; csrc/cpu/dispatch.cpp picks at run time.
-PER_ISA = ["csrc/cpu/norm.cpp", "csrc/cpu/rope.cpp", "csrc/cpu/attention.cpp"]
+PER_ISA = [
+    "csrc/cpu/norm.cpp",
+    "csrc/cpu/rope.cpp",
+    "csrc/cpu/attention.cpp",
+    "csrc/cpu/causal.cpp",
+]
 ONCE = ["csrc/cpu/dispatch.cpp", "csrc/bindings.cpp"]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += ["-Wno-attributes", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]

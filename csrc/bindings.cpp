@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -56,8 +57,8 @@ const float* data_of(const Tensor& tensor) {
 
 // An output, on huge pages where the system gives them: first touching a 50 MB result page by page
 // takes longer than computing it.
-Tensor result_like(const Tensor& tensor) {
-  Tensor result = at::empty(tensor.sizes(), tensor.options());
+Tensor result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor result = at::empty(sizes, options);
 #ifdef __linux__
   constexpr std::uintptr_t kHuge = 2 << 20;
   const auto begin = reinterpret_cast<std::uintptr_t>(result.mutable_data_ptr());
@@ -67,6 +68,8 @@ Tensor result_like(const Tensor& tensor) {
 #endif
   return result;
 }
+
+Tensor result_like(const Tensor& tensor) { return result(tensor.sizes(), tensor.options()); }
 
 // About 32k elements a task: less than that and starting a thread costs more than it saves.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
@@ -198,6 +201,7 @@ std::tuple<Tensor, Tensor> short_attention(const Tensor& q_in, const Tensor& k_i
   args.heads = q.size(1);
   args.head_dim = q.size(2);
   args.scale = static_cast<float>(scale);
+  args.past_caches = out.nbytes() >= (32u << 20);
 
   const int64_t count = sequences.size(0);
   const auto* spans = reinterpret_cast<const sora::Span*>(sequences.const_data_ptr<int64_t>());
@@ -235,8 +239,41 @@ std::tuple<Tensor, Tensor> short_attention(const Tensor& q_in, const Tensor& k_i
         if (args.lse) args.lse[row] = -std::numeric_limits<float>::infinity();
       }
     }
+    // Results that went past the caches are there before other threads are told.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
   });
   return {out, lse};
+}
+
+// [batch, frames, pixels, channels], behind the frames of `past`; and the last of both as a cache.
+std::tuple<Tensor, Tensor> causal_norm_silu(const Tensor& x_in, const Tensor& past_in,
+                                            const Tensor& weight_in, double eps) {
+  const Tensor x = x_in.contiguous(), past = past_in.contiguous();
+  const Tensor weight = weight_in.to(at::kFloat).contiguous();
+  TORCH_CHECK(x.dim() == 4 && past.dim() == 4 && x.scalar_type() == past.scalar_type() &&
+                  x.size(0) == past.size(0) && x.size(2) == past.size(2) &&
+                  x.size(3) == past.size(3) && weight.numel() == x.size(3),
+              "sora: frames of ", x.sizes(), " behind ", past.sizes());
+  Tensor joined = result({x.size(0), past.size(1) + x.size(1), x.size(2), x.size(3)}, x.options());
+  Tensor cache = at::empty(past.sizes(), past.options());
+  sora::CausalArgs args;
+  args.type = type_of(x);
+  args.x = x.const_data_ptr();
+  args.past = past.const_data_ptr();
+  args.joined = joined.mutable_data_ptr();
+  args.cache = cache.mutable_data_ptr();
+  args.weight = weight.const_data_ptr<float>();
+  args.frames = x.size(1);
+  args.kept = past.size(1);
+  args.pixels = x.size(2);
+  args.channels = x.size(3);
+  args.eps = static_cast<float>(eps);
+  const auto& kernels = sora::kernels();
+  const int64_t rows = joined.size(0) * joined.size(1) * args.pixels;
+  at::parallel_for(0, rows, grain(args.channels), [&](int64_t begin, int64_t end) {
+    kernels.causal(args, begin, end);
+  });
+  return {joined, cache};
 }
 
 // A tile of `block` queries for each entry: (segment, first query of the tile in its segment).
@@ -275,6 +312,8 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
         "bool interleaved, float eps) -> Tensor");
   m.def("native_short_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, float scale, "
         "bool return_lse) -> (Tensor, Tensor)");
+  m.def("native_causal_norm_silu(Tensor x, Tensor past, Tensor weight, float eps) "
+        "-> (Tensor, Tensor)");
   m.def("native_plan_tiles(Tensor offsets, int block) -> Tensor");
   m.def("native_isa() -> str", native_isa);
 }
@@ -284,5 +323,6 @@ TORCH_LIBRARY_IMPL(sora, CPU, m) {
   m.impl("native_gate_residual_norm_modulate", gate_residual_norm_modulate);
   m.impl("native_norm_rope", norm_rope);
   m.impl("native_short_attention", short_attention);
+  m.impl("native_causal_norm_silu", causal_norm_silu);
   m.impl("native_plan_tiles", plan_tiles);
 }

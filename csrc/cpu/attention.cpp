@@ -54,6 +54,15 @@ SORA_INLINE void transpose(Vec* rows) {
   transpose_step<1>(rows);
 }
 
+// Rows of a sequence into the second-level cache: they lie whole frames apart, which no hardware
+// prefetcher follows.
+template <bool kToWrite, typename T>
+SORA_INLINE void fetch(const T* base, int64_t stride, int64_t rows, int64_t d) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < d; i += kLine) __builtin_prefetch(base + r * stride + i, kToWrite, 2);
+}
+
 template <typename T>
 void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head, float* scratch) {
   const int64_t d = a.head_dim, wide_d = round_up(d, kLanes), keys = round_up(k.count, kLanes);
@@ -79,6 +88,16 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
   }
 
   const T* q_base = (const T*)a.q + q.first * a.q_stride + head * a.q_head_stride;
+  // The next head is most often computed next.
+  const bool ahead = head + 1 < a.heads;
+  if (ahead) fetch<false>(k_base + a.k_head_stride, k.step * a.k_stride, k.count, d);
+  bool streams = false;
+  if constexpr (sizeof(T) == 4)
+    streams = a.past_caches && d % kLanes == 0 && aligned(a.out);
+  if (!streams) {
+    const int64_t step = q.step * a.heads * d;
+    fetch<true>((T*)a.out + (q.first * a.heads + head) * d, step, q.count, d);
+  }
   for (int64_t start = 0; start < q.count; start += kRows) {
     const int64_t rows = q.count - start < kRows ? q.count - start : kRows;
     for (int64_t r = 0; r < kRows; ++r)
@@ -100,10 +119,10 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
         store(floats(weights + r * keys + j), scores[r]);
       }
     }
+    if (ahead && start == 0) fetch<false>(v_base + a.v_head_stride, k.step * a.v_stride, k.count, d);
     float inverse[kRows];
     for (int r = 0; r < kRows; ++r) {
-      float most = top[r][0];
-      for (int lane = 1; lane < kLanes; ++lane) most = top[r][lane] > most ? top[r][lane] : most;
+      const float most = largest(top[r]);
       Vec total = {};
       for (int64_t j = 0; j < keys; j += kLanes) {
         const Vec weight = exp_nonpositive(load(floats(weights + r * keys + j)) - most);
@@ -115,12 +134,23 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
       if (a.lse && r < rows)
         a.lse[(q.first + (start + r) * q.step) * a.heads + head] = most + __builtin_logf(l);
     }
+    if (ahead) {
+      const int64_t step = q.step * a.q_stride;
+      fetch<false>(q_base + a.q_head_stride + start * step, step, rows, d);
+    }
     for (int64_t i = 0; i < d; i += kLanes) {
       Vec result[kRows];
       tile(weights, keys, values + i, wide_d, k.count, result);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t token = q.first + (start + r) * q.step;
-        store((T*)a.out + (token * a.heads + head) * d + i, result[r] * inverse[r], d - i);
+        T* to = (T*)a.out + (token * a.heads + head) * d + i;
+        if constexpr (sizeof(T) == 4) {
+          if (streams) {
+            stream(to, result[r] * inverse[r]);
+            continue;
+          }
+        }
+        store(to, result[r] * inverse[r], d - i);
       }
     }
   }

@@ -9,10 +9,11 @@
   void norm(const sora::NormArgs&, int64_t, int64_t, float*);                               \
   void rope(const sora::RopeArgs&, int64_t, int64_t, float*);                               \
   void attention(const sora::AttentionArgs&, sora::Span, sora::Span, int64_t, float*);      \
+  void causal(const sora::CausalArgs&, int64_t, int64_t);                                   \
   int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \
   }                                                                                         \
   static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
-                                              isa::attention_scratch};
+                                              isa::causal, isa::attention_scratch};
 
 SORA_DECLARE(baseline)
 #ifdef SORA_X86

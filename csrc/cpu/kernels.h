@@ -55,6 +55,18 @@ struct AttentionArgs {
   float* lse = nullptr;   // [tokens, heads]
   int64_t heads, head_dim;
   float scale;
+  bool past_caches = false;  // the result is too large to be found in the caches again
+};
+
+struct CausalArgs {
+  Type type;               // of all but the weight
+  const void* x;           // [batch, frames, pixels, channels], dense like the others
+  const void* past;        // [batch, kept, pixels, channels]
+  void* joined;            // [batch, kept + frames, pixels, channels]
+  void* cache;             // [batch, kept, pixels, channels]
+  const float* weight;     // [channels]
+  int64_t frames, kept, pixels, channels;
+  float eps;
 };
 
 // Tokens first, first + step, ...: `count` of them.
@@ -67,6 +79,7 @@ struct Kernels {
   void (*norm)(const NormArgs&, int64_t begin, int64_t end, float* scratch);
   void (*rope)(const RopeArgs&, int64_t begin, int64_t end, float* scratch);
   void (*attention)(const AttentionArgs&, Span q, Span k, int64_t head, float* scratch);
+  void (*causal)(const CausalArgs&, int64_t begin, int64_t end);  // rows of `joined`
   int64_t (*attention_scratch)(int64_t queries, int64_t keys, int64_t head_dim);
 };
 

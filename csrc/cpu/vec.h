@@ -119,12 +119,49 @@ SORA_INLINE void store(T* p, Vec v, int64_t n) {
 SORA_INLINE const Float* floats(const float* p) { return (const Float*)p; }
 SORA_INLINE Float* floats(float* p) { return (Float*)p; }
 
-SORA_INLINE float sum(Vec v) {
-  float total = 0;
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return total + v[0];
+// Lanes exchanged with those kStep away: log2(kLanes) steps reduce a vector into all its lanes.
+template <int kStep>
+SORA_INLINE Vec swap_lanes(Vec v) {
+#if defined(__clang__)
+  Vec result;
+  for (int i = 0; i < kLanes; ++i) result[i] = v[i ^ kStep];
+  return result;
+#else
+  VecI index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i ^ kStep;
+  return __builtin_shuffle(v, index);
+#endif
 }
+
+SORA_INLINE float sum(Vec v) {
+  if constexpr (kLanes > 8) v += swap_lanes<8>(v);
+  if constexpr (kLanes > 4) v += swap_lanes<4>(v);
+  v += swap_lanes<2>(v);
+  v += swap_lanes<1>(v);
+  return v[0];
+}
+
+SORA_INLINE float largest(Vec v) {
+  if constexpr (kLanes > 8) v = maximum(v, swap_lanes<8>(v));
+  if constexpr (kLanes > 4) v = maximum(v, swap_lanes<4>(v));
+  v = maximum(v, swap_lanes<2>(v));
+  v = maximum(v, swap_lanes<1>(v));
+  return v[0];
+}
+
+// Past the caches: for results too large to be found there again. Reading a line before writing all
+// of it would cost as much as the write.
+SORA_INLINE void stream(Float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps((float*)p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps((float*)p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+
+SORA_INLINE bool aligned(const void* p) { return (uintptr_t)p % sizeof(Vec) == 0; }
 
 // e^x for x <= 0 (Cephes' polynomial after Cody-Waite reduction); below -87 it is 0.
 SORA_INLINE Vec exp_nonpositive(Vec x) {

@@ -8,28 +8,30 @@ registered as `torch.ops.sora.<op>`.
 Gradients flow through `backend="reference"` alone; `"auto"` picks it when an input requires grad.
 """
 
-from sora_kernels.attention.api import packed_attention
+from sora_kernels.attention.api import packed_attention, takes_plan
 from sora_kernels.attention.plan import AttentionPlan, plan_attention
+from sora_kernels.causal.api import causal_norm_silu
 from sora_kernels.dispatch import KernelUnavailableError, backends
 from sora_kernels.factorised.api import spatial_attention, temporal_attention
 from sora_kernels.gated.api import gate_residual_norm_modulate
 from sora_kernels.modulate.api import norm_modulate
 from sora_kernels.rope.api import qk_norm_rope
 from sora_kernels.windowed.api import windowed_attention
-from sora_kernels.windowed.plan import WindowPlan, plan_windows
+from sora_kernels.windowed.plan import BlockPlan
 
 __all__ = [
     "AttentionPlan",
+    "BlockPlan",
     "KernelUnavailableError",
-    "WindowPlan",
     "backends",
+    "causal_norm_silu",
     "gate_residual_norm_modulate",
     "norm_modulate",
     "packed_attention",
     "plan_attention",
-    "plan_windows",
     "qk_norm_rope",
     "spatial_attention",
+    "takes_plan",
     "temporal_attention",
     "windowed_attention",
 ]

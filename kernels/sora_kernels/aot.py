@@ -1,8 +1,9 @@
 """Compiles the Triton kernels ahead of time, with no GPU, and reads what they take.
 
 `python -m sora_kernels.aot --write FILE` writes the table of every kernel at every launch
-configuration for sm_80, sm_90, sm_100 and sm_120; `--check FILE` compares. Compilation must not see
-TRITON_INTERPRET, which is read when a kernel is decorated.
+configuration for sm_80, sm_90, sm_100 and sm_120; `--check FILE` compares; with `--only REGEX`
+either takes a part. Compilation must not see TRITON_INTERPRET, which is read when a kernel is
+decorated.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,54 +29,126 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+Rows = dict[str, dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Build:
-    """One kernel at one configuration. `types` maps its run-time arguments to Triton's types."""
+    """One kernel at one configuration. `types` maps its run-time arguments to Triton's types.
+
+    entry: the op and the key of the launch table that it takes its parameters from.
+    """
 
     name: str
+    entry: tuple[str, str]
     arch: int
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
+    gluon: bool = False
 
     @property
     def key(self) -> str:
         return f"{self.name}/sm_{self.arch}"
 
 
-def _attention(arch: int, dtype: torch.dtype, width: int) -> Build:
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _strided() -> dict[str, str]:
+    """Types of the strides of q, k and v, and of their heads."""
+    types = {f"{operand}_stride": "i32" for operand in "qkv"}
+    return types | {f"{operand}_head_stride": "i32" for operand in "qkv"}
+
+
+def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
     from sora_kernels.attention.triton import packed_attention_kernel
 
     name = _NAMES[dtype]
-    parameters = launch.attention_launch(arch, dtype, width)
-    tma = launch.has_tma(arch)
+    parameters = launch.find("packed_attention", arch, dtype, width)
     blocks = {"q": parameters.block_m, "k": parameters.block_n, "v": parameters.block_n}
     types = {
         f"{operand}_source": f"tensordesc<{name}[{block},1,{width}]>" if tma else f"*{name}"
         for operand, block in blocks.items()
     }
-    types |= {"out_ptr": f"*{name}", "lse_ptr": "*fp32"}
-    types |= {f"{operand}_stride": "i32" for operand in "qkv"}
-    types |= {f"{operand}_head_stride": "i32" for operand in "qkv"}
+    types |= {"out_ptr": f"*{name}", "lse_ptr": "*fp32", **_strided()}
     types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
     types |= {"q_len": "i32", "k_len": "i32", "heads": "i32", "head_dim": "i32", "scale2": "fp32"}
     constants = {
         "UNIFORM": False,
         "HAS_LSE": True,
         "TMA": tma,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "PRECISION": _precision(dtype),
         "BLOCK_M": parameters.block_m,
         "BLOCK_N": parameters.block_n,
         "WIDTH": width,
     }
     options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
-    return Build(
-        f"packed_attention/{name}/{width}", arch, packed_attention_kernel, types, constants, options
-    )
+    # Where the strides of a tensor do not suit TMA, pointers serve on any architecture.
+    form = "/pointers" if launch.has_tma(arch) and not tma else ""
+    key = f"packed_attention/{name}/{width}{form}"
+    entry = ("packed_attention", launch.key_of(dtype, width))
+    return Build(key, entry, arch, packed_attention_kernel, types, constants, options)
 
 
-def _norm(arch: int, channels: int, gated: bool) -> Build:
+def _hopper(arch: int, width: int) -> Build:
+    from sora_kernels.attention import gluon
+
+    layout = gluon.shared_layout()
+    blocks = {"q": gluon.ROWS.value, "k": gluon.BLOCK_N.value, "v": gluon.BLOCK_N.value}
+    types = {
+        f"{operand}_source": f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
+        for operand, rows in blocks.items()
+    }
+    types |= {"out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+    types |= {"items": "i32", "heads": "i32", "scale2": "fp32"}
+    constants = {"HAS_LSE": True, "WIDTH": width}
+    entry = ("packed_attention", "gluon")
+    key = f"packed_attention/bf16/{width}/gluon"
+    options = {"num_warps": gluon.WARPS}
+    kernel = gluon.hopper_attention_kernel
+    return Build(key, entry, arch, kernel, types, constants, options, gluon=True)
+
+
+def _temporal(arch: int, dtype: torch.dtype, width: int) -> Build:
+    from sora_kernels.factorised.triton import temporal_attention_kernel
+
+    name, frames = _NAMES[dtype], 16
+    parameters = launch.find("temporal_attention", arch, dtype, width)
+    types = {f"{operand}_ptr": f"*{name}" for operand in ("q", "k", "v", "out")} | _strided()
+    types |= dict.fromkeys(("first_token", "frames", "positions", "heads", "head_dim"), "i32")
+    types |= {"scale2": "fp32"}
+    constants: dict[str, Any] = {"PRECISION": _precision(dtype), "WIDTH": width}
+    constants |= {"FRAMES": frames, "SEQUENCES": parameters.tokens // frames}
+    options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
+    key = f"temporal_attention/{name}/{width}"
+    entry = ("temporal_attention", launch.key_of(dtype, width))
+    return Build(key, entry, arch, temporal_attention_kernel, types, constants, options)
+
+
+def _windowed(arch: int, dtype: torch.dtype, width: int, masked: bool = True) -> Build:
+    from sora_kernels.windowed.plan import shapes_of
+    from sora_kernels.windowed.triton import windowed_attention_kernel
+
+    name = _NAMES[dtype]
+    parameters = launch.find("windowed_attention", arch, dtype, width)
+    types = {f"{operand}_ptr": f"*{name}" for operand in ("q", "k", "v", "out")} | _strided()
+    types |= {"segments_ptr": "*i32", "tiles_ptr": "*i32", "blocks_ptr": "*i32"}
+    types |= {"patterns_ptr": "*i32", "bits_ptr": "*i64"}
+    types |= {"heads": "i32", "head_dim": "i32", "scale2": "fp32"}
+    types |= {"reach_t": "i32", "reach_h": "i32", "reach_w": "i32"}
+    constants: dict[str, Any] = {"PRECISION": _precision(dtype), "HAS_MASK": masked, "WIDTH": width}
+    constants |= dict(zip(("TT", "TH", "TW"), shapes_of(parameters.tokens)[0], strict=True))
+    options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
+    key = f"windowed_attention/{name}/{width}" + ("/mask" if masked else "")
+    entry = ("windowed_attention", launch.key_of(dtype, width))
+    return Build(key, entry, arch, windowed_attention_kernel, types, constants, options)
+
+
+def _norm(arch: int, elements: int, gated: bool) -> Build:
     from sora_kernels.modulate.triton import norm_rows
 
     types = {"x_ptr": "*bf16", "x_stride": "i32", "y_ptr": "*bf16"}
@@ -84,89 +157,78 @@ def _norm(arch: int, channels: int, gated: bool) -> Build:
         types |= {f"{table}_ptr": "*fp32", f"{table}_stride": "i32"}
     types |= {"index_ptr": "*i32", "table_rows": "i32", "weight_ptr": "*bf16", "bias_ptr": "*bf16"}
     types |= {"tokens": "i32", "channels": "i32", "eps": "fp32"}
-    parameters = launch.row_launch(channels)
-    options = {"num_warps": parameters.pop("num_warps")}
+    # Up to 2,048 elements they are several rows.
+    rows = 4 if elements <= 2048 else 1
     flags = ("HAS_SCALE", "HAS_SHIFT", "HAS_INDEX")
-    constants = dict.fromkeys(flags, True) | {"GATED": gated, "HAS_GATE": gated, "RMS": False}
-    constants |= dict.fromkeys(("PER_TOKEN", "HAS_WEIGHT", "HAS_BIAS"), False) | parameters
+    constants: dict[str, Any] = {"GATED": gated, "HAS_GATE": gated, "RMS": False}
+    constants |= dict.fromkeys(flags, True)
+    constants |= dict.fromkeys(("PER_TOKEN", "HAS_WEIGHT", "HAS_BIAS"), False)
+    constants |= {"ROWS": rows, "BLOCK": elements // rows}
+    options = {"num_warps": launch.row_warps("norm_modulate", arch, elements)}
     op = "gate_residual_norm_modulate" if gated else "norm_modulate"
-    return Build(f"{op}/bf16/{channels}", arch, norm_rows, types, constants, options)
+    entry = ("norm_modulate", str(elements))
+    return Build(f"{op}/bf16/{elements}", entry, arch, norm_rows, types, constants, options)
 
 
-def _rope(arch: int, heads: int, width: int, across_heads: bool, interleaved: bool) -> Build:
+def _causal(arch: int, channels: int) -> Build:
+    from sora_kernels.causal.triton import causal_norm_silu_rows
+
+    types = {f"{name}_ptr": "*bf16" for name in ("x", "past", "weight", "joined", "cache")}
+    types |= {"rows": "i32", "fresh": "i32", "kept": "i32", "channels": "i32", "eps": "fp32"}
+    block, rows = launch.norm_block(channels)
+    options = {"num_warps": launch.row_warps("norm_modulate", arch, block * rows)}
+    constants: dict[str, Any] = {"ROWS": rows, "BLOCK": block}
+    key = f"causal_norm_silu/bf16/{channels}"
+    entry = ("norm_modulate", str(block * rows))
+    return Build(key, entry, arch, causal_norm_silu_rows, types, constants, options)
+
+
+def _rope(arch: int, elements: int, across_heads: bool, interleaved: bool) -> Build:
     from sora_kernels.rope.triton import norm_rope_rows
 
     types = {"x_ptr": "*bf16", "token_stride": "i32", "head_stride": "i32", "y_ptr": "*bf16"}
     types |= {"weight_ptr": "*bf16", "cos_ptr": "*fp32", "cos_stride": "i32"}
     types |= {"sin_ptr": "*fp32", "sin_stride": "i32", "heads": "i32", "head_dim": "i32"}
     types |= {"eps": "fp32"}
-    rows = 1 << (heads - 1).bit_length()
     constants: dict[str, Any] = {"ACROSS_HEADS": across_heads, "INTERLEAVED": interleaved}
-    constants["HAS_WEIGHT"] = True
-    constants |= {"ROTATE": True, "HEADS": rows, "WIDTH": width}
-    options = {"num_warps": min(16, max(1, width * rows // 512))}
+    constants |= {"HAS_WEIGHT": True, "ROTATE": True, "HEADS": elements // 128, "WIDTH": 128}
+    options = {"num_warps": launch.row_warps("qk_norm_rope", arch, elements)}
     form = ("across" if across_heads else "each") + ("" if interleaved else "-split")
-    return Build(
-        f"qk_norm_rope/bf16/{heads}x{width}/{form}", arch, norm_rope_rows, types, constants, options
-    )
-
-
-def _strided(dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    """Types of q, k, v and out, and of the strides of q, k and v."""
-    name = _NAMES[dtype]
-    types = {f"{operand}_ptr": f"*{name}" for operand in ("q", "k", "v", "out")}
-    types |= {f"{operand}_stride": "i32" for operand in "qkv"}
-    return name, types | {f"{operand}_head_stride": "i32" for operand in "qkv"}
-
-
-def _temporal(arch: int, dtype: torch.dtype, width: int, frames: int) -> Build:
-    from sora_kernels.factorised.triton import temporal_attention_kernel, tile_tokens
-
-    name, types = _strided(dtype)
-    types |= dict.fromkeys(("first_token", "frames", "positions", "heads", "head_dim"), "i32")
-    types |= {"scale2": "fp32"}
-    sequences = tile_tokens(dtype, width) // frames
-    constants: dict[str, Any] = {"PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
-    constants |= {"FRAMES": frames, "SEQUENCES": sequences, "WIDTH": width}
-    key = f"temporal_attention/{name}/{width}/{frames}"
-    options = {"num_warps": 4, "num_stages": 2}
-    return Build(key, arch, temporal_attention_kernel, types, constants, options)
-
-
-def _windowed(arch: int, dtype: torch.dtype, width: int) -> Build:
-    from sora_kernels.windowed.triton import tile_shape, warps_of, windowed_attention_kernel
-
-    name, types = _strided(dtype)
-    types |= {"segments_ptr": "*i32", "tiles_ptr": "*i32", "blocks_ptr": "*i32"}
-    types |= {"heads": "i32", "head_dim": "i32", "scale2": "fp32"}
-    types |= {"reach_t": "i32", "reach_h": "i32", "reach_w": "i32"}
-    t, h, w = tile_shape(arch, dtype, width)
-    constants: dict[str, Any] = {"PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
-    constants |= {"TT": t, "TH": h, "TW": w, "WIDTH": width}
-    options = {"num_warps": warps_of(arch, dtype, width), "num_stages": 2}
-    return Build(
-        f"windowed_attention/{name}/{width}",
-        arch,
-        windowed_attention_kernel,
-        types,
-        constants,
-        options,
-    )
+    key = f"qk_norm_rope/bf16/{elements}/{form}"
+    entry = ("qk_norm_rope", str(elements))
+    return Build(key, entry, arch, norm_rope_rows, types, constants, options)
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every kernel at every configuration for one architecture."""
-    for size, width in launch.attention_table(arch):
-        yield _attention(arch, torch.bfloat16 if size == 2 else torch.float32, width)
-    for dtype, width in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)):
-        yield _temporal(arch, dtype, width, 16)
-        yield _windowed(arch, dtype, width)
-    for channels in (1536, 5120):
-        yield _norm(arch, channels, gated=False)
-        yield _norm(arch, channels, gated=True)
-    for heads, width in ((12, 128), (40, 128)):
-        yield _rope(arch, heads, width, across_heads=True, interleaved=True)
-        yield _rope(arch, heads, width, across_heads=False, interleaved=False)
+    """Every kernel at every configuration for one architecture.
+
+    Entries for 2-byte elements are compiled for bf16; fp16 differs in the type of products alone.
+    """
+    for key in launch.entries("temporal_attention", arch):
+        yield _temporal(arch, *_dtype_width(key))
+    for key in launch.entries("windowed_attention", arch):
+        yield _windowed(arch, *_dtype_width(key), masked=False)
+        yield _windowed(arch, *_dtype_width(key), masked=True)
+    for key in launch.entries("packed_attention", arch):
+        if launch.has_tma(arch):
+            yield _attention(arch, *_dtype_width(key), True)
+        yield _attention(arch, *_dtype_width(key), False)
+    if arch == 90:
+        for width in (64, 128):
+            yield _hopper(arch, width)
+    for key in launch.entries("norm_modulate", arch):
+        yield _norm(arch, int(key), gated=False)
+        yield _norm(arch, int(key), gated=True)
+    for channels in (384,):  # of most of Wan's autoencoder; others make programs as wide
+        yield _causal(arch, channels)
+    for key in launch.entries("qk_norm_rope", arch):
+        yield _rope(arch, int(key), across_heads=True, interleaved=True)
+        yield _rope(arch, int(key), across_heads=False, interleaved=False)
+
+
+def _dtype_width(key: str) -> tuple[torch.dtype, int]:
+    size, width = key.split("x")
+    return (torch.bfloat16 if size == "2" else torch.float32), int(width)
 
 
 def _attributes(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
@@ -175,7 +237,8 @@ def _attributes(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
     aligned = ("*", "i32")
     loose = (
         *("tokens", "table_rows", "heads", "q_len", "k_len", "first_token", "frames", "positions"),
-        *("reach_t", "reach_h", "reach_w"),
+        *("rows", "fresh", "kept"),
+        *("reach_t", "reach_h", "reach_w", "items"),
     )
     return {
         (names.index(name),): [["tt.divisibility", 16]]
@@ -196,8 +259,13 @@ def resources(build: Build) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    make: Any = ASTSource
+    if build.gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make = GluonASTSource
     signature = {name: build.types.get(name, "constexpr") for name in build.kernel.arg_names}
-    source = ASTSource(
+    source = make(
         fn=build.kernel,
         signature=signature,
         constexprs={(build.kernel.arg_names.index(k),): v for k, v in build.constants.items()},
@@ -249,19 +317,13 @@ def faults(key: str, row: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE")
-    parser.add_argument("--check", type=Path, metavar="FILE")
-    parser.add_argument("--only", default="", help="a part of the keys to compile")
-    options = parser.parse_args(arguments)
-    import triton
-
-    rows: dict[str, dict[str, Any]] = {}
+def compile_all(pattern: str, report: Callable[[str], None]) -> tuple[Rows, list[str]]:
+    """Compile the builds whose key matches. Returns their rows and what is wrong."""
+    rows: Rows = {}
     wrong: list[str] = []
     for arch in ARCHITECTURES:
         for build in builds(arch):
-            if not re.search(options.only, build.key):
+            if not re.search(pattern, build.key):
                 continue
             try:
                 rows[build.key] = resources(build)
@@ -269,23 +331,48 @@ def main(arguments: list[str] | None = None) -> int:
                 wrong.append(f"{build.key}: does not compile: {str(error)[:300]}")
                 continue
             wrong += faults(build.key, rows[build.key])
-            print(build.key, rows[build.key], flush=True)
+            report(f"{build.key} {json.dumps(rows[build.key])}")
+    return rows, wrong
+
+
+def write_table(file: Path, rows: Rows) -> None:
+    """A kernel a line, and the compiler's version."""
+    import triton
+
+    lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(rows.items())]
+    table = ",\n".join(lines)
+    file.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{table}\n }}\n}}\n')
+
+
+def differences(rows: Rows, committed: dict[str, Any]) -> list[str]:
+    """Where rows differ from a committed table, as far as one compiler version made both."""
+    import triton
+
+    wrong = [f"{key}: not in the table" for key in rows if key not in committed["kernels"]]
+    if committed["triton"] == triton.__version__:
+        wrong += [
+            f"{key}: {row} is not the table's {committed['kernels'][key]}"
+            for key, row in rows.items()
+            if committed["kernels"].get(key, row) != row
+        ]
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--check", type=Path, metavar="FILE")
+    parser.add_argument("--only", default="", metavar="REGEX", help="keys to compile")
+    options = parser.parse_args(arguments)
+    rows, wrong = compile_all(options.only, lambda line: print(line, flush=True))
     if options.write:
-        lines = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(rows.items())]
-        table = ",\n".join(lines)
-        options.write.write_text(
-            f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{table}\n }}\n}}\n'
-        )
+        kept: Rows = {}
+        if options.only and options.write.exists():
+            kept = json.loads(options.write.read_text())["kernels"]
+        known = {build.key for arch in ARCHITECTURES for build in builds(arch)}
+        write_table(options.write, {k: v for k, v in {**kept, **rows}.items() if k in known})
     if options.check:
-        committed = json.loads(options.check.read_text())
-        missing = [key for key in rows if key not in committed["kernels"]]
-        wrong += [f"{key}: not in the table" for key in missing]
-        if committed["triton"] == triton.__version__:
-            wrong += [
-                f"{key}: {rows[key]} is not the table's {committed['kernels'][key]}"
-                for key in rows
-                if key not in missing and rows[key] != committed["kernels"][key]
-            ]
+        wrong += differences(rows, json.loads(options.check.read_text()))
     print(*wrong, sep="\n", file=sys.stderr)
     return bool(wrong)
 

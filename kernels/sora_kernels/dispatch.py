@@ -81,6 +81,14 @@ class Op:
             chosen = self._chosen[key] = self._pick(backend, case)
         return chosen
 
+    def served(self) -> list[tuple[str, Case, str]]:
+        """What was resolved so far: the name asked for, the case, and the backend that serves."""
+        names = {path: name for name, path in self.modules.items()}
+        return [
+            (asked, case, names[str(getattr(module, "__name__", ""))])
+            for (asked, case), module in list(self._chosen.items())
+        ]
+
     def _pick(self, backend: str, case: Case) -> Backend:
         self.check_name(backend)
         if backend != "auto":

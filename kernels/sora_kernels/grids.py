@@ -9,7 +9,9 @@ from torch import Tensor
 Grid = tuple[int, int, int]
 
 
-def check_grids(op: str, name: str, flat: Sequence[int], offsets: list[int] | None) -> list[Grid]:
+def check_grids(
+    op: str, name: str, flat: Sequence[int], offsets: list[int] | None = None
+) -> list[Grid]:
     """The flattened grids as triples, each with as many tokens as its segment (CPU alone)."""
     if len(flat) % 3 or any(extent < 0 for extent in flat):
         raise ValueError(f"{op}: {name} {list(flat)}; (frames, rows, columns) a segment is due")

@@ -1,21 +1,29 @@
 """Launch parameters of the Triton kernels, from a table: nothing is tuned on a request.
 
-Keys are (op, element bytes, head_dim rounded up to a power of two). An architecture without a table
-of its own uses the one of the nearest older architecture.
+`launch.json` holds them. Its keys are op, architecture, and `<element bytes>x<head_dim>` (head_dim
+rounded up to a power of two) or, for the ops on rows, `<elements a program>`. An architecture
+without a table of its own uses that of the nearest older one; a width without an entry is one where
+every tile that was tried spills. `python -m sora_kernels.tune` rewrites the file.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+FILE = Path(__file__).with_name("launch.json")
+INTERPRETED = 0  # the "architecture" of TRITON_INTERPRET=1: small tiles, so that tails are met
+WIDTHS = (16, 32, 64, 128, 256)
+ROW_ELEMENTS = tuple(1 << power for power in range(9, 15))  # 512 to 16,384
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Tile sizes in queries and keys, warps, and stages of the software pipeline."""
+
+class Launch(NamedTuple):
+    """Packed attention: tiles in queries and keys, warps, stages of the software pipeline."""
 
     block_m: int
     block_n: int
@@ -23,54 +31,74 @@ class Launch:
     num_stages: int
 
 
-INTERPRETED = 0  # the "architecture" of TRITON_INTERPRET=1: small tiles, so that tails are met
+class TileLaunch(NamedTuple):
+    """Windowed and temporal attention: tokens a tile (of queries, and of keys), warps, stages."""
 
-# fp32 as three tf32 products. Wider heads spill at every tile that was tried, so they are left to
-# SDPA.
-FP32 = {
-    (4, 16): Launch(32, 32, 4, 2),
-    (4, 32): Launch(32, 32, 4, 2),
-    (4, 64): Launch(32, 32, 8, 1),
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+class RowLaunch(NamedTuple):
+    """Ops on rows: warps of a program that holds so many elements."""
+
+    num_warps: int
+
+
+KINDS: Mapping[str, Callable[..., Any]] = {
+    "packed_attention": Launch,
+    "windowed_attention": TileLaunch,
+    "temporal_attention": TileLaunch,
+    "norm_modulate": RowLaunch,
+    "qk_norm_rope": RowLaunch,
+}
+_INTERPRETED: Mapping[str, Any] = {
+    "packed_attention": Launch(32, 16, 4, 1),
+    "windowed_attention": TileLaunch(32, 4, 1),
+    "temporal_attention": TileLaunch(64, 4, 1),
+    "norm_modulate": RowLaunch(4),
+    "qk_norm_rope": RowLaunch(4),
 }
 
-ATTENTION: dict[int, dict[tuple[int, int], Launch]] = {
-    INTERPRETED: {
-        (size, width): Launch(32, 16, 4, 1) for size in (2, 4) for width in (16, 32, 64, 128, 256)
-    },
-    80: {
-        (2, 16): Launch(128, 64, 4, 3),
-        (2, 32): Launch(128, 64, 4, 3),
-        (2, 64): Launch(128, 64, 4, 3),
-        (2, 128): Launch(128, 64, 8, 2),
-        (2, 256): Launch(32, 32, 8, 1),
-        **FP32,
-    },
-    90: {
-        (2, 16): Launch(128, 128, 8, 3),
-        (2, 32): Launch(128, 128, 8, 3),
-        (2, 64): Launch(128, 128, 8, 3),
-        (2, 128): Launch(128, 128, 8, 2),
-        (2, 256): Launch(128, 32, 8, 1),
-        **FP32,
-    },
-    # Blackwell as Hopper, without the width that spills there.
-    100: {
-        (2, 16): Launch(128, 128, 8, 3),
-        (2, 32): Launch(128, 128, 8, 3),
-        (2, 64): Launch(128, 128, 8, 3),
-        (2, 128): Launch(128, 128, 8, 2),
-        **FP32,
-    },
-    # 99 KB of shared memory, and matrix products that keep their accumulators in registers.
-    120: {
-        (2, 16): Launch(128, 64, 4, 3),
-        (2, 32): Launch(128, 64, 4, 3),
-        (2, 64): Launch(128, 64, 4, 3),
-        (2, 128): Launch(128, 64, 8, 2),
-        (2, 256): Launch(32, 32, 8, 1),
-        **FP32,
-    },
-}
+
+Table = dict[str, dict[int, dict[str, Any]]]
+
+
+def read(file: Path = FILE) -> Table:
+    """The table as op -> architecture -> key -> parameters."""
+    table: Table = {}
+    for op, architectures in json.loads(file.read_text()).items():
+        table[op] = {
+            int(arch.removeprefix("sm_")): {
+                key: KINDS[op](**parameters) for key, parameters in entries.items()
+            }
+            for arch, entries in architectures.items()
+        }
+    return table
+
+
+def write(table: Table, file: Path = FILE) -> None:
+    """An entry a line, sorted, so that a tuning reads well as a diff."""
+
+    def number(key: str) -> list[int]:
+        return [int(part) for part in key.split("x")]
+
+    ops = []
+    for op, architectures in sorted(table.items()):
+        groups = []
+        for arch, entries in sorted(architectures.items()):
+            lines = [
+                f"   {json.dumps(key)}: {json.dumps(entries[key]._asdict())}"
+                for key in sorted(entries, key=number)
+            ]
+            groups.append(f'  "sm_{arch}": {{\n' + ",\n".join(lines) + "\n  }")
+        ops.append(f" {json.dumps(op)}: {{\n" + ",\n".join(groups) + "\n }")
+    file.write_text("{\n" + ",\n".join(ops) + "\n}\n")
+
+
+@functools.cache
+def table() -> Table:
+    return read()
 
 
 def architecture(device: torch.device) -> int:
@@ -86,19 +114,37 @@ def _cuda_architecture(index: int | None) -> int:
     return 10 * major + minor
 
 
-def attention_table(arch: int) -> dict[tuple[int, int], Launch]:
-    return ATTENTION[max(key for key in ATTENTION if key <= arch)]
+def entries(op: str, arch: int) -> dict[str, Any]:
+    """An op's entries for an architecture, its own or the nearest older one's."""
+    known = table()[op]
+    return known[max((key for key in known if key <= arch), default=min(known))]
 
 
-def attention_launch(arch: int, dtype: torch.dtype, width: int) -> Launch:
-    """The parameters of packed attention for a head_dim padded to `width`.
+def key_of(dtype: torch.dtype, width: int) -> str:
+    return f"{dtype.itemsize}x{width}"
 
-    Raises ValueError where the architecture has none, which is where every tile spills.
-    """
-    found = attention_table(arch).get((dtype.itemsize, width))
+
+def find(op: str, arch: int, dtype: torch.dtype, width: int) -> Any:
+    """An attention kernel's parameters for a head_dim padded to `width`, or None."""
+    if arch == INTERPRETED:
+        return _INTERPRETED[op]
+    return entries(op, arch).get(key_of(dtype, width))
+
+
+def find_or_raise(op: str, arch: int, dtype: torch.dtype, width: int) -> Any:
+    """As `find`. Raises ValueError where there are none, which is where every tile spills."""
+    found = find(op, arch, dtype, width)
     if found is None:
-        raise ValueError(f"no launch parameters for {dtype} head_dim {width} on sm_{arch}")
+        raise ValueError(f"{op}: no launch parameters for {dtype} head_dim {width} on sm_{arch}")
     return found
+
+
+def row_warps(op: str, arch: int, elements: int) -> int:
+    """Warps for a program of so many elements, a power of two."""
+    if arch == INTERPRETED:
+        return 4
+    bounded = min(max(elements, ROW_ELEMENTS[0]), ROW_ELEMENTS[-1])
+    return int(entries(op, arch)[str(bounded)].num_warps)
 
 
 def has_tma(arch: int) -> bool:
@@ -106,11 +152,7 @@ def has_tma(arch: int) -> bool:
     return arch >= 90
 
 
-def row_launch(channels: int) -> dict[str, Any]:
-    """For kernels that hold whole rows: about 16 values a thread, several rows for narrow ones."""
-    import triton
-
-    block = triton.next_power_of_2(channels)
-    rows = max(1, 2048 // block)
-    warps = min(16, max(1, rows * block // 512))
-    return {"BLOCK": block, "ROWS": rows, "num_warps": warps}
+def norm_block(channels: int) -> tuple[int, int]:
+    """Channels rounded up, and rows a program: several where rows are narrow."""
+    block = 1 << (channels - 1).bit_length()
+    return block, max(1, 2048 // block)

@@ -192,6 +192,41 @@ def check_gated(case, backend):
 
 
 @st.composite
+def causal_cases(draw, max_pixels=12, channels=(1, 7, 16, 33, 64, 96, 200)):
+    return {
+        "batch": draw(st.integers(1, 2)),
+        "frames": draw(st.integers(0, 4)),
+        "kept": draw(st.integers(1, 3)),
+        "pixels": draw(st.integers(0, max_pixels)),
+        "channels": draw(st.sampled_from(channels)),
+        "dtype": draw(dtypes),
+        "seed": draw(seeds),
+        "layout": draw(layouts),
+        "magnitude": draw(magnitudes),
+    }
+
+
+def check_causal(case, backend):
+    rng = generator(case["seed"])
+    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    inside = (case["pixels"], case["channels"])
+    x = guarded((case["batch"], case["frames"], *inside), case["dtype"], rng, **made)
+    past = guarded((case["batch"], case["kept"], *inside), case["dtype"], rng, **made)
+    weight = guarded((case["channels"],), torch.float32, rng)
+
+    def call(backend, cast=lambda t: t):
+        return sk.causal_norm_silu(cast(x), cast(past), cast(weight), backend=backend)
+
+    outs, lows, refs = call(backend), call("reference"), call("reference", wide)
+    for name, out, low, ref in zip(("joined", "cache"), outs, lows, refs, strict=True):
+        check_within_budget(name, out, ref, low, SLACK[case["dtype"]])
+    # The past is copied, not computed.
+    assert torch.equal(outs[0][:, : case["kept"]], past)
+    assert torch.equal(outs[0][:, case["frames"] :], outs[1])
+    assert all(map(torch.equal, outs, call(backend)))
+
+
+@st.composite
 def rope_cases(draw, max_tokens=30, head_dims=(2, 8, 16, 40, 64, 72, 128)):
     return {
         "tokens": draw(st.integers(0, max_tokens)),

@@ -11,7 +11,9 @@ import pytest
 import torch
 from cases import (
     attention_cases,
+    causal_cases,
     check_attention,
+    check_causal,
     check_gated,
     check_neighbours_do_not_leak,
     check_norm_modulate,
@@ -62,6 +64,12 @@ def test_native_norm_modulate(case):
 @given(modulation_cases())
 def test_native_gate_residual_norm_modulate(case):
     check_gated(case, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@given(causal_cases())
+def test_native_causal_norm_silu(case):
+    check_causal(case, "native")
 
 
 @pytest.mark.usefixtures("native_library")

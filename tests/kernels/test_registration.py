@@ -25,6 +25,9 @@ CALLS = {
     "gate_residual_norm_modulate": (
         X, X, TABLE, TABLE, None, INDEX, "rms", TABLE[0], None, 1e-6, "auto",
     ),
+    "causal_norm_silu": (
+        X.view(2, 3, 4, -1), X.view(2, 3, 4, -1)[:, :2], TABLE[0], 1e-6, "auto",
+    ),
     "qk_norm_rope": (Q, K, None, None, ANGLE.cos(), ANGLE.sin(), True, True, 1e-6, "auto"),
     "temporal_attention": (Q, K, V, FLAT, 0.25, "auto"),
     "windowed_attention": (

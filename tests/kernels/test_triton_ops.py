@@ -7,7 +7,9 @@ import pytest
 import torch
 from cases import (
     attention_cases,
+    causal_cases,
     check_attention,
+    check_causal,
     check_gated,
     check_neighbours_do_not_leak,
     check_norm_modulate,
@@ -49,6 +51,11 @@ def test_norm_modulate(case):
 @given(modulation_cases(max_tokens=12))
 def test_gate_residual_norm_modulate(case):
     check_gated(case, "triton")
+
+
+@given(causal_cases())
+def test_causal_norm_silu(case):
+    check_causal(case, "triton")
 
 
 @given(rope_cases(max_tokens=10))

@@ -20,6 +20,10 @@ OP = declare(
         "sdpa": "sora_kernels.attention.sdpa",
         "native": "sora_kernels.attention.native",
         "triton": "sora_kernels.attention.triton",
+        "gluon": "sora_kernels.attention.gluon",
+        "flash": "sora_kernels.attention.flash",
+        "xformers": "sora_kernels.attention.xformers",
+        "flex": "sora_kernels.attention.flex",
     },
     order={"cpu": ("native", "sdpa"), "cuda": ("triton", "sdpa")},
 )
@@ -115,6 +119,11 @@ def packed_attention(
         backend,
     )
     return (out, lse) if return_lse else out
+
+
+def takes_plan(q: Tensor, backend: str = "auto") -> bool:
+    """Whether the backend that serves q's kind reads a plan, so that making one pays."""
+    return bool(getattr(OP.resolve(backend, Case.of(q)), "TAKES_PLAN", False))
 
 
 def check(

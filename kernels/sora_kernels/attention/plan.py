@@ -1,17 +1,23 @@
-"""A flat table of query tiles, so that no kernel searches for its segment.
+"""`plan_attention`: tile tables and block lists, made once for many layers and steps.
 
+A flat table of query tiles lets no kernel search for its segment.
 Searching is what made 8,192 segments of 34 tokens 73 times slower than the dense case in a kernel
 that scans segments (flash-attention issue 2520).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from sora_kernels.launch import architecture, attention_launch
+from sora_kernels import checks
+from sora_kernels.grids import Grid, check_grids, flatten
+from sora_kernels.launch import architecture, find_or_raise
+from sora_kernels.windowed.plan import BlockPlan, build, build_cached, check_masks, check_window
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +58,86 @@ def plan_tiles(cu_seqlens: Tensor, num_tokens: int, block: int) -> Tensor:
     return table.to(torch.int32)
 
 
+@overload
 def plan_attention(
     cu_seqlens_q: Tensor,
     *,
     num_tokens: int,
     head_dim: int,
     dtype: torch.dtype,
-) -> AttentionPlan:
-    """Plan packed attention once for many calls with the same offsets.
+) -> AttentionPlan: ...
 
-    cu_seqlens_q: int32 or int64 `[segments + 1]`; num_tokens: the number of queries. Calls without
-    a plan make one each time, which costs a few small kernels. Raises ValueError for offsets that
-    are no offsets (read on the CPU alone).
+
+@overload
+def plan_attention(
+    cu_seqlens_q: Tensor,
+    *,
+    num_tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    grids: Sequence[Sequence[int]],
+    window: Sequence[int] = (-1, -1, -1),
+    key_grids: Sequence[Sequence[int]] | None = None,
+    origins: Sequence[Sequence[int]] | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+    cell: Sequence[int] = (1, -1, -1),
+) -> BlockPlan: ...
+
+
+def plan_attention(
+    cu_seqlens_q: Tensor,
+    *,
+    num_tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    grids: Sequence[Sequence[int]] | None = None,
+    window: Sequence[int] = (-1, -1, -1),
+    key_grids: Sequence[Sequence[int]] | None = None,
+    origins: Sequence[Sequence[int]] | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+    cell: Sequence[int] = (1, -1, -1),
+) -> AttentionPlan | BlockPlan:
+    """Plan attention once for many calls with the same offsets.
+
+    cu_seqlens_q: int32 or int64 `[segments + 1]`, on the device of the calls; num_tokens: the
+    number of queries. Without `grids` the plan is `packed_attention`'s: calls without one make one
+    each time, which costs a few small kernels.
+
+    With `grids` (frames, rows and columns of each segment) it is `windowed_attention`'s, for its
+    `window`, `key_grids` and `origins`. `masks` narrow the window further: for each segment (or one
+    for all) bool `[cells of queries, cells of keys]`, true where the keys of one cell are seen by
+    the queries of another. `cell` is a cell's extent in frames, rows and columns, -1 for a whole
+    axis; cells are counted from each grid's own first token, the columns fastest. By default a
+    cell is a frame, so a mask says which frames see which: a window of frames with the first
+    frame and key frames beside it, say. Only pairs of tiles in which something is seen cost time.
+
+    Raises ValueError for offsets (read on the CPU alone), grids, windows and masks that do not fit.
     """
-    from sora_kernels import checks
-
-    checks.check_cu_seqlens("plan_attention", "cu_seqlens_q", cu_seqlens_q)
-    if cu_seqlens_q.device.type == "cpu":
-        checks.check_offsets(
-            "plan_attention", "cu_seqlens_q", cu_seqlens_q.tolist(), num_tokens, num_tokens
+    op = "plan_attention"
+    checks.check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q)
+    offsets = cu_seqlens_q.tolist() if cu_seqlens_q.device.type == "cpu" else None
+    if offsets is not None:
+        checks.check_offsets(op, "cu_seqlens_q", offsets, num_tokens, num_tokens)
+    if not 1 <= head_dim <= checks.MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head_dim {head_dim}; 1 to {checks.MAX_HEAD_DIM} is supported")
+    arch, width = architecture(cu_seqlens_q.device), padded_width(head_dim)
+    if grids is None:
+        launch = find_or_raise("packed_attention", arch, dtype, width)
+        return AttentionPlan(plan_tiles(cu_seqlens_q, num_tokens, launch.block_m), launch.block_m)
+    queries = check_grids(op, "grids", flatten(op, grids), offsets)
+    keys = queries if key_grids is None else check_grids(op, "key_grids", flatten(op, key_grids))
+    starts: list[Grid] = [(0, 0, 0)] * len(queries)
+    if origins is not None:
+        starts = check_grids(op, "origins", flatten(op, origins))
+    if not len(queries) == len(keys) == len(starts):
+        raise ValueError(
+            f"{op}: {len(queries)} grids, {len(keys)} key_grids, {len(starts)} origins; "
+            "they must be as many"
         )
-    launch = attention_launch(architecture(cu_seqlens_q.device), dtype, padded_width(head_dim))
-    return AttentionPlan(plan_tiles(cu_seqlens_q, num_tokens, launch.block_m), launch.block_m)
+    reach = check_window(op, window)
+    tile = find_or_raise("windowed_attention", arch, dtype, width).tokens
+    place = tuple(queries), tuple(keys), tuple(starts), reach, tile, cu_seqlens_q.device
+    if masks is None:
+        return build_cached(*place)
+    checked = check_masks(masks, queries, keys, cell)
+    return build(*place, checked, (cell[0], cell[1], cell[2]))

@@ -49,21 +49,26 @@ def run(
     wide = torch.promote_types(q.dtype, torch.float32)
     q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
     k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets
+    runs = equal_runs(q_offsets, k_offsets)
+    # Split rather than sliced: a slice's gradient is as large as the whole tensor.
+    q_parts = q.split([part.q_len * part.segments for part in runs])
+    kv_sizes = [part.k_len * part.segments for part in runs]
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    for part in equal_runs(q_offsets, k_offsets):
+    for part, q_part, k_part, v_part in zip(
+        runs, q_parts, k.split(kv_sizes), v.split(kv_sizes), strict=True
+    ):
         if part.q_len == 0:
             continue
-        tokens = part.q_len * part.segments
         if part.k_len == 0:
             # Times zero, so that these queries stay in the autograd graph with a gradient of 0.
-            outs.append(q[part.q_start : part.q_stop] * 0)
-            lses.append(q.new_full((tokens, q.shape[1]), float("-inf"), dtype=wide))
+            outs.append(q_part * 0)
+            lses.append(q.new_full((len(q_part), q.shape[1]), float("-inf"), dtype=wide))
             continue
         out, lse = attend(
-            batched(q, part.q_start, part.q_len, part.segments),
-            batched(k, part.k_start, part.k_len, part.segments),
-            batched(v, part.k_start, part.k_len, part.segments),
+            batched(q_part, 0, part.q_len, part.segments),
+            batched(k_part, 0, part.k_len, part.segments),
+            batched(v_part, 0, part.k_len, part.segments),
             scale,
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from sora_kernels.attention.plan import padded_width, plan_tiles
 from sora_kernels.dispatch import Case
-from sora_kernels.launch import architecture, attention_launch, attention_table, has_tma
+from sora_kernels.launch import architecture, find, find_or_raise, has_tma
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
+
+TAKES_PLAN = True
 
 
 def unsupported(case: Case) -> str | None:
@@ -29,7 +31,7 @@ def unsupported(case: Case) -> str | None:
     if problem is not None:
         return problem
     arch = architecture(torch.device(case.device_type, case.device_index or 0))
-    if (case.dtype.itemsize, padded_width(case.width)) not in attention_table(arch):
+    if find("packed_attention", arch, case.dtype, padded_width(case.width)) is None:
         return f"{case.dtype} head_dim {case.width} spills registers on sm_{arch}"
     return None
 
@@ -228,7 +230,7 @@ def run(
         return out, lse
     arch = architecture(q.device)
     width = padded_width(head_dim)
-    launch = attention_launch(arch, q.dtype, width)
+    launch = find_or_raise("packed_attention", arch, q.dtype, width)
     # No segment is longer than max_seqlen, so this says that none is shorter either.
     uniform = segments * max_seqlen_q == tokens and segments * max_seqlen_k == k.shape[0]
     if uniform:

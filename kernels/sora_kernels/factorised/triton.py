@@ -19,14 +19,19 @@ from torch import Tensor
 from sora_kernels.attention.plan import padded_width
 from sora_kernels.dispatch import Case
 from sora_kernels.grids import Grid, starts_of
+from sora_kernels.launch import architecture, find, find_or_raise
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
-TILE = 64
-
 
 def unsupported(case: Case) -> str | None:
-    return no_triton(case)
+    problem = no_triton(case)
+    if problem is not None:
+        return problem
+    arch = architecture(torch.device(case.device_type, case.device_index or 0))
+    if find("temporal_attention", arch, case.dtype, padded_width(case.width)) is None:
+        return f"{case.dtype} head_dim {case.width} spills registers on sm_{arch}"
+    return None
 
 
 @triton.jit
@@ -94,17 +99,14 @@ def temporal_attention_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & wide)
 
 
-def tile_tokens(dtype: torch.dtype, width: int) -> int:
-    """Tokens a tile: fewer where registers are short."""
-    return 32 if width > 128 or dtype == torch.float32 else TILE
-
-
 def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _, heads, head_dim = q.shape
     width = padded_width(head_dim)
-    tile = tile_tokens(q.dtype, width)
+    tile, warps, stages = find_or_raise(
+        "temporal_attention", architecture(q.device), q.dtype, width
+    )
     for start, (t, h, w) in zip(starts_of(grids), grids, strict=False):
         if t * h * w == 0:
             continue
@@ -128,7 +130,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> 
             FRAMES=frames,
             SEQUENCES=sequences,
             WIDTH=width,
-            num_warps=4,
-            num_stages=2,
+            num_warps=warps,
+            num_stages=stages,
         )
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
-from sora_kernels.launch import row_launch
+from sora_kernels.launch import architecture, norm_block, row_warps
 from sora_kernels.triton_support import dense_rows, unsupported_row
 
 
@@ -134,8 +134,8 @@ def launch(
     operands: list[Tensor | int] = []
     for table in tables:
         operands += [x, 0] if table is None else [table, table.stride(0)]
-    parameters = row_launch(channels)
-    norm_rows[(triton.cdiv(tokens, parameters["ROWS"]),)](
+    block, rows_each = norm_block(channels)
+    norm_rows[(triton.cdiv(tokens, rows_each),)](
         x,
         x.stride(0),
         y,
@@ -159,7 +159,9 @@ def launch(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         RMS=kind == "rms",
-        **parameters,
+        ROWS=rows_each,
+        BLOCK=block,
+        num_warps=row_warps("norm_modulate", architecture(x.device), rows_each * block),
     )
     return out, y
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
+from sora_kernels.launch import architecture, row_warps
 from sora_kernels.triton_support import MAX_CHANNELS, dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
@@ -141,7 +142,7 @@ def _norm_rope(
         ROTATE=rotate,
         HEADS=rows,
         WIDTH=width,
-        num_warps=min(16, max(1, width * rows // 512)),
+        num_warps=row_warps("qk_norm_rope", architecture(x.device), width * rows),
     )
     return y
 

@@ -11,7 +11,7 @@ from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.grids import check_grids, check_tokens, flatten
 from sora_kernels.library import register
 from sora_kernels.segments import offsets_of
-from sora_kernels.windowed.plan import WindowPlan
+from sora_kernels.windowed.plan import BlockPlan, check_window
 
 OP = declare(
     "windowed_attention",
@@ -20,7 +20,7 @@ OP = declare(
         "sdpa": "sora_kernels.windowed.sdpa",
         "triton": "sora_kernels.windowed.triton",
     },
-    order={"cpu": ("sdpa",), "cuda": ("triton",)},
+    order={"cpu": ("sdpa",), "cuda": ("triton", "sdpa")},
 )
 
 
@@ -35,7 +35,7 @@ def windowed_attention(
     key_grids: Sequence[Sequence[int]] | None = None,
     origins: Sequence[Sequence[int]] | None = None,
     scale: float | None = None,
-    plan: WindowPlan | None = None,
+    plan: BlockPlan | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of each token over a 3-D neighbourhood of itself, inside its segment.
@@ -47,7 +47,8 @@ def windowed_attention(
     whole axis. Windows are cut off at the edges.
 
     Where queries are a shard of a video, `key_grids` are the grids of k and v, and `origins` the
-    coordinates of each query grid's first token in them. plan: of `plan_windows`.
+    coordinates of each query grid's first token in them. plan: of `plan_attention` with the same
+    grids and window, for calls that share them; if it was made with masks, they hold here.
 
     Returns `[tokens_q, heads, head_dim]` in q's dtype; a query without keys gives 0. Raises
     ValueError for what does not fit and KernelUnavailableError when a named backend cannot serve.
@@ -56,8 +57,21 @@ def windowed_attention(
     flat = flatten(OP.name, grids)
     flat_keys = flat if key_grids is None else flatten(OP.name, key_grids)
     flat_origins = [0] * len(flat) if origins is None else flatten(OP.name, origins)
-    tables = [] if plan is None else [plan.segments, plan.tiles, plan.blocks]
-    shape = [] if plan is None else list(plan.shape)
+    tables: list[Tensor] = []
+    shape: list[int] = []
+    if plan is not None:
+        asked = [flat, flat_keys, flat_origins, list(window)]
+        made = [
+            *(flatten(OP.name, of) for of in (plan.grids, plan.key_grids, plan.origins)),
+            list(plan.window),
+        ]
+        for name, one, other in zip(
+            ("grids", "key_grids", "origins", "window"), asked, made, strict=True
+        ):
+            if one != other:
+                raise ValueError(f"{OP.name}: {name} {one}; the plan was made for {other}")
+        tables = [plan.segments, plan.tiles, plan.blocks, plan.mask, plan.patterns, plan.bits]
+        shape = list(plan.shape)
     grid_arguments = (flat, flat_keys, flat_origins, list(window), scale, tables, shape)
     if needs_grad(q, k, v):
         check_gradless(OP, backend)
@@ -88,10 +102,9 @@ def check(
         )
     checks.check_cu_seqlens(op, "cu_seqlens", cu_seqlens)
     checks.check_device(op, q, k=k, v=v, cu_seqlens=cu_seqlens)
-    if len(window) != 3 or any(n != -1 and (n < 1 or n % 2 == 0) for n in window):
-        raise ValueError(f"{op}: window {list(window)}; three odd extents, or -1, are due")
-    check_tokens(op, check_grids(op, "grids", flat, None), q)
-    check_tokens(op, check_grids(op, "key_grids", flat_keys, None), k)
+    check_window(op, window)
+    check_tokens(op, check_grids(op, "grids", flat), q)
+    check_tokens(op, check_grids(op, "key_grids", flat_keys), k)
     if not len(flat) == len(flat_keys) == len(flat_origins):
         raise ValueError(
             f"{op}: {len(flat) // 3} grids, {len(flat_keys) // 3} key_grids, "
@@ -120,23 +133,20 @@ def run(
     offsets = offsets_of(cu_seqlens) if q.device.type == "cpu" else None
     if offsets is not None:
         checks.check_offsets(OP.name, "cu_seqlens", offsets, q.shape[0], q.shape[0])
+    reach = check_window(OP.name, window)
+    place = (
+        tuple(check_grids(OP.name, "grids", flat, offsets)),
+        tuple(check_grids(OP.name, "key_grids", flat_keys)),
+        tuple(check_grids(OP.name, "origins", flat_origins)),
+    )
     plan = None
     if tables:
-        segments, tiles, blocks = tables
+        segments, tiles, blocks, mask, patterns, bits = tables
         t, h, w = shape
-        plan = WindowPlan(segments, tiles, blocks, (t, h, w))
-    module = OP.resolve(backend, Case.of(q))
-    return module.run(
-        q,
-        k,
-        v,
-        check_grids(OP.name, "grids", flat, offsets),
-        check_grids(OP.name, "key_grids", flat_keys, None),
-        check_grids(OP.name, "origins", flat_origins, None),
-        tuple(window),
-        scale=scale,
-        plan=plan,
-    )
+        checks.check_device(OP.name, q, plan=segments)
+        plan = BlockPlan(segments, tiles, blocks, mask, patterns, bits, (t, h, w), *place, reach)
+    module = OP.resolve(backend, Case.of(q, "mask" if plan and plan.mask.numel() else ""))
+    return module.run(q, k, v, *place, reach, scale=scale, plan=plan)
 
 
 def _fake(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
 from sora_kernels.grids import Grid, starts_of
-from sora_kernels.windowed.plan import WindowPlan, radii
+from sora_kernels.windowed.plan import BlockPlan, SegmentMask, cell_index, masks_of, radii
 
 PAIRS = 1 << 22  # of the mask at a time
 
@@ -25,31 +27,57 @@ def coordinates(grid: Grid, origin: Grid, device: torch.device) -> Tensor:
     return torch.cartesian_prod(*axes).reshape(-1, 3)
 
 
+def visibility(
+    grid: Grid, key_grid: Grid, origin: Grid, reach: Grid, mask: SegmentMask | None,
+    device: torch.device,
+) -> Callable[[int, int], Tensor]:  # fmt: skip
+    """Which keys of a segment its queries `first` to `last` see: a function to bool `[last - first,
+    keys]`."""
+    at_q = coordinates(grid, origin, device)
+    at_k = coordinates(key_grid, (0, 0, 0), device)
+    limit = torch.tensor(reach, device=device)
+
+    def window(first: int, last: int) -> Tensor:
+        return ((at_q[first:last, None] - at_k[None]).abs() <= limit).all(-1)
+
+    if mask is None:
+        return window
+    here = (0, 0, 0)
+    q_cell = cell_index(coordinates(mask.grid, here, device), mask.grid, mask.cell)
+    k_cell = cell_index(coordinates(mask.key_grid, here, device), mask.key_grid, mask.cell)
+
+    def masked(first: int, last: int) -> Tensor:
+        return window(first, last) & mask.allowed[q_cell[first:last]][:, k_cell]
+
+    return masked
+
+
 def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grids: list[Grid],
-    key_grids: list[Grid],
-    origins: list[Grid],
+    grids: tuple[Grid, ...],
+    key_grids: tuple[Grid, ...],
+    origins: tuple[Grid, ...],
     window: Grid,
     *,
     scale: float,
-    plan: WindowPlan | None,
+    plan: BlockPlan | None,
 ) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
-    reach = torch.tensor(radii(window), device=q.device)
+    reach = radii(window)
+    masks = masks_of(plan)
     parts = [q.new_empty(0, *q.shape[1:])]
     q_starts, k_starts = starts_of(grids), starts_of(key_grids)
     for i, (grid, key_grid, origin) in enumerate(zip(grids, key_grids, origins, strict=True)):
         keys = k[k_starts[i] : k_starts[i + 1]].permute(1, 2, 0)
         values = v[k_starts[i] : k_starts[i + 1]].transpose(0, 1)
-        at_q = coordinates(grid, origin, q.device)
-        at_k = coordinates(key_grid, (0, 0, 0), q.device)
-        some = max(1, PAIRS // max(1, len(at_k)))
-        for first in range(0, len(at_q), some):
-            last = min(first + some, len(at_q))
-            seen = ((at_q[first:last, None] - at_k[None]).abs() <= reach).all(-1)
+        seen_by = visibility(grid, key_grid, origin, reach, masks[i] if masks else None, q.device)
+        queries_here = q_starts[i + 1] - q_starts[i]
+        some = max(1, PAIRS // max(1, keys.shape[-1]))
+        for first in range(0, queries_here, some):
+            last = min(first + some, queries_here)
+            seen = seen_by(first, last)
             queries = q[q_starts[i] + first : q_starts[i] + last].transpose(0, 1)
             scores = ((queries * scale) @ keys).to(wide).masked_fill(~seen, float("-inf"))
             # A query without keys has no finite score: 0, and not 0 / 0.

@@ -1,7 +1,8 @@
 """Windowed attention as a Triton kernel over 3-D tiles and block lists.
 
 A tile's tokens are read in place: runs along a row are consecutive, so nothing is reordered in
-memory. Tiles of keys that a window cuts are masked by coordinates; tiles wholly inside are not.
+memory. Tiles of keys that a window cuts are masked by coordinates, those that a mask cuts by a row
+of bits a query, and tiles wholly inside not at all.
 """
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads a kernel's annotations: they say constexpr, and nothing else.
@@ -18,28 +19,20 @@ from torch import Tensor
 from sora_kernels.attention.plan import padded_width
 from sora_kernels.dispatch import Case
 from sora_kernels.grids import Grid
-from sora_kernels.launch import INTERPRETED, architecture
+from sora_kernels.launch import architecture, find, find_or_raise
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
-from sora_kernels.windowed.plan import WindowPlan, plan_windows, radii
+from sora_kernels.windowed.plan import BlockPlan, build_cached, radii
 
 
 def unsupported(case: Case) -> str | None:
-    return no_triton(case)
-
-
-def tile_shape(arch: int, dtype: torch.dtype, width: int) -> Grid:
-    """Extents of a tile: 64 tokens, or fewer where registers are short."""
-    if arch == INTERPRETED:
-        return 2, 4, 4
-    return (2, 4, 4) if width > 128 or dtype == torch.float32 else (4, 4, 4)
-
-
-def warps_of(arch: int, dtype: torch.dtype, width: int) -> int:
-    """Eight where four would spill; on sm_100 it is eight that spill at a width of 128."""
-    if dtype == torch.float32:
-        return 8
-    return 8 if width >= 128 and not 90 <= arch < 120 else 4
+    problem = no_triton(case)
+    if problem is not None:
+        return problem
+    arch = architecture(torch.device(case.device_type, case.device_index or 0))
+    if find("windowed_attention", arch, case.dtype, padded_width(case.width)) is None:
+        return f"{case.dtype} head_dim {case.width} spills registers on sm_{arch}"
+    return None
 
 
 @triton.jit
@@ -57,13 +50,14 @@ def _place(number, rows, columns, TT: tl.constexpr, TH: tl.constexpr, TW: tl.con
 @triton.jit
 def _meet(
     acc, total, top, q, q_t, q_h, q_w, number, k_ptr, v_ptr, k_stride, v_stride, k_first, frames,
-    rows, columns, reach_t, reach_h, reach_w, wide, column, scale2, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, TT: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    rows, columns, reach_t, reach_h, reach_w, sight, wide, column, scale2, PARTIAL: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, TT: tl.constexpr, TH: tl.constexpr,
+    TW: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running softmax."""
     t, h, w = _place(number, rows, columns, TT, TH, TW)
     key = (k_first + (t * rows + h) * columns + w).to(tl.int64)
-    if MASKED:
+    if PARTIAL:
         live = (t < frames) & (h < rows) & (w < columns)
         inside = live[:, None] & wide
     else:
@@ -71,10 +65,13 @@ def _meet(
     k = tl.load(k_ptr + key[:, None] * k_stride + column[None, :], mask=inside, other=0.0)
     v = tl.load(v_ptr + key[:, None] * v_stride + column[None, :], mask=inside, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
-        seen = (tl.abs(q_t[:, None] - t[None, :]) <= reach_t) & live[None, :]
-        seen = seen & (tl.abs(q_h[:, None] - h[None, :]) <= reach_h)
-        seen = seen & (tl.abs(q_w[:, None] - w[None, :]) <= reach_w)
+    if PARTIAL:
+        if HAS_MASK:
+            seen = ((sight[:, None] >> tl.arange(0, TT * TH * TW)[None, :]) & 1) != 0
+        else:
+            seen = (tl.abs(q_t[:, None] - t[None, :]) <= reach_t) & live[None, :]
+            seen = seen & (tl.abs(q_h[:, None] - h[None, :]) <= reach_h)
+            seen = seen & (tl.abs(q_w[:, None] - w[None, :]) <= reach_w)
         scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale2)
     # A row that has met no key yet keeps a top of -inf, which may not be subtracted from itself.
@@ -101,12 +98,15 @@ def windowed_attention_kernel(
     segments_ptr,
     tiles_ptr,
     blocks_ptr,
+    patterns_ptr,
+    bits_ptr,
     heads,
     head_dim,
     scale2,
     reach_t,
     reach_h,
     reach_w,
+    HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     TT: tl.constexpr,
     TH: tl.constexpr,
@@ -116,9 +116,10 @@ def windowed_attention_kernel(
     """Grid: (tiles, heads)."""
     head = tl.program_id(1)
     tile = tiles_ptr + 5 * tl.program_id(0)
-    segment = segments_ptr + 11 * tl.load(tile)
+    segment = segments_ptr + 16 * tl.load(tile)
     number = tl.load(tile + 1)
-    listed = blocks_ptr + tl.load(tile + 2)
+    start = tl.load(tile + 2)
+    listed = blocks_ptr + start
     partial = tl.load(tile + 3)
     full = tl.load(tile + 4)
     q_first = tl.load(segment)
@@ -144,17 +145,21 @@ def windowed_attention_kernel(
     acc = tl.zeros((TT * TH * TW, WIDTH), tl.float32)
     total = tl.zeros((TT * TH * TW,), tl.float32)
     top = tl.full((TT * TH * TW,), float("-inf"), tl.float32)
+    sight = tl.zeros((TT * TH * TW,), tl.int64)
     for i in tl.range(0, partial):
+        if HAS_MASK:
+            pattern = tl.load(patterns_ptr + start + i).to(tl.int64) * (TT * TH * TW)
+            sight = tl.load(bits_ptr + pattern + tl.arange(0, TT * TH * TW))
         acc, total, top = _meet(
             acc, total, top, q, q_t, q_h, q_w, tl.load(listed + i), k_ptr, v_ptr, k_stride,
-            v_stride, k_first, frames, rows, columns, reach_t, reach_h, reach_w, wide, column,
-            scale2, True, PRECISION, TT, TH, TW,
+            v_stride, k_first, frames, rows, columns, reach_t, reach_h, reach_w, sight, wide,
+            column, scale2, True, HAS_MASK, PRECISION, TT, TH, TW,
         )  # fmt: skip
     for i in tl.range(partial, partial + full):
         acc, total, top = _meet(
             acc, total, top, q, q_t, q_h, q_w, tl.load(listed + i), k_ptr, v_ptr, k_stride,
-            v_stride, k_first, frames, rows, columns, reach_t, reach_h, reach_w, wide, column,
-            scale2, False, PRECISION, TT, TH, TW,
+            v_stride, k_first, frames, rows, columns, reach_t, reach_h, reach_w, sight, wide,
+            column, scale2, False, HAS_MASK, PRECISION, TT, TH, TW,
         )  # fmt: skip
     out = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
     at = (token[:, None] * heads + head) * head_dim + column[None, :]
@@ -165,22 +170,27 @@ def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grids: list[Grid],
-    key_grids: list[Grid],
-    origins: list[Grid],
+    grids: tuple[Grid, ...],
+    key_grids: tuple[Grid, ...],
+    origins: tuple[Grid, ...],
     window: Grid,
     *,
     scale: float,
-    plan: WindowPlan | None,
+    plan: BlockPlan | None,
 ) -> Tensor:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _, heads, head_dim = q.shape
     width = padded_width(head_dim)
     arch = architecture(q.device)
-    shape = tile_shape(arch, q.dtype, width)
+    launch = find_or_raise("windowed_attention", arch, q.dtype, width)
     if plan is None:
-        plan = plan_windows(tuple(grids), tuple(key_grids), tuple(origins), window, shape, q.device)
+        plan = build_cached(grids, key_grids, origins, window, launch.tokens, q.device)
+    elif math.prod(plan.shape) != launch.tokens:
+        raise ValueError(
+            f"windowed_attention: the plan has tiles of {math.prod(plan.shape)} tokens, this "
+            f"kernel {launch.tokens}; plan with this dtype, head_dim and device"
+        )
     if plan.tiles.shape[0] == 0:
         return out
     reach = radii(window)
@@ -194,16 +204,19 @@ def run(
         plan.segments,
         plan.tiles,
         plan.blocks,
+        plan.patterns,
+        plan.bits,
         heads,
         head_dim,
         scale * math.log2(math.e),
         *reach,
+        HAS_MASK=plan.mask.numel() > 0,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         TT=plan.shape[0],
         TH=plan.shape[1],
         TW=plan.shape[2],
         WIDTH=width,
-        num_warps=warps_of(arch, q.dtype, width),
-        num_stages=2,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
     return out

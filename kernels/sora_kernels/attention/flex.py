@@ -1,0 +1,98 @@
+"""Packed attention by torch's FlexAttention under a mask over segments.
+
+Asked for by name alone: on a CPU it reaches under half of SDPA's rate. Block masks are kept for
+offsets that come again, as they do in every layer and step; on a device reading them waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sora_kernels.dispatch import Case
+from sora_kernels.segments import offsets_of
+
+BLOCK = 128  # of FlexAttention's block masks
+
+
+def unsupported(case: Case) -> str | None:
+    if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{case.dtype} is not one of fp32, fp16 and bf16"
+    if case.width < 16:
+        return f"head_dim {case.width}; FlexAttention takes 16 and more"
+    if case.device_type == "cuda" and case.width & (case.width - 1):
+        return f"head_dim {case.width}; FlexAttention's kernel takes powers of two"
+    if case.device_type not in ("cpu", "cuda"):
+        return f"FlexAttention runs on CPU and CUDA, not on {case.device_type}"
+    return None
+
+
+@functools.cache
+def compiled() -> Callable[..., Any]:
+    """FlexAttention makes its scores in memory unless it is compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def segment_of(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """The segment of each token: int64 `[tokens]`."""
+    lengths = torch.tensor(offsets, device=device).diff()
+    return torch.repeat_interleave(
+        torch.arange(len(lengths), device=device), lengths, output_size=offsets[-1]
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def block_mask(q_offsets: tuple[int, ...], k_offsets: tuple[int, ...], device: torch.device) -> Any:
+    """FlexAttention's BlockMask of a packed batch."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q_segment, k_segment = segment_of(q_offsets, device), segment_of(k_offsets, device)
+
+    def same_segment(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return q_segment[query] == k_segment[key]
+
+    return create_block_mask(
+        same_segment, None, None, q_offsets[-1], k_offsets[-1], device=device, BLOCK_SIZE=BLOCK
+    )
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    return_lse: bool,
+    q_offsets: list[int] | None,
+    k_offsets: list[int] | None,
+    tiles: Tensor | None = None,
+    block: int = 0,
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    lse = torch.full((tokens, heads), float("-inf"), device=q.device)
+    if tokens == 0 or k.shape[0] == 0:
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), (
+            lse if return_lse else lse.new_empty(0)
+        )
+    q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
+    k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets
+    result = compiled()(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        block_mask=block_mask(tuple(q_offsets), tuple(k_offsets), q.device),
+        scale=scale,
+        return_lse=return_lse,
+    )
+    if not return_lse:
+        return result[0].transpose(0, 1).contiguous(), lse.new_empty(0)
+    out, lse = result
+    return out[0].transpose(0, 1).contiguous(), lse[0].transpose(0, 1).float().contiguous()

@@ -1,0 +1,17 @@
+"""Norm, SiLU, causal padding and cache by csrc/cpu: one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sora_kernels import csrc
+from sora_kernels.dispatch import Case
+
+
+def unsupported(case: Case) -> str | None:
+    return csrc.unsupported(case)
+
+
+def run(x: Tensor, past: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.sora.native_causal_norm_silu(x, past, weight, eps)

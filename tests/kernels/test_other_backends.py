@@ -1,0 +1,150 @@
+"""FlashAttention, xformers and FlexAttention as backends of packed attention.
+
+FlexAttention runs here. The others run on CUDA alone: stand-ins with their signatures check what
+they are called with and answer with the reference, so what comes back is checked as well.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import attention_cases, attention_inputs, check_attention
+from hypothesis import given, settings
+
+import sora_kernels as sk
+from sora_kernels.attention import flash, flex
+from sora_kernels.attention import xformers as xf
+from sora_kernels.dispatch import Case
+from sora_kernels.testing import generator, offsets
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(attention_cases(max_length=150, head_dims=(16, 40, 64, 128)))
+def test_flex(case):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "compiled", lambda: flex_attention)
+        check_attention(case, "flex")
+
+
+@pytest.mark.slow
+def test_flex_compiled():
+    case = {"q_lens": [3, 200, 0, 64], "k_lens": [7, 130, 5, 0], "heads": 2, "head_dim": 64,
+            "dtype": torch.float32, "seed": 4, "layout": "dense", "magnitude": 1.0,
+            "scale": None}  # fmt: skip
+    check_attention(case, "flex")
+
+
+def reference(q, k, v, cu_q, cu_k, scale):
+    most_q, most_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
+    return sk.packed_attention(
+        q, k, v, cu_q, cu_k, max_seqlen_q=most_q, max_seqlen_k=most_k, scale=scale,
+        return_lse=True, backend="reference",
+    )  # fmt: skip
+
+
+def varlen_stand_in(seen, blind_lse, tuple_always=False):
+    """With the arguments of FlashAttention 2 and 3, in their order, and the layout of their lse."""
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal,
+        return_attn_probs,
+    ):  # fmt: skip
+        assert not causal
+        for tensor in (q, k, v):
+            assert tensor.stride(-1) == 1
+        for cu in (cu_seqlens_q, cu_seqlens_k):
+            assert cu.dtype == torch.int32
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        assert max_seqlen_k == int(cu_seqlens_k.diff().max())
+        seen.append(softmax_scale)
+        out, lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        lse = torch.where(lse == float("-inf"), blind_lse, lse).T.contiguous()
+        return (out, lse, None) if return_attn_probs or tuple_always else out
+
+    return flash_attn_varlen_func
+
+
+@pytest.mark.parametrize("blind_lse", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("tuple_always", [False, True])
+def test_flash_is_called_as_documented(blind_lse, return_lse, tuple_always):
+    case = {"q_lens": [3, 20, 0, 6], "k_lens": [7, 13, 5, 0], "heads": 2, "head_dim": 16,
+            "dtype": torch.bfloat16, "seed": 4, "layout": "gaps", "magnitude": 1.0}  # fmt: skip
+    q, k, v, cu_q, cu_k = attention_inputs(case)
+    seen = []
+    function = varlen_stand_in(seen, blind_lse, tuple_always)
+    out, lse = flash.call(function, q, k, v, cu_q.long(), cu_k.long(), 20, 13, 0.3, return_lse)
+    expected, expected_lse = reference(q, k, v, cu_q, cu_k, 0.3)
+    assert seen == [0.3]
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse if return_lse else lse.new_empty(0))
+    assert lse.is_contiguous()
+
+
+def test_flash_refuses_a_log_sum_exp_in_another_layout():
+    q = torch.randn(4, 2, 16)
+    cu = offsets([4])
+    padded = lambda *args, **kwargs: (q, torch.zeros(1, 2, 4), None)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"\[1, 2, 4\]"):
+        flash.call(padded, q, q, q, cu, cu, 4, 4, 1.0, True)
+
+
+@pytest.mark.parametrize("layout", ["dense", "rows"])
+@pytest.mark.parametrize(
+    ("q_lens", "k_lens"), [([3, 20, 6], [7, 13, 1]), ([3, 20, 0, 6], [7, 13, 5, 0]), ([2], [0])]
+)
+def test_xformers_is_called_as_documented(q_lens, k_lens, layout):
+    case = {"q_lens": q_lens, "k_lens": k_lens, "heads": 2, "head_dim": 16,
+            "dtype": torch.float32, "seed": 4, "layout": layout, "magnitude": 1.0}  # fmt: skip
+    q, k, v, cu_q, cu_k = attention_inputs(case)
+
+    class BlockDiagonalMask(SimpleNamespace):
+        @classmethod
+        def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+            assert min(q_seqlen) > 0
+            assert min(kv_seqlen) > 0
+            assert device == q.device
+            return cls(q=offsets(q_seqlen), k=offsets(kv_seqlen))
+
+    def forward(query, key, value, attn_bias=None, p=0.0, scale=None):
+        assert query.shape[0] == key.shape[0] == value.shape[0] == 1
+        return reference(query[0], key[0], value[0], attn_bias.q, attn_bias.k, scale)[0][None]
+
+    fmha = SimpleNamespace(
+        attn_bias=SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask),
+        memory_efficient_attention_forward=forward,
+    )
+    out = xf.call(fmha, q, k, v, cu_q.tolist(), cu_k.tolist(), 0.3)
+    torch.testing.assert_close(out, reference(q, k, v, cu_q, cu_k, 0.3)[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "line"), [(flash, "pip install fa3-fwd"), (xf, "pip install xformers")]
+)
+def test_an_absent_library_is_named_with_its_install_line(module, line, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for cached in (flash.varlen_function, xf._fmha):
+        cached.cache_clear()
+    case = Case("cuda", 0, torch.bfloat16, 128)
+    assert line in module.unsupported(case)
+    for cached in (flash.varlen_function, xf._fmha):
+        cached.cache_clear()
+
+
+def test_version_3_comes_first_on_hopper_and_nowhere_else():
+    assert flash.candidates((9, 0))[0] == "flash_attn_interface"
+    assert flash.candidates((9, 0))[-1] == "flash_attn"
+    assert flash.candidates((8, 0)) == flash.candidates((10, 0)) == ("flash_attn",)
+
+
+@pytest.mark.parametrize("backend", ["flash", "xformers"])
+def test_a_name_never_falls_back(backend):
+    q = torch.randn(4, 2, 16, generator=generator(0)).bfloat16()
+    cu = offsets([4])
+    with pytest.raises(sk.KernelUnavailableError, match="CUDA devices, not on cpu"):
+        sk.packed_attention(q, q, q, cu, cu, max_seqlen_q=4, max_seqlen_k=4, backend=backend)
