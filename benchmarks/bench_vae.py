@@ -5,8 +5,12 @@
 
 Both have the same random weights and threads and take turns round by round, each time in the other
 order; the ratio of a round is paired, so that a machine that slows down slows both. CPU time is
-reported beside wall time: it hardly notices who else is on the machine. `--memory` measures the
-peak resident size of a decode, each in a process of its own, at 5, 21 and 81 latents.
+reported beside wall time: it hardly notices who else is on the machine. `--memory` measures a
+decode at 5, 21 and 81 latents: the most bytes of tensors that are alive at a time, beside weights
+and latents, on meta tensors (so at any size), and with `--resident` how far the resident size rises
+too, each in a process of its own. diffusers returns the whole video, so what it has to hold for
+that is told apart. `--json` adds the measurements to FILE, with the machine, the versions and the
+commit; results/ holds such files.
 """
 
 from __future__ import annotations
@@ -21,13 +25,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan
 
 from sora_engine.vae import VAEConfig, WanVAE, stream_decode
-from sora_engine.vae.memory import decode_memory
-from sora_engine.vae.native import native_kernels
+from sora_engine.vae.memory import NoScores, StorageMeter, decode_memory
+from sora_kernels import csrc
+
+LENGTHS = [5, 21, 81]
 
 
 def make(base_dim: int) -> tuple[AutoencoderKLWan, WanVAE]:
@@ -47,14 +55,14 @@ def timed(run: Callable[[], torch.Tensor]) -> tuple[float, float, torch.Tensor]:
 def compare(
     name: str, theirs: Callable[[], torch.Tensor], mine: Callable[[], torch.Tensor], rounds: int
 ) -> dict[str, object]:
-    """Paired ratios (theirs / ours) over `rounds`, after one warm-up of both."""
-    want, got = theirs(), mine()
-    difference = float((want - got).norm() / want.norm())
-    pairs = []
+    """Paired ratios (theirs / ours) over `rounds`."""
+    pairs, difference = [], 0.0
     for index in range(rounds):
         order = [theirs, mine] if index % 2 == 0 else [mine, theirs]
-        times = {run: timed(run)[:2] for run in order}
-        pairs.append((times[theirs], times[mine]))
+        times = {run: timed(run) for run in order}
+        pairs.append((times[theirs][:2], times[mine][:2]))
+        want, got = times[theirs][2], times[mine][2]
+        difference = max(difference, float((want - got).norm() / want.norm()))
     wall = [a[0] / b[0] for a, b in pairs]
     cpu = [a[1] / b[1] for a, b in pairs]
     result: dict[str, object] = {
@@ -102,8 +110,39 @@ def peak(side: str, base_dim: int, size: int, latents: int) -> None:
     print(resident("VmHWM") - before)
 
 
-def memory(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
-    """Peak memory of both at several lengths, each in a fresh process."""
+def alive(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
+    """The most bytes of tensors alive at a time, of both at several lengths, in fp32."""
+    with torch.device("meta"):
+        oracle = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
+        ours = WanVAE(VAEConfig(base_dim=base_dim)).eval().requires_grad_(False)
+    ours.prepare(onednn=False)
+
+    def streamed(latents: torch.Tensor) -> None:
+        state = None
+        for latent in latents.split(1, dim=2):
+            _, state = ours.decode_chunk(latent, state, consume=True)
+
+    runs: dict[str, Callable[[torch.Tensor], object]] = {
+        "diffusers": oracle.decode,
+        "ours": streamed,
+    }
+    found: dict[str, dict[int, int]] = {name: {} for name in runs}
+    for latents in lengths:
+        z = torch.empty(1, 16, latents, size, size, device="meta")
+        for name, run in runs.items():
+            with torch.no_grad(), NoScores():
+                run(z[:, :, :3])  # weights are laid out on the first run
+                with StorageMeter() as meter:
+                    run(z)
+            # The first view of the latents counts them whole.
+            peak_bytes = found[name][latents] = meter.peak - z.nbytes
+            print(f"{name}, {latents} latents of {size}x{size}, base_dim {base_dim}: "
+                  f"{peak_bytes / 2**20:.2f} MiB of live tensors", flush=True)  # fmt: skip
+    return {**memory_of(base_dim, size, lengths), "measure": "live tensors", "peak_bytes": found}
+
+
+def resident_peak(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
+    """How far the resident size rises, of both at several lengths, each in a fresh process."""
     # Freed blocks go back to the system at once, so that the resident size is what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     found: dict[str, dict[int, int]] = {"diffusers": {}, "ours": {}}
@@ -115,9 +154,48 @@ def memory(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
             found[side][latents] = int(done.stdout.split()[-1])
             print(f"{side}, {latents} latents of {size}x{size}, base_dim {base_dim}: "
                   f"{found[side][latents] / 2**20:.1f} MiB", flush=True)  # fmt: skip
-    promised = decode_memory(VAEConfig(base_dim=base_dim), size, size).peak
-    print(f"promised: {promised / 2**20:.1f} MiB")
-    return {"base_dim": base_dim, "size": size, "peak_bytes": found, "promised_bytes": promised}
+    return {**memory_of(base_dim, size, lengths), "measure": "VmHWM", "peak_bytes": found}
+
+
+def memory_of(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
+    """What a measurement of memory is about, and what it is held against."""
+    config = VAEConfig(base_dim=base_dim)
+    frame = 3 * 4 * (size * config.factor_spatial) ** 2
+    return {
+        "name": f"memory of decoding {size}x{size} latents, base_dim {base_dim}, fp32",
+        "video_bytes": {n: frame * (1 + (n - 1) * config.factor_temporal) for n in lengths},
+        "promised_bytes": decode_memory(config, size, size).peak,
+    }
+
+
+def output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+def circumstances(threads: int) -> dict[str, object]:
+    """What a figure depends on: machine, versions, commit."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        cpu = re.search(r"model name\s*: (.*)", file.read())
+    return {
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "native_kernels": csrc.instruction_set(),
+        "onednn_isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "commit": output("git", "rev-parse", "HEAD"),
+        "changed": output("git", "status", "--porcelain", "--untracked-files=no").split("\n"),
+        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def add_to(path: Path, record: dict[str, object]) -> None:
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*records, record], indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -129,7 +207,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--encode", action="store_true")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--json")
+    parser.add_argument("--resident", action="store_true")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", choices=["diffusers", "ours"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -139,10 +218,15 @@ def main() -> None:
         return
     results: list[object] = []
     if args.memory:
-        results.append(memory(args.base_dim, sizes[0], [5, 21, 81]))
+        results.append(alive(args.base_dim, sizes[0], LENGTHS))
+        if args.resident:
+            results.append(resident_peak(args.base_dim, sizes[0], LENGTHS))
     else:
         oracle, ours = make(args.base_dim)
         with torch.inference_mode():
+            warm = torch.randn(1, 16, 3, 8, 8)  # weights are laid out on the first run
+            ours.encode(oracle.decode(warm).sample)
+            ours.decode(warm)
             for size in sizes:
                 latents = torch.randn(1, 16, args.latents, size, size)
                 raw = ours.denormalise(latents)
@@ -166,15 +250,7 @@ def main() -> None:
                         )
                     )
     if args.json:
-        record = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "native_kernels": native_kernels(),
-            "results": results,
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+        add_to(args.json, {**circumstances(args.threads), "results": results})
 
 
 if __name__ == "__main__":

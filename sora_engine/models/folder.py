@@ -20,10 +20,10 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.io.safetensors import Weights, find_weights, refuse_pickle
 
 INDEX = "model_index.json"
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 CLASSES: dict[str, tuple[str, ...]] = {
-    "transformer": ("WanTransformer3DModel",),
-    "transformer_2": ("WanTransformer3DModel",),
+    "transformer": ("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    "transformer_2": ("WanTransformer3DModel", "WanVACETransformer3DModel"),
     "vae": ("AutoencoderKLWan",),
     "text_encoder": ("UMT5EncoderModel",),
     "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -17,17 +17,19 @@ from sora_engine.canvas import KnownMode, Prompts
 from sora_engine.errors import BackendError, CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
+from sora_engine.io.safetensors import sampled_hash
 from sora_engine.models.folder import Component
 from sora_engine.models.wan.checkpoint import TransformerSource, WanCheckpoint, resolve_model
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer
 from sora_engine.packing import Context
+from sora_engine.preview import LatentPreview
 from sora_engine.request import GenerationDefaults, LatentGrid
 from sora_engine.samplers import SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, TextEncoder
 from sora_engine.vae.backend import open_coder
 from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.config import VAEConfig
-from sora_engine.vae.state import VAEState
+from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.wan import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -51,15 +53,11 @@ class Expert:
     transformer: WanTransformer | None = None
 
 
-Coder = WanVAE | ChunkCoder[VAEState]
-"""A VAE by any of its backends."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class VideoDecoder:
     """The VAE of a checkpoint alone: what finished latents need."""
 
-    vae: Coder
+    vae: ChunkCoder[Any]
     vae_dtype: torch.dtype
     device: torch.device
 
@@ -69,13 +67,15 @@ class VideoModel:
     """Everything that one checkpoint brings.
 
     experts: by falling noise level; Wan 2.2 A14B has two, all others one.
+    weights_hash: `sampled_hash` of all weights, by which results name what made them.
+    preview: latents to colours, where the checkpoint brings that.
     """
 
     name: str
     device: torch.device
     dtype: torch.dtype
     experts: list[Expert]
-    vae: Coder
+    vae: FittedCoder
     vae_dtype: torch.dtype
     text_encoder: TextEncoder
     image_encoder: ImageEncoder | None
@@ -84,6 +84,8 @@ class VideoModel:
     known_mode: KnownMode
     grid: LatentGrid
     defaults: GenerationDefaults
+    weights_hash: str = ""
+    preview: LatentPreview | None = None
 
     @property
     def num_experts(self) -> int:
@@ -106,6 +108,12 @@ class VideoModel:
                     other.transformer = None
             expert.transformer = expert.load()
         return expert.transformer
+
+    @property
+    def loaded_transformer(self) -> WanTransformer:
+        """An expert that is loaded anyway: they are all built alike."""
+        loaded = [e.transformer for e in self.experts if e.transformer is not None]
+        return loaded[0] if loaded else self.transformer(0)
 
     def encode_contexts(self, transformer: WanTransformer, prompts: Prompts) -> list[Context]:
         """Keys and values of a request's texts, and last of its negative text."""
@@ -151,6 +159,7 @@ def load_video_model(
     text_tokens = int(settings.get("text_tokens", TEXT_TOKENS))
     decoder = _open_decoder(checkpoint, target, weights_dtype, vae_backend)
     vae = decoder.vae
+    assert isinstance(vae, FittedCoder)
     sources = [checkpoint.transformer]
     if checkpoint.transformer_2 is not None:
         sources.append(checkpoint.transformer_2)
@@ -198,9 +207,34 @@ def load_video_model(
         known_mode=known_mode,
         grid=grid,
         defaults=_defaults(settings, checkpoint, grid, folder),
+        weights_hash=sampled_hash(
+            [
+                *(source.path for source in sources),
+                checkpoint.vae.weights_path,
+                checkpoint.text_encoder.weights_path,
+            ]
+        ),
+        preview=LatentPreview.read(folder, grid.channels),
     )
     model.transformer(0)
     return model
+
+
+def planning_facts(
+    checkpoint: WanCheckpoint, folder: Path
+) -> tuple[LatentGrid, GenerationDefaults, int]:
+    """A checkpoint's grid, defaults and length of texts, from its configurations alone."""
+    settings = read_generation_config(folder)
+    vae = VAEConfig.from_dict(checkpoint.vae.config, path=checkpoint.vae.config_path)
+    config = checkpoint.transformer.config
+    grid = LatentGrid(
+        channels=config.out_channels,
+        vae_spatial=vae.factor_spatial,
+        patch=config.patch_size,
+        time=vae.factor_temporal,
+    )
+    defaults = _defaults(settings, checkpoint, grid, folder)
+    return grid, defaults, int(settings.get("text_tokens", TEXT_TOKENS))
 
 
 def load_video_decoder(
@@ -245,7 +279,8 @@ def _open_decoder(
     if device.type == "cpu" or backend == "onnx":
         dtype = torch.float32
     vae = load_vae(checkpoint.vae, device, dtype)
-    return VideoDecoder(cast("Coder", open_coder(backend, vae, device=device)), dtype, device)
+    coder = open_coder(backend, vae, device=device)
+    return VideoDecoder(FittedCoder(coder, dtype=dtype, device=device), dtype, device)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -316,7 +351,7 @@ def _load_transformer(
             source.config, text_tokens=text_tokens, attention_backend=backend
         )
     source.load(transformer, device=device, dtype=dtype)
-    return transformer.eval().requires_grad_(False)
+    return transformer.eval().requires_grad_(False).prepare()
 
 
 def _load_image_encoder(
@@ -337,6 +372,16 @@ def _known_mode(checkpoint: WanCheckpoint, grid: LatentGrid) -> KnownMode:
     config = checkpoint.transformer.config
     if checkpoint.expand_timesteps:
         return KnownMode.NOISE_LEVEL
+    if config.vace_layers is not None:
+        control = 2 * config.out_channels + grid.vae_spatial**2
+        if config.in_channels != config.out_channels or config.vace_in_channels != control:
+            raise CheckpointError(
+                f"the transformer takes {config.in_channels} channels, makes "
+                f"{config.out_channels} and is controlled by {config.vace_in_channels}; "
+                f"{config.out_channels}, as many and {control} would work with this VAE",
+                path=checkpoint.path,
+            )
+        return KnownMode.VACE
     if config.in_channels == config.out_channels:
         return KnownMode.REPLACEMENT
     with_mask = 2 * config.out_channels + grid.time

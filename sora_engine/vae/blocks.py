@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sora_engine.vae.native import Layouts, PackedConv, native_kernels
 from sora_engine.vae.state import Tape
-from sora_kernels import norm_modulate
+from sora_kernels import causal_norm_silu, norm_modulate
+from sora_kernels.triton_support import problem as triton_problem
 
 
 class CausalConv3d(nn.Conv3d):
@@ -46,19 +47,39 @@ class CausalConv3d(nn.Conv3d):
             weight, self.bias, stride, self.spatial_padding, onednn=self.layouts.onednn
         )
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:  # type: ignore[override]
-        """`[B, c_in, T, H, W] -> [B, c_out, T, H, W]`, for a kernel of 3 frames and stride 1."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tape: Tape, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """`[B, c_in, T, H, W] -> [B, c_out, T, H, W]`, for a kernel of 3 frames and stride 1.
+
+        With `norm`, x is normalised and goes through SiLU first.
+
+        Calls of this class, of `Upsample` and (in the encoder) of `Downsample` do all the padding
+        there is: in time from the tape, in space with zeros around x. So whoever holds but a part
+        of the rows can hand x over with its neighbours' rows around it and cut off what comes of
+        them. All else looks at single pixels, but for `AttentionBlock`.
+        """
+        frames = x.shape[2]
+        x = self._behind_past(x, tape, norm)
+        # An empty past is zeros: only the last tap sees anything, a third of the work.
+        return self._last_tap(x) if x.shape[2] == frames else self.valid(x)
+
+    def _behind_past(self, x: Tensor, tape: Tape, norm: RMSNorm | None) -> Tensor:
+        """x, activated, behind two frames of its past, and what the next call finds left on the
+        tape: `[B, C, 2 + T, H, W]`. A lone frame with an empty past stays alone."""
         past = tape.take()
-        if past is None and x.shape[2] == 1:
-            # An empty past is zeros: only the last tap sees anything, a third of the work.
-            tape.leave(x, 2)
-            return self._last_tap(x)
-        if past is None:
-            x = F.pad(x, (0, 0, 0, 0, 2, 0))
-        else:
+        if norm is not None:
+            if past is not None and norm.fuses(x):
+                x, cache = norm.silu_behind(past, x)
+                tape.put(cache)
+                return x
+            x = norm.silu(x)
+        if past is not None:
             x = torch.cat([past, x], dim=2)
+        elif x.shape[2] > 1:
+            x = F.pad(x, (0, 0, 0, 0, 2, 0))
         tape.leave(x, 2)
-        return self.valid(x)
+        return x
 
 
 class RMSNorm(nn.Module):
@@ -91,6 +112,28 @@ class RMSNorm(nn.Module):
             return F.silu(y, inplace=True).view(rows.shape).permute(0, 4, 1, 2, 3)
         return F.silu(self(x), inplace=True)
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether `silu_behind` serves `x`, in one pass over memory. On the meta device the answer
+        is that of this machine's own devices."""
+        if torch.is_grad_enabled() and (x.requires_grad or self.gamma.requires_grad):
+            return False
+        if torch.compiler.is_compiling() or x.dtype == torch.float64:
+            return False
+        if x.device.type == "cuda" or (x.device.type == "meta" and torch.cuda.is_available()):
+            return triton_problem("cuda") is None
+        return x.device.type in ("cpu", "meta") and native_kernels()
+
+    def silu_behind(self, past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`silu(x)` behind the frames of `past [B, C, k, H, W]`, and its last k frames: the next
+        past."""
+        rows, before = (t.permute(0, 2, 3, 4, 1) for t in (x, past))
+        joined, cache = causal_norm_silu(
+            rows.flatten(2, 3), before.flatten(2, 3), self.gamma.flatten(), eps=1e-30
+        )
+        size = rows.shape[2:4]
+        joined, cache = (t.unflatten(2, size).permute(0, 4, 1, 2, 3) for t in (joined, cache))
+        return joined, cache
+
 
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, and a shortcut."""
@@ -105,8 +148,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut.valid(x)
-        x = self.conv1(self.norm1.silu(x), tape)
-        x = self.conv2(self.norm2.silu(x), tape)
+        x = self.conv1(x, tape, self.norm1)
+        x = self.conv2(x, tape, self.norm2)
         return x + shortcut
 
 

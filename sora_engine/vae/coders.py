@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             x = stage(x, tape)
         x = self.mid_block(x, tape)
-        return self.conv_out(self.norm_out.silu(x), tape)
+        return self.conv_out(x, tape, self.norm_out)
 
 
 class Decoder(nn.Module):
@@ -153,4 +153,4 @@ class Decoder(nn.Module):
         x = self.mid_block(x, tape)
         for stage in self.up_blocks:
             x = stage(x, tape)
-        return self.conv_out(self.norm_out.silu(x), tape)
+        return self.conv_out(x, tape, self.norm_out)

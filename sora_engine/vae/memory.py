@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.tiling import TilePlan, starts
 from sora_engine.vae.wan import WanVAE
 
+_SMALLEST = 16
+"""Latents along the side of the smallest tile."""
+_OVERLAP = 8
+"""Latents that neighbouring tiles share where they are large enough: 64 pixels for Wan 2.1."""
+
 
 @dataclass(frozen=True)
 class CodingMemory:
@@ -33,7 +38,7 @@ class CodingMemory:
     """The most that is alive at one time: caches, activations, the frames that come out."""
 
 
-class _StorageMeter(TorchDispatchMode):
+class StorageMeter(TorchDispatchMode):
     """Sums the bytes of the storages that are alive, and keeps the highest sum."""
 
     def __init__(self) -> None:
@@ -64,7 +69,7 @@ class _StorageMeter(TorchDispatchMode):
         return out
 
 
-class _NoScores(TorchFunctionMode):
+class NoScores(TorchFunctionMode):
     """Attention whose scores are never stored, as the fused kernels on real devices do it."""
 
     def __torch_function__(
@@ -99,16 +104,98 @@ def encode_memory(
     return _measure(config, dtype, lambda vae: vae.encode_chunk, frames)
 
 
+def decode_peak_bytes(
+    config: VAEConfig,
+    latent_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    tiles: TilePlan | None = None,
+    *,
+    offload: bool = False,
+    loop: bool = False,
+) -> int:
+    """The most that decoding latents of `latent_shape [..., h, w]` holds beside the weights and the
+    latents, whatever their number: caches, activations, the frames of one latent.
+
+    tiles: the plan of a `TiledCoder`; with `offload` the caches of waiting tiles are not counted,
+    being on the host. loop: one more generation of caches is kept, to see when a lap repeats.
+    Convolutions' own workspaces come on top: oneDNN's are a few MiB.
+    """
+    height, width = latent_shape[-2:]
+    return _peak(decode_memory, config, height, width, dtype, tiles, offload, loop)
+
+
+def encode_peak_bytes(
+    config: VAEConfig,
+    latent_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    tiles: TilePlan | None = None,
+    *,
+    offload: bool = False,
+) -> int:
+    """As `decode_peak_bytes`, of encoding frames into latents of that shape; the frames that are
+    put in are not counted."""
+    height, width = latent_shape[-2:]
+    return _peak(encode_memory, config, height, width, dtype, tiles, offload, False)
+
+
+def _peak(
+    measure: Callable[..., CodingMemory],
+    config: VAEConfig,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    tiles: TilePlan | None,
+    offload: bool,
+    loop: bool,
+) -> int:
+    if tiles is None or (tiles.height >= height and tiles.width >= width):
+        whole = measure(config, height, width, dtype)
+        return whole.peak + (whole.cache if loop else 0)
+    tile_h, tile_w = min(tiles.height, height), min(tiles.width, width)
+    one = measure(config, tile_h, tile_w, dtype)
+    count = len(starts(height, tile_h, tiles.overlap)) * len(starts(width, tile_w, tiles.overlap))
+    waiting = 0 if offload else (count - 1) + (count if loop else 0)
+    out = 0
+    if measure is decode_memory:
+        # The frames that tiles are blended into, and a tile's share while it is weighted.
+        out = _frame_bytes(config, dtype) * (height * width + 2 * tile_h * tile_w)
+    return one.peak + waiting * one.cache + out
+
+
+def _frame_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
+    """Bytes of the pixels that one latent becomes."""
+    channels = config.out_channels // (config.patch_size or 1) ** 2
+    return channels * config.factor_spatial**2 * config.factor_temporal * dtype.itemsize
+
+
+def surely_fits(
+    config: VAEConfig, height: int, width: int, budget: int, dtype: torch.dtype = torch.float32
+) -> bool:
+    """Whether coding this size needs no measuring: 40 of the widest layer at full resolution, which
+    is more than any layout takes, are still within the budget."""
+    channels = max(config.base_dim, config.decoder_base_dim or 0) * max(config.dim_mult)
+    channels = max(channels, config.z_dim, config.in_channels)
+    pixels = height * width * config.factor_spatial**2
+    return 40 * channels * config.factor_temporal * pixels * dtype.itemsize <= budget
+
+
 def _measure(
     config: VAEConfig, dtype: torch.dtype, method: Callable[[WanVAE], Any], chunks: list[Tensor]
 ) -> CodingMemory:
     with torch.device("meta"):
-        vae = WanVAE(config).to(dtype).requires_grad_(False)
+        vae = WanVAE(config).to(dtype).requires_grad_(False).prepare(onednn=False)
     run = method(vae)
-    state: Any = None
-    with torch.inference_mode(False), torch.no_grad(), _NoScores(), _StorageMeter() as meter:
+
+    def code() -> Any:
+        state: Any = None
         for chunk in chunks:
             _, state = run(chunk, state, consume=True)
+        return state
+
+    with torch.inference_mode(False), torch.no_grad(), NoScores():
+        code()  # lays out the weights, which are not counted
+        with StorageMeter() as meter:
+            state = code()
     return CodingMemory(cache=state.nbytes, peak=meter.peak)
 
 
@@ -126,20 +213,21 @@ def plan_tiles(
 
     RequestError with the least figure where even the smallest tiles need more.
     """
+    if surely_fits(config, height, width, budget, dtype):
+        return None
     measure = encode_memory if encode else decode_memory
+    peak_bytes = encode_peak_bytes if encode else decode_peak_bytes
     whole = measure(config, height, width, dtype)
     if whole.peak <= budget:
         return None
-    pixels = config.out_channels // (config.patch_size or 1) ** 2 * config.factor_spatial**2
-    frames = height * width * pixels * config.factor_temporal * dtype.itemsize
-    need = whole.peak
+    least = whole.peak
     tile_h, tile_w = height, width
     while max(tile_h, tile_w) > _SMALLEST:
         if tile_h >= tile_w:
             tile_h = max(_SMALLEST, tile_h * 3 // 4)
         else:
             tile_w = max(_SMALLEST, tile_w * 3 // 4)
-        plan = TilePlan(tile_h, tile_w, overlap=min(tile_h, tile_w) // 4)
+        plan = TilePlan(tile_h, tile_w, overlap=min(_OVERLAP, min(tile_h, tile_w) // 4))
         count = len(starts(height, tile_h, plan.overlap)) * len(starts(width, tile_w, plan.overlap))
         waiting = 0 if offload else count - 1
         # Everything grows with the area: a guess from the whole spares most measurements.
@@ -147,14 +235,11 @@ def plan_tiles(
         guess = share * (whole.peak + waiting * whole.cache)
         if guess > 1.2 * budget and max(tile_h, tile_w) > _SMALLEST:
             continue
-        one = measure(config, tile_h, tile_w, dtype)
-        need = one.peak + waiting * one.cache + (0 if encode else 2 * frames)
+        need = peak_bytes(config, (height, width), dtype, plan, offload=offload)
         if need <= budget:
             return plan
+        least = min(least, need)
     raise RequestError(
-        f"coding {height} x {width} latents needs {need / 2**20:.0f} MiB even in tiles, "
+        f"coding {height} x {width} latents needs {least / 2**20:.0f} MiB even in tiles, "
         f"and {budget / 2**20:.0f} MiB are to be had"
     )
-
-
-_SMALLEST = 16

@@ -70,6 +70,10 @@ class Tape:
         self._at += 1
         return cache
 
+    def put(self, cache: Tensor) -> None:
+        """Keep a cache that a layer has made itself."""
+        self.new.append(cache if self._keep else None)
+
     def leave(self, inputs: Tensor | None, frames: int = 0) -> None:
         """Keep the last `frames` of a layer's inputs `[B, C, T, H, W]` for its next pass.
 

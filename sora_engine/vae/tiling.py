@@ -29,6 +29,9 @@ class TilePlan:
                 f"tiles of {self.height} x {self.width} latents cannot overlap by {self.overlap}"
             )
 
+    def __str__(self) -> str:
+        return f"tiles of {self.height}x{self.width} latents that overlap by {self.overlap}"
+
 
 def starts(size: int, tile: int, overlap: int) -> list[int]:
     """Where the tiles of one axis begin: as few as cover it, all of one length, evenly spread."""
@@ -60,6 +63,11 @@ class TiledState(Generic[S]):
     """A state for every tile, row by row."""
 
     tiles: list[S]
+
+    @property
+    def caches(self) -> tuple[Tensor | None, ...]:
+        """The caches of all tiles, in order."""
+        return tuple(cache for tile in self.tiles for cache in getattr(tile, "caches", ()))
 
 
 class TiledCoder(ChunkCoder[TiledState[S]], Generic[S]):

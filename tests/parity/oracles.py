@@ -16,6 +16,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from transformers import (
     CLIPImageProcessor,
@@ -48,6 +50,12 @@ def tiny_transformer(seed: int = 0, **overrides: object) -> WanTransformer3DMode
     return sharpen(model, seed)
 
 
+def tiny_vace(seed: int = 0, **overrides: object) -> WanVACETransformer3DModel:
+    torch.manual_seed(seed)
+    shape = {**TINY_TRANSFORMER, "num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 96}
+    return sharpen(WanVACETransformer3DModel(**{**shape, **overrides}).eval(), seed)
+
+
 @torch.no_grad()
 def sharpen(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Scale the weights that tiny random models leave too weak to notice, in place."""
@@ -67,7 +75,8 @@ def sharpen(model: torch.nn.Module, seed: int) -> torch.nn.Module:
         elif (
             "to_v" in name
             or "to_out" in name
-            or name in ("patch_embedding.weight", "proj_out.weight")
+            or name in ("patch_embedding.weight", "proj_out.weight", "vace_patch_embedding.weight")
+            or ("vace_blocks" in name and name.endswith(("proj_in.weight", "proj_out.weight")))
         ):
             parameter.mul_(3.0)
         elif name.endswith("bias"):
@@ -81,6 +90,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected.double().abs().max())
 
 
+VACE_KINDS = ("vace", "vace-a14b")
 KINDS = ("t2v", "i2v", "flf2v", "a14b-t2v", "a14b-i2v", "ti2v-5b", "ti2v-5b-i2v")
 """The published pipelines, each built tiny by `tiny_pipeline`."""
 
@@ -171,6 +181,13 @@ def tiny_pipeline(kind: str, seed: int, scheduler: str = "unipc") -> DiffusionPi
     elif kind.startswith("ti2v"):
         shape = {"in_channels": 48, "out_channels": 48}
         parts["expand_timesteps"] = True
+    if kind in VACE_KINDS:
+        if kind == "vace-a14b":
+            parts["transformer_2"] = tiny_vace(seed + 100)
+            parts["boundary_ratio"] = 0.875
+        pipe = WanVACEPipeline(transformer=tiny_vace(seed), **parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
     if kind.startswith("a14b"):
         parts["transformer_2"] = tiny_transformer(seed + 100, **shape)
         parts["boundary_ratio"] = 0.875 if kind == "a14b-t2v" else 0.9

@@ -69,15 +69,36 @@ def test_encode_equals_diffusers(layout, frames):
     assert relative(ours.denormalise(ours.encode(video)), want.mean) < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["wan21", "wan22"])
+@pytest.mark.parametrize("layout", ["wan21", "wan21-deep", "wan22", "wan22-deep"])
 def test_21_latent_frames(layout):
     oracle, ours = make_pair(layout, seed=1)
     latents = _latents(ours, 21, 2, 3)
     want = oracle.decode(ours.denormalise(latents)).sample
-    assert relative(ours.decode(latents), want) < TOLERANCE
-    assert relative(ours.decode(latents)[:, :, -8:], want[:, :, -8:]) < TOLERANCE
+    got = ours.decode(latents)
+    assert relative(got, want) < TOLERANCE
+    assert relative(got[:, :, -8:], want[:, :, -8:]) < TOLERANCE
+    # In chunks of other lengths, the same bits.
+    state, parts = None, []
+    for chunk in latents.split([2, 8, 1, 10], dim=2):
+        frames, state = ours.decode_chunk(chunk, state)
+        parts.append(frames)
+    assert torch.equal(torch.cat(parts, dim=2), got)
     mean = oracle.encode(want).latent_dist.mean
     assert mean.shape[2] == 21
+    encoded = ours.encode_moments(want)[0]
+    assert relative(encoded, mean) < TOLERANCE
+    assert relative(encoded[:, :, -2:], mean[:, :, -2:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["wan21-deep", "wan22-deep"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5), (7, 3)])
+def test_odd_sizes(layout, height, width):
+    oracle, ours = make_pair(layout, seed=2)
+    latents = _latents(ours, 3, height, width)
+    want = oracle.decode(ours.denormalise(latents)).sample
+    assert relative(ours.decode(latents), want) < TOLERANCE
+    mean = oracle.encode(want).latent_dist.mean
+    assert mean.shape[3:] == (height, width)
     assert relative(ours.encode_moments(want)[0], mean) < TOLERANCE
 
 

@@ -13,21 +13,23 @@ _STATS48 = {
     "latents_mean": [0.05 * i - 1.0 for i in range(48)],
     "latents_std": [0.4 + 0.03 * i for i in range(48)],
 }
+_WAN22: dict[str, Any] = {
+    "base_dim": 4,
+    "decoder_base_dim": 8,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    **_STATS48,
+}
+# The deep ones have the published models' depth, and all but their width.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "wan21": {"base_dim": 4, "num_res_blocks": 1},
     "wan21-deep": {"base_dim": 4},
-    "wan22": {
-        "base_dim": 4,
-        "decoder_base_dim": 8,
-        "z_dim": 48,
-        "num_res_blocks": 1,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        **_STATS48,
-    },
+    "wan22": _WAN22 | {"num_res_blocks": 1},
+    "wan22-deep": _WAN22,
     "three-stages": {
         "base_dim": 4,
         "dim_mult": [1, 2, 4],

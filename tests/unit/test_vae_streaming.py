@@ -13,7 +13,13 @@ import torch
 from sora_engine.errors import RequestError
 from sora_engine.vae import VAEConfig, WanVAE
 from sora_engine.vae.coder import stream_decode, stream_encode
-from sora_engine.vae.memory import decode_memory, encode_memory, plan_tiles
+from sora_engine.vae.memory import (
+    NoScores,
+    StorageMeter,
+    decode_memory,
+    encode_memory,
+    plan_tiles,
+)
 from sora_engine.vae.tiling import TiledCoder, TilePlan, blend_weights, starts
 from tests.parity.vae_models import make_pair, relative
 
@@ -178,3 +184,20 @@ def test_memory_does_not_grow_with_the_length_and_keeps_the_promise():
     assert long < 1.1 * short
     # The convolutions' own workspaces come on top: a few MiB whatever the length.
     assert 0.7 * promised < short < 1.1 * promised + (16 << 20), (short, promised)
+
+
+def test_live_tensors_do_not_grow_with_the_length():
+    # On meta tensors, so to the byte.
+    with torch.device("meta"):
+        vae = WanVAE(VAEConfig(base_dim=8, num_res_blocks=1)).requires_grad_(False)
+    vae.prepare(onednn=False)
+    peaks = []
+    for count in (3, 5, 21):  # the first lays out the weights
+        latents = torch.empty(1, 16, count, 12, 12, device="meta")
+        state = None
+        with torch.no_grad(), NoScores(), StorageMeter() as meter:
+            for latent in latents.split(1, dim=2):
+                _, state = vae.decode_chunk(latent, state, consume=True)
+        peaks.append(meter.peak - latents.nbytes)  # the first view counts them whole
+    assert peaks[1] == peaks[2] < peaks[0]
+    assert peaks[2] <= decode_memory(vae.config, 12, 12).peak

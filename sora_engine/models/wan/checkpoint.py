@@ -21,7 +21,7 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, refuse_pickle
 from sora_engine.models.folder import INDEX, Component, ModelFolder, config_file
-from sora_engine.models.wan.config import CLASS_NAME, WanConfig
+from sora_engine.models.wan.config import CLASS_NAMES, WanConfig
 
 KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of names whose weights stay float32 in any dtype, as diffusers keeps them."""
@@ -34,6 +34,7 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 # Wan's own names on the left, diffusers' on the right, each without .weight and .bias.
 _OUTSIDE = {
     "patch_embedding": "patch_embedding",
+    "vace_patch_embedding": "vace_patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -52,6 +53,8 @@ _IN_BLOCK = {
     # in which they run. Only cross-attention's has weights.
     "norm3": "norm2",
     "modulation": "scale_shift_table",
+    "before_proj": "proj_in",
+    "after_proj": "proj_out",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     "cross_attn.k_img": "attn2.add_k_proj",
@@ -91,7 +94,7 @@ def to_diffusers_name(name: str) -> str:
     stem, dot, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias"):
         stem, dot, leaf = name, "", ""
-    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", stem)
+    block = re.fullmatch(r"((?:vace_)?blocks\.\d+\.)(.+)", stem)
     if block:
         stem = block[1] + _IN_BLOCK.get(block[2], block[2])
     else:
@@ -292,7 +295,7 @@ def _transformer_file(path: Path, head_dim: int) -> TransformerSource:
     config_path = path.parent / config_file("transformer")
     if config_path.is_file():
         config = read_json_object(config_path)
-        if config.get("_class_name") == CLASS_NAME:
+        if config.get("_class_name") in CLASS_NAMES:
             return TransformerSource(path, WanConfig.from_dict(config, path=config_path))
     with Weights.open(path) as weights:
         shapes = {to_diffusers_name(name): weights.info(name).shape for name in weights}
@@ -346,6 +349,9 @@ def infer_config(
         )
     image = embedder + "image_embedder.norm1.weight" in shapes
     positions = embedder + "image_embedder.pos_embed"
+    vace = {int(m[1]) for name in shapes if (m := re.match(r"vace_blocks\.(\d{1,6})\.", name))}
+    # Control blocks stand at even distances: 8 over 40 layers, 15 over 30.
+    vace_layers = tuple(range(0, len(blocks), max(1, len(blocks) // len(vace)))) if vace else None
     try:
         return WanConfig(
             patch_size=(patch[0], patch[1], patch[2]),
@@ -361,6 +367,8 @@ def infer_config(
             image_dim=shape(embedder + "image_embedder.norm1.weight", 1)[0] if image else None,
             added_kv_proj_dim=shape("blocks.0.attn2.add_k_proj.weight", 2)[1] if image else None,
             pos_embed_seq_len=shape(positions, 3)[1] if positions in shapes else None,
+            vace_layers=vace_layers,
+            vace_in_channels=shape("vace_patch_embedding.weight", 5)[1] if vace else None,
         )
     except CheckpointError as error:
         if error.path is not None or path is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from sora_engine.errors import CheckpointError
 
 CLASS_NAME = "WanTransformer3DModel"
+VACE_CLASS_NAME = "WanVACETransformer3DModel"
+CLASS_NAMES = (CLASS_NAME, VACE_CLASS_NAME)
 
 MAX_LAYERS = 1000  # a configuration must not keep the engine busy building a model for hours
 
@@ -25,13 +28,14 @@ _POSITIVE = (
     "ffn_dim",
     "rope_max_seq_len",
 )
-_POSITIVE_OR_NONE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+_POSITIVE_OR_NONE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "vace_in_channels")
 
 
 @dataclass(frozen=True, slots=True)
 class WanConfig:
     """The configuration of a Wan 2.1 or 2.2 transformer. Fields and defaults are those of
-    diffusers' `WanTransformer3DModel`; a value that no Wan can have raises `CheckpointError`."""
+    diffusers' `WanTransformer3DModel`, and with `vace_layers` of its `WanVACETransformer3DModel`; a
+    value that no Wan can have raises `CheckpointError`."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -52,6 +56,10 @@ class WanConfig:
     rope_max_seq_len: int = 1024
     pos_embed_seq_len: int | None = None
     """Image tokens that carry a learned position (first-last-frame models: 2 x 257)."""
+    vace_layers: tuple[int, ...] | None = None
+    """The layers that a VACE control block adds to; None for a model without control."""
+    vace_in_channels: int | None = None
+    """Channels of VACE's control latents: known, unknown and mask."""
 
     def __post_init__(self) -> None:
         patch = self.patch_size
@@ -105,6 +113,25 @@ class WanConfig:
                 f"pos_embed_seq_len is {self.pos_embed_seq_len} but image_dim is null"
             )
 
+        layers = self.vace_layers
+        if (layers is None) != (self.vace_in_channels is None):
+            raise CheckpointError(
+                f"vace_layers is {layers} and vace_in_channels is {self.vace_in_channels}; a VACE "
+                "model needs both, any other neither"
+            )
+        if layers is not None:
+            rising = all(a < b for a, b in itertools.pairwise(layers))
+            if not layers or layers[0] != 0 or layers[-1] >= self.num_layers or not rising:
+                raise CheckpointError(
+                    f"vace_layers is {list(layers)}; they must rise from 0 to at most "
+                    f"{self.num_layers - 1}"
+                )
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the model's input: the sample's, and behind them VACE's control."""
+        return self.in_channels + (self.vace_in_channels or 0)
+
     @property
     def inner_dim(self) -> int:
         """Width of a token: heads x head_dim."""
@@ -118,11 +145,13 @@ class WanConfig:
         the list, another class's name, and a value of the wrong type or range.
         """
         name = values.get("_class_name", CLASS_NAME)
-        if name != CLASS_NAME:
+        if name not in CLASS_NAMES:
             raise CheckpointError(
-                f"_class_name is {name!r}; this loader reads {CLASS_NAME}", path=path
+                f"_class_name is {name!r}; this loader reads {' and '.join(CLASS_NAMES)}", path=path
             )
         allowed = {field.name for field in fields(cls)}
+        if name != VACE_CLASS_NAME:
+            allowed -= {"vace_layers", "vace_in_channels"}
         unknown = sorted(set(values) - allowed - _BOOKKEEPING)
         if unknown:
             raise CheckpointError(
@@ -131,6 +160,12 @@ class WanConfig:
         known = {key: value for key, value in values.items() if key in allowed}
         if isinstance(known.get("patch_size"), list):
             known["patch_size"] = tuple(known["patch_size"])
+        if name == VACE_CLASS_NAME:
+            layers = known.setdefault("vace_layers", [0, 5, 10, 15, 20, 25, 30, 35])
+            if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+                raise CheckpointError(f"vace_layers is {layers!r}; it must list layers", path=path)
+            known["vace_layers"] = tuple(layers)
+            known.setdefault("vace_in_channels", 96)
         if "out_channels" in known and known["out_channels"] is None:
             known["out_channels"] = known.get("in_channels", cls().in_channels)
         try:
@@ -141,7 +176,11 @@ class WanConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys and values of a diffusers `config.json`."""
-        return {"_class_name": CLASS_NAME, **asdict(self), "patch_size": list(self.patch_size)}
+        values = {"_class_name": CLASS_NAME, **asdict(self), "patch_size": list(self.patch_size)}
+        if self.vace_layers is None:
+            del values["vace_layers"], values["vace_in_channels"]
+            return values
+        return {**values, "_class_name": VACE_CLASS_NAME, "vace_layers": list(self.vace_layers)}
 
 
 def _positive(value: object) -> bool:

@@ -1,7 +1,10 @@
 """Wan's diffusion transformer over packed spacetime patches (arXiv 2503.20314).
 
-Parameter names are those of diffusers' `WanTransformer3DModel`. There is no batch dimension: the
-forward pass takes a `PackedBatch` of segments of any size, length, text and noise level.
+With `vace_layers` it is VACE's (arXiv 2503.07598): control blocks run beside the first ones, over
+control latents that come as further input channels, and add to the layers that they belong to.
+Parameter names are those of diffusers' `WanTransformer3DModel` and `WanVACETransformer3DModel`.
+There is no batch dimension: the forward pass takes a `PackedBatch` of segments of any size, length,
+text and noise level.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_engine.attention import cross_attention, self_attention
+from sora_engine.models.linear import block_linears, linear_gelu, steady
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.packing import Context, ContextRuns, KeyValues, PackedBatch, Stream
 from sora_kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope
@@ -67,8 +71,25 @@ class WanTransformer(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         blocks = [WanBlock(config) for _ in range(config.num_layers)]
         self.blocks: Sequence[WanBlock] = cast("Sequence[WanBlock]", nn.ModuleList(blocks))
+        self.vace_blocks: Sequence[VaceBlock] = ()
+        if config.vace_layers is not None:
+            assert config.vace_in_channels is not None
+            self.vace_patch_embedding = nn.Conv3d(
+                config.vace_in_channels, dim, config.patch_size, config.patch_size
+            )
+            controls = [VaceBlock(config, first=i == 0) for i in range(len(config.vace_layers))]
+            self.vace_blocks = cast("Sequence[VaceBlock]", nn.ModuleList(controls))
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def prepare(self) -> WanTransformer:
+        """Lay the blocks' weights out for the processor, for good: the model only runs from here.
+
+        They are no parameters any more, and cannot be saved. Returns self.
+        """
+        for block in (*self.blocks, *self.vace_blocks):
+            block_linears(block)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +101,7 @@ class WanTransformer(nn.Module):
     ) -> list[Context]:
         """Keys and values of texts and image embeddings, for every layer: once a request.
 
+        Layers are the blocks, and behind them VACE's.
         texts: each `[n, text_dim]`, the text encoder's output without padding, n <= `text_tokens`.
         images: each `[257, image_dim]` (`[514, image_dim]`: first and last frame), Wan 2.1 I2V.
         """
@@ -112,7 +134,8 @@ class WanTransformer(nn.Module):
         return [Context(source) for source in sources]
 
     def _keys_values(self, embedded: Tensor, source: str) -> tuple[Tensor, Tensor]:
-        pairs = [block.attn2.keys_values(embedded, source, self.backends) for block in self.blocks]
+        blocks = (*self.blocks, *self.vace_blocks)
+        pairs = [block.attn2.keys_values(embedded, source, self.backends) for block in blocks]
         keys, values = zip(*pairs, strict=True)
         return torch.stack(keys), torch.stack(values)
 
@@ -125,14 +148,13 @@ class WanTransformer(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Predictions for all tokens, `[N, patch volume * out_channels]`, channel last.
 
-        The tokens are `[N, in_channels * patch volume]`, as `packing.patchify` makes them.
+        The tokens are `[N, in_channels * patch volume]`, as `packing.patchify` makes them; VACE's
+        have `vace_in_channels` more, of the control latents, behind those.
         """
         stream = batch.video
-        x = F.linear(
-            stream.tokens.to(self.dtype),
-            self.patch_embedding.weight.flatten(1),
-            self.patch_embedding.bias,
-        )
+        tokens = stream.tokens.to(self.dtype)
+        sample_size = self.config.in_channels * math.prod(self.config.patch_size)
+        x = _embed(tokens[:, :sample_size], self.patch_embedding)
         rope = rope_tables(stream.coords, self.config)
         level, level_projection = self.condition_embedder.embed_timesteps(
             batch.timesteps, self.dtype
@@ -143,14 +165,11 @@ class WanTransformer(nn.Module):
         entries = [Modulation(table[:, 1], table[:, 0]) for table in tables]
         entries.append(Modulation(scale, shift))
 
-        y = norm_modulate(
-            x,
-            *entries[0],
-            stream.rows,
-            kind="layer",
-            eps=self.config.eps,
-            backend=self.backends.fused,
-        )
+        hints: dict[int, Tensor] = {}
+        if self.config.vace_layers is not None:
+            control = _embed(tokens[:, sample_size:], self.vace_patch_embedding)
+            hints = self._control(x, control, batch, level_projection, rope)
+        y = self._normalised(x, entries[0], stream)
         for layer, block in enumerate(self.blocks):
             # Each block ends in the normalisation that the next one begins with: one fused pass.
             x, y = block(
@@ -164,7 +183,56 @@ class WanTransformer(nn.Module):
                 rope=rope,
                 backends=self.backends,
             )
-        return self.proj_out(y)
+            if layer in hints:
+                x = x + hints.pop(layer)
+                y = self._normalised(x, entries[layer + 1], stream)
+        return steady(self.proj_out, y)
+
+    def _control(
+        self,
+        x: Tensor,
+        control: Tensor,
+        batch: PackedBatch,
+        level_projection: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ) -> dict[int, Tensor]:
+        """What VACE's blocks add to the layers of the model, `[N, dim]` each.
+
+        x: embedded sample, control: embedded control latents, `[N, dim]`.
+        """
+        assert self.config.vace_layers is not None
+        stream = batch.video
+        tables = [block.scale_shift_table + level_projection.float() for block in self.vace_blocks]
+        entries = [Modulation(table[:, 1], table[:, 0]) for table in tables]
+        control = self.vace_blocks[0].proj_in(control) + x
+        y = self._normalised(control, entries[0], stream)
+        hints = {}
+        for i, (layer, block) in enumerate(
+            zip(self.config.vace_layers, self.vace_blocks, strict=True)
+        ):
+            control, y = block(
+                control,
+                y,
+                stream=stream,
+                contexts=batch.contexts,
+                layer=self.config.num_layers + i,
+                table=tables[i],
+                following=entries[min(i + 1, len(entries) - 1)],
+                rope=rope,
+                backends=self.backends,
+            )
+            hints[layer] = steady(block.proj_out, control)
+        return hints
+
+    def _normalised(self, x: Tensor, modulation: Modulation, stream: Stream) -> Tensor:
+        return norm_modulate(
+            x,
+            *modulation,
+            stream.rows,
+            kind="layer",
+            eps=self.config.eps,
+            backend=self.backends.fused,
+        )
 
 
 class WanBlock(nn.Module):
@@ -236,6 +304,20 @@ class WanBlock(nn.Module):
             eps=self.eps,
             backend=backends.fused,
         )
+
+
+class VaceBlock(WanBlock):
+    """A block over control tokens, with a projection of what it adds to the model.
+
+    first: control tokens meet the sample's behind a projection of their own.
+    """
+
+    def __init__(self, config: WanConfig, *, first: bool) -> None:
+        super().__init__(config)
+        dim = config.inner_dim
+        if first:
+            self.proj_in = nn.Linear(dim, dim)
+        self.proj_out = nn.Linear(dim, dim)
 
 
 class WanAttention(nn.Module):
@@ -340,7 +422,7 @@ class ConditionEmbedder(nn.Module):
         angles = timesteps.float()[:, None] * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         embedding = self.time_embedder(sinusoid.to(self.time_embedder.dtype)).to(dtype)
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+        return embedding, steady(self.time_proj, F.silu(embedding)).unflatten(-1, (6, -1))
 
 
 class TwoLinears(nn.Module):
@@ -357,10 +439,10 @@ class TwoLinears(nn.Module):
         return self.linear_1.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear_1(x)
+        hidden = steady(self.linear_1, x)
         if self.activation == "silu":
-            return self.linear_2(F.silu(hidden))
-        return self.linear_2(F.gelu(hidden, approximate=self.activation))
+            return steady(self.linear_2, F.silu(hidden))
+        return steady(self.linear_2, F.gelu(hidden, approximate=self.activation))
 
 
 class ImageEmbedder(nn.Module):
@@ -398,7 +480,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up = cast("nn.ModuleDict", self.net[0])["proj"]
-        return self.net[2](F.gelu(up(x), approximate=self.approximate))
+        return self.net[2](linear_gelu(up, x, self.approximate))
 
 
 def rope_tables(coords: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
@@ -415,6 +497,12 @@ def rope_tables(coords: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
         angles.append(coords[:, axis, None].to(torch.float64) * frequencies)
     angle = torch.cat(angles, dim=1)
     return angle.cos().float(), angle.sin().float()
+
+
+def _embed(tokens: Tensor, patch: nn.Conv3d) -> Tensor:
+    """Patches `[N, channels * patch volume]` through a convolution of their own size."""
+    weight = patch.weight.flatten(1)
+    return steady(lambda x: F.linear(x, weight, patch.bias), tokens)
 
 
 def _norm_in_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
