@@ -1,0 +1,134 @@
+"""Ranks that exchange tensors: process groups, with what they send counted and their waits known.
+
+Tensors cross as bytes, so that every dtype crosses on every backend, and nothing is padded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one rank sent to others, by purpose, and whether it waits for them now.
+
+    exchanges: how many it has begun; waiting_since: on the monotonic clock, None while it works.
+    broken: an exchange failed, which is the other end's fault as a rule.
+    Written by the rank's own thread, read by the one that reports to the engine.
+    """
+
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+    exchanges: int = 0
+    waiting_since: float | None = None
+    broken: bool = False
+
+    def __enter__(self) -> None:
+        self.exchanges += 1
+        self.waiting_since = time.monotonic()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.waiting_since = None
+        self.broken = self.broken or kind is not None
+
+
+class Pending:
+    """Transfers on their way; `wait` returns what arrives, by peer."""
+
+    def __init__(
+        self, works: Sequence[dist.Work], received: Mapping[int, Tensor], sent: object, log: Traffic
+    ) -> None:
+        self._works, self._received, self._sent, self._log = works, received, sent, log
+
+    def wait(self) -> Mapping[int, Tensor]:
+        with self._log:
+            for work in self._works:
+                work.wait()
+        self._sent = None  # it had to live until now
+        return self._received
+
+
+class Channel:
+    """One group of ranks, as one of them sees it.
+
+    Args:
+        group: the process group; None where this rank is alone.
+        size, index: of the group, and of this rank in it.
+        purpose: under which its bytes are counted.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        size: int,
+        index: int,
+        purpose: str,
+        traffic: Traffic,
+    ) -> None:
+        self.group, self.size, self.index = group, size, index
+        self.purpose, self.traffic = purpose, traffic
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Send `send[i]` elements of a flat tensor to each rank i; `receive[i]` come from it.
+
+        Returns what came, in order of ranks. What a rank sends to itself is copied, not counted.
+        """
+        if self.size == 1:
+            return rows
+        assert rows.dim() == 1
+        assert sum(send) == len(rows)
+        width = rows.element_size()
+        out = rows.new_empty(sum(receive))
+        self.traffic.sent_bytes[self.purpose] += width * (sum(send) - send[self.index])
+        with self.traffic:
+            dist.all_to_all_single(
+                out.view(torch.uint8),
+                rows.contiguous().view(torch.uint8),
+                [width * n for n in receive],
+                [width * n for n in send],
+                group=self.group,
+            )
+        return out
+
+    def start(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Pending:
+        """Begin to send contiguous tensors to peers (by index) and to fill those that come."""
+        operations = []
+        for peer, tensor in receive.items():
+            operations.append(self._operation(dist.irecv, tensor, peer))
+        for peer, tensor in send.items():
+            self.traffic.sent_bytes[self.purpose] += tensor.nbytes
+            operations.append(self._operation(dist.isend, tensor, peer))
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return Pending(works, receive, send, self.traffic)
+
+    def _operation(self, kind: object, tensor: Tensor, peer: int) -> dist.P2POp:
+        data = tensor.view(-1).view(torch.uint8)
+        return dist.P2POp(kind, data, group=self.group, group_peer=peer)  # type: ignore[arg-type]
+
+    def all_gather(self, rows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Every rank's tensor, of any shapes (which all know), in order of ranks."""
+        rows = rows.contiguous()
+        assert tuple(rows.shape) == tuple(shapes[self.index])
+        if self.size == 1:
+            return [rows]
+        parts = [rows if i == self.index else rows.new_empty(*s) for i, s in enumerate(shapes)]
+        peers = [(self.index + step) % self.size for step in range(1, self.size)]
+        send = {peer: rows for peer in peers if rows.numel()}
+        receive = {peer: parts[peer] for peer in peers if parts[peer].numel()}
+        self.start(send, receive).wait()
+        return parts
+
+    def all_agree(self, flag: bool) -> bool:
+        """Whether `flag` is true at every rank."""
+        if self.size == 1:
+            return flag
+        mine = torch.tensor([int(flag)], dtype=torch.uint8)
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        parts = self.all_gather(mine.to(device), [(1,)] * self.size)
+        return all(bool(part.item()) for part in parts)

@@ -1,0 +1,83 @@
+"""A checkpoint and a request as the planner takes them, from their configurations alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from sora_engine.config import Limits, ParallelConfig
+from sora_engine.distributed.planner import Transformer, Video, plan
+from sora_engine.models.video_model import find_checkpoint, planning_facts
+from sora_engine.models.wan.config import WanConfig
+from sora_engine.request import LatentGrid, ResolvedRequest, VideoRequest, resolve_request
+from sora_engine.windows import WindowPlan
+
+
+def describe(
+    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    components: str | PathLike[str] | None,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    guidance_scale: float | None,
+) -> tuple[Transformer, Video]:
+    """Raises CheckpointError and RequestError."""
+    checkpoint, folder, _ = find_checkpoint(path, components)
+    config = checkpoint.transformer.config
+    grid, defaults, text_tokens = planning_facts(checkpoint, folder)
+    request = resolve_request(
+        VideoRequest(
+            "", height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale
+        ),
+        defaults,
+        grid,
+        Limits(),
+    )
+    shape = transformer_of(config, text_tokens=text_tokens)
+    return shape, video_of(request, grid, defaults.max_window)
+
+
+def transformer_of(config: WanConfig, *, text_tokens: int, bytes_each: int = 2) -> Transformer:
+    """The planner's view of a transformer's configuration."""
+    return Transformer(
+        layers=config.num_layers,
+        heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        ffn=config.ffn_dim,
+        patch_channels=config.out_channels * math.prod(config.patch_size),
+        text_tokens=text_tokens,
+        bytes_each=bytes_each,
+    )
+
+
+def video_of(request: ResolvedRequest, grid: LatentGrid, trained: int | None) -> Video:
+    """The planner's view of a request; `trained`: latent frames that the model was trained on."""
+    channels, frames, height, width = grid.shape(
+        request.height, request.width, request.num_frames, loop=request.loop
+    )
+    window: dict[str, Any] = {}
+    if isinstance(request.window, WindowPlan):
+        window = {"window": request.window.length, "overlap": request.window.overlap}
+    elif request.window is None and trained is not None and frames > trained:
+        window = {"window": trained, "overlap": max(1, trained // 4) if trained > 1 else 0}
+    return Video(
+        frames=frames,
+        height=height,
+        width=width,
+        channels=channels,
+        patch=grid.patch,
+        guided=request.guidance_scale > 1,
+        **window,
+    )
+
+
+def auto_layout(
+    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    components: str | PathLike[str] | None,
+    num_ranks: int,
+) -> ParallelConfig:
+    """The layout that `parallel="auto"` stands for: the best for the checkpoint's own defaults."""
+    model, video = describe(path, components, None, None, None, None)
+    return plan(num_ranks, model, video)[0].layout

@@ -1,0 +1,285 @@
+"""One rank of a parallel engine: it does what the engine says, as all other ranks do.
+
+The main thread works; a second one listens, so that a rank that waits for others can be told to
+end, and tells the engine every second how far the first one is. Every rank gets the same commands
+in the same order, and no rank decides anything by itself: so none leaves an exchange that another
+enters.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sora_engine.canvas import Canvas
+from sora_engine.config import ParallelConfig
+from sora_engine.denoise import decoding, denoise_step, prepare
+from sora_engine.distributed.mesh import Mesh
+from sora_engine.distributed.message import Link, Message
+from sora_engine.distributed.ranks import Ranks
+from sora_engine.distributed.vae import SplitVAE, shared_copy
+from sora_engine.distributed.wire import request_from_message
+from sora_engine.errors import RankFailedError, SoraError
+from sora_engine.job import Job
+from sora_engine.models.video_model import VideoDecoder, VideoModel, load_video_model
+from sora_engine.packing import Packer
+from sora_engine.receipt import backends_of
+from sora_engine.vae.wan import WanVAE
+
+BEAT_S = 1.0
+STORE_TIMEOUT = timedelta(minutes=10)  # ranks of several nodes may start minutes apart
+# The engine's watch ends a wait that is too long; this bound is for an engine that is gone too.
+EXCHANGE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(slots=True, eq=False)
+class RankJob:
+    """A job as a rank knows it."""
+
+    canvas: Canvas
+    frames: Iterator[Tensor | None] | None = None
+
+    def count_step(self) -> None:
+        """The engine counts."""
+
+
+def run_rank(rank: int, size: int, sock: socket.socket, settings: dict[str, Any]) -> int:
+    """Serve an engine until it closes the socket; returns the process's exit code."""
+    link = Link(sock)
+    control = Control(link, rank)
+    try:
+        control.work(lambda: _Rank.start(rank, size, settings, control))
+    except RankFailedError:
+        return 1
+    return 0
+
+
+class Control:
+    """The engine's voice at a rank: commands for the main thread, and reports of its progress."""
+
+    def __init__(self, link: Link, rank: int) -> None:
+        self.rank = rank
+        self.mesh: Mesh | None = None
+        self._link = link
+        self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._busy = True
+        threading.Thread(target=self._listen, name="sora-rank", daemon=True).start()
+
+    def work(self, start: Callable[[], _Rank]) -> None:
+        """Start the rank, then carry out commands; an unexpected error ends it, and says so."""
+        try:
+            served: _Rank | None = None
+            command = Message("start")
+            while True:
+                try:
+                    if served is None:
+                        served = start()
+                        reply = Message("ready", served.describe())
+                    else:
+                        reply = served.carry_out(command)
+                except SoraError as error:
+                    # The request's fault (or the checkpoint's), and the same at all ranks.
+                    reply = Message("refused", {"error": type(error).__name__, "why": str(error)})
+                self._link.send(reply)
+                self._busy = False
+                command = self._commands.get()
+                self._busy = True
+        except Exception as error:
+            broken = self.mesh is not None and self.mesh.traffic.broken
+            if not broken:
+                traceback.print_exc()
+            why = f"raised {type(error).__name__}: {error}"
+            self._link.send(Message("failed", {"why": why, "broken": broken}))
+            # The engine names the rank that is at fault and then ends this one.
+            threading.Event().wait(60)
+            raise RankFailedError(self.rank, why) from error
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                if select.select([self._link], [], [], BEAT_S)[0]:
+                    message = self._link.receive()
+                    if message.kind == "abort":
+                        self._abort(message)
+                    self._commands.put(message)
+                elif self._busy:
+                    self._link.send(Message("beat", self._progress()))
+        except (OSError, EOFError):
+            os._exit(0)  # the engine is gone or has closed
+
+    def _progress(self) -> dict[str, Any]:
+        if self.mesh is None:
+            return {"exchanges": 0, "waiting_s": None}
+        traffic = self.mesh.traffic
+        since = traffic.waiting_since
+        waiting_s = None if since is None else time.monotonic() - since
+        return {"exchanges": traffic.exchanges, "waiting_s": waiting_s}
+
+    def _abort(self, message: Message) -> None:
+        """Another rank failed. Whatever this one is in the middle of, it ends here."""
+        error = RankFailedError(message.fields["rank"], message.fields["reason"])
+        self._link.send(Message("aborted", {"error": type(error).__name__, "why": str(error)}))
+        print(f"sora: rank {self.rank} ends: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+_NO_LIMIT = 1 << 62
+"""Bytes: ranks code whole frames, or rows of them, and never tiles."""
+
+
+class _Rank:
+    """A model at one place of a mesh, and the canvases under way."""
+
+    def __init__(self, model: VideoModel, mesh: Mesh) -> None:
+        self.model = model
+        self.mesh = mesh
+        self._ranks = Ranks(mesh)
+        self._packer = Packer(model.grid.patch, model.device)
+        self._jobs: dict[int, RankJob] = {}
+        self._split: SplitVAE | None = None
+        model.vae.limit(_NO_LIMIT)
+        if mesh.replica.size > 1 and isinstance(model.vae.coder, WanVAE):
+            # The hooks must not be in the way of one rank that decodes alone: a copy, same weights.
+            self._split = SplitVAE(shared_copy(model.vae.coder), mesh.replica)
+        self._does = {
+            "prepare": self._prepare,
+            "step": self._step,
+            "latents": self._latents,
+            "decode": self._decode,
+            "ops": self._ops,
+            "retire": self._retire,
+        }
+
+    @classmethod
+    def start(cls, rank: int, size: int, settings: dict[str, Any], control: Control) -> _Rank:
+        """Join the others, and load the model onto this rank's device."""
+        torch.set_num_threads(settings["threads"])
+        config = ParallelConfig(**settings["parallel"])
+        device = torch.device(settings["device"])
+        if device.type == "cuda":
+            first = settings.get("first_device")
+            index = int(os.environ["LOCAL_RANK"]) if first is None else first + rank
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        if size > 1:
+            join(rank, size, device, settings)
+        mesh = Mesh.create(config, device.type)
+        control.mesh = mesh
+        model = load_video_model(device=device, **settings["model"])
+        return cls(model, mesh)
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine must know of the model: `RemoteModel.from_fields`."""
+        model = self.model
+        return {
+            "name": model.name,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "grid": asdict(model.grid),
+            "defaults": asdict(model.defaults),
+            "from_timesteps": [expert.from_timestep for expert in model.experts],
+            "weights_hash": model.weights_hash,
+            "vae": asdict(model.vae.config),
+            "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
+        }
+
+    def carry_out(self, command: Message) -> Message:
+        """One command of the engine, and the answer to it."""
+        return self._does[command.kind](command)
+
+    def _prepare(self, command: Message) -> Message:
+        canvas = prepare(request_from_message(command), self.model)
+        self._jobs[command.fields["job"]] = RankJob(canvas)
+        timesteps = [float(t) for t in canvas.solver.schedule.timesteps]
+        return Message("done", {"solver": canvas.solver_name, "timesteps": timesteps})
+
+    def _step(self, command: Message) -> Message:
+        jobs = [self._jobs[number] for number in command.fields["jobs"]]
+        before = dict(self.mesh.traffic.sent_bytes)
+        limit = command.fields["max_tokens"]
+        failures = denoise_step(
+            cast("list[Job]", jobs), self.model, self._packer, limit, self._ranks
+        )
+        if self.mesh.traffic.broken:  # a failed exchange is no job's fault
+            raise next(iter(failures.values()))
+        numbers = {cast("Job", job): number for number, job in self._jobs.items()}
+        failed = {str(numbers[job]): f"{type(e).__name__}: {e}" for job, e in failures.items()}
+        sent = {k: n - before.get(k, 0) for k, n in self.mesh.traffic.sent_bytes.items()}
+        return Message("done", {"sent": sent, "failed": failed})
+
+    def _latents(self, command: Message) -> Message:
+        if self.mesh.rank > 0:
+            return Message("done")
+        return Message(
+            "done", tensors={"latents": self._jobs[command.fields["job"]].canvas.latents}
+        )
+
+    def _decode(self, command: Message) -> Message:
+        """This rank's rows of a job's next frames; no tensor at the end, or where it has none."""
+        job = self._jobs[command.fields["job"]]
+        rows = job.canvas.latents.shape[2]
+        active = 1 if self._split is None else self._split.num_active(rows)
+        if self.mesh.rank >= active:
+            return Message("done")
+        if job.frames is None:
+            decoder: VideoModel | VideoDecoder = self.model
+            if self._split is not None and active > 1:
+                decoder = VideoDecoder(self._split, self.model.vae_dtype, self.model.device)
+            job.frames = decoding(job.canvas.latents, decoder, wraps=job.canvas.wraps)
+        try:
+            frames = next(job.frames)
+        except StopIteration:
+            return Message("done", {"more": False})
+        return Message("done", {"more": True}, {} if frames is None else {"frames": frames})
+
+    def _ops(self, command: Message) -> Message:
+        return Message("done", {"ops": backends_of(self.model)})
+
+    def _retire(self, command: Message) -> Message:
+        self._jobs.pop(command.fields["job"], None)
+        if not self._jobs:
+            self._packer.clear()
+            self._ranks.clear()
+        return Message("done")
+
+
+def join(rank: int, size: int, device: torch.device, settings: dict[str, Any]) -> None:
+    """Make the default process group: of ranks that an engine started, by a store whose listener
+    it bound; of torchrun's, by torchrun's own."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    if settings.get("store_port") is None:
+        dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT, device_id=device_id)
+        return
+    # Nothing but the loopback: gloo would take the address of the host's name.
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore(
+        "127.0.0.1",
+        settings["store_port"],
+        size,
+        is_master=rank == 0,
+        timeout=STORE_TIMEOUT,
+        master_listen_fd=settings["store_fd"] if rank == 0 else None,
+    )
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=EXCHANGE_TIMEOUT,
+        device_id=device_id,
+    )

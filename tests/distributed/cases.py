@@ -1,0 +1,171 @@
+"""What the ranks of a fleet do. Each function runs at every rank and returns what JSON can hold."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sora_engine.config import Limits, ParallelConfig
+from sora_engine.denoise import decode, denoise_step, prepare
+from sora_engine.distributed.layout import bounds
+from sora_engine.distributed.mesh import Mesh
+from sora_engine.distributed.ranks import Ranks
+from sora_engine.distributed.sequence import sharded_attention
+from sora_engine.distributed.shard import shard_tokens
+from sora_engine.distributed.vae import SplitVAE, shared_copy
+from sora_engine.job import Job
+from sora_engine.models.video_model import VideoDecoder
+from sora_engine.packing import Packer
+from sora_engine.request import Clip, Shot, VideoRequest, resolve_request
+from sora_engine.windows import SparsePlan, WindowPlan
+from tests.distributed.tiny import CPU, Z_DIM, tiny_model, tiny_vae
+
+_meshes: dict[ParallelConfig, Mesh] = {}
+
+
+def mesh_of(layout: dict[str, int]) -> Mesh | None:
+    """This rank's mesh, made once; None for a rank that the layout leaves out."""
+    config = ParallelConfig(**layout)
+    if config not in _meshes:
+        _meshes[config] = Mesh.create(config)
+    return _meshes[config] if dist.get_rank() < config.num_ranks else None
+
+
+def attention(layout, lengths, heads=5, head_dim=8, dtype="float32", backend="auto"):
+    """Sharded attention against dense attention in fp64: largest error, bytes that were sent."""
+    mesh = mesh_of(layout)
+    if mesh is None:
+        return None
+    offsets = [0, *itertools.accumulate(lengths)]
+    generator = torch.Generator().manual_seed(sum(lengths))
+    wide = torch.randn(3, offsets[-1], heads, head_dim, generator=generator, dtype=torch.float64)
+    shard = shard_tokens(mesh, offsets, [(1, 1, n) for n in lengths], CPU)
+    before = dict(mesh.traffic.sent_bytes)
+    q, k, v = wide[:, shard.tokens].to(getattr(torch, dtype))
+    out = sharded_attention(q, k, v, shard, backend=backend)
+    expected = torch.cat([_dense(*part) for part in wide.split(list(lengths), dim=1)])
+    error = (out.double() - expected[shard.tokens]).abs().amax().item() if len(out) else 0.0
+    sent = {k: n - before.get(k, 0) for k, n in mesh.traffic.sent_bytes.items()}
+    return {"error": error / expected.abs().max().item(), "sent": sent, "tokens": len(out)}
+
+
+def _dense(q, k, v):
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+_rng = np.random.default_rng(0)
+FRAMES = _rng.integers(0, 255, (5, 24, 40, 3), dtype=np.uint8)
+WINDOWS = WindowPlan(3, 1)
+
+REQUESTS = {
+    # 3 x 3 x 5 patches: 45 tokens a branch.
+    "guided": [VideoRequest("a cat", seed=1)],
+    # 1 x 1 x 7 and 1 x 1 x 13 patches: prime token counts.
+    "prime": [
+        VideoRequest("a", seed=2, height=8, width=56, num_frames=1, guidance_scale=1.0),
+        VideoRequest("b", seed=3, height=8, width=104, num_frames=1, guidance_scale=1.0),
+    ],
+    "few": [VideoRequest("a", seed=2, height=8, width=24, num_frames=1, guidance_scale=1.0)],
+    "mixed": [
+        VideoRequest("a cat", seed=4, height=8, width=40, num_frames=3),
+        VideoRequest("a dog", seed=5, num_frames=5, guidance_scale=1.0, solver="euler"),
+        VideoRequest("a cow", seed=6, clips=[Clip(FRAMES[0], at=0)]),
+    ],
+    "windows": [VideoRequest("a cat", seed=8, height=16, width=24, num_frames=13, window=WINDOWS)],
+    "moving": [
+        VideoRequest(
+            "a cat",
+            seed=8,
+            height=16,
+            width=24,
+            num_frames=15,
+            guidance_scale=1.0,
+            window=WindowPlan(3, 2, weights="overlap", schedule="moving"),
+        )
+    ],
+    # Frames that see only some others: ring-less layouts have it too.
+    "sparse": [
+        VideoRequest("a cat", seed=11, height=16, width=24, num_frames=13, window=SparsePlan(3))
+    ],
+    "loop": [VideoRequest("a cat", seed=9, height=16, num_frames=6, loop=True)],
+    "windowed loop": [
+        VideoRequest("a", seed=9, height=16, width=24, num_frames=10, loop=True, window=WINDOWS)
+    ],
+    "shots": [VideoRequest("", seed=10, num_frames=5, shots=[Shot("x", 3), Shot("a long y", 2)])],
+}
+
+
+def jobs_of(name, model):
+    jobs = []
+    for request in REQUESTS[name]:
+        resolved = resolve_request(request, model.defaults, model.grid, Limits())
+        job = Job(resolved)
+        job.canvas_or_none = prepare(resolved, model)
+        jobs.append(job)
+    return jobs
+
+
+_expected: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+
+def reference(name, heads):
+    """The final latents that one rank makes."""
+    if (name, heads) not in _expected:
+        model = tiny_model(heads)
+        jobs = jobs_of(name, model)
+        while not jobs[0].canvas.finished:
+            denoise_step(jobs, model, Packer(model.grid.patch, CPU), 10**6)
+        _expected[name, heads] = [job.canvas.latents for job in jobs]
+    return _expected[name, heads]
+
+
+def denoise(layout, request, heads=5, max_tokens=10**6):
+    """Whole denoising runs over a layout: the relative error at rank 0, a digest at every rank."""
+    mesh = mesh_of(layout)
+    if mesh is None:
+        return None
+    model = tiny_model(heads)
+    jobs = jobs_of(request, model)
+    packer, ranks = Packer(model.grid.patch, CPU), Ranks(mesh)
+    before = dict(mesh.traffic.sent_bytes)
+    while not jobs[0].canvas.finished:
+        denoise_step(jobs, model, packer, max_tokens, ranks)
+    made = [job.canvas.latents for job in jobs]
+    digest = hashlib.sha256(b"".join(x.numpy().tobytes() for x in made)).hexdigest()
+    sent = {k: n - before.get(k, 0) for k, n in mesh.traffic.sent_bytes.items()}
+    error = None
+    if mesh.rank == 0:
+        pairs = zip(made, reference(request, heads), strict=True)
+        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return {"error": error, "digest": digest, "sent": sent, "steps": jobs[0].canvas.step}
+
+
+def decoding(layout, shape, residual=False, wraps=False):
+    """Frames decoded over ranks against one rank's: largest error, rows of this rank."""
+    mesh = mesh_of(layout)
+    if mesh is None:
+        return None
+    generator = torch.Generator().manual_seed(sum(shape))
+    latents = torch.randn(Z_DIM, *shape, generator=generator)
+    vae = tiny_vae(residual)
+    split = SplitVAE(shared_copy(vae), mesh.replica)
+    active = split.num_active(shape[1])
+    if mesh.rank >= active:
+        return {"rows": 0}
+    made = torch.cat(list(decode(latents, VideoDecoder(split, torch.float32, CPU), wraps=wraps)))
+    whole = torch.cat(list(decode(latents, VideoDecoder(vae, torch.float32, CPU), wraps=wraps)))
+    scale = vae.scale_factor_spatial
+    cuts = bounds(shape[1], active)
+    expected = whole[:, cuts[mesh.rank] * scale : cuts[mesh.rank + 1] * scale]
+    return {
+        "rows": made.shape[1],
+        "equal": bool(torch.equal(made, expected)),
+        "error": (made.int() - expected.int()).abs().max().item(),
+        "levels": len(expected.unique()),
+        "sent": mesh.traffic.sent_bytes["decode"],
+    }

@@ -1,0 +1,167 @@
+"""Ranks that raise, die or hang; engines that die: typed errors that name them, in time, and
+nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import sora_engine as sora
+from tests.faults.processes import descendants, parents, wait_gone
+
+BOUND_S = 30.0
+REQUEST = sora.VideoRequest(
+    "a red circle", height=32, width=32, num_frames=5, num_inference_steps=100, seed=1
+)
+SHORT = sora.VideoRequest("a", height=32, width=32, num_frames=1, num_inference_steps=1, seed=1)
+
+# What makes a rank of these tests do wrong: it is told by a file, read before each step.
+SABOTAGE = """
+    import time
+    from pathlib import Path
+    import sora_engine.distributed.rank as rank_module
+
+    step = rank_module.denoise_step
+
+    def sabotaged(jobs, model, packer, limit, ranks):
+        order = Path({order!r}).read_text().split()
+        if order and int(order[1]) == ranks.mesh.rank:
+            if order[0] == "raise":
+                raise OSError("the disk is on fire")
+            time.sleep(1000)
+        return step(jobs, model, packer, limit, ranks)
+
+    rank_module.denoise_step = sabotaged
+"""
+
+
+@pytest.fixture
+def order(tmp_path, monkeypatch):
+    """A file that orders a fault, for ranks that are started from here on."""
+    path = tmp_path / "order"
+    path.write_text("")
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(SABOTAGE.format(order=str(path))))
+    monkeypatch.syspath_prepend(tmp_path)
+    return path
+
+
+def start(**axes):
+    parallel = sora.ParallelConfig(timeout_s=5.0, **axes)
+    return sora.Engine.from_pretrained("sprites", device="cpu", parallel=parallel)
+
+
+def running(engine):
+    """A job that takes its steps, and the ranks that take them (without their launcher)."""
+    stepped = threading.Event()
+    job = engine.submit(REQUEST, on_progress=lambda progress: stepped.set())
+    assert stepped.wait(120)
+    return job, descendants()[1:]
+
+
+def check_failure(engine, job, ranks, pattern, since):
+    with pytest.raises(sora.RankFailedError, match=pattern) as caught:
+        job.result(BOUND_S)
+    assert time.monotonic() - since < BOUND_S
+    assert wait_gone(ranks, 5)
+    assert descendants() == []
+    # Every rank that could still speak was told who failed, and said so before it ended.
+    told = engine._workers[0].stages.pool.told
+    assert set(told) == set(range(len(ranks))) - {caught.value.rank}
+    assert all(str(caught.value) in answer for answer in told.values())
+    return caught.value
+
+
+def test_ranks_that_are_killed_raise_or_hang(order):
+    """One engine through three faults: each time the next request is served by fresh ranks."""
+    with start(ulysses=2, guidance=2) as engine:
+        job, ranks = running(engine)
+        assert len(ranks) == 4
+        since = time.monotonic()
+        os.kill(ranks[2], signal.SIGKILL)
+        error = check_failure(engine, job, ranks, "rank 2 was killed by SIGKILL", since)
+        assert (error.rank, error.reason) == (2, "was killed by SIGKILL")
+
+        job, ranks = running(engine)
+        since = time.monotonic()
+        order.write_text("raise 1")
+        check_failure(engine, job, ranks, "rank 1 raised OSError: the disk is on fire", since)
+        order.write_text("")
+
+        job, ranks = running(engine)
+        since = time.monotonic()
+        order.write_text("hang 3")
+        check_failure(engine, job, ranks, "rank 3 hangs: the others have waited", since)
+        order.write_text("")
+
+        assert engine.generate(SHORT).frames.shape == (1, 32, 32, 3)
+        assert len(descendants()) == 5
+    assert descendants() == []
+
+
+def test_a_rank_that_is_stopped_and_a_death_in_idleness():
+    with start(ring=2) as engine:
+        job, ranks = running(engine)
+        since = time.monotonic()
+        os.kill(ranks[1], signal.SIGSTOP)  # not even its second thread answers
+        check_failure(engine, job, ranks, "rank 1 (hangs|has not been heard of)", since)
+
+        assert engine.generate(SHORT).frames.any()
+        ranks = descendants()[1:]
+        os.kill(ranks[0], signal.SIGKILL)
+        wait_gone(ranks[:1], 5)
+        with pytest.raises(sora.RankFailedError, match="rank 0"):
+            engine.generate(SHORT)
+        assert engine.generate(SHORT).frames.any()
+    assert descendants() == []
+
+
+ENGINE = """
+    import sys, threading
+    import sora_engine as sora
+    engine = sora.Engine.from_pretrained(
+        "sprites", device="cpu", parallel=sora.ParallelConfig(ulysses=2)
+    )
+    request = sora.VideoRequest("a", height=32, width=32, num_frames=5, num_inference_steps=900)
+    engine.submit(request, on_progress=lambda p: print("step", flush=True))
+    threading.Event().wait(300)
+"""
+
+
+def test_an_engine_that_dies_takes_its_ranks_with_it():
+    code = textwrap.dedent(ENGINE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
+    ) as engine:
+        assert engine.stdout.readline() == b"step\n"
+        ranks = descendants(engine.pid)
+        assert len(ranks) == 3
+        os.kill(ranks[2], signal.SIGSTOP)  # not even this one stays
+        engine.kill()
+    assert wait_gone(ranks, 10)
+
+
+def test_a_launcher_that_dies_takes_its_ranks_with_it():
+    with start(ulysses=2) as engine:
+        job, ranks = running(engine)
+        launcher = descendants()[0]
+        os.kill(launcher, signal.SIGKILL)
+        assert wait_gone(ranks, 5)
+        with pytest.raises(sora.RankFailedError):
+            job.result(BOUND_S)
+    assert descendants() == []
+
+
+def test_nothing_is_left_in_shared_memory():
+    """After all of the above."""
+    names = [p.name for p in Path("/dev/shm").iterdir() if "torch" in p.name or "gloo" in p.name]
+    assert names == []
+    assert not [pid for pid in parents() if pid in descendants()]

@@ -1,0 +1,101 @@
+"""A process is killed, and another one goes on with its job: the video is the same to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sora_engine as sora
+from tests.faults.engines import engine, random_request
+
+REQUEST = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 12, "seed": 3}
+KILLED = """
+import sys, time
+import sora_engine as sora
+job = sora.Engine.from_pretrained("sprites", device="cpu", dtype="float32").submit(
+    sora.VideoRequest({prompt!r}, **{request!r}),
+    save_to={path!r},
+    on_progress=lambda p: (print(p.steps_done, flush=True), time.sleep(0.05)),
+)
+job.result()
+"""
+
+
+def test_killed_and_resumed_at_three_random_steps(tmp_path):
+    request = {**REQUEST, "solver": "dpm++sde"}  # with history, and fresh noise at every step
+    rng = random.Random(os.getpid())
+    steps = sorted(rng.sample(range(1, 11), 3))
+    path = tmp_path / "job.safetensors"
+    code = KILLED.format(prompt="a red circle", request=request, path=str(path))
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    kept = []
+    with engine() as made:
+        whole = made.generate(sora.VideoRequest("a red circle", **request))
+        run = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        try:
+            for line in run.stdout:
+                if int(line) in steps:
+                    kept.append(shutil.copy(path, tmp_path / f"{line.strip()}.safetensors"))
+                if int(line) == steps[-1]:
+                    break
+        finally:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            run.stdout.close()
+        assert len(kept) == 3
+        for step, file in zip(steps, [*kept[:2], path], strict=True):
+            video = made.resume(file).result(120)
+            assert video.receipt.resumed_at in (step, step + 1)  # the last may be a step further
+            assert torch.equal(video.latents, whole.latents)
+            assert np.array_equal(video.frames, whole.frames)
+            assert video.provenance == whole.provenance
+
+
+def test_every_kind_of_job_is_saved_by_its_caller_and_resumed(tmp_path):
+    rng = random.Random(7)
+    with engine() as made:
+        for i in range(6):
+            request = random_request(rng, most=32, steps=6)
+            job = made.submit(request, on_progress=lambda _: time.sleep(0.005))
+            path = job.save(tmp_path / f"{i}.safetensors", timeout_s=60)
+            whole = job.result(60)
+            again = made.resume(path).result(60)
+            assert torch.equal(again.latents, whole.latents), request
+            assert np.array_equal(again.frames, whole.frames)
+        with pytest.raises(sora.JobFailedError, match="the job is completed"):
+            job.save(path)
+
+
+def test_what_is_no_saved_job_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "job.safetensors"
+    with engine() as made:
+        made.submit(sora.VideoRequest("x", **REQUEST), save_to=path).result(60)
+        content = path.read_bytes()
+        for bad in (
+            b"",
+            content[:1000],
+            b"\0" * 100,
+            content.replace(b"noise_given", b"noise_giver"),
+        ):
+            (tmp_path / "bad").write_bytes(bad)
+            with pytest.raises(sora.CheckpointError):
+                made.resume(tmp_path / "bad")
+        monkeypatch.setattr(made.model, "weights_hash", "0" * 64)
+        with pytest.raises(sora.CheckpointError, match="saved from another model"):
+            made.resume(path)
+        with pytest.raises(OSError, match="No such file"):
+            made.submit(sora.VideoRequest("x", **REQUEST)).save("/nowhere/x", timeout_s=60)
