@@ -143,7 +143,7 @@ def known(make: Maker, count: int, vae_folder: Path) -> dict[str, object]:
     """Given frames: how well they are kept, and whether the rest goes on from them.
 
     `apart` is the median distance of the sprite's centre from the true clip's, in the frames that
-    were not given, in short sides of the frame.
+    were not given, in pixels.
     """
     vae = load_vae(vae_folder)
     scenes = scenes_of((64, 96), count, seed=4)
@@ -169,7 +169,7 @@ def known(make: Maker, count: int, vae_folder: Path) -> dict[str, object]:
             got, want = reader.read(frames).sprites, reader.read(clip).sprites
             if got and want:
                 step = got[0].path - want[0].path
-                period = np.array(clip.shape[2:0:-1]) / min(clip.shape[1:3])
+                period = np.array(clip.shape[2:0:-1])
                 step = (step + period / 2) % period - period / 2
                 apart.append(np.median(np.linalg.norm(step[~given], axis=1)))
         scores = table(scenes, made)

@@ -27,7 +27,7 @@ class Reading:
     size: str
     motion: str | None
     path: np.ndarray
-    """Unwrapped centroid by frame, float64 [n, 2], x and y in short sides."""
+    """Unwrapped centroid by frame, float64 [n, 2], x and y in pixels."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,16 @@ def _background(frames: Tensor) -> tuple[str, Tensor]:
 def _measure(cover: Tensor, colour: str) -> Reading | None:
     """Shape, size and motion of one sprite from how far it covers each pixel, [n, h, w]."""
     n, height, width = cover.shape
-    short = min(height, width)
     area = cover.sum(dim=(1, 2))
     seen = area > 0.25 * area.median()
     if not bool(seen.any()) or float(area.median()) < 4:
         return None
     x, y = _centre(cover.sum(dim=1)), _centre(cover.sum(dim=2))
     shape = _shape(cover, x, y, area)
-    radius = (area / world.AREA[shape]).sqrt() / short
+    radius = (area / world.AREA[shape]).sqrt()
     typical = float(radius[seen].median())
     size = "small" if typical < math.sqrt(world.SIZES["small"] * world.SIZES["large"]) else "large"
-    path = np.stack([_unwrap(x, width), _unwrap(y, height)], axis=1) / short
+    path = np.stack([_unwrap(x, width), _unwrap(y, height)], axis=1)
     motion = _motion(path, radius.double().numpy(), seen.numpy()) if n >= 5 else None
     return Reading(colour, shape, size, motion, path)
 
@@ -136,7 +135,7 @@ def _motion(path: np.ndarray, radius: np.ndarray, seen: np.ndarray) -> str:
     low, high = world.GROW_RADII
     pulse = _fit(radius[:, None], seen, _pulses(t) * (high - low) + low, free_place=False)
     constant = float(np.std(radius[seen]))
-    if pulse < constant and constant > 0.008:
+    if pulse < constant and constant > 0.5:
         return "grows"
     errors = {"still": _fit(path, seen, np.zeros((1, len(t), 2)))}
     for name, (dx, dy) in world.STEPS.items():

@@ -1,4 +1,4 @@
-"""Train the sprites' transformer and text encoder on the latents of a finished VAE.
+"""Train the sprites' transformer on the latents and texts of a finished VAE and text encoder.
 
     torchrun --nproc-per-node 2 examples/sprites/train_transformer.py \
         --out runs/transformer --stage small --minutes 75
@@ -30,7 +30,7 @@ from training import Average, Clock, Muon, save, say, start
 from sora_engine.packing import Packer
 from sora_engine.vae import WanVAE
 
-TRAINED_VAE = Path(__file__).parents[2] / "sora_engine" / "checkpoints" / "sprites" / "vae"
+BUNDLED = Path(__file__).parents[2] / "sora_engine" / "checkpoints" / "sprites"
 
 
 def loss_of(model: Sprites, packer: Packer, clips: list[Clip], rng: random.Random) -> Tensor:
@@ -85,7 +85,10 @@ def score(model: Sprites, vae: WanVAE, count: int, seed: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, default=TRAINED_VAE, help="the folder of a VAE")
+    parser.add_argument("--vae", type=Path, default=BUNDLED / "vae", help="a VAE's folder")
+    parser.add_argument(
+        "--text", type=Path, default=BUNDLED / "text_encoder", help="a text encoder's folder"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
     parser.add_argument("--stage", choices=STAGES, default="all", help="sizes and lengths shown")
     parser.add_argument("--minutes", type=float, default=75)
@@ -100,11 +103,8 @@ def main() -> None:
 
     vae = load_vae(args.vae).to(args.device).eval()
     # Computes in bf16; the optimiser keeps the weights in fp32.
-    model = Sprites().to(args.device)
-    optimiser = Muon(
-        dict(model.named_parameters()),
-        adam=("text.shared.weight", *(n for n, _ in model.named_parameters() if "relative" in n)),
-    )
+    model = Sprites(args.text).to(args.device)
+    optimiser = Muon(dict(model.named_parameters()))
     model.transformer.to(torch.bfloat16)
     average = Average(optimiser.master, 250)
     step, seconds, path = 0, 0.0, args.out / "state.pt"

@@ -79,7 +79,7 @@ def batch(rng: random.Random, pixels: int) -> Tensor:
         else:
             scene = world.sample_scene(rng, rng.choice(SIDES), rng.choice(SIDES))
             middle = torch.tensor([num_frames / 2])
-            x, y, _ = rng.choice(scene.sprites).path(middle, min(scene.height, scene.width))
+            x, y, _ = rng.choice(scene.sprites).path(middle)
             left = cut(rng, x.item() % scene.width, w, scene.width)
             crop = (cut(rng, y.item() % scene.height, h, scene.height), left, h, w)
         clips.append(scene.render(num_frames, start=rng.randrange(1000), crop=crop))

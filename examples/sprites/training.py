@@ -44,6 +44,7 @@ class Muon:
         """One update from the gradients, averaged over processes, which it then clears."""
         self.steps += 1
         average_gradients(self.params.values())
+        updates = self._orthogonal_updates()
         for name, param in self.params.items():
             if param.grad is None:
                 continue
@@ -56,13 +57,33 @@ class Muon:
                 scale = (second / (1 - 0.98**self.steps)).sqrt() + 1e-8
                 weight.sub_(rate * mean / scale)
             else:
-                first.lerp_(grad, 0.05)
-                update = torch.lerp(grad, first, 0.95).flatten(1)
+                update = updates[name]
                 size = 0.2 * max(update.shape) ** 0.5
                 weight.mul_(1 - decay * rate)
-                weight.sub_(rate * size * orthogonal(update).view_as(weight))
+                weight.sub_(rate * size * update.view_as(weight))
             param.copy_(weight)
             param.grad = None
+
+    def _orthogonal_updates(self) -> dict[str, Tensor]:
+        """Each matrix's update, bf16. Processes share the work out and exchange the results."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if shared() else (0, 1)
+        updates = {}
+        for i, (name, param) in enumerate(self.params.items()):
+            if name in self.adam or param.grad is None:
+                continue
+            grad, first = param.grad.float(), self.first[name]
+            first.lerp_(grad, 0.05)
+            update = torch.lerp(grad, first, 0.95).flatten(1)
+            mine = i % world_size == rank
+            updates[name] = (
+                orthogonal(update) if mine else update.new_zeros(update.shape).bfloat16()
+            )
+        if world_size > 1:
+            flat = torch.cat([update.flatten() for update in updates.values()])
+            dist.all_reduce(flat)
+            parts = flat.split([update.numel() for update in updates.values()])
+            updates = {n: p.view_as(updates[n]) for n, p in zip(updates, parts, strict=True)}
+        return updates
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -84,14 +105,14 @@ class Muon:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of a matrix, roughly: all its singular values come near one."""
+    """The orthogonal factor of a matrix, roughly: its singular values come near one. In bf16."""
     x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return (x.T if tall else x).float()
+    return x.T if tall else x
 
 
 class Average:
@@ -136,8 +157,13 @@ def start(device: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def shared() -> bool:
+    """Whether other processes train beside this one."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def average_gradients(params: Iterable[nn.Parameter]) -> None:
-    if not dist.is_initialized():
+    if not shared():
         return
     params = list(params)
     for param in params:
@@ -153,7 +179,7 @@ def average_gradients(params: Iterable[nn.Parameter]) -> None:
 
 def first_says(value: float) -> float:
     """The first process's value, for all."""
-    if not dist.is_initialized():
+    if not shared():
         return value
     told = torch.tensor([value], dtype=torch.float64)
     if dist.get_backend() == "nccl":

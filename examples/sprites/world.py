@@ -2,8 +2,10 @@
 
 The world is stationary: any stretch of an endless clip fits its caption. Straight motion wraps
 round the frame's edges, ``bounces`` and ``orbits`` go on for ever, ``grows`` pulses, and a clip
-starts at a random phase. Lengths are in units of the frame's short side, so one caption looks the
-same at every size. Shapes are signed distance functions, so edges are anti-aliased analytically.
+starts at a random phase. Sprites are as large and as fast in a wide frame as in a small one, and
+start on a grid of 8 pixels: what a model learns of a sprite in a small frame holds in every other,
+and straight motion covers 16 pixels, a token's width, in the 4 frames of a latent.
+Shapes are signed distance functions, so edges are anti-aliased analytically.
 
 With two sprites each keeps to its own half of the frame: one above the other where something moves
 sideways, side by side where something moves up or down. So two sprites never hide one another, and
@@ -39,7 +41,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "yellow": (255, 225, 0),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star")
-SIZES: dict[str, float] = {"small": 0.125, "large": 0.2}
+SIZES: dict[str, float] = {"small": 8.0, "large": 13.0}  # radii
 MOTIONS: dict[str, str] = {
     "left": "moves left",
     "right": "moves right",
@@ -52,10 +54,12 @@ MOTIONS: dict[str, str] = {
 }
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-SPEED = 0.045  # of the short side, a frame
-BOUNCE_PERIOD, BOUNCE_HEIGHT, BOUNCE_HEIGHT_LANE = 12, 0.30, 0.22
-ORBIT_PERIOD, ORBIT_RADIUS, ORBIT_RADIUS_LANE = 16, 0.20, 0.12
-GROW_PERIOD, GROW_RADII = 16, (0.11, 0.20)
+# Pixels and frames.
+GRID, PHASES = 8, 2  # places and phases are multiples of these
+SPEED = 4.0
+BOUNCE_PERIOD, BOUNCE_HEIGHT, BOUNCE_HEIGHT_LANE = 16, 20.0, 14.0
+ORBIT_PERIOD, ORBIT_RADIUS, ORBIT_RADIUS_LANE = 16, 13.0, 8.0
+GROW_PERIOD, GROW_RADII = 16, (7.0, 13.0)
 
 # For each shape: the farthest point from its centroid and its area, in units of the radius and of
 # its square. Areas are near a circle's, so that "small" and "large" mean one thing for all.
@@ -83,26 +87,26 @@ class Sprite:
     phase: float
     lane: bool = False
 
-    def path(self, frames: Tensor, short: int) -> tuple[Tensor, Tensor, Tensor]:
+    def path(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Centre x, y and radius in pixels at each of `frames` (float [n])."""
         t = frames + self.phase
         x, y = torch.full_like(t, self.x), torch.full_like(t, self.y)
-        radius = torch.full_like(t, SIZES[self.size] * short)
+        radius = torch.full_like(t, SIZES[self.size])
         if self.motion in STEPS:
             dx, dy = STEPS[self.motion]
-            x, y = x + dx * SPEED * short * t, y + dy * SPEED * short * t
+            x, y = x + dx * SPEED * t, y + dy * SPEED * t
         elif self.motion == "bounces":
             part = torch.remainder(t / BOUNCE_PERIOD, 1.0)
             height = BOUNCE_HEIGHT_LANE if self.lane else BOUNCE_HEIGHT
-            y = y + height * short * (0.5 - 4 * part * (1 - part))
+            y = y + height * (0.5 - 4 * part * (1 - part))
         elif self.motion == "orbits":
             turn = 2 * math.pi * t / ORBIT_PERIOD
-            reach = (ORBIT_RADIUS_LANE if self.lane else ORBIT_RADIUS) * short
+            reach = ORBIT_RADIUS_LANE if self.lane else ORBIT_RADIUS
             x, y = x + reach * torch.cos(turn), y + reach * torch.sin(turn)
         elif self.motion == "grows":
             low, high = GROW_RADII
             pulse = 0.5 - 0.5 * torch.cos(2 * math.pi * t / GROW_PERIOD)
-            radius = (low + (high - low) * pulse) * short
+            radius = low + (high - low) * pulse
         return x, y, radius
 
 
@@ -134,7 +138,7 @@ class Scene:
         colour = torch.tensor(BACKGROUNDS[self.background], device=device) / 255.0
         video = colour.expand(num_frames, height, width, 3)
         for sprite in self.sprites:
-            cx, cy, radius = sprite.path(frames, min(self.height, self.width))
+            cx, cy, radius = sprite.path(frames)
             dx = _wrap(xs - cx[:, None], self.width)[:, None, :]
             dy = _wrap(ys - cy[:, None], self.height)[:, :, None]
             cover = (0.5 - distance(sprite.shape, dx, dy, radius[:, None, None])).clamp_(0, 1)
@@ -230,7 +234,6 @@ def _sample(rng: random.Random, height: int, width: int, count: int) -> Scene | 
         not upright and (height > width or (height == width and rng.random() < 0.5))
     )
     first = rng.randrange(2)
-    short = min(height, width)
     sprites = []
     for i in range(count):
         motion, shape, size = motions[i], shapes[i], sizes[i]
@@ -242,30 +245,33 @@ def _sample(rng: random.Random, height: int, width: int, count: int) -> Scene | 
             box, length = (box_y, height) if stacked else (box_x, width)
             box[0], box[1] = 0.5 * length * half, 0.5 * length * (half + 1)
         reach = GROW_RADII[1] if motion == "grows" else SIZES[size]
-        top = side = reach * EXTENT[shape] * short
+        top = side = reach * EXTENT[shape]
         bottom = top
         if shape == "triangle":
             side, bottom = top * math.cos(math.pi / 6), top / 2
         if motion == "bounces":
-            rise = 0.5 * (BOUNCE_HEIGHT_LANE if lane else BOUNCE_HEIGHT) * short
+            rise = 0.5 * (BOUNCE_HEIGHT_LANE if lane else BOUNCE_HEIGHT)
             top, bottom = top + rise, bottom + rise
         elif motion == "orbits":
-            turn = (ORBIT_RADIUS_LANE if lane else ORBIT_RADIUS) * short
+            turn = ORBIT_RADIUS_LANE if lane else ORBIT_RADIUS
             top, bottom, side = top + turn, bottom + turn, side + turn
         x = _between(rng, box_x[0] + side, box_x[1] - side)
         y = _between(rng, box_y[0] + top, box_y[1] - bottom)
         if motion in ("left", "right"):
-            x = rng.uniform(0, width)
+            x = _between(rng, 0, width - GRID)
         if motion in ("up", "down"):
-            y = rng.uniform(0, height)
-        phase = rng.uniform(0, BOUNCE_PERIOD * ORBIT_PERIOD)
+            y = _between(rng, 0, height - GRID)
+        # Straight motion starts anywhere by its place alone.
+        phase = 0.0 if motion in STEPS else float(rng.randrange(0, ORBIT_PERIOD, PHASES))
         sprites.append(Sprite(colours[i], shape, size, motion, x, y, phase, lane))
     return Scene(background, tuple(sprites), height, width)
 
 
 def _between(rng: random.Random, low: float, high: float) -> float:
-    """Uniform in [low, high], or the middle where a sprite hardly fits."""
-    return rng.uniform(low, high) if high > low else 0.5 * (low + high)
+    """A place on the grid in [low, high], or the one nearest the middle where none is."""
+    first, last = math.ceil(low / GRID), math.floor(high / GRID)
+    step = rng.randint(first, last) if first <= last else round((low + high) / 2 / GRID)
+    return float(GRID * step)
 
 
 def _wrap(offset: Tensor, period: int) -> Tensor:

@@ -75,7 +75,7 @@ def test_every_colour_and_background_is_read() -> None:
         scene = world.Scene(background, (sprite,), 64, 64)
         reading = reader.read(scene.render(1))
         assert (reading.background, [s.colour for s in reading.sprites]) == (background, [colour])
-        assert np.abs(reading.sprites[0].path[0] * 64 - [20, 30]).max() < 0.1
+        assert np.abs(reading.sprites[0].path[0] - [20, 30]).max() < 0.1
 
 
 def test_the_world_is_stationary() -> None:
@@ -88,7 +88,7 @@ def test_the_world_is_stationary() -> None:
             assert reading_facts(scene, scene.render(9, start=start)) == want
     sprite = world.Sprite("red", "star", "small", "right", 30.0, 32.0, 0.0)
     scene = world.Scene("white", (sprite,), 64, 96)
-    period = 96 / (world.SPEED * 64)
+    period = 96 / world.SPEED
     later = world.Sprite("red", "star", "small", "right", 30.0, 32.0, period)
     again = world.Scene("white", (later,), 64, 96)
     torch.testing.assert_close(scene.render(3), again.render(3), atol=2e-3, rtol=0)
