@@ -6,46 +6,74 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sora_engine.async_engine import AsyncEngine
-    from sora_engine.config import Limits
+    from sora_engine.config import Limits, ParallelConfig
     from sora_engine.engine import Engine
     from sora_engine.errors import (
         BackendError,
         CheckpointError,
+        DeadlineExceededError,
+        DeviceError,
         EngineClosedError,
+        EngineDeadError,
         JobCancelledError,
         JobFailedError,
+        JobMemoryError,
+        LayoutError,
         MediaError,
+        MemoryLimitError,
         QueueFullError,
+        RankFailedError,
+        RefusedError,
         RequestError,
         SoraError,
+        UpsamplingError,
     )
     from sora_engine.guidance import Guidance
+    from sora_engine.hooks import FrameSpan, Hooks
     from sora_engine.job import Job, JobState, Progress
-    from sora_engine.request import Clip, Shot, VideoRequest
+    from sora_engine.memory import MemoryPlan
+    from sora_engine.receipt import Receipt
+    from sora_engine.request import Clip, Footage, Shot, VideoRequest
     from sora_engine.video import Video
-    from sora_engine.windows import WindowPlan
+    from sora_engine.windows import SparsePlan, WindowPlan
 
 _HOMES = {
     "AsyncEngine": "async_engine",
     "Limits": "config",
+    "ParallelConfig": "config",
     "Engine": "engine",
     "BackendError": "errors",
     "CheckpointError": "errors",
+    "DeadlineExceededError": "errors",
+    "DeviceError": "errors",
     "EngineClosedError": "errors",
+    "EngineDeadError": "errors",
     "JobCancelledError": "errors",
     "JobFailedError": "errors",
+    "JobMemoryError": "errors",
+    "LayoutError": "errors",
     "MediaError": "errors",
+    "MemoryLimitError": "errors",
     "QueueFullError": "errors",
+    "RankFailedError": "errors",
+    "RefusedError": "errors",
     "RequestError": "errors",
     "SoraError": "errors",
+    "UpsamplingError": "errors",
     "Guidance": "guidance",
+    "FrameSpan": "hooks",
+    "Hooks": "hooks",
     "Job": "job",
     "JobState": "job",
     "Progress": "job",
+    "MemoryPlan": "memory",
+    "Receipt": "receipt",
     "Clip": "request",
+    "Footage": "request",
     "Shot": "request",
     "VideoRequest": "request",
     "Video": "video",
+    "SparsePlan": "windows",
     "WindowPlan": "windows",
 }
 
@@ -54,20 +82,36 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "Clip",
+    "DeadlineExceededError",
+    "DeviceError",
     "Engine",
     "EngineClosedError",
+    "EngineDeadError",
+    "Footage",
+    "FrameSpan",
     "Guidance",
+    "Hooks",
     "Job",
     "JobCancelledError",
     "JobFailedError",
+    "JobMemoryError",
     "JobState",
+    "LayoutError",
     "Limits",
     "MediaError",
+    "MemoryLimitError",
+    "MemoryPlan",
+    "ParallelConfig",
     "Progress",
     "QueueFullError",
+    "RankFailedError",
+    "Receipt",
+    "RefusedError",
     "RequestError",
     "Shot",
     "SoraError",
+    "SparsePlan",
+    "UpsamplingError",
     "Video",
     "VideoRequest",
     "WindowPlan",

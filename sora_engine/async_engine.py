@@ -29,13 +29,13 @@ class AsyncEngine:
         """As `Engine.from_pretrained`, without holding up the event loop."""
         return cls(await asyncio.to_thread(Engine.from_pretrained, *arguments, **options))
 
-    def submit(self, request: VideoRequest) -> Job:
-        """Queue a request; raises as `Engine.submit`."""
-        return self.engine.submit(request)
+    def submit(self, request: VideoRequest, **options: Any) -> Job:
+        """Queue a request; takes and raises what `Engine.submit` does."""
+        return self.engine.submit(request, **options)
 
-    async def generate(self, request: VideoRequest) -> Video:
+    async def generate(self, request: VideoRequest, **options: Any) -> Video:
         """Make a video. Cancelling the task cancels the job, within one step or latent frame."""
-        return await self.wait(self.submit(request))
+        return await self.wait(self.submit(request, **options))
 
     async def wait(self, job: Job) -> Video:
         """The video of a job; raises what `Job.result` raises."""
@@ -63,7 +63,7 @@ class AsyncEngine:
         if job.progress != last:
             yield job.progress
 
-    async def frames(self, request: VideoRequest) -> AsyncIterator[np.ndarray]:
+    async def frames(self, request: VideoRequest, **options: Any) -> AsyncIterator[np.ndarray]:
         """Frames as they are decoded, uint8 `[n, height, width, 3]`.
 
         Leaving the loop early, or cancelling its task, cancels the job.
@@ -74,7 +74,7 @@ class AsyncEngine:
         def put(item: np.ndarray | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        job = self.engine.submit(request, on_frames=put)
+        job = self.engine.submit(request, **options, on_frames=put)
         job.add_done_callback(lambda _: put(None))
         try:
             while (chunk := await queue.get()) is not None:

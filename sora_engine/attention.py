@@ -7,15 +7,51 @@ import math
 import torch
 from torch import Tensor
 
-from sora_engine.packing import ContextRuns, Stream
-from sora_kernels import packed_attention
+from sora_engine.distributed.sequence import (
+    sharded_attention,
+    trade_heads_for_tokens,
+    trade_tokens_for_heads,
+)
+from sora_engine.errors import RequestError
+from sora_engine.packing import ContextRuns, Plans, Stream
+from sora_kernels import (
+    AttentionPlan,
+    packed_attention,
+    plan_attention,
+    takes_plan,
+    windowed_attention,
+)
+
+
+def _planned(
+    plans: Plans, q: Tensor, cu_seqlens: Tensor, backend: str, num_tokens: int | None = None
+) -> AttentionPlan | None:
+    """The plan for these queries, made on the first of the layers and steps that share it.
+
+    num_tokens: where ranks attend to another number of them than q has.
+    """
+    if not takes_plan(q, backend):
+        return None
+    head_dim = q.shape[2]
+    tokens = q.shape[0] if num_tokens is None else num_tokens
+    offsets, plan = plans.get((head_dim, q.dtype), (None, None))
+    if offsets is not cu_seqlens or plan is None:
+        plan = plan_attention(cu_seqlens, num_tokens=tokens, head_dim=head_dim, dtype=q.dtype)
+        plans[head_dim, q.dtype] = cu_seqlens, plan
+    return plan
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: str) -> Tensor:
-    """Each token attends to all tokens of its own segment.
+    """Each token attends to all tokens of its own segment, or to those of the frames that it sees.
 
     q, k, v: `[tokens, heads, head_dim]`; returns the same shape.
     """
+    if stream.sees is not None:
+        return _sparse_attention(q, k, v, stream, backend)
+    if stream.shard is not None:
+        shard = stream.shard
+        plan = _planned(stream.plans, q, shard.cu_seqlens, backend, len(shard.own_block))
+        return sharded_attention(q, k, v, shard, plan=plan, backend=backend)
     return packed_attention(
         q,
         k,
@@ -24,8 +60,42 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: 
         stream.cu_seqlens,
         max_seqlen_q=stream.max_seqlen,
         max_seqlen_k=stream.max_seqlen,
+        plan=_planned(stream.plans, q, stream.cu_seqlens, backend),
         backend=backend,
     )
+
+
+def _sparse_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: str) -> Tensor:
+    assert stream.sees is not None
+    shard, heads = stream.shard, q.shape[1]
+    if shard is not None:
+        if shard.mesh.ring.size > 1:
+            raise RequestError(
+                "window is a SparsePlan, for which a rank needs all tokens of its heads: "
+                "ring=1 would work, and ulysses, guidance and window as large as before"
+            )
+        q, k, v = trade_tokens_for_heads(q, k, v, shard)
+    key = q.shape[-1], q.dtype
+    if key not in stream.sparse_plans:
+        stream.sparse_plans[key] = plan_attention(
+            stream.cu_seqlens,
+            num_tokens=q.shape[0],
+            head_dim=q.shape[-1],
+            dtype=q.dtype,
+            grids=stream.grids,
+            masks=stream.sees,
+        )
+    out = windowed_attention(
+        q,
+        k,
+        v,
+        stream.cu_seqlens,
+        stream.grids,
+        (-1, -1, -1),
+        plan=stream.sparse_plans[key],
+        backend=backend,
+    )
+    return out if shard is None else trade_heads_for_tokens(out, shard, heads)
 
 
 def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -> Tensor:
@@ -38,11 +108,13 @@ def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -
     so a padded text costs what its real tokens cost, and nothing is approximated.
     """
     operands = (q, runs.keys[layer], runs.values[layer], runs.cu_seqlens_q, runs.cu_seqlens_k)
+    plan = _planned(runs.plans, q, runs.cu_seqlens_q, backend)
     if runs.log_padding is None:
         return packed_attention(
             *operands,
             max_seqlen_q=runs.max_seqlen_q,
             max_seqlen_k=runs.max_seqlen_k,
+            plan=plan,
             backend=backend,
         )
     assert runs.padding_keys is not None
@@ -51,6 +123,7 @@ def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -
         *operands,
         max_seqlen_q=runs.max_seqlen_q,
         max_seqlen_k=runs.max_seqlen_k,
+        plan=plan,
         return_lse=True,
         backend=backend,
     )

@@ -12,13 +12,14 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sora_engine.guidance import Guidance
 from sora_engine.packing import Context, Segment
 from sora_engine.samplers import Solver, SolverState
-from sora_engine.windows import Window, WindowPlan, plan_windows
+from sora_engine.windows import SparsePlan, Window, WindowPlan, plan_windows
 
 
 class KnownMode(StrEnum):
@@ -28,9 +29,12 @@ class KnownMode(StrEnum):
     """Known tokens stand in the sample at noise level 0 (Wan 2.2 TI2V-5B)."""
     CHANNELS = "channels"
     """A mask and the known latents come as further input channels (Wan I2V)."""
+    VACE = "vace"
+    """Control latents come as further input channels: known content, unknown content, and a mask
+    (arXiv 2503.07598)."""
     REPLACEMENT = "replacement"
     """The model knows nothing of it: the known part of the sample is replaced by the known content
-    at the step's noise level (arXiv 2201.09865, without resampling)."""
+    at the step's noise level (arXiv 2201.09865)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +42,7 @@ class Known:
     """Known content of a canvas.
 
     latents: `[C, T, H, W]`; mask: bool `[T, H, W]`, True where known. Both are None in mode
-        CHANNELS, where `channels [C', T, H, W]` go beside the sample instead.
+        CHANNELS and VACE, where `channels [C', T, H, W]` go beside the sample instead.
     """
 
     mode: KnownMode
@@ -69,7 +73,9 @@ class Canvas:
     noise: the initial noise, same shape.
     wraps: time is a circle (a loop).
     seed: of the fresh noise that stochastic solvers take.
+    resample: how often each step is taken (see `VideoRequest`).
     guidances: one for each expert; guidance_memory: what theirs keeps from step to step.
+    preview: what the last step makes of the video, uint8 `[T, H, W, 3]`, where the model can tell.
     contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
     """
 
@@ -82,14 +88,20 @@ class Canvas:
     known: Known | None = None
     wraps: bool = False
     seed: int = 0
-    window_plan: WindowPlan | None = None
+    resample: int = 1
+    window_plan: WindowPlan | SparsePlan | None = None
     solver_state: SolverState = field(default_factory=SolverState)
     contexts: dict[int, list[Context]] = field(default_factory=dict)
     guidance_memory: Tensor | None = None
+    preview: np.ndarray | None = None
 
     @property
     def step(self) -> int:
         return self.solver_state.step
+
+    @property
+    def solver_name(self) -> str:
+        return type(self.solver).__name__
 
     @property
     def num_steps(self) -> int:
@@ -123,6 +135,14 @@ class Canvas:
         total = self.latents.shape[1]
         return plan_windows(self.window_plan, total, wraps=self.wraps, step=self.step)
 
+    def keep_latents_alone(self) -> None:
+        """Denoising is over: let go of all that only steps need."""
+        assert self.finished
+        self.contexts.clear()
+        self.noise = self.latents
+        self.solver_state = SolverState(step=self.step)
+        self.known = self.guidance_memory = None
+
     def impose_known(self) -> None:
         """Put the known content where the model expects it in the sample before the next step."""
         known = self.known
@@ -139,7 +159,15 @@ class Canvas:
             latents=self._model_input(window),
             timesteps=self._timesteps(window),
             contexts=self._contexts(window, expert, conditional=conditional),
+            sees=self._sees(window),
         )
+
+    def _sees(self, window: Window) -> Tensor | None:
+        plan = self.window_plan
+        if not isinstance(plan, SparsePlan) or plan.holds(window.total):
+            return None
+        order = window.indices()
+        return plan.sees(window.total, wraps=self.wraps, step=self.step)[order][:, order]
 
     def _model_input(self, window: Window) -> Tensor:
         sample = window.of(self.latents, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Generator
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,14 +18,21 @@ from sora_engine.canvas import Known, KnownMode
 from sora_engine.errors import RequestError
 from sora_engine.io.images import fit
 from sora_engine.io.video import read_video
-from sora_engine.request import Clip, ResolvedRequest
-from sora_engine.vae.coder import ChunkCoder
-from sora_engine.vae.state import VAEState
-from sora_engine.vae.wan import WanVAE
+from sora_engine.request import Clip, Footage, ResolvedRequest
+from sora_engine.vae.coder import VideoCoder
+from sora_engine.video import Video
 
 if TYPE_CHECKING:
     from sora_engine.models.video_model import VideoModel
     from sora_engine.request import Frames
+
+
+@runtime_checkable
+class ComparesStates(Protocol):
+    """A VAE that holds a part of the state, and asks those that hold the rest."""
+
+    def same_state(self, a: Any, b: Any) -> bool: ...
+
 
 MAX_REACH = 96
 """Latent frames after which a causal decoder that still remembers is taken to be at fault: Wan's
@@ -35,19 +44,34 @@ def load_frames(
 ) -> np.ndarray:
     """Frames in any form that a request takes, as uint8 `[n, height, width, 3]`.
 
-    A file is resampled to `fps`. Frames of another size are scaled until they cover the size asked
-    for, and their middle is kept. Raises RequestError or MediaError.
+    A file is resampled to `fps`; frames in memory are taken as they are. Frames of another size are
+    scaled until they cover the size asked for, and their middle is kept. Raises RequestError or
+    MediaError.
     """
+    if isinstance(frames, Footage):
+        return _part_of(frames, height, width, fps, what)
     if isinstance(frames, (str, PathLike)):
         return read_video(Path(frames), fps=fps, height=height, width=width)[0]
+    array = as_array(frames, what)
+    if array.shape[1:3] == (height, width):
+        return array
+    return np.stack(
+        [np.asarray(fit(Image.fromarray(f), height=height, width=width)) for f in array]
+    )
+
+
+def as_array(frames: object, what: str = "clip") -> np.ndarray:
+    """Frames in memory as uint8 `[n, height, width, 3]`; RequestError for what are none."""
+    if isinstance(frames, Video):
+        frames = frames.frames
     if isinstance(frames, Image.Image):
         frames = np.asarray(frames.convert("RGB"))[None]
     if isinstance(frames, Tensor):
         frames = frames.cpu().numpy()
     if not isinstance(frames, np.ndarray):
         raise RequestError(
-            f"a {what}'s frames are a uint8 array [n, height, width, 3], a PIL image or a path, "
-            f"got {type(frames).__name__}"
+            f"a {what}'s frames are a uint8 array [n, height, width, 3], a PIL image, a path or a "
+            f"Video, got {type(frames).__name__}"
         )
     if frames.ndim == 3:
         frames = frames[None]
@@ -56,11 +80,18 @@ def load_frames(
             f"a {what}'s frames are uint8 [n, height, width, 3], "
             f"got {frames.dtype} {list(frames.shape)}"
         )
-    if frames.shape[1:3] == (height, width):
-        return frames
-    return np.stack(
-        [np.asarray(fit(Image.fromarray(f), height=height, width=width)) for f in frames]
-    )
+    return frames
+
+
+def _part_of(part: Footage, height: int, width: int, fps: float | None, what: str) -> np.ndarray:
+    frames = load_frames(part.frames, height, width, fps, what)
+    stop = len(frames) if part.stop is None else part.stop
+    if not 0 <= part.start < stop <= len(frames):
+        raise RequestError(
+            f"frames {part.start} to {stop} of a {what} were asked for; it has {len(frames)}, so "
+            f"from 0 to {len(frames)} would work"
+        )
+    return frames[part.start : stop]
 
 
 def to_unit_range(frames: np.ndarray) -> Tensor:
@@ -76,6 +107,7 @@ class TimeLine:
 
     def __init__(self, request: ResolvedRequest) -> None:
         shape = (request.num_frames, request.height, request.width)
+        self.loop = request.loop
         self.frames = np.zeros((*shape, 3), np.uint8)
         self.mask = np.zeros(shape, bool)
         for clip in request.clips:
@@ -100,15 +132,51 @@ class TimeLine:
         return np.flatnonzero(self.mask.any(axis=(1, 2)))
 
     def filled(self) -> np.ndarray:
-        """The frames, with unknown ones standing still at the nearest known one."""
+        """The frames as they are encoded: nothing unknown is in them.
+
+        Unknown frames stand still at the nearest known one, and unknown parts of a frame take their
+        colours from what is known round about: an encoder sees far, and what lay there must not
+        leak into the latents that count as known.
+        """
         known = self.known_frames
-        positions = np.arange(len(self.frames))
-        nearest = known[np.abs(positions[:, None] - known[None]).argmin(axis=1)]
-        return self.frames[nearest]
+        distance = np.abs(np.arange(len(self.frames))[:, None] - known[None])
+        if self.loop:
+            distance = np.minimum(distance, len(self.frames) - distance)
+        nearest = known[distance.argmin(axis=1)]
+        filled = self.frames[nearest]
+        for i in np.flatnonzero(~self.mask[nearest].all(axis=(1, 2))):
+            filled[i] = fill_holes(filled[i], self.mask[nearest[i]])
+        return filled
 
 
-def encode_known(request: ResolvedRequest, model: VideoModel) -> tuple[Known | None, Tensor | None]:
-    """The request's known content as its model takes it, and the CLIP tokens of its image."""
+def fill_holes(frame: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """A frame uint8 `[H, W, 3]` whose unknown pixels follow smoothly from the known ones.
+
+    known: bool `[H, W]`, somewhere True. By a pyramid of means (push-pull, Gortler et al. 1996).
+    """
+    weight = torch.from_numpy(known).float()[None, None]
+    colour = torch.from_numpy(frame).permute(2, 0, 1)[None].float() * weight
+    levels = [(colour, weight)]
+    while not bool((levels[-1][1] > 0).all()):
+        colour, weight = (F.avg_pool2d(x, 2, ceil_mode=True) for x in levels[-1])
+        levels.append((colour, weight))
+    whole = levels[-1][0] / levels[-1][1]
+    for colour, weight in reversed(levels[:-1]):
+        coarse = F.interpolate(whole, size=colour.shape[2:], mode="bilinear")
+        whole = torch.where(weight > 0, colour / weight.clamp(min=1e-6), coarse)
+    filled = whole[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+    return np.where(known[..., None], frame, filled)
+
+
+def encode_known(
+    request: ResolvedRequest, model: VideoModel
+) -> Generator[None, None, tuple[Known | None, Tensor | None]]:
+    """The request's known content as its model takes it, and the CLIP tokens of its image.
+
+    Yields after each latent frame: there the engine may turn to other jobs, or stop.
+    """
+    if model.known_mode is KnownMode.VACE:
+        return (yield from _encode_control(TimeLine(request), request, model)), None
     if not request.clips:
         if model.known_mode is KnownMode.CHANNELS:
             raise RequestError(
@@ -117,56 +185,85 @@ def encode_known(request: ResolvedRequest, model: VideoModel) -> tuple[Known | N
         return None, None
     line = TimeLine(request)
     if model.known_mode is KnownMode.CHANNELS:
-        return _encode_channels(line, request, model), _image_tokens(line, model)
-    return _encode_latents(line, request, model), None
+        return (yield from _encode_channels(line, request, model)), _image_tokens(line, model)
+    return (yield from _encode_latents(line, request, model)), None
 
 
-def encode_video(frames: Frames, request: ResolvedRequest, model: VideoModel) -> Tensor:
-    """A start video of `num_frames` frames as latents `[C, T, H, W]`."""
+def encode_video(
+    frames: Frames, request: ResolvedRequest, model: VideoModel
+) -> Generator[None, None, Tensor]:
+    """A start video of `num_frames` frames as latents `[C, T, H, W]`. Yields as `encode_known`."""
     loaded = load_frames(frames, request.height, request.width, request.fps, "start video")
     if len(loaded) != request.num_frames:
         raise RequestError(
             f"the start video has {len(loaded)} frames; the request makes {request.num_frames}"
         )
-    return _encode(loaded, request, model)
+    return (yield from _encode(loaded, model, before=loaded[-1:] if request.loop else None))
 
 
-def last_lap_state(latents: Tensor, vae: ChunkCoder[VAEState] | WanVAE) -> VAEState:
+def last_lap_state(latents: Tensor, vae: VideoCoder[Any]) -> Generator[None, None, Any]:
     """The decoder's state from which a lap over a loop's latents ends where it began.
 
     latents: `[C, T, H, W]`. A causal decoder forgets: after enough laps its caches repeat bit for
-    bit, and the frames of the next lap join at the seam like any others.
+    bit, and the frames of the next lap join at the seam like any others. Yields after each latent
+    frame.
     """
-    before: VAEState | None = None
+    # Where ranks decode a part each, they go round together.
+    same = vae.same_state if isinstance(vae, ComparesStates) else _same
+    before: Any = None
     for _ in range(MAX_REACH // latents.shape[1] + 2):
         state = before
         for latent_frame in latents.split(1, dim=1):
-            _, state = vae.decode_chunk(latent_frame[None], state)
-        assert state is not None
-        if before is not None and _same(before, state):
+            # What the lap before left is looked at again; what this one leaves on its way is not.
+            used_up = state is not before
+            _, state = vae.decode_chunk(latent_frame[None], state, consume=used_up)
+            yield
+        if before is not None and same(before, state):
             return state
         before = state
     raise RuntimeError(f"the decoder does not repeat within {MAX_REACH} latent frames of a loop")
 
 
-def _same(a: VAEState, b: VAEState) -> bool:
+def _same(a: Any, b: Any) -> bool:
     pairs = zip(a.caches, b.caches, strict=True)
     return all(x is not None and y is not None and torch.equal(x, y) for x, y in pairs)
 
 
-def _encode(frames: np.ndarray, request: ResolvedRequest, model: VideoModel) -> Tensor:
+def _encode(
+    frames: np.ndarray,
+    model: VideoModel,
+    *,
+    before: np.ndarray | None,
+    mask: np.ndarray | None = None,
+) -> Generator[None, None, Tensor]:
     """Frames from the start of the time line (uint8) as latents `[C, T, H, W]`.
 
-    A loop has no first latent of one frame: a frame is put before it, and its latent left out.
+    before: in a loop, the frame before the first. A loop has no first latent of one frame: that
+    frame takes it, and it is left out.
+    mask: bool `[n, H, W]`; what is not True becomes grey. In a loop its last frame is `before`'s.
     """
-    if request.loop:
-        frames = np.concatenate([frames[-1:], frames])
-    video = to_unit_range(frames).to(model.device, model.vae_dtype)
-    latents = model.vae.encode(video)[0].float()
-    return latents[:, 1:] if request.loop else latents
+    first = 1 if before is None else 0
+    cuts = range(first, len(frames) + 1, model.grid.time)
+    latents: list[Tensor] = []
+    state: Any = None
+    for span in (slice(0, 1), *(slice(a, b) for a, b in itertools.pairwise(cuts))):
+        here, known = frames[span], None if mask is None else mask[span]
+        if before is not None and not latents:
+            here, known = before, None if mask is None else mask[-1:]
+        pixels = to_unit_range(here)
+        if known is not None:
+            pixels = pixels * torch.from_numpy(known)
+        encoded, state = model.vae.encode_chunk(
+            pixels.to(model.device, model.vae_dtype), state, consume=True
+        )
+        latents.append(encoded[0].float())
+        yield
+    return torch.cat(latents if before is None else latents[1:], dim=1)
 
 
-def _encode_latents(line: TimeLine, request: ResolvedRequest, model: VideoModel) -> Known:
+def _encode_latents(
+    line: TimeLine, request: ResolvedRequest, model: VideoModel
+) -> Generator[None, None, Known]:
     """Known latents in their places; only what no unknown frame can touch counts as known."""
     grid = model.grid
     shape = grid.shape(request.height, request.width, request.num_frames, loop=request.loop)
@@ -184,24 +281,48 @@ def _encode_latents(line: TimeLine, request: ResolvedRequest, model: VideoModel)
         )
     last = int(mask.any(dim=2).any(dim=1).nonzero().max())
     latents = torch.zeros(shape)
-    encoded = _encode(line.filled()[: spans[last].stop], request, model)
+    filled = line.filled()
+    before = filled[-1:] if request.loop else None
+    encoded = yield from _encode(filled[: spans[last].stop], model, before=before)
     latents[:, : last + 1] = encoded.cpu()
     return Known(model.known_mode, latents=latents.to(model.device), mask=mask.to(model.device))
 
 
-def _encode_channels(line: TimeLine, request: ResolvedRequest, model: VideoModel) -> Known:
+def _encode_channels(
+    line: TimeLine, request: ResolvedRequest, model: VideoModel
+) -> Generator[None, None, Known]:
     """Wan I2V's further channels: a mask for each frame of a latent, and the latents of a video
     that is grey where unknown."""
     grid = model.grid
-    video = np.where(line.mask[..., None], line.frames, 0)
-    pixels = to_unit_range(video) * torch.from_numpy(line.mask)
-    latents = model.vae.encode(pixels.to(model.device, model.vae_dtype))[0].float()
+    latents = yield from _encode(line.frames, model, before=None, mask=line.mask)
     unit = (1, grid.vae_spatial, grid.vae_spatial)
     mask = -F.max_pool3d(-torch.from_numpy(line.mask)[None].float(), unit)[0]
     # The first latent holds one frame: its mask stands for all of a latent's frames.
     mask = torch.cat([mask[:1].expand(grid.time, -1, -1), mask[1:]])
     channels = mask.unflatten(0, (-1, grid.time)).transpose(0, 1).to(latents)
     return Known(KnownMode.CHANNELS, channels=torch.cat([channels, latents]))
+
+
+def _encode_control(
+    line: TimeLine, request: ResolvedRequest, model: VideoModel
+) -> Generator[None, None, Known]:
+    """VACE's control latents: those of the video where it is known and grey elsewhere, those of
+    what is unknown (grey: nothing is given of it), and the mask's pixels as channels.
+
+    Written after diffusers' `WanVACEPipeline.prepare_video_latents` and `prepare_masks`.
+    """
+    unit = model.grid.vae_spatial
+    before = line.frames[-1:] if request.loop else None
+    known = yield from _encode(line.frames, model, before=before, mask=line.mask)
+    nothing = np.zeros_like(line.mask)
+    unknown = yield from _encode(line.frames, model, before=before, mask=nothing)
+    mask = 1 - torch.from_numpy(line.mask).float()
+    n, height, width = mask.shape
+    blocks = mask.view(n, height // unit, unit, width // unit, unit).permute(2, 4, 0, 1, 3)
+    channels = F.interpolate(
+        blocks.flatten(0, 1)[None], size=known.shape[1:], mode="nearest-exact"
+    )[0]
+    return Known(KnownMode.VACE, channels=torch.cat([known, unknown, channels.to(known)]))
 
 
 def _image_tokens(line: TimeLine, model: VideoModel) -> Tensor | None:
@@ -223,12 +344,12 @@ def _clip_mask(clip: Clip, shape: tuple[int, ...]) -> np.ndarray:
     if clip.mask is None:
         return np.ones(shape, bool)
     mask = np.asarray(clip.mask)
-    if mask.dtype != bool or mask.shape not in (shape, shape[1:]):
+    if mask.dtype != bool or mask.shape not in (shape, shape[1:], shape[:1]):
         raise RequestError(
-            f"a clip's mask is bool {list(shape)} or {list(shape[1:])} here, "
+            f"a clip's mask is bool {list(shape)}, {list(shape[1:])} or {list(shape[:1])} here, "
             f"got {mask.dtype} {list(mask.shape)}"
         )
-    return np.broadcast_to(mask, shape)
+    return np.broadcast_to(mask[:, None, None] if mask.ndim == 1 else mask, shape)
 
 
 def _describe(spans: list[range]) -> str:

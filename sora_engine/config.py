@@ -1,4 +1,4 @@
-"""What an engine is told once: the limits on requests and on what it does at a time."""
+"""What an engine is told once: limits on requests and on its work, and over which ranks it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from dataclasses import dataclass
 class Limits:
     """Bounds that hold for every request, checked before it is queued.
 
+    max_running_jobs: how many jobs are under way at a time; further ones wait in the queue.
     max_batch_tokens: how many tokens are packed into one forward pass; a request whose single
         window is larger still runs, alone.
+    pack_tokens: below how many tokens several jobs share a pass; None measures on this machine
+        from where on that gains nothing.
+    vae_memory_bytes: what coding one video may take beside the weights; frames that need more are
+        coded in tiles, which is an approximation and stands in the receipt. None: what is free.
+    memory_bytes: what all jobs together may take beside the weights; None: nine tenths of what was
+        free when the engine was made. A request that needs more is refused, one that fits later
+        waits.
     """
 
     max_queued_jobs: int = 256
@@ -20,9 +28,69 @@ class Limits:
     max_inference_steps: int = 1000
     max_prompt_chars: int = 20_000
     max_batch_tokens: int = 32_768
+    pack_tokens: int | None = None
+    vae_memory_bytes: int | None = None
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Limits.{name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Over how many ranks an engine runs, and what each of them takes a share of.
+
+    ulysses, ring: tokens are sharded over `ulysses * ring` ranks; attention exchanges heads inside
+        a Ulysses group (arXiv 2309.14509), keys and values around a ring (arXiv 2310.01889).
+    guidance: 2 puts the conditional and the unconditional branch on different ranks.
+    window: a long video's windows are shared out over this many groups of ranks.
+    data: replicas of all that, which serve separate requests.
+    timeout_s: a rank for which the others have waited this long counts as hung.
+    """
+
+    ulysses: int = 1
+    ring: int = 1
+    guidance: int = 1
+    window: int = 1
+    data: int = 1
+    timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("ulysses", "ring", "guidance", "window", "data"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"ParallelConfig.{name} must be a positive integer, got {value!r}")
+        if self.guidance > 2:
+            raise ValueError(
+                f"ParallelConfig.guidance = {self.guidance}: there are two branches, so 1 or 2"
+            )
+        if not self.timeout_s > 0:
+            raise ValueError(f"ParallelConfig.timeout_s must be over 0, got {self.timeout_s}")
+
+    @property
+    def sequence(self) -> int:
+        """Ranks over which one forward pass's tokens are sharded."""
+        return self.ulysses * self.ring
+
+    @property
+    def cells(self) -> int:
+        """Groups of ranks that make forward passes of their own."""
+        return self.guidance * self.window
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one replica."""
+        return self.sequence * self.cells
+
+    def __str__(self) -> str:
+        names = ("data", "guidance", "window", "ring", "ulysses")
+        shown = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) > 1]
+        return " ".join(shown) or "one rank"
+
+
+_OPTIONAL = ("pack_tokens", "vae_memory_bytes", "memory_bytes")

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Generator, Sequence
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, cast, overload
 
-import numpy as np
 import torch
 
-from sora_engine.config import Limits
-from sora_engine.denoise import decode, denoise_step, prepare
-from sora_engine.errors import (
-    EngineClosedError,
-    JobCancelledError,
-    JobFailedError,
-    QueueFullError,
-    SoraError,
+from sora_engine.canvas import Canvas
+from sora_engine.config import Limits, ParallelConfig
+from sora_engine.denoise import step_tokens
+from sora_engine.distributed.remote import settle_layout, start_replicas
+from sora_engine.errors import RequestError
+from sora_engine.hooks import Hooks
+from sora_engine.job import (
+    FramesCallback,
+    Job,
+    JobOptions,
+    LatentsCallback,
+    ProgressCallback,
 )
-from sora_engine.io.provenance import Provenance
-from sora_engine.job import Job, JobState
-from sora_engine.models.video_model import VideoModel, load_video_model
-from sora_engine.packing import Packer
+from sora_engine.memory import MemoryPlan, MemoryPlanner
+from sora_engine.models.video_model import VideoModel, free_memory, load_video_model
 from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
 from sora_engine.samplers import SOLVERS
-from sora_engine.scheduler import Scheduler
-from sora_engine.version import version
+from sora_engine.savepoint import Savepoint, load_canvas
+from sora_engine.scheduler import MAX_PRIORITY
+from sora_engine.vae.fit import FittedCoder
 from sora_engine.video import Video
-
-logger = logging.getLogger(__name__)
-
-FrameCallback = Callable[[np.ndarray], None]
-LatentsCallback = Callable[[torch.Tensor], None]
-
-
-class Callbacks(NamedTuple):
-    """Whom a job tells of what it has made."""
-
-    on_frames: FrameCallback | None = None
-    on_latents: LatentsCallback | None = None
+from sora_engine.worker import DECODE_STEPS, Stages, Worker
 
 
 class Engine:
@@ -51,18 +41,33 @@ class Engine:
     Safe to use from several threads.
     """
 
-    def __init__(self, model: VideoModel, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        model: VideoModel,
+        *,
+        limits: Limits | None = None,
+        hooks: Hooks | None = None,
+        replicas: Sequence[Stages] = (),
+    ) -> None:
+        """replicas: what does the work, where it is not this process: each serves its own jobs."""
         self.model = model
         self.limits = limits or Limits()
-        self._scheduler = Scheduler(self.limits.max_batch_tokens)
-        self._packer = Packer(model.grid.patch, model.device)
-        self._queue: list[Job] = []
-        self._running: list[Job] = []
-        self._callbacks: dict[Job, Callbacks] = {}
-        self._wake = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="sora-engine", daemon=True)
-        self._thread.start()
+        self.hooks = hooks or Hooks()
+        if isinstance(model.vae, FittedCoder):
+            model.vae.limit(self.limits.vae_memory_bytes)
+        limit = self.limits.memory_bytes
+        if limit is None:
+            free = free_memory(model.device)
+            limit = None if free is None else int(0.9 * free)
+        # What ranks need is not rehearsed: their model is not here.
+        most = self.limits.max_batch_tokens
+        self._planner = (
+            None if replicas else MemoryPlanner(model, most, limit, self.limits.pack_tokens)
+        )
+        self._workers = [
+            Worker(model, self.limits, self.hooks, stages, self._planner)
+            for stages in replicas or (Stages(model),)
+        ]
 
     @classmethod
     def from_pretrained(
@@ -74,7 +79,9 @@ class Engine:
         vae_backend: str = "auto",
         attention_backend: str = "auto",
         components: str | PathLike[str] | None = None,
+        parallel: ParallelConfig | Literal["auto"] | None = None,
         limits: Limits | None = None,
+        hooks: Hooks | None = None,
     ) -> Engine:
         """Load a checkpoint.
 
@@ -88,10 +95,28 @@ class Engine:
                 (engines that `sora export-vae` has built); `"auto"` is torch.
             attention_backend: a backend of `sora_kernels.packed_attention`.
             components: folder with VAE, text encoder and tokenizer for a single-file checkpoint.
+            parallel: over how many ranks; the engine starts and owns them, on this machine.
+                `"auto"`: over all GPUs, as the planner would.
+            limits: bounds on requests and on what is done at a time.
+            hooks: what a service checks of requests and frames.
 
         Raises CheckpointError for a checkpoint that cannot be used, BackendError for a device or a
-        backend that is not there.
+        backend that is not there, LayoutError for a `parallel` that cannot be, RankFailedError
+        where a rank does not start.
         """
+        layout = settle_layout(parallel, model, components, device)
+        if layout is not None:
+            replicas = start_replicas(
+                model,
+                layout,
+                device=device,
+                dtype=dtype,
+                vae_backend=vae_backend,
+                attention_backend=attention_backend,
+                components=components,
+            )
+            served = cast("Sequence[Stages]", replicas)
+            return cls(replicas[0].model, limits=limits, hooks=hooks, replicas=served)
         loaded = load_video_model(
             model,
             device=device,
@@ -100,7 +125,7 @@ class Engine:
             attention_backend=attention_backend,
             components=components,
         )
-        return cls(loaded, limits=limits)
+        return cls(loaded, limits=limits, hooks=hooks)
 
     @overload
     def generate(self, request: VideoRequest) -> Video: ...
@@ -119,7 +144,7 @@ class Engine:
         resolved = [self.resolve(r) for r in requests]
         jobs: list[Job] = []
         try:
-            jobs += [self._enqueue(r, Callbacks()) for r in resolved]
+            jobs += [self._enqueue(r, JobOptions()) for r in resolved]
             videos = [job.result() for job in jobs]
         except BaseException:  # KeyboardInterrupt too: nothing is left running
             for job in jobs:
@@ -131,18 +156,53 @@ class Engine:
         self,
         request: VideoRequest,
         *,
-        on_frames: FrameCallback | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        on_frames: FramesCallback | None = None,
         on_latents: LatentsCallback | None = None,
+        on_progress: ProgressCallback | None = None,
+        save_to: str | PathLike[str] | None = None,
+        save_every: int = 1,
     ) -> Job:
         """Queue a request and return its job at once.
 
-        `on_latents` gets the finished latents, as `Video.latents`, before they are decoded, and
-        `on_frames` uint8 `[n, height, width, 3]` as frames come. Both are called on the engine's
-        thread; an exception in one fails the job.
+        Args:
+            priority: from -8 to 8; one more is twice the share of the machine.
+            deadline_s: seconds from now after which the job fails with DeadlineExceededError. It
+                bounds the job and does not hurry it.
+            on_frames: gets uint8 `[n, height, width, 3]` as frames come.
+            on_latents: gets the finished latents, as `Video.latents`, before they are decoded.
+            on_progress: gets the `Progress` after each step and each latent frame that is decoded.
+            save_to: a file that holds the job's state after every `save_every` steps, for `resume`.
 
-        Raises RequestError for a bad value, QueueFullError, EngineClosedError.
+        The callbacks are called on the engine's thread; an exception in one fails the job.
+
+        Raises RequestError for a bad value, MemoryLimitError, RefusedError, QueueFullError,
+        EngineClosedError.
         """
-        return self._enqueue(self.resolve(request), Callbacks(on_frames, on_latents))
+        options = JobOptions(
+            priority=priority,
+            deadline_s=deadline_s,
+            on_frames=on_frames,
+            on_latents=on_latents,
+            on_progress=on_progress,
+            save_to=None if save_to is None else Path(save_to),
+            save_every=save_every,
+        )
+        return self._enqueue(self.resolve(request), options)
+
+    def resume(self, path: str | PathLike[str], **options: Any) -> Job:
+        """Go on with a job that `Job.save` or `save_to` left in a file; its result is the same.
+
+        options: those of `submit`. Raises CheckpointError for a file that is none, or that another
+        model or dtype left; and as `submit`.
+        """
+        if options.get("save_to") is not None:
+            options["save_to"] = Path(options["save_to"])
+        if self._planner is None:
+            raise RequestError("a job over several ranks can be neither saved nor resumed")
+        saved = load_canvas(Path(path), self.model)
+        return self._enqueue(saved.request, JobOptions(**options), saved)
 
     def resolve(self, request: VideoRequest) -> ResolvedRequest:
         """The request with the checkpoint's defaults, checked; raises RequestError."""
@@ -150,25 +210,29 @@ class Engine:
             request, self.model.defaults, self.model.grid, self.limits, solvers=SOLVERS
         )
 
+    def plan(self, request: VideoRequest) -> MemoryPlan:
+        """The memory that a request would take, stage by stage; raises as `submit`.
+
+        RequestError for an engine over several ranks, whose memory is not planned.
+        """
+        if self._planner is None:
+            raise RequestError("the memory of several ranks is not planned")
+        return self._planner.plan(self.resolve(request))
+
     @property
     def num_queued(self) -> int:
         """Jobs that wait to be started."""
-        return len(self._queue)
+        return sum(worker.num_queued for worker in self._workers)
 
     @property
     def num_running(self) -> int:
         """Jobs that were started and are not done."""
-        return len(self._running)
+        return sum(worker.num_running for worker in self._workers)
 
     def close(self) -> None:
         """Cancel what is queued or running, and stop. Further requests raise EngineClosedError."""
-        with self._wake:
-            self._closed = True
-            for job in (*self._queue, *self._running):
-                job.cancel()
-            self._wake.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        for worker in self._workers:
+            worker.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -181,137 +245,50 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _enqueue(self, request: ResolvedRequest, callbacks: Callbacks) -> Job:
-        job = Job(request)
-        with self._wake:
-            if self._closed:
-                raise EngineClosedError("the engine is closed; make a new one")
-            if len(self._queue) >= self.limits.max_queued_jobs:
-                raise QueueFullError(
-                    f"{len(self._queue)} jobs are queued, which is Limits.max_queued_jobs",
-                    retry_after_s=10.0,
-                )
-            self._callbacks[job] = callbacks
-            self._queue.append(job)
-            self._wake.notify_all()
+    def _enqueue(
+        self, request: ResolvedRequest, options: JobOptions, saved: Savepoint | None = None
+    ) -> Job:
+        check_options(options)
+        if options.on_latents is not None and self.hooks.check_frames is not None:
+            raise RequestError("on_latents is not to be had where a hook checks all frames")
+        if self.hooks.check_request is not None:
+            self.hooks.check_request(request)
+        job = Job(request, options)
+        job.batch_tokens = self.limits.max_batch_tokens
+        if self._planner is not None:
+            job.plan = self._planner.plan(request)
+            job.batch_tokens = job.plan.batch_tokens
+        elif options.save_to is not None:
+            raise RequestError("a job over several ranks cannot be saved")
+        job.tokens = step_tokens(request, self.model)
+        steps = request.num_inference_steps
+        if saved is not None:
+            steps = saved.canvas.num_steps - saved.canvas.step
+            job.resumed_at = saved.canvas.step
+            job.provenance = saved.provenance
+            job.preparing = as_prepared(saved.canvas)
+        idlest = min(self._workers, key=lambda worker: worker.num_queued + worker.num_running)
+        idlest.enqueue(job, steps + DECODE_STEPS)
         return job
 
-    # The engine's thread.
 
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._queue or self._running or self._closed):
-                    self._wake.wait()
-                if self._closed and not (self._queue or self._running):
-                    return
-                admitted = self._queue[: self.limits.max_running_jobs - len(self._running)]
-                del self._queue[: len(admitted)]
-                self._running += admitted
-            for job in admitted:
-                self._attempt([job], self._prepare)
-            self._attempt_cancelled()
-            chosen = self._scheduler.next_step(
-                self._running, expert_of=self._expert_of, tokens_of=self._tokens_of
-            )
-            if chosen:
-                self._attempt(chosen, self._step)
-            for job in [job for job in chosen if not job.done() and job.canvas.finished]:
-                self._attempt([job], self._decode)
+def as_prepared(canvas: Canvas) -> Generator[None, None, Canvas]:
+    """A canvas that needs no encoding, in the form of `denoise.preparing`."""
+    yield
+    return canvas
 
-    def _prepare(self, jobs: list[Job]) -> None:
-        (job,) = jobs
-        job.check_cancelled()
-        job.enter(JobState.ENCODING)
-        job.canvas_or_none = prepare(job.request, self.model)
-        job.enter(JobState.DENOISING)
 
-    def _step(self, jobs: list[Job]) -> None:
-        denoise_step(jobs, self.model, self._packer, self.limits.max_batch_tokens)
-
-    def _decode(self, jobs: list[Job]) -> None:
-        (job,) = jobs
-        job.enter(JobState.DECODING)
-        # Kept on the job from here on: a decode that fails does not lose them.
-        latents = self.model.vae.denormalise(job.canvas.latents[None])[0].float().cpu()
-        job.latents = latents
-        on_frames, on_latents = self._callbacks[job]
-        if on_latents is not None:
-            on_latents(latents)
-        decoded = []
-        for chunk in decode(job.canvas.latents, self.model, wraps=job.canvas.wraps):
-            job.check_cancelled()
-            frames = chunk.numpy()
-            if on_frames is not None:
-                on_frames(frames)
-            decoded.append(frames)
-            job.count_frames(len(frames))
-        video = Video(
-            frames=np.concatenate(decoded),
-            latents=latents,
-            fps=job.request.fps,
-            seed=job.request.seed,
-            timings_s=job.timings_s,
-            provenance=provenance_of(job.request, self.model),
+def check_options(options: JobOptions) -> None:
+    """Raises RequestError for a priority or a deadline that is none."""
+    priority, deadline_s = options.priority, options.deadline_s
+    whole = isinstance(priority, int) and not isinstance(priority, bool)
+    if not whole or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise RequestError(
+            f"priority must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}"
         )
-        self._retire(job)
-        job.complete(video)
-
-    def _attempt(self, jobs: list[Job], stage: Callable[[list[Job]], None]) -> None:
-        """Run a stage of some jobs; an error in it is theirs, not the engine's."""
-        try:
-            stage(jobs)
-        except SoraError as error:
-            self._fail(jobs, error)
-        except Exception as error:
-            logger.exception("a job failed")
-            failure = JobFailedError(f"{type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._fail(jobs, failure)
-
-    def _attempt_cancelled(self) -> None:
-        for job in [job for job in self._running if job.cancel_requested]:
-            self._fail([job], JobCancelledError(f"the job was cancelled while {job.state}"))
-
-    def _fail(self, jobs: list[Job], error: SoraError) -> None:
-        for job in jobs:
-            self._retire(job)
-            job.fail(error)
-
-    def _retire(self, job: Job) -> None:
-        with self._wake:
-            if job in self._running:
-                self._running.remove(job)
-            self._callbacks.pop(job, None)
-        if not self._running:
-            self._packer.clear()
-
-    def _expert_of(self, job: Job) -> int:
-        return self.model.expert_at(job.canvas.timestep)
-
-    def _tokens_of(self, job: Job) -> int:
-        return job.canvas.num_tokens
-
-
-def provenance_of(request: ResolvedRequest, model: VideoModel) -> Provenance:
-    """What made a video, for its file's metadata."""
-    settings: dict[str, Any] = {
-        name: value
-        for name, value in asdict_shallow(request).items()
-        if isinstance(value, (bool, int, float, str)) and name not in ("prompt", "seed")
-    }
-    if request.sigmas is not None:
-        settings["sigmas"] = list(request.sigmas)
-    if request.shots:
-        settings["shots"] = [asdict(shot) for shot in request.shots]
-    return Provenance(
-        prompt=request.prompt,
-        seed=request.seed,
-        model=model.name,
-        version=version(),
-        settings=settings,
-    )
-
-
-def asdict_shallow(request: ResolvedRequest) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in request.__dataclass_fields__}
+    if deadline_s is not None and not (
+        isinstance(deadline_s, (int, float)) and math.isfinite(deadline_s) and deadline_s > 0
+    ):
+        raise RequestError(f"deadline_s must be seconds over 0, got {deadline_s!r}")
+    if not isinstance(options.save_every, int) or options.save_every < 1:
+        raise RequestError(f"save_every must be steps, 1 or more, got {options.save_every!r}")

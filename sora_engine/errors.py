@@ -17,8 +17,20 @@ class RequestError(SoraError, ValueError):
     """A request asks for what the model or the limits cannot give."""
 
 
+class MemoryLimitError(RequestError):
+    """A request needs more memory than `Limits` or the device gives: `needed` and `limit` bytes."""
+
+    def __init__(self, message: str, *, needed: int, limit: int):
+        self.needed, self.limit = needed, limit
+        super().__init__(message)
+
+
 class MediaError(SoraError, ValueError):
     """An image or video file cannot be read, or cannot be written as asked."""
+
+
+class UpsamplingError(SoraError, RuntimeError):
+    """A prompt could not be rewritten; the message says what the model or the endpoint did."""
 
 
 class BackendError(SoraError, RuntimeError):
@@ -35,6 +47,19 @@ class CheckpointError(SoraError, ValueError):
         super().__init__(where + message)
 
 
+class LayoutError(SoraError, ValueError):
+    """A `ParallelConfig` that cannot be; the message gives the reason and the nearest that can."""
+
+
+class RankFailedError(SoraError, RuntimeError):
+    """A rank of a parallel engine raised, died or hung. `rank` is which, `reason` how."""
+
+    def __init__(self, rank: int, reason: str):
+        self.rank = rank
+        self.reason = reason
+        super().__init__(f"rank {rank} {reason}")
+
+
 class JobCancelledError(SoraError):
     """The job was cancelled before it finished."""
 
@@ -43,8 +68,28 @@ class JobFailedError(SoraError, RuntimeError):
     """The engine met an unexpected error in a job; `__cause__` is that error."""
 
 
+class DeadlineExceededError(SoraError, TimeoutError):
+    """The job was not done by the deadline that it was submitted with."""
+
+
+class RefusedError(SoraError):
+    """A hook of the service refused a request, or frames of its video."""
+
+
+class JobMemoryError(SoraError, RuntimeError):
+    """Memory ran out, and the job could not be made to take less."""
+
+
+class DeviceError(SoraError, RuntimeError):
+    """The device failed while the job was under way; the job itself may be in order."""
+
+
 class EngineClosedError(SoraError, RuntimeError):
     """The engine was closed, and takes no requests."""
+
+
+class EngineDeadError(EngineClosedError):
+    """The device does not answer any more: this engine is done, and a new process is needed."""
 
 
 class QueueFullError(SoraError):

@@ -67,8 +67,8 @@ def apg(
         difference = difference + momentum * running
     running = difference
     if norm_threshold > 0.0:
-        length = difference.double().norm()
-        difference = difference * min(1.0, norm_threshold / max(float(length), 1e-300))
+        length = difference.double().norm().clamp(min=1e-300)
+        difference = difference * (norm_threshold / length).clamp(max=1.0).to(difference.dtype)
     # In float64: along a long `cond` the two parts are a small difference of large numbers.
     wide, direction = difference.double(), cond.double()
     direction = direction / direction.norm().clamp(min=1e-12)

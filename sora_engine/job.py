@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import enum
+import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sora_engine.errors import JobCancelledError
+from sora_engine.errors import DeadlineExceededError, JobCancelledError, JobFailedError
 from sora_engine.request import ResolvedRequest
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from sora_engine.canvas import Canvas
+    from sora_engine.io.provenance import Provenance
+    from sora_engine.memory import MemoryPlan
+    from sora_engine.scheduler import Ticket
     from sora_engine.video import Video
+
+logger = logging.getLogger(__name__)
 
 
 class JobState(enum.StrEnum):
@@ -34,34 +43,83 @@ FINAL_STATES = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLE
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is, by work that is finished (never by work that is merely enqueued)."""
+    """How far a job is, by work that is finished (never by work that is merely enqueued).
+
+    eta_s: seconds to the end at the pace of this stage so far; None before its first step.
+    """
 
     state: JobState
     steps_done: int
     num_steps: int
     frames_decoded: int
     num_frames: int
+    eta_s: float | None = field(default=None, compare=False)
+
+
+FramesCallback = Callable[["np.ndarray"], None]
+LatentsCallback = Callable[["Tensor"], None]
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """What a caller says of a job beside its request: `Engine.submit` tells what each means."""
+
+    priority: int = 0
+    deadline_s: float | None = None
+    on_frames: FramesCallback | None = None
+    on_latents: LatentsCallback | None = None
+    on_progress: ProgressCallback | None = None
+    save_to: Path | None = None
+    save_every: int = 1
+
+
+class SaveOrder:
+    """A caller waits for its job's state in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.error: BaseException | None = None
+        self.over = threading.Event()
 
 
 class Job:
     """One request on its way through the engine. Safe to use from any thread."""
 
-    def __init__(self, request: ResolvedRequest) -> None:
+    def __init__(self, request: ResolvedRequest, options: JobOptions | None = None) -> None:
         self.request = request
-        self.canvas_or_none: Canvas | None = None
-        self.last_ran = 0
+        self.options = options or JobOptions()
         self.latents: Tensor | None = None
         """The finished latents, as `Video.latents`, from the end of denoising on: also where
-        decoding fails or is cancelled."""
+        decoding fails or is cancelled. A service that checks frames withholds them."""
+        self.preview: np.ndarray | None = None
+        """What the last step makes of the video: uint8 `[latent_frames, latent_height,
+        latent_width, 3]`, for checkpoints that bring a projection to colours."""
+        # What the engine's thread keeps here.
+        self.canvas_or_none: Canvas | None = None
+        self.preparing: Generator[None, None, Canvas] | None = None
+        self.decoding: Iterator[int] | None = None
+        self.tokens = 0
+        self.batch_tokens = 1
+        self.plan: MemoryPlan | None = None
+        self.seconds_a_frame: float | None = None
+        self.most_in_company = 0
+        self.largest_batch_tokens = 0
+        self.resumed_at: int | None = None
+        self.provenance: Provenance | None = None
+        self.save_orders: list[SaveOrder] = []
+        self._ticket: Ticket | None = None
+
         self._timings_s: dict[str, float] = {}
         self._state = JobState.QUEUED
         self._steps_done = 0
+        self._first_step = 0
         self._frames_decoded = 0
         self._cancel = threading.Event()
         self._done = threading.Event()
         self._video: Video | None = None
         self._error: BaseException | None = None
-        self._entered = time.monotonic()
+        self._submitted = self._entered = time.monotonic()
         self._callbacks: list[Callable[[Job], None]] = []
         self._lock = threading.Lock()
 
@@ -73,7 +131,7 @@ class Job:
 
     @property
     def progress(self) -> Progress:
-        """Finished steps and decoded frames."""
+        """Finished steps and decoded frames, and how long the rest will take."""
         canvas = self.canvas_or_none
         num_steps = self.request.num_inference_steps if canvas is None else canvas.num_steps
         return Progress(
@@ -82,7 +140,21 @@ class Job:
             num_steps=num_steps,
             frames_decoded=self._frames_decoded,
             num_frames=self.request.num_frames,
+            eta_s=self._eta_s(num_steps),
         )
+
+    def _eta_s(self, num_steps: int) -> float | None:
+        elapsed = time.monotonic() - self._entered
+        frames = self.request.num_frames
+        if self.done():
+            return 0.0
+        if self._state is JobState.DECODING and self._frames_decoded:
+            return elapsed / self._frames_decoded * (frames - self._frames_decoded)
+        steps = self._steps_done - self._first_step
+        if self._state is JobState.DENOISING and steps > 0:
+            decoding = (self.seconds_a_frame or 0.0) * frames
+            return elapsed / steps * (num_steps - self._steps_done) + decoding
+        return None
 
     @property
     def timings_s(self) -> dict[str, float]:
@@ -91,8 +163,25 @@ class Job:
         return self._timings_s if self.done() else {**self._timings_s, self._state.value: elapsed}
 
     def cancel(self) -> None:
-        """Ask the job to stop: within one denoising step or one decoded latent frame."""
+        """Ask the job to stop: within one denoising step or one latent frame of the VAE."""
         self._cancel.set()
+
+    def save(self, path: str | PathLike[str], timeout_s: float | None = None) -> Path:
+        """Write the job's state after the step that is under way; `Engine.resume` takes it up.
+
+        A job that is still queued or encoding is saved once it denoises; the job goes on. Raises
+        TimeoutError, JobFailedError for a job that ended before, OSError.
+        """
+        order = SaveOrder(Path(path))
+        with self._lock:
+            if self._done.is_set():
+                raise JobFailedError(f"the job is {self._state}: there is nothing to save")
+            self.save_orders.append(order)
+        if not order.over.wait(timeout_s):
+            raise TimeoutError(f"the job was not saved within {timeout_s} s; it is {self._state}")
+        if order.error is not None:
+            raise order.error
+        return order.path
 
     def done(self) -> bool:
         """Whether the job completed, failed or was cancelled."""
@@ -116,7 +205,7 @@ class Job:
         return self._error
 
     def add_done_callback(self, callback: Callable[[Job], None]) -> None:
-        """Call `callback(job)` once the job is done, at once if it is. It must not raise."""
+        """Call `callback(job)` once the job is done, at once if it is. What it raises is logged."""
         with self._lock:
             if not self._done.is_set():
                 self._callbacks.append(callback)
@@ -131,8 +220,13 @@ class Job:
         return self.canvas_or_none
 
     @property
-    def cancel_requested(self) -> bool:
-        return self._cancel.is_set()
+    def ticket(self) -> Ticket:
+        assert self._ticket is not None, "the scheduler gives a ticket on submission"
+        return self._ticket
+
+    @ticket.setter
+    def ticket(self, ticket: Ticket) -> None:
+        self._ticket = ticket
 
     def enter(self, state: JobState) -> None:
         """Go to the next stage, and book the time that the last one took."""
@@ -141,11 +235,22 @@ class Job:
         self._entered = now
         self._state = state
 
+    def begin(self, canvas: Canvas) -> None:
+        """Denoising begins: at the first step, or where a saved job was left."""
+        self._steps_done = self._first_step = canvas.step
+        self.canvas_or_none = canvas
+        self.enter(JobState.DENOISING)
+
     def count_step(self) -> None:
         self._steps_done += 1
 
     def count_frames(self, num_frames: int) -> None:
         self._frames_decoded += num_frames
+
+    def tell_progress(self) -> None:
+        """Call the caller's `on_progress`; what it raises is the job's failure."""
+        if self.options.on_progress is not None:
+            self.options.on_progress(self.progress)
 
     def complete(self, video: Video) -> None:
         self._video = video
@@ -157,16 +262,31 @@ class Job:
             JobState.CANCELLED if isinstance(error, JobCancelledError) else JobState.FAILED
         )
 
-    def check_cancelled(self) -> None:
-        """Raises JobCancelledError once `cancel` was called."""
+    def reason_to_stop(self) -> JobCancelledError | DeadlineExceededError | None:
+        """The error to end the job with, once it was cancelled or its deadline has passed."""
         if self._cancel.is_set():
-            raise JobCancelledError(f"the job was cancelled while {self._state}")
+            return JobCancelledError(f"the job was cancelled while {self._state}")
+        deadline_s = self.options.deadline_s
+        if deadline_s is not None and time.monotonic() - self._submitted > deadline_s:
+            return DeadlineExceededError(
+                f"the job was {self._state} when its deadline of {deadline_s} s passed"
+            )
+        return None
 
     def _finish(self, state: JobState) -> None:
         with self._lock:
             self.enter(state)
-            self.canvas_or_none = None
+            # A caller may keep the job: what the work held goes now.
+            self.canvas_or_none = self.preparing = self.decoding = None
+            self.options = JobOptions(priority=self.options.priority)
             callbacks, self._callbacks = self._callbacks, []
+            orders, self.save_orders = self.save_orders, []
             self._done.set()
+        for order in orders:
+            order.error = JobFailedError(f"the job was {state} before it could be saved")
+            order.over.set()
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:
+                logger.exception("a done callback raised")

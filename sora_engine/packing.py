@@ -9,11 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sora_kernels import AttentionPlan, BlockPlan
+
+if TYPE_CHECKING:
+    from sora_engine.distributed.shard import TokenShard
+
 Grid = tuple[int, int, int]
+# Plans of packed attention by head_dim and dtype, each beside the offsets that it is for.
+Plans = dict[tuple[int, torch.dtype], tuple[Tensor, AttentionPlan]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +60,13 @@ class Segment:
         `[T, H / patch_h, W / patch_w]` where it differs within a frame.
     contexts: what stretches of its time read, in order, each with its number of latent frames:
         one for most requests, one a shot where there are several.
+    sees: bool `[T, T]` on the host, which latent frames each one attends to; None: all.
     """
 
     latents: Tensor
     timesteps: Tensor
     contexts: tuple[tuple[Context, int], ...]
+    sees: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,11 @@ class Stream:
         one row for all.
     coords: int64 `[N, 3]`, position of each token in its window's patch grid, for RoPE.
     cu_seqlens: int32 `[segments + 1]`.
+    shard: where the tokens lie among those of all ranks; `cu_seqlens` and `grids` are then the
+        whole batch's, and the rest is this rank's.
+    plans: what attention planned for these offsets, kept from step to step.
+    sees: for each segment bool `[T, T]`, which frames of tokens each one attends to; None: all, in
+        every segment. sparse_plans: what attention planned for them, kept for the step.
     """
 
     tokens: Tensor
@@ -76,6 +91,10 @@ class Stream:
     cu_seqlens: Tensor
     max_seqlen: int
     grids: tuple[Grid, ...]
+    shard: TokenShard | None = None
+    plans: Plans = field(default_factory=dict)
+    sees: tuple[Tensor, ...] | None = None
+    sparse_plans: dict[tuple[int, torch.dtype], BlockPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +116,7 @@ class ContextRuns:
     log_padding: Tensor | None
     padding_keys: Tensor | None
     padding_values: Tensor | None
+    plans: Plans = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +148,7 @@ class PackLayout:
     max_seqlen: int
     grids: tuple[Grid, ...]
     contexts: Mapping[str, ContextRuns]
+    plans: Plans = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -157,6 +178,8 @@ class Packer:
             cu_seqlens=layout.cu_seqlens,
             max_seqlen=layout.max_seqlen,
             grids=layout.grids,
+            plans=layout.plans,
+            sees=_sight(segments, layout.grids, self.patch_size[0]),
         )
         return PackedBatch({"video": stream}, timesteps.to(self.device), layout.contexts)
 
@@ -271,6 +294,22 @@ def _modulation_rows(segments: Sequence[Segment], grids: Sequence[Grid]) -> tupl
         levels.append(level.expand(T, H, W).reshape(-1))
     timesteps, rows = torch.unique(torch.cat(levels), return_inverse=True)
     return timesteps, rows
+
+
+def _sight(
+    segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int
+) -> tuple[Tensor, ...] | None:
+    """Which frames of tokens see which, for every segment, where any segment says so."""
+    if all(segment.sees is None for segment in segments):
+        return None
+    sight = []
+    for segment, (T, _, _) in zip(segments, grids, strict=True):
+        if segment.sees is None:
+            sight.append(torch.ones(T, T, dtype=torch.bool))
+        else:  # a token sees what any of its latent frames does
+            frames = segment.sees.reshape(T, patch_frames, T, patch_frames)
+            sight.append(frames.any(dim=3).any(dim=1))
+    return tuple(sight)
 
 
 def _grid(latents: Tensor, patch_size: Grid) -> Grid:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
@@ -20,20 +20,36 @@ if TYPE_CHECKING:
     import PIL.Image
     import torch
 
-    from sora_engine.windows import WindowPlan
+    from sora_engine.video import Video
+    from sora_engine.windows import SparsePlan, WindowPlan
 
-    Frames = np.ndarray | PIL.Image.Image | str | PathLike[str]
+    WholeFrames: TypeAlias = np.ndarray | PIL.Image.Image | str | PathLike[str] | Video
+    Frames: TypeAlias = "WholeFrames | Footage"
 
 MAX_SEED = 2**63 - 1
+MAX_RESAMPLE = 50
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Footage:
+    """A part of a clip: its frames `start` to `stop`, counted at the request's frame rate.
+
+    frames: as `Clip.frames`. stop: None stands for the end.
+    """
+
+    frames: WholeFrames
+    start: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clip:
     """Known frames on the time line of a request.
 
-    frames: uint8 `[n, height, width, 3]`, a PIL image, or the path of an image or a video.
+    frames: uint8 `[n, height, width, 3]`, a PIL image, the path of an image or a video, a `Video`
+        that an engine has made, or `Footage`, a part of any of these.
     at: the frame of the time line at which they begin.
-    mask: bool `[n, height, width]` or `[height, width]`, True where known; None: everywhere.
+    mask: bool `[n, height, width]`, `[height, width]` or `[n]`, True where known; None: everywhere.
     """
 
     frames: Frames
@@ -73,12 +89,18 @@ class VideoRequest:
         strength: in (0, 1], how far back towards noise `init` is taken.
         loop: the video's end joins its beginning.
         shots: stretches with prompts of their own, which fill `num_frames`.
-        window: `WindowPlan` for videos longer than the model's trained length.
+        window: `WindowPlan` for videos longer than the model's trained length, or `SparsePlan`:
+            better where the model bears the whole length, and dearer.
         latents: the initial noise, float32, `LatentGrid.shape`:
             `[channels, latent_frames, latent_height, latent_width]`.
         round_to_grid: take the nearest size and length that the model can make.
         guidance: the kind of guidance and the part of the steps that it covers; its own scale
             counts where `guidance_scale` is None.
+        resample: how often each step is taken where a checkpoint was not trained for known frames
+            and they are put into its sample (RePaint, arXiv 2201.09865): more make the rest agree
+            with them better, at as many times the cost.
+        original_prompt: what the prompt was before a prompt upsampler rewrote it; kept with the
+            result, and nothing else.
     """
 
     prompt: str
@@ -99,10 +121,12 @@ class VideoRequest:
     strength: float | None = None
     loop: bool = False
     shots: Sequence[Shot] = ()
-    window: WindowPlan | None = None
+    window: WindowPlan | SparsePlan | None = None
     latents: torch.Tensor | None = None
     round_to_grid: bool = False
     guidance: Guidance | None = None
+    resample: int = 1
+    original_prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +202,10 @@ class ResolvedRequest:
     loop: bool
     shots: tuple[Shot, ...]
     guidance: Guidance
-    window: WindowPlan | None
+    window: WindowPlan | SparsePlan | None
     latents: torch.Tensor | None
+    resample: int = 1
+    original_prompt: str | None = None
 
 
 def resolve_request(
@@ -265,6 +291,9 @@ def resolve_request(
         strength = _finite("strength", request.strength, 0.6)
         if not 0 < strength <= 1:
             raise RequestError(f"strength must lie in (0, 1], got {strength}")
+    resample = _integer("resample", request.resample, 1)
+    if not 1 <= resample <= MAX_RESAMPLE:
+        raise RequestError(f"resample must be from 1 to {MAX_RESAMPLE}, got {resample}")
     if request.latents is not None:
         _check_latents(request.latents, grid.shape(height, width, num_frames, loop=loop))
     return ResolvedRequest(
@@ -289,6 +318,8 @@ def resolve_request(
         shots=shots,
         window=request.window,
         latents=request.latents,
+        resample=resample,
+        original_prompt=request.original_prompt,
     )
 
 

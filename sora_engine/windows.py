@@ -63,6 +63,41 @@ class WindowPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SparsePlan:
+    """A long video in one attention span, of which each frame sees a part (LVSA).
+
+    Each latent frame attends to those at most `reach` away, to the first frame, and to `num_keys`
+    key frames at even distances, whose places move by one with each step: after some steps every
+    frame has seen every stretch. A step's cost grows linearly with the length.
+    Of no effect where `reach` covers the video.
+    """
+
+    reach: int
+    num_keys: int = 4
+
+    def __post_init__(self) -> None:
+        if self.reach < 1:
+            raise RequestError(f"reach must be at least 1 latent frame, got {self.reach}")
+        if self.num_keys < 0:
+            raise RequestError(f"num_keys must be 0 or more, got {self.num_keys}")
+
+    def holds(self, total: int) -> bool:
+        """Whether every one of `total` latent frames sees all others."""
+        return total <= self.reach + 1
+
+    def sees(self, total: int, *, wraps: bool, step: int) -> Tensor:
+        """Which latent frames each one attends to: bool `[total, total]`, rows for queries."""
+        at = torch.arange(total)
+        distance = (at[:, None] - at[None]).abs()
+        if wraps:
+            distance = torch.minimum(distance, total - distance)
+        keys = [(i * total // self.num_keys + step) % total for i in range(self.num_keys)]
+        seen = distance <= self.reach
+        seen[:, [0, *keys]] = True
+        return seen
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """Latent frames `start` to `start + length - 1` of a canvas, modulo `total` in a loop."""
 
@@ -84,14 +119,16 @@ class Window:
         return canvas.index_select(dim, self.indices().to(canvas.device))
 
 
-def plan_windows(plan: WindowPlan | None, total: int, *, wraps: bool, step: int) -> list[Window]:
+def plan_windows(
+    plan: WindowPlan | SparsePlan | None, total: int, *, wraps: bool, step: int
+) -> list[Window]:
     """The windows of one step over `total` latent frames, in order of time.
 
     Every frame is covered, neighbours overlap by `plan.overlap` frames or more, and all windows
     have the same length. With no plan, or where one window holds everything, there is one window;
     in a loop it starts elsewhere at every step, so that no frame is always at the seam.
     """
-    if plan is None or plan.holds(total):
+    if plan is None or isinstance(plan, SparsePlan) or plan.holds(total):
         return [Window(_golden_offset(step, total) if wraps else 0, total, total)]
     stride = plan.stride
     offset = _golden_offset(step, stride) if plan.schedule == "moving" else 0
@@ -109,10 +146,10 @@ def _golden_offset(step: int, stride: int) -> int:
     return int((step * 0.6180339887498949) % 1.0 * stride)
 
 
-def window_weights(plan: WindowPlan | None, window: Window, *, wraps: bool) -> Tensor:
+def window_weights(plan: WindowPlan | SparsePlan | None, window: Window, *, wraps: bool) -> Tensor:
     """Positive blend weights `[length]` (float32) of a window's frames."""
     n = window.length
-    if plan is None or window.covers_all or plan.weights == "flat":
+    if not isinstance(plan, WindowPlan) or window.covers_all or plan.weights == "flat":
         return torch.ones(n)
     position = torch.arange(n, dtype=torch.float32)
     if plan.weights == "pyramid":
@@ -129,7 +166,7 @@ def window_weights(plan: WindowPlan | None, window: Window, *, wraps: bool) -> T
 def blend(
     predictions: Sequence[Tensor],
     windows: Sequence[Window],
-    plan: WindowPlan | None,
+    plan: WindowPlan | SparsePlan | None,
     *,
     wraps: bool,
 ) -> Tensor:
@@ -139,13 +176,32 @@ def blend(
     """
     if len(windows) == 1 and windows[0].covers_all:
         return predictions[0]
+    weights = weight_sum(windows, plan, wraps=wraps).to(predictions[0])
+    return weighted_sum(predictions, windows, plan, wraps=wraps) / weights[:, None, None]
+
+
+def weighted_sum(
+    predictions: Sequence[Tensor],
+    windows: Sequence[Window],
+    plan: WindowPlan | SparsePlan | None,
+    *,
+    wraps: bool,
+) -> Tensor:
+    """The sum of windows' predictions, each times its weights: `[C, total, H, W]`."""
     C, _, H, W = predictions[0].shape
-    total = windows[0].total
-    blended = predictions[0].new_zeros(C, total, H, W)
-    weight_sum = predictions[0].new_zeros(total)
+    total = predictions[0].new_zeros(C, windows[0].total, H, W)
     for i in sorted(range(len(windows)), key=lambda i: windows[i].start):
-        indices = windows[i].indices().to(blended.device)
-        weights = window_weights(plan, windows[i], wraps=wraps).to(blended)
-        blended.index_add_(1, indices, predictions[i] * weights[:, None, None])
-        weight_sum.index_add_(0, indices, weights)
-    return blended / weight_sum[:, None, None]
+        weights = window_weights(plan, windows[i], wraps=wraps).to(total)
+        indices = windows[i].indices().to(total.device)
+        total.index_add_(1, indices, predictions[i] * weights[:, None, None])
+    return total
+
+
+def weight_sum(
+    windows: Sequence[Window], plan: WindowPlan | SparsePlan | None, *, wraps: bool
+) -> Tensor:
+    """The weights of all windows, summed for each frame: float32 `[total]`."""
+    total = torch.zeros(windows[0].total)
+    for window in sorted(windows, key=lambda window: window.start):
+        total.index_add_(0, window.indices(), window_weights(plan, window, wraps=wraps))
+    return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sora_engine.errors import MediaError
+from sora_engine.io.atomic import write_atomically
 from sora_engine.io.provenance import Provenance
 
 SUFFIX = ".latents.safetensors"
@@ -37,15 +37,9 @@ class SavedLatents:
         metadata = {"fps": repr(self.fps), "loop": str(int(self.loop)), "model": self.model}
         if self.provenance is not None:
             metadata["provenance"] = self.provenance.to_json()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(save({"latents": self.latents.float().contiguous()}, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_atomically(path, save({"latents": self.latents.float().contiguous()}, metadata))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise MediaError(f"{path} cannot be written: {error.strerror}") from error
         return path
 

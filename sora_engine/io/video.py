@@ -23,6 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
@@ -412,6 +413,23 @@ def read_video(
     elif rate is None:
         rate = len(frames) / (end - first) if end > first else 1.0
     return np.stack(frames), float(rate)
+
+
+def measure_video(path: str | Path, *, fps: float | None = None) -> tuple[int, int, int]:
+    """(num_frames, height, width) of what `read_video` gives at this rate, at the file's own size.
+
+    The whole file is decoded, because containers do not know: MediaError as of `read_video`.
+    """
+    path = Path(path)
+    stamp = path.stat().st_mtime_ns if path.exists() else 0
+    return _measure(path, stamp, fps)
+
+
+@lru_cache(maxsize=64)
+def _measure(path: Path, _stamp: int, fps: float | None) -> tuple[int, int, int]:
+    first, _ = read_video(path, max_frames=1)
+    small, _ = read_video(path, fps=fps, height=8, width=8)
+    return len(small), first.shape[1], first.shape[2]
 
 
 def open_video(path: str | Path) -> Any:

@@ -25,6 +25,11 @@ def noise_for(seed: int, step: int, shape: Sequence[int]) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=_generator("step", seed, step))
 
 
+def resampling_noise(seed: int, step: int, visit: int, shape: Sequence[int]) -> torch.Tensor:
+    """As `noise_for`, for the way back before the `visit`th time that a step is taken again."""
+    return torch.randn(tuple(shape), generator=_generator(f"resample {visit}", seed, step))
+
+
 def free_noise(
     seed: int, shape: Sequence[int], *, window: int, stride: int, wrap: bool = False
 ) -> torch.Tensor:

@@ -67,6 +67,12 @@ class Schedule:
         alpha, sigma = self.level(i)
         return alpha * x0 + sigma * noise
 
+    def go_back(self, x: torch.Tensor, noise: torch.Tensor, i: int) -> torch.Tensor:
+        """A sample behind step i, noised back to the level before it (arXiv 2201.09865, eq. 9)."""
+        (alpha, sigma), (alpha_after, sigma_after) = self.level(i), self.target(i)
+        kept = alpha / alpha_after
+        return kept * x + math.sqrt(max(sigma**2 - (kept * sigma_after) ** 2, 0.0)) * noise
+
     def from_strength(self, strength: float) -> Schedule:
         """The last `int(n * strength)` steps (SDEdit, arXiv 2108.01073; diffusers' video-to-video).
 

@@ -103,6 +103,11 @@ class TextEncoder:
         self.model.to(device)
         return self
 
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, as `encode` cuts it."""
+        ids = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.max_tokens)
+        return len(ids.input_ids)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """An embedding `[tokens, text_dim]` for each prompt, in the encoder's dtype, on its device.

@@ -83,15 +83,46 @@ def test_known_frames_are_kept_in_their_place(pipes, engines, kind, placed, know
 
 
 def test_a_mask_makes_known_what_it_covers_whole(pipes, engines):
-    """A token is known where all of its pixels are."""
+    """A token is known where all of its pixels are, and holds nothing of what is not known."""
     clip = a_clip(17, size=64)
     mask = np.zeros((64, 64), bool)
     mask[:, :40] = True
+    # What is unknown follows from what is known: here, one colour beside another in each frame.
+    clip[:, :, 36:] = np.arange(17, dtype=np.uint8)[:, None, None, None] * 9
     request = a_request(height=64, width=64, clips=[sora.Clip(clip, at=0, mask=mask)])
     video = engines["ti2v-5b"].generate(request)
-    expected = oracle_latents(pipes["ti2v-5b"], clip)
+    changed = clip.copy()
+    changed[:, :, 40:] = a_clip(17, seed=5, size=64)[:, :, 40:]
+    other = a_request(height=64, width=64, clips=[sora.Clip(changed, at=0, mask=mask)])
+    assert torch.equal(engines["ti2v-5b"].generate(other).latents, video.latents)
+    from sora_engine.clips import fill_holes
+
+    filled = np.stack([fill_holes(frame, mask) for frame in clip])
+    expected = oracle_latents(pipes["ti2v-5b"], filled)
     assert relative_error(video.latents[..., :2], expected[..., :2]) < 1e-4
     assert relative_error(video.latents[..., 2:], expected[..., 2:]) > 1e-2
+
+
+def test_holes_are_filled_from_round_about():
+    """Known pixels stay as they are; a hole in one colour takes it; a hole between two is between;
+    and what lay there has no part in it."""
+    from sora_engine.clips import fill_holes
+
+    frame = np.full((20, 33, 3), (200, 30, 7), np.uint8)
+    known = np.ones((20, 33), bool)
+    known[5:12, 8:20] = False
+    noisy = frame.copy()
+    noisy[~known] = 255
+    np.testing.assert_array_equal(fill_holes(noisy, known), frame)
+    frame[:, 14:] = (0, 130, 7)
+    between = fill_holes(frame, known)[~known].astype(int)
+    np.testing.assert_array_equal(fill_holes(frame, known)[known], frame[known])
+    assert (between >= (0, 29, 6)).all()
+    assert (between <= (201, 131, 8)).all()
+    assert between[:, 0].std() > 20
+    one = np.zeros((20, 33), bool)
+    one[19, 32] = True
+    assert (fill_holes(frame, one) == (0, 130, 7)).all()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +168,8 @@ def test_one_window_is_the_plain_path_bit_for_bit(engines):
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_how_many_windows_are_packed_at_a_time_changes_nothing(folders, loop):
+def test_how_many_windows_are_packed_at_a_time_changes_nothing(folders, loop, monkeypatch):
+    monkeypatch.setattr("sora_engine.worker.saturation_point", lambda _model, most: most)
     plan = sora.WindowPlan(3, 1, schedule="moving")
     request = a_request(num_frames=28 if loop else 29, window=plan, loop=loop)
     results = []
@@ -147,6 +179,60 @@ def test_how_many_windows_are_packed_at_a_time_changes_nothing(folders, loop):
             results.append(engine.generate(request).latents)
     assert relative_error(results[0], results[2]) < 1e-5
     assert relative_error(results[1], results[2]) < 1e-5
+
+
+def test_windows_are_packed_up_to_saturation(folders, monkeypatch):
+    """A long video's batches are no larger than a short one's, and its result is the same."""
+    results = []
+    for most, expected in ((10_000, 2 * 14 * 3 * 4), (24, 24)):
+        monkeypatch.setattr("sora_engine.worker.saturation_point", lambda _model, _, n=most: n)
+        request = a_request(num_frames=113, num_inference_steps=1, window=sora.WindowPlan(3, 1))
+        with sora.Engine.from_pretrained(folders["t2v"], device="cpu") as engine:
+            results.append(engine.generate(request))
+        assert results[-1].receipt.largest_batch_tokens == expected
+    assert relative_error(results[1].latents, results[0].latents) < 1e-5
+
+
+def test_the_order_of_windows_changes_nothing(engines, monkeypatch):
+    """Windows packed last to first, and a few at a time: the same video within 1e-5."""
+    from sora_engine import denoise
+
+    engine = engines["t2v"]
+    plan = sora.WindowPlan(3, 1, schedule="moving")
+    request = a_request(num_frames=29, window=plan)
+    plain = engine.generate(request).latents
+    split = denoise.split
+    seen = []
+
+    def backwards(canvas, expert):
+        parts = split(canvas, expert)
+        seen.append(len(parts))
+        return parts[::-1]
+
+    monkeypatch.setattr(denoise, "split", backwards)
+    assert relative_error(engine.generate(request).latents, plain) < 1e-5
+    assert min(seen) >= 2 * 4  # windows of both branches were there to be turned round
+
+
+def test_a_steps_tokens_grow_linearly_and_a_batch_not_at_all(engines):
+    """Four times the length: about four times the tokens a step, in batches of one size."""
+    from sora_engine import denoise
+    from sora_engine.packing import Packer
+
+    model = engines["t2v"].model
+    plan = sora.WindowPlan(4, 1)
+    totals = []
+    for frames in (61, 241):
+        canvas = denoise.prepare(
+            engines["t2v"].resolve(a_request(num_frames=frames, window=plan)), model
+        )
+        canvas.contexts[0] = model.encode_contexts(model.transformer(0), canvas.prompts)
+        packer = Packer(model.grid.patch, model.device)
+        groups = list(denoise.fill(denoise.split(canvas, 0), 100, packer))
+        sizes = [sum(packer.num_tokens(part.segment) for part in group) for group in groups]
+        assert max(sizes) <= 100
+        totals.append(sum(sizes))
+    assert totals[1] / totals[0] == pytest.approx(61 / 16, rel=0.1)  # latent frames
 
 
 def test_shots_read_their_own_text(engines):

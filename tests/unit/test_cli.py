@@ -268,7 +268,7 @@ def test_a_failure_at_work_is_one_line_and_exit_code_1(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("sora_engine.engine.decode", fail)
+    monkeypatch.setattr("sora_engine.worker.decoding", fail)
     assert generate(model, "-o", tmp_path / "a.mp4", *SMALL) == 1
     errors = capsys.readouterr().err
     assert "no room" in errors.splitlines()[-1]
@@ -306,7 +306,7 @@ def test_an_interrupt_cancels_the_job(
         jobs.append(job)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sora_engine.cli._follow", interrupt)
+    monkeypatch.setattr("sora_engine.cli.work.follow", interrupt)
     assert generate(model, "-o", tmp_path / "a.mp4", *SMALL, "--steps", "1000") == 130
     assert jobs[0].state == "cancelled"
     assert list(tmp_path.iterdir()) == []

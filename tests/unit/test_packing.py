@@ -105,3 +105,36 @@ def test_layouts_are_built_once_for_a_composition():
 def test_what_does_not_fit_is_named(segments, message):
     with pytest.raises(ValueError, match=message):
         Packer((1, 2, 2), CPU).pack(segments)
+
+
+def test_attention_is_planned_once_for_offsets(monkeypatch):
+    """Layers and steps share a plan; other offsets get their own, even through a shared store."""
+    from dataclasses import replace
+
+    from sora_engine import attention
+
+    made = []
+    monkeypatch.setattr(attention, "takes_plan", lambda q, backend: True)
+    plan = attention.plan_attention
+
+    def counted(cu_seqlens, **kwargs):
+        made.append(cu_seqlens)
+        return plan(cu_seqlens, **kwargs)
+
+    monkeypatch.setattr(attention, "plan_attention", counted)
+    context = a_context(3)
+    packer = Packer((1, 2, 2), CPU)
+    segments = [a_segment((2, 4, 4), context), a_segment((1, 2, 6), context)]
+    q = torch.randn(11, 3, 4)
+    for _ in range(2):
+        stream = packer.pack(segments).video
+        attention.self_attention(q, q, q, stream, backend="reference")
+    assert len(made) == 1
+    cut = replace(stream, cu_seqlens=torch.tensor([0, 3, 11], dtype=torch.int32))
+    expected = attention.packed_attention(
+        q, q, q, cut.cu_seqlens, cut.cu_seqlens, max_seqlen_q=8, max_seqlen_k=8, backend="reference"
+    )
+    torch.testing.assert_close(
+        attention.self_attention(q, q, q, cut, backend="reference"), expected
+    )
+    assert [offsets.tolist() for offsets in made] == [[0, 8, 11], [0, 3, 11]]

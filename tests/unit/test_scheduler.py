@@ -1,46 +1,127 @@
-"""Turns: who waited longest goes first, and who fits at the same expert comes along."""
+"""Turns: shares decide who is done first, the first is served first, and who fits comes along."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import random
+from dataclasses import dataclass, field
 
-from sora_engine.scheduler import Scheduler
+import pytest
+
+from sora_engine.scheduler import Scheduler, Ticket
 
 
 @dataclass
 class Turn:
     name: str
     tokens: int
+    steps: int = 4
     expert: int = 0
-    last_ran: int = 0
+    ticket: Ticket | None = field(default=None, repr=False)
 
 
-def step(scheduler, jobs):
-    chosen = scheduler.next_step(jobs, expert_of=lambda j: j.expert, tokens_of=lambda j: j.tokens)
+def enter(scheduler, name, tokens, steps=4, *, priority=0, expert=0):
+    turn = Turn(name, tokens, steps, expert)
+    turn.ticket = scheduler.enter(tokens * steps, priority)
+    return turn
+
+
+def step(scheduler, jobs, pack_tokens):
+    chosen = scheduler.batch(
+        scheduler.in_order(jobs),
+        pack_tokens,
+        tokens_of=lambda j: j.tokens,
+        expert_of=lambda j: j.expert,
+    )
+    for job in chosen:
+        job.steps -= 1
+        if not job.steps:
+            jobs.remove(job)
+    scheduler.serve(sum(job.tokens for job in chosen))
     return [job.name for job in chosen]
 
 
-def test_small_jobs_run_together():
-    jobs = [Turn("a", 10), Turn("b", 20), Turn("c", 30)]
-    assert step(Scheduler(100), jobs) == ["a", "b", "c"]
-    assert step(Scheduler(100), []) == []
+def test_small_jobs_run_together_below_saturation_and_apart_above_it():
+    for limit, expected in ((100, ["a", "b", "c"]), (40, ["a", "b"]), (5, ["a"])):
+        scheduler = Scheduler()
+        jobs = [enter(scheduler, name, n) for name, n in (("a", 10), ("b", 20), ("c", 30))]
+        assert step(scheduler, jobs, limit) == expected
+    assert step(Scheduler(), [], 100) == []
 
 
 def test_a_still_image_is_not_stuck_behind_a_minute_of_video():
-    scheduler = Scheduler(100)
-    jobs = [Turn("minute", 5000), Turn("image", 10)]
-    turns = [step(scheduler, jobs) for _ in range(4)]
-    assert turns == [["minute"], ["image"], ["minute"], ["image"]]
+    scheduler = Scheduler()
+    jobs = [enter(scheduler, "minute", 5000, 50)]
+    assert [step(scheduler, jobs, 100) for _ in range(3)] == [["minute"]] * 3
+    jobs.append(enter(scheduler, "image", 10, 4))
+    assert [step(scheduler, jobs, 100) for _ in range(5)] == [["image"]] * 4 + [["minute"]]
 
 
-def test_experts_take_turns():
-    scheduler = Scheduler(100)
-    jobs = [Turn("a", 10, 0), Turn("b", 10, 1), Turn("c", 10, 0)]
-    assert [step(scheduler, jobs) for _ in range(3)] == [["a", "c"], ["b"], ["a", "c"]]
+def test_a_batch_holds_one_expert():
+    scheduler = Scheduler()
+    jobs = [enter(scheduler, n, 10, e + 1, expert=e) for n, e in (("a", 0), ("b", 1), ("c", 0))]
+    assert [step(scheduler, jobs, 100) for _ in range(3)] == [["a", "c"], ["b"], ["b"]]
 
 
-def test_nobody_starves():
-    scheduler = Scheduler(25)
-    jobs = [Turn(str(i), 10, i % 2) for i in range(6)]
-    ran = [name for _ in range(12) for name in step(scheduler, jobs)]
-    assert min(ran.count(str(i)) for i in range(6)) >= 3
+def test_a_priority_is_a_share():
+    scheduler = Scheduler()
+    jobs = [enter(scheduler, "plain", 10, 10), enter(scheduler, "first", 10, 19, priority=1)]
+    assert step(scheduler, jobs, 0) == ["first"]
+    jobs = [enter(scheduler, "plain", 10, 10), enter(scheduler, "not yet", 10, 21, priority=1)]
+    assert step(scheduler, jobs, 0) == ["plain"]
+
+
+def test_nobody_starves_while_small_jobs_keep_coming():
+    """They alone would fill the machine, and the large job, which is last of all by size, ends."""
+    scheduler = Scheduler()
+    jobs = [enter(scheduler, "large", 40, 4)]
+    names = itertools.count()
+    ran = 0
+    for turn in range(400):
+        if turn % 3 == 0:
+            jobs += [enter(scheduler, str(next(names)), 10, 3)]
+        ran += step(scheduler, jobs, 0) == ["large"]
+    assert ran == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_ends_later_than_under_equal_sharing(seed):
+    """Against processor sharing, worked out apart; a step may be late, and no more."""
+    rng = random.Random(seed)
+    arrivals = sorted((rng.uniform(0, 400), rng.choice([1, 5, 40])) for _ in range(30))
+    scheduler, jobs, now, ended, ahead = Scheduler(), [], 0.0, {}, list(enumerate(arrivals))
+    while ahead or jobs:
+        while ahead and (ahead[0][1][0] <= now or not jobs):
+            name, (at, steps) = ahead.pop(0)
+            now = max(now, at)
+            jobs.append(enter(scheduler, name, 1, steps))
+        before = {job.name for job in jobs}
+        step(scheduler, jobs, 0)
+        now += 1
+        ended |= dict.fromkeys(before - {job.name for job in jobs}, now)
+
+    left, now, shared = dict(enumerate(a[1] for a in arrivals)), 0.0, {}
+    while left:
+        here = [name for name in left if arrivals[name][0] <= now]
+        later = [arrivals[name][0] for name in left if arrivals[name][0] > now]
+        if not here:
+            now = min(later)
+            continue
+        pause = min(left[name] for name in here) * len(here)
+        pause = min([pause, *(at - now for at in later)])
+        now += pause
+        for name in here:
+            left[name] -= pause / len(here)
+            if left[name] < 1e-9:
+                shared[name] = now
+                del left[name]
+    assert all(ended[name] <= shared[name] + 3 for name in shared)
+    assert sum(ended.values()) < sum(shared.values())
+
+
+def test_who_leaves_gives_up_its_share():
+    scheduler = Scheduler()
+    gone, stays = enter(scheduler, "gone", 10, 10), enter(scheduler, "stays", 10, 10)
+    scheduler.leave(gone.ticket)
+    scheduler.serve(100)  # all of it is the other's
+    assert enter(scheduler, "new", 1, 1).ticket.finish == stays.ticket.finish + 1

@@ -1,0 +1,106 @@
+"""What `sora bench` runs: profiles made of groups of measurements."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from sora_engine.bench.models import WAN_1_3B, WanShape
+from sora_engine.bench.results import Measurement, Result, ResultError, Spread
+
+Say = Callable[[str], None]
+Group = Callable[[], list[Measurement]]
+
+
+def cpu_groups(tiny: bool = False) -> Mapping[str, Group]:
+    """Ops, block, end to end (with step and decode) and serving: under 5 minutes on 2 cores.
+
+    tiny: everything once, at sizes that show no more than that it runs.
+    """
+    from dataclasses import replace
+
+    from sora_engine.bench import serving
+    from sora_engine.bench.end_to_end import Run, end_to_end
+    from sora_engine.bench.ops import block, ops
+
+    if tiny:
+        shape = WanShape(heads=2, head_dim=12, ffn_dim=32, layers=1, text_dim=32, vae_base_dim=3)
+        kinds = [
+            replace(kind, width=32, height=32, num_frames=1, steps=1) for kind in serving.MIXED
+        ]
+        return {
+            "ops": lambda: ops(tokens=64, heads=2, head_dim=12, rounds=1),
+            "block": lambda: block(shape, (1, 2, 2), rounds=1),
+            "end-to-end": lambda: end_to_end(shape, Run(32, 32, 1, 3, 16), memory=False),
+            "serving": lambda: [
+                *serving.serving(kinds=kinds, count=4),
+                serving.burst(kinds=kinds, count=2, rounds=1),
+            ],
+        }
+    four = replace(WAN_1_3B, layers=4)
+    return {
+        "ops": ops,
+        "block": lambda: block(WAN_1_3B, (4, 12, 16)),
+        "end-to-end": lambda: end_to_end(four, Run(256, 192, 5, 20)),
+        "serving": lambda: [*serving.serving(), serving.burst()],
+    }
+
+
+def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
+    """Steps of the published models on one GPU; `tiny` is a dry run, on the CPU where need be."""
+    import torch
+
+    from sora_engine.bench.h200 import h200
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not tiny:
+        raise ResultError("profile h200 needs a GPU; with --tiny it dry-runs on the CPU")
+    return {"h200": lambda: h200(device=device, dry_run=tiny, say=say)}
+
+
+PROFILES = ("cpu", "h200")
+
+
+def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say = print) -> Result:
+    """Run a profile, or the groups `only` of it, and say each figure as it comes.
+
+    Groups that need diffusers are left out, and said to be, where it is not installed. Raises
+    ResultError for a profile or a group that is not there.
+    """
+    if profile not in PROFILES:
+        raise ResultError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
+    groups = h200_groups(tiny, say) if profile == "h200" else cpu_groups(tiny)
+    strange = [name for name in only if name not in groups]
+    if strange:
+        raise ResultError(
+            f"profile {profile} has no group {strange[0]!r}, only {', '.join(groups)}"
+        )
+    found: list[Measurement] = []
+    started = time.monotonic()
+    for name, group in groups.items():
+        if only and name not in only:
+            continue
+        try:
+            measured = group()
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("diffusers"):
+                raise
+            say(f"{name}: left out, diffusers is not installed")
+            continue
+        for measurement in measured:
+            say(describe(measurement))
+        found += measured
+    say(f"{len(found)} measurements in {time.monotonic() - started:.0f} s")
+    return Result.here(f"{profile}-tiny" if tiny else profile, found)
+
+
+def describe(measurement: Measurement) -> str:
+    """A line for the terminal."""
+    parts = []
+    for name in measurement.samples:
+        text = f"{name} {measurement.spread(name).median:.4g} {measurement.unit}"
+        if name in measurement.rivals and len(measurement.samples) > 1:
+            ratio = Spread.of(measurement.ratios(name))
+            text += f" ({ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f})"
+        parts.append(text)
+    return f"{measurement.name}: {', '.join(parts)}"

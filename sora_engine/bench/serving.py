@@ -1,0 +1,294 @@
+"""Serving: requests that arrive at random, of mixed sizes, and bursts of small ones.
+
+The same arrivals are served three times: by the engine, by the same engine one job at a time
+(first come, first served), and by diffusers one at a time. The rate is set so that one at a time
+has work for 80% of its time, and so all of them finish what arrives, at equal throughput: what
+differs is how long one waits.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from sora_engine.bench.results import SUBJECT, Measurement
+from sora_engine.bench.timing import interleaved
+from sora_engine.config import Limits
+from sora_engine.engine import Engine
+from sora_engine.job import Job
+from sora_engine.models.video_model import BUNDLED
+from sora_engine.request import VideoRequest
+
+FIFO = "sora one at a time"
+DIFFUSERS = "diffusers one at a time"
+LOAD = 0.8
+
+PROMPTS = (
+    "a red circle moves right on a white background",
+    "a blue square moves up on a black background",
+    "a green triangle moves left on a white background",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A size of request, and how many in a hundred are of it."""
+
+    width: int
+    height: int
+    num_frames: int
+    steps: int
+    share: int
+    small: bool = True
+
+    def arguments(self, seed: int) -> dict[str, Any]:
+        return {
+            "prompt": PROMPTS[seed % len(PROMPTS)],
+            "negative_prompt": "",
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.num_frames,
+            "num_inference_steps": self.steps,
+            "guidance_scale": 4.0,
+        }
+
+    def request(self, seed: int) -> VideoRequest:
+        return VideoRequest(**self.arguments(seed), seed=seed)
+
+
+MIXED = (
+    Kind(64, 64, 1, 8, share=40),
+    Kind(64, 64, 9, 8, share=25),
+    Kind(96, 64, 5, 8, share=15),
+    Kind(128, 128, 25, 16, share=20, small=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    at_s: float
+    kind: Kind
+    seed: int
+
+
+def arrivals(kinds: Sequence[Kind], count: int, mean_gap_s: float, seed: int) -> list[Arrival]:
+    """`count` requests of a Poisson process. The shares are kept exactly, in a random order, so
+    that a short trace is not all of one kind."""
+    rng = random.Random(seed)
+    total = sum(kind.share for kind in kinds)
+    drawn = [kind for kind in kinds for _ in range(round(count * kind.share / total))]
+    drawn += [kinds[0]] * (count - len(drawn))
+    rng.shuffle(drawn)
+    found, now = [], 0.0
+    for i, kind in enumerate(drawn[:count]):
+        found.append(Arrival(now, kind, seed * 1000 + i))
+        now += rng.expovariate(1 / mean_gap_s)
+    return found
+
+
+Done = Callable[[], None]
+Serve = Callable[[Arrival, Done], None]
+
+
+def replay(trace: Sequence[Arrival], serve: Serve, timeout_s: float = 600.0) -> list[float]:
+    """Seconds from each arrival to its finished video. `serve` returns at once and calls back."""
+    latencies: list[float] = [0.0] * len(trace)
+    left = threading.Semaphore(0)
+    start = time.monotonic()
+
+    def finisher(i: int) -> Done:
+        def done() -> None:
+            latencies[i] = time.monotonic() - start - trace[i].at_s
+            left.release()
+
+        return done
+
+    for i, arrival in enumerate(trace):
+        time.sleep(max(0.0, start + arrival.at_s - time.monotonic()))
+        serve(arrival, finisher(i))
+    for _ in trace:
+        if not left.acquire(timeout=timeout_s):
+            raise TimeoutError(f"a request is not done {timeout_s:g} s after the last one was")
+    return latencies
+
+
+def by_engine(engine: Engine) -> Serve:
+    def serve(arrival: Arrival, done: Done) -> None:
+        def finished(job: Job) -> None:
+            done()
+
+        engine.submit(arrival.kind.request(arrival.seed)).add_done_callback(finished)
+
+    return serve
+
+
+class OneAtATime:
+    """diffusers behind a queue."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._queue: SimpleQueue[tuple[Arrival, Done] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def __call__(self, arrival: Arrival, done: Done) -> None:
+        self._queue.put((arrival, done))
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            arrival, done = item
+            make(self._pipe, arrival.kind, arrival.seed)
+            done()
+
+
+def make(pipe: Any, kind: Kind, seed: int) -> None:
+    """One video by diffusers."""
+    generator = torch.Generator().manual_seed(seed)
+    pipe(**kind.arguments(seed), generator=generator, output_type="np")
+
+
+def open_diffusers(model: str | Path = "sprites") -> Any:
+    """diffusers' pipeline on the same checkpoint. Raises ImportError without diffusers."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(BUNDLED.get(str(model), model), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def serving(
+    *,
+    model: str | Path = "sprites",
+    kinds: Sequence[Kind] = MIXED,
+    count: int = 20,
+    rounds: int = 1,
+    with_diffusers: bool = True,
+) -> list[Measurement]:
+    """Latencies of small and of all requests under Poisson arrivals, and the throughput."""
+    pipe = open_diffusers(model) if with_diffusers else None
+    one = Limits(max_running_jobs=1)
+    with (
+        Engine.from_pretrained(model, device="cpu") as engine,
+        Engine.from_pretrained(model, device="cpu", limits=one) as fifo,
+    ):
+        for kind in kinds:  # warm, and so that each size's cost is known
+            engine.generate(kind.request(0))
+            fifo.generate(kind.request(0))
+        mean_gap_s = _mean_service_s(fifo, kinds) / LOAD
+        systems: dict[str, Serve] = {SUBJECT: by_engine(engine), FIFO: by_engine(fifo)}
+        latencies: dict[str, list[tuple[Kind, float]]] = {}
+        rates: dict[str, list[float]] = {}
+
+        def run(names: Sequence[str], trace: list[Arrival]) -> None:
+            for name in names:
+                took = replay(trace, systems[name])
+                pairs = [(a.kind, s) for a, s in zip(trace, took, strict=True)]
+                latencies.setdefault(name, []).extend(pairs)
+                ends = (a.at_s + s for a, s in zip(trace, took, strict=True))
+                rates.setdefault(name, []).append(len(trace) / max(ends))
+
+        if pipe is None:
+            _each_round(run, list(systems), kinds, count, mean_gap_s, rounds)
+        else:
+            with closing(OneAtATime(pipe)) as queue:
+                systems[DIFFUSERS] = queue
+                _each_round(run, list(systems), kinds, count, mean_gap_s, rounds)
+    about = f"Poisson arrivals, one at a time {LOAD:.0%} busy"
+    found = [
+        Measurement(
+            f"serving: latency of small requests, {about}",
+            "s",
+            {name: [s for kind, s in pairs if kind.small] for name, pairs in latencies.items()},
+            paired=False,
+        ),
+        Measurement(
+            f"serving: latency of all requests, {about}",
+            "s",
+            {name: [s for _, s in pairs] for name, pairs in latencies.items()},
+            paired=False,
+        ),
+        Measurement(
+            f"serving: throughput, {about}", "videos/s", rates, better="higher", paired=False
+        ),
+    ]
+    return [with_percentiles(m) if m.unit == "s" else m for m in found]
+
+
+def with_percentiles(measurement: Measurement) -> Measurement:
+    """The same, with p50 and p95 of each system."""
+    figures: dict[str, float | str] = {}
+    for name, values in measurement.samples.items():
+        figures[f"p50 of {name}"] = statistics.median(values)
+        figures[f"p95 of {name}"] = sorted(values)[max(0, round(0.95 * len(values)) - 1)]
+    return replace(measurement, figures=figures)
+
+
+def _each_round(
+    run: Callable[[Sequence[str], list[Arrival]], None],
+    names: list[str],
+    kinds: Sequence[Kind],
+    count: int,
+    mean_gap_s: float,
+    rounds: int,
+) -> None:
+    for i in range(rounds):
+        run(names, arrivals(kinds, count, mean_gap_s, seed=i + 1))
+        names.reverse()
+
+
+def _mean_service_s(engine: Engine, kinds: Sequence[Kind]) -> float:
+    """Mean seconds of a request alone, weighted by the kinds' shares."""
+    total = 0.0
+    for kind in kinds:
+        start = time.monotonic()
+        engine.generate(kind.request(1))
+        total += kind.share * (time.monotonic() - start)
+    return total / sum(kind.share for kind in kinds)
+
+
+def burst(
+    *,
+    model: str | Path = "sprites",
+    kinds: Sequence[Kind] = MIXED,
+    count: int = 16,
+    rounds: int = 3,
+) -> Measurement:
+    """`count` small requests at once, the small `kinds` in their shares: packed, one by one through
+    the engine, and one by one through diffusers. Raises ImportError without diffusers."""
+    small = [kind for kind in kinds if kind.small]
+    wanted = [(a.kind, a.seed) for a in arrivals(small, count, 1.0, seed=1)]
+    pipe = open_diffusers(model)
+    with Engine.from_pretrained(model, device="cpu") as engine:
+
+        def packed() -> None:
+            engine.generate([kind.request(seed) for kind, seed in wanted])
+
+        def one_by_one() -> None:
+            for kind, seed in wanted:
+                engine.generate(kind.request(seed))
+
+        def diffusers() -> None:
+            for kind, seed in wanted:
+                make(pipe, kind, seed)
+
+        times = interleaved({SUBJECT: packed, FIFO: one_by_one, DIFFUSERS: diffusers}, rounds)
+    return Measurement(
+        f"serving: throughput of {count} small requests at once",
+        "videos/s",
+        {name: [count / s for s in values] for name, values in times.items()},
+        better="higher",
+    )

@@ -1,0 +1,17 @@
+"""The `sora` command.
+
+torch is imported by the commands that need it, after their first line of output, so that `--help`,
+`--version` and a mistyped option answer at once.
+
+Exit codes: 0 done; 1 it failed at work; 2 a value on the command line is wrong (nothing was made);
+130 interrupted by Ctrl-C, 143 by SIGTERM. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+from sora_engine.cli.app import main
+
+# A module of commands is registered by its import; `sora --help` lists them in this order.
+from sora_engine.cli import generate, clips, decode, bench, plan, doctor  # isort: skip
+
+__all__ = ["bench", "clips", "decode", "doctor", "generate", "main", "plan"]

@@ -1,0 +1,79 @@
+"""`sora bench`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sora_engine.cli.app import UsageError, app, say
+
+
+@app.command()
+def bench(
+    profile: Annotated[str, typer.Option(help="cpu (under 5 minutes) or h200 (under 9).")] = "cpu",
+    only: Annotated[
+        str, typer.Option(help="Groups of the profile: ops,block,end-to-end,serving.")
+    ] = "",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="JSON of the result.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of both sides.")] = None,
+    tiny: Annotated[bool, typer.Option(help="A dry run at tiny sizes.")] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Two results, the older first: exit code 1 where something got worse."),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option(help="Measure the kernels' launch tables on this GPU.")
+    ] = False,
+) -> None:
+    """Measure this machine, or compare two results."""
+    if compare is not None:
+        raise typer.Exit(_compare(*compare))
+    if tune:
+        raise typer.Exit(_tune())
+    from sora_engine.bench.results import ResultError
+
+    if output is not None and not output.endswith(".json"):
+        raise UsageError(f"--output: {output} must end in .json")
+    say("loading torch")
+    import torch
+
+    from sora_engine.bench.profiles import run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    groups = [name.strip() for name in only.split(",") if name.strip()]
+    try:
+        result = run(profile, only=groups, tiny=tiny, say=say)
+    except ResultError as error:
+        raise UsageError(str(error)) from error
+    if output is not None:
+        result.write(output)
+        say(f"{output}: {len(result.measurements)} measurements, commit {result.commit}")
+
+
+def _compare(before: str, after: str) -> int:
+    from sora_engine.bench.compare import Verdict, compare
+    from sora_engine.bench.results import Result, ResultError
+
+    try:
+        findings = compare(Result.read(before), Result.read(after))
+    except ResultError as error:
+        raise UsageError(str(error)) from error
+    for finding in findings:
+        say(str(finding))
+    worse = sum(finding.verdict is Verdict.REGRESSION for finding in findings)
+    say(f"{worse} regressions among {len(findings)} comparisons")
+    return 1 if worse else 0
+
+
+def _tune() -> int:
+    from importlib import import_module
+
+    try:
+        tune = import_module("sora_kernels.tune")
+    except ImportError as error:
+        raise UsageError(f"--tune: this installation has no sora_kernels.tune ({error})") from error
+    return tune.main([]) or 0

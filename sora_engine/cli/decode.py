@@ -1,0 +1,96 @@
+"""`sora decode` and `sora export-vae`: the autoencoder by itself."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from sora_engine.cli.app import UsageError, app, say
+from sora_engine.cli.options import Device, Dtype, VAEBackend, in_options, parse_size
+from sora_engine.errors import SoraError
+from sora_engine.version import version
+
+
+@app.command()
+def decode(
+    latents: Annotated[str, typer.Argument(help="A file of finished latents.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="As of `sora generate`.")
+    ] = "out.mp4",
+    model: Annotated[
+        str | None, typer.Option(help="Whose VAE; by default the model that made the latents.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    vae_backend: VAEBackend = "auto",
+) -> None:
+    """Decode finished latents that an interrupted `sora generate` left."""
+    from sora_engine.io.latents import SavedLatents
+    from sora_engine.io.video import VideoWriter, check_output
+
+    try:
+        check_output(output)
+        saved = SavedLatents.read(latents)
+    except SoraError as error:
+        raise UsageError(str(error)) from error
+    name = model or saved.model
+    say(f"sora_engine {version()}: loading the VAE of {name}")
+    started = time.monotonic()
+    from sora_engine.denoise import decode as decode_frames
+    from sora_engine.models.video_model import load_video_decoder
+
+    try:
+        decoder = load_video_decoder(name, device=device, dtype=dtype, vae_backend=vae_backend)
+        normalised = decoder.vae.normalise(saved.latents[None])[0]
+    except (SoraError, RuntimeError) as error:
+        raise UsageError(f"{in_options(error)}") from error
+    total, done = saved.latents.shape[1], 0
+    with VideoWriter(output, saved.fps, provenance=saved.provenance) as writer:
+        for chunk in decode_frames(normalised, decoder, wraps=saved.loop):
+            for frame in chunk.numpy():
+                writer.write(frame)
+            done += 1
+            say(f"decode {done}/{total} latent frames")
+    say(f"{output}: {saved.fps:g} fps ({time.monotonic() - started:.1f} s)")
+
+
+@app.command("export-vae")
+def export_vae(
+    model: Annotated[str, typer.Argument(help="A checkpoint, as of `sora generate --model`.")],
+    backend: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
+    output: Annotated[
+        str | None, typer.Option(help="Folder; by default the cache where the engine looks.")
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="HEIGHTxWIDTH,... in pixels, for TensorRT: 480x832,720x1280.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    device: Device = "auto",
+) -> None:
+    """Export a VAE to ONNX graphs, or build TensorRT engines from them."""
+    say(f"sora_engine {version()}: loading the VAE of {model}")
+    from sora_engine.models.video_model import load_video_decoder, resolve_device, resolve_dtype
+    from sora_engine.vae.backend import export_vae as export
+    from sora_engine.vae.fit import FittedCoder
+    from sora_engine.vae.wan import WanVAE
+
+    pixels = [parse_size(size) for size in sizes.split(",") if size.strip()]
+    try:
+        target = resolve_device(device)
+        fitted = load_video_decoder(model, device=target, dtype="float32").vae
+        assert isinstance(fitted, FittedCoder)
+        vae = fitted.coder
+        assert isinstance(vae, WanVAE)
+        folder = export(
+            vae,
+            backend,
+            output,
+            sizes=[(width, height) for height, width in pixels],
+            dtype=resolve_dtype(dtype, target),
+            device=target,
+        )
+    except SoraError as error:
+        raise UsageError(in_options(error)) from error
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

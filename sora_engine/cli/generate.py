@@ -1,0 +1,137 @@
+"""`sora generate` and `sora image`: videos and pictures from words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sora_engine.cli.app import UsageError
+from sora_engine.cli.options import DEFAULT_MODEL, Common, Frames
+from sora_engine.cli.work import Plan, video_command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sora_engine.io.provenance import Provenance
+    from sora_engine.request import VideoRequest
+    from sora_engine.tasks import ModelFacts
+    from sora_engine.video import Video
+
+    Make = Callable[[VideoRequest], Video]
+
+
+@video_command
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    frames: Frames = None,
+    image: Annotated[str | None, typer.Option(help="An image that is the first frame.")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Its end joins its beginning.")] = False,
+    shot: Annotated[
+        list[str] | None, typer.Option(help="A shot's prompt, in place of PROMPT; repeat it.")
+    ] = None,
+    shot_frames: Annotated[
+        list[int] | None, typer.Option(help="The number of frames of each --shot, in order.")
+    ] = None,
+    draft: Annotated[
+        bool,
+        typer.Option("--draft", help="A half-size draft in half the steps, then the full size."),
+    ] = False,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VIDEO", help="Make this video again; other options given are changes to it."
+        ),
+    ] = None,
+    *,
+    common: Common,
+) -> Plan:
+    """Make a video from words.
+
+    What is not given is as the checkpoint sets it.
+    """
+    from sora_engine import tasks
+    from sora_engine.request import Clip, VideoRequest
+
+    settings = common.settings()
+    if frames is not None:
+        settings["num_frames"] = frames
+    if image is not None:
+        settings["clips"] = (Clip(image, at=0),)
+    if loop:
+        settings["loop"] = True
+    if shot or shot_frames:
+        if prompt is not None:
+            raise UsageError(f"--shot: its prompts take the place of PROMPT {prompt!r}; drop one")
+        made = tasks.shots(shot or (), shot_frames or ())
+        prompt, settings["shots"] = made.prompt, made.shots
+    if like is not None:
+        return _like(like, prompt, settings, common)
+    if prompt is None:
+        raise UsageError("there is no prompt; say what the video shows, as PROMPT or by --shot")
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    request = VideoRequest(prompt, **settings)
+
+    def build(model: ModelFacts, make: Make) -> VideoRequest:
+        if not draft:
+            return request
+        return tasks.refine(request, make(tasks.draft(model, request)))
+
+    return Plan(common, request, build, () if image is None else (image,))
+
+
+@video_command
+def image(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    *,
+    common: Common,
+) -> Plan:
+    """Make one picture from words."""
+    from sora_engine import tasks
+
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    request = tasks.image(prompt, **common.settings())
+    return Plan(common, request, lambda _model, _make: request, output="out.png")
+
+
+def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common) -> Plan:
+    """The plan of a video that is made again from what its file says."""
+    from sora_engine.io.provenance import read_provenance
+    from sora_engine.request import VideoRequest
+
+    provenance = read_provenance(path)
+    if provenance is None:
+        raise UsageError(f"--like: {path} does not say how it was made; only files of `sora` do")
+    if common.output is None and Path(path).resolve() == Path("out.mp4").resolve():
+        raise UsageError(f"--output: {path} would be written over; name another file")
+    if prompt is not None:
+        changes = {**changes, "prompt": prompt, "original_prompt": None}
+    if common.model is None:
+        if provenance.model != DEFAULT_MODEL:
+            raise UsageError(f"--like: {path} was made by {provenance.model!r}; name it by --model")
+        common = replace(common, model=DEFAULT_MODEL)
+    if common.dtype == "auto":
+        common = replace(common, dtype=str(provenance.settings.get("dtype", "auto")))
+
+    def build(model: ModelFacts, make: Make) -> VideoRequest:
+        from sora_engine.recipe import request_of
+
+        _check_model(path, provenance, model)
+        request = request_of(provenance, make, folder=Path(path).parent)
+        return replace(request, **changes)
+
+    return Plan(common, VideoRequest(**{"prompt": "", **changes}), build, (path,))
+
+
+def _check_model(path: str, provenance: Provenance, model: ModelFacts) -> None:
+    made_by = provenance.settings.get("model_hash")
+    found = getattr(model, "weights_hash", made_by)
+    if found != made_by:
+        raise UsageError(
+            f"--like: {path} was made by weights {made_by} of {provenance.model!r}; "
+            f"this model's are {found}"
+        )

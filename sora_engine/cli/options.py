@@ -1,0 +1,174 @@
+"""Options that several commands take, and the names of options in error messages."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sora_engine.cli.app import UsageError
+from sora_engine.config import ParallelConfig
+
+DEFAULT_MODEL = "sprites"
+
+# What the Python interface calls the values, and what the command line does.
+_OPTION_OF = {
+    "num_inference_steps": "--steps",
+    "guidance_scale_2": "--guidance-2",
+    "guidance_scale": "--guidance",
+    "num_frames": "--frames",
+    "negative_prompt": "--negative-prompt",
+    "height": "--size",
+    "width": "--size",
+    "fps": "--fps",
+    "shift": "--shift",
+    "seed": "--seed",
+    "solver": "--solver",
+    "device": "--device",
+    "dtype": "--dtype",
+    "before_s": "--before",
+    "after_s": "--after",
+    "gap_s": "--gap",
+    "missing": "--missing",
+    "strength": "--strength",
+    "scale": "--scale",
+    "the mask": "--mask",
+}
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
+
+
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="What the video shows; by default what the clip's file says of itself, or nothing.",
+    ),
+]
+Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames.")]
+Strength = Annotated[
+    float, typer.Option(help="In (0, 1]: low keeps the clip, high keeps only its layout.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """The options of every command that makes a video, by the names that it takes."""
+
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".mp4, .gif, .webp, .png (one frame), or no suffix for a folder of PNGs.",
+        ),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A diffusers folder, a .safetensors file, or 'sprites', the bundled checkpoint "
+            "(the default).",
+            show_default=False,
+        ),
+    ] = None
+    components: Annotated[
+        str | None,
+        typer.Option(help="Folder with the VAE and text encoder of a .safetensors --model."),
+    ] = None
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = (
+        None
+    )
+    fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None
+    guidance_2: Annotated[
+        float | None, typer.Option(help="Guidance scale of the low-noise expert.")
+    ] = None
+    shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Of the initial noise; drawn at random by default.")
+    ] = None
+    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = ""
+    solver: Annotated[
+        str | None, typer.Option(help="Such as unipc or euler; the checkpoint's by default.")
+    ] = None
+    upsample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|URL",
+            help="A language model that rewrites the prompt in more detail: its folder, or an "
+            "OpenAI-compatible address (SORA_UPSAMPLER_KEY is its key).",
+        ),
+    ] = None
+    upsample_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name at the address.")
+    ] = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    vae_backend: VAEBackend = "auto"
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks to start: auto, or ulysses=2,guidance=2 (also ring, window, data). "
+            "Under torchrun, how to use its ranks.",
+            show_default=False,
+        ),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """What was given of a `VideoRequest`'s values."""
+        height, width = (None, None) if self.size is None else parse_size(self.size)
+        values = {
+            "negative_prompt": self.negative_prompt or None,
+            "height": height,
+            "width": width,
+            "fps": self.fps,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "guidance_scale_2": self.guidance_2,
+            "shift": self.shift,
+            "seed": self.seed,
+            "solver": self.solver,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """'832x480' -> (480, 832)."""
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*", size)
+    if match is None:
+        raise UsageError(f"--size: {size!r} is not WIDTHxHEIGHT, such as 832x480")
+    return int(match[2]), int(match[1])
+
+
+def parse_parallel(text: str) -> ParallelConfig | Literal["auto"]:
+    """'ulysses=2,guidance=2' as a layout; 'auto' as it is."""
+    if text == "auto":
+        return "auto"
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(ulysses|ring|guidance|window|data)\s*=\s*(\d{1,4})\s*", part)
+        if match is None:
+            raise UsageError(
+                f"--parallel: {part.strip()!r} is not an axis and a number of ranks, such as "
+                "ulysses=2; axes are ulysses, ring, guidance, window and data"
+            )
+        axes[match[1]] = int(match[2])
+    try:
+        return ParallelConfig(**axes)
+    except ValueError as error:
+        raise UsageError(f"--parallel: {error}") from error
+
+
+def in_options(error: Exception) -> str:
+    """The error's text, with the option that it is about in front."""
+    text = str(error)
+    for name, option in _OPTION_OF.items():
+        if re.match(rf"{name}\b", text):
+            return f"{option}: {text}"
+    return text

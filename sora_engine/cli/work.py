@@ -1,0 +1,301 @@
+"""One job of the command line: checked, made, and followed to its end."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+
+from sora_engine.cli.app import UsageError, app, say
+from sora_engine.cli.options import DEFAULT_MODEL, Common, in_options, parse_parallel
+from sora_engine.config import Limits, ParallelConfig
+from sora_engine.errors import MediaError, RequestError, SoraError
+from sora_engine.version import version
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from sora_engine.engine import Engine
+    from sora_engine.job import Job
+    from sora_engine.request import ResolvedRequest, VideoRequest
+    from sora_engine.tasks import ModelFacts
+    from sora_engine.video import Video
+
+Build = Callable[["ModelFacts", "Callable[[VideoRequest], Video]"], "VideoRequest"]
+"""What a command leaves to be done: the request, once the model is known, and given a way to make
+the videos that it starts from."""
+
+
+class Plan(NamedTuple):
+    """What a command has made of its own options.
+
+    early: what is known of the request before the model is. files: what it will read.
+    """
+
+    common: Common
+    early: VideoRequest
+    build: Build
+    files: tuple[str, ...] = ()
+    output: str = "out.mp4"
+
+
+def video_command(function: Callable[..., Plan]) -> Callable[..., None]:
+    """Registers a command that makes a video: its own options, and those of `Common`."""
+    own = [
+        parameter
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
+        if parameter.name != "common"
+    ]
+    hints = get_type_hints(Common, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
+        )
+        for f in fields(Common)
+    ]
+
+    def command(**values: Any) -> None:
+        common = Common(**{f.name: values.pop(f.name) for f in fields(Common)})
+        try:
+            plan = function(**values, common=common)
+        except SoraError as error:
+            raise UsageError(in_options(error)) from error
+        run(plan)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    app.command()(command)
+    return command
+
+
+def run(plan: Plan) -> None:
+    """Makes the video of a command, from its checks to the line that tells what was made."""
+    common = plan.common
+    if int(os.environ.get("RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+        from sora_engine.distributed.torchrun import serve
+
+        layout = None if common.parallel is None else parse_parallel(common.parallel)
+        if isinstance(layout, ParallelConfig) and layout.num_ranks != int(os.environ["WORLD_SIZE"]):
+            # Rank 0 says why. The launcher stops all ranks when one leaves: so this one waits.
+            time.sleep(60)
+            raise SystemExit(2)
+        raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
+    output = common.output if common.output is not None else plan.output
+    check_before_loading(plan, output)
+    if common.model is None:
+        say(
+            f"sora_engine {version()}: loading sprites, the bundled checkpoint (--model for others)"
+        )
+        say(
+            "sprites is half-trained: it gets backgrounds and colours, often motions, seldom shapes"
+        )
+    else:
+        if common.model != DEFAULT_MODEL and not Path(common.model).exists():
+            raise UsageError(f"--model: {common.model} does not exist")
+        say(f"sora_engine {version()}: loading {common.model}")
+    started = time.monotonic()
+    engine = load_engine(common)
+    load_s = time.monotonic() - started
+    with closing(engine):
+        try:
+            request = plan.build(engine.model, partial(make_first, engine))
+            if common.upsample is not None:
+                request = rewritten(request, common)
+            resolved = engine.resolve(request)
+        except (RequestError, MediaError) as error:
+            raise UsageError(in_options(error)) from error
+        settings = f"{resolved.width}x{resolved.height}, {resolved.num_frames} frames"
+        say(f"making {settings}, {resolved.num_inference_steps} steps, seed {resolved.seed}")
+        try:
+            job = make(engine, request, resolved, output, common.model or DEFAULT_MODEL)
+        except RequestError as error:  # what shows only once the clips are read
+            raise UsageError(in_options(error)) from error
+    times_s = {
+        "load": load_s,
+        "encode": job.timings_s["encoding"],
+        "denoise": job.timings_s["denoising"],
+        "decode": job.timings_s["decoding"],
+    }
+    times = ", ".join(f"{stage} {time_s:.1f} s" for stage, time_s in times_s.items())
+    say(f"{output}: {settings} at {resolved.fps:g} fps, seed {resolved.seed} ({times})")
+
+
+def check_before_loading(plan: Plan, output: str) -> None:
+    """Everything that can be told without the model: no one waits for torch to learn of a typo."""
+    from sora_engine.io.video import check_output, open_video
+    from sora_engine.request import GenerationDefaults, LatentGrid, resolve_request
+
+    # Stands for any model: the engine's own rules, less those of a model's grid.
+    any_defaults = GenerationDefaults(
+        height=1, width=1, num_frames=1, fps=1.0, num_inference_steps=1, guidance_scale=1.0
+    )
+    any_grid = LatentGrid(channels=1, vae_spatial=1, patch=(1, 1, 1), time=1)
+    try:
+        check_output(output, num_frames=plan.early.num_frames, fps=plan.early.fps)
+        for path in plan.files:
+            if not Path(path).is_dir() and read_first_image(path) is None:
+                open_video(path).close()
+        resolve_request(plan.early, any_defaults, any_grid, Limits())
+    except SoraError as error:
+        raise UsageError(in_options(error)) from error
+
+
+def read_first_image(path: str) -> np.ndarray | None:
+    """The picture of an image file; None for a file that is none."""
+    from sora_engine.io.images import decode, open_image
+
+    image = open_image(Path(path))
+    if image is None:
+        return None
+    with image:
+        return decode(image, path)
+
+
+def load_engine(common: Common) -> Engine:
+    """The engine of the model that was asked for."""
+    from sora_engine.engine import Engine
+
+    try:
+        return Engine.from_pretrained(
+            common.model or DEFAULT_MODEL,
+            parallel=None if common.parallel is None else parse_parallel(common.parallel),
+            components=common.components,
+            device=common.device,
+            dtype=common.dtype,
+            vae_backend=common.vae_backend,
+        )
+    except SoraError as error:
+        raise UsageError(in_options(error)) from error
+
+
+def rewritten(request: VideoRequest, common: Common) -> VideoRequest:
+    """The request with its prompt by a language model, which is shown."""
+    from sora_engine.text.upsampling import open_upsampler, upsample
+
+    assert common.upsample is not None
+    try:
+        upsampler = open_upsampler(
+            common.upsample,
+            model=common.upsample_model,
+            api_key=os.environ.get("SORA_UPSAMPLER_KEY"),
+        )
+        request = upsample(request, upsampler)
+    except SoraError as error:
+        raise UsageError(f"--upsample: {error}") from error
+    say(f"prompt: {request.prompt}")
+    return request
+
+
+def make_first(engine: Engine, request: VideoRequest) -> Video:
+    """Makes a video that another one starts from."""
+    job = engine.submit(request)
+    r = job.request
+    say(f"making {r.width}x{r.height}, {r.num_frames} frames, {r.num_inference_steps} steps first")
+    try:
+        follow(job)
+    except BaseException:
+        job.cancel()
+        raise
+    return job.result()
+
+
+def make(
+    engine: Engine, request: VideoRequest, resolved: ResolvedRequest, output: str, model: str
+) -> Job:
+    """Runs one job to its end, frames going into the file as they are decoded.
+
+    The finished latents lie beside the output while it is decoded: a decode that fails, or is
+    killed, loses nothing.
+    """
+    from sora_engine.io.latents import SUFFIX, SavedLatents
+    from sora_engine.io.video import VideoWriter
+    from sora_engine.recipe import provenance_of
+
+    provenance = provenance_of(resolved, engine.model)
+    try:
+        writer = VideoWriter(
+            output, resolved.fps, num_frames=resolved.num_frames, provenance=provenance
+        )
+    except MediaError as error:
+        raise UsageError(in_options(error)) from error
+    kept = Path(output + SUFFIX)
+
+    def write(frames: np.ndarray) -> None:
+        for frame in frames:
+            writer.write(frame)
+
+    def keep(latents: Tensor) -> None:
+        source = str(Path(model).resolve()) if model != DEFAULT_MODEL else model
+        SavedLatents(latents, resolved.fps, resolved.loop, source, provenance).write(kept)
+
+    with writer:
+        job = engine.submit(replace(request, seed=resolved.seed), on_frames=write, on_latents=keep)
+        try:
+            follow(job)
+        except BaseException:
+            job.cancel()
+            with suppress(Exception):
+                job.result()  # the engine must have let go of the file before it is removed
+            if kept.exists():
+                say(f"the finished latents are in {kept}; `sora decode {kept} -o {output}` goes on")
+            raise
+    kept.unlink(missing_ok=True)
+    return job
+
+
+def follow(job: Job) -> None:
+    """Shows a job's finished steps and decoded frames until it is done; raises its error."""
+    if not sys.stdout.isatty():
+        return _follow_in_lines(job)
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn()) as bars:
+        denoise = bars.add_task("denoise", total=job.progress.num_steps)
+        decode = bars.add_task("decode ", total=job.progress.num_frames, start=False)
+        while True:
+            done = _wait(job, 0.1)
+            progress = job.progress
+            bars.update(denoise, completed=progress.steps_done, total=progress.num_steps)
+            if progress.frames_decoded or progress.state == "decoding":
+                bars.start_task(decode)
+            bars.update(decode, completed=progress.frames_decoded)
+            if done:
+                return
+
+
+def _follow_in_lines(job: Job) -> None:
+    """The same for a log file: a line at each tenth of a stage, and at its end."""
+    shown: dict[str, int] = {}
+    while True:
+        done = _wait(job, 0.05)
+        progress = job.progress
+        for name, count, total in (
+            ("denoise", progress.steps_done, progress.num_steps),
+            ("decode", progress.frames_decoded, progress.num_frames),
+        ):
+            before = shown.get(name, 0)
+            if count > before and (count == total or (count - before) * 10 >= total):
+                say(f"{name} {count}/{total}")
+                shown[name] = count
+        if done:
+            return
+
+
+def _wait(job: Job, timeout_s: float) -> bool:
+    """Whether the job completed within the time; raises its error."""
+    try:
+        job.result(timeout_s)
+    except TimeoutError:
+        if not job.done():
+            return False
+        job.result()  # done in the meantime, or failed by a TimeoutError of its own
+    return True

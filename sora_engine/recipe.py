@@ -1,0 +1,196 @@
+"""How a result was made, as plain values in its file, and from there the same request again.
+
+A clip is remembered by its path and the hash of its bytes, or, if it was itself made by the engine,
+by its own recipe. Frames, noise and images that were only in memory are remembered by their hash:
+that is enough to say what is missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sora_engine.clips import as_array
+from sora_engine.errors import MediaError, RequestError
+from sora_engine.guidance import Guidance
+from sora_engine.io.provenance import Provenance
+from sora_engine.request import Clip, Footage, ResolvedRequest, Shot, VideoRequest
+from sora_engine.version import version
+from sora_engine.video import Video
+from sora_engine.windows import SparsePlan, WindowPlan
+
+if TYPE_CHECKING:
+    from sora_engine.models.video_model import VideoModel
+    from sora_engine.request import Frames, WholeFrames
+
+Make = Callable[[VideoRequest], Video]
+
+_PLAIN = (
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_scale_2",
+    "negative_prompt",
+    "shift",
+    "solver",
+    "strength",
+    "loop",
+    "resample",
+    "original_prompt",
+)
+
+
+def provenance_of(request: ResolvedRequest, model: VideoModel) -> Provenance:
+    """What made a video, for its file's metadata."""
+    settings: dict[str, Any] = {
+        name: value for name in _PLAIN if (value := getattr(request, name)) is not None
+    }
+    if request.sigmas is not None:
+        settings["sigmas"] = list(request.sigmas)
+    if request.shots:
+        settings["shots"] = [asdict(shot) for shot in request.shots]
+    if request.guidance != Guidance():
+        settings["guidance"] = asdict(request.guidance)
+    if request.window is not None:
+        settings["window"] = asdict(request.window)
+    if request.clips:
+        settings["clips"] = [_clip_to_json(clip) for clip in request.clips]
+    if request.init is not None:
+        settings["init"] = _frames_to_json(request.init)
+    if request.latents is not None:
+        noise = request.latents.detach().float().cpu().contiguous().numpy()
+        settings["latents"] = {"sha256": _hash(noise.tobytes())}
+    settings["model_hash"] = model.weights_hash
+    settings["device"] = model.device.type
+    settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    return Provenance(
+        prompt=request.prompt,
+        seed=request.seed,
+        model=model.name,
+        version=version(),
+        settings=settings,
+    )
+
+
+def request_of(provenance: Provenance, make: Make, *, folder: Path | None = None) -> VideoRequest:
+    """The request that made a result.
+
+    make: makes the videos that the request started from, where it started from some. folder: where
+    clips are looked for that are not at their path any more; that of the result.
+    Raises RequestError or MediaError for a clip that is missing, was changed, or was never a file.
+    """
+    settings = provenance.settings
+    values: dict[str, Any] = {name: settings[name] for name in _PLAIN if name in settings}
+    if "latents" in settings:
+        raise RequestError(
+            "it was made from initial noise given in memory, which its file does not hold; pass "
+            f"`latents` with sha256 {settings['latents']['sha256'][:12]} in a request of your own"
+        )
+    try:
+        if "sigmas" in settings:
+            values["sigmas"] = tuple(settings["sigmas"])
+        if "shots" in settings:
+            values["shots"] = tuple(Shot(**shot) for shot in settings["shots"])
+        if "guidance" in settings:
+            values["guidance"] = Guidance(**settings["guidance"])
+        if "window" in settings:
+            kind = SparsePlan if "reach" in settings["window"] else WindowPlan
+            values["window"] = kind(**settings["window"])
+        if "clips" in settings:
+            values["clips"] = tuple(
+                _clip_from_json(clip, make, folder) for clip in settings["clips"]
+            )
+        if "init" in settings:
+            values["init"] = _frames_from_json(settings["init"], make, folder)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise RequestError(f"its metadata are not this engine's: {error}") from error
+    return VideoRequest(provenance.prompt, seed=provenance.seed, **values)
+
+
+def _clip_to_json(clip: Clip) -> dict[str, Any]:
+    told: dict[str, Any] = {"at": int(clip.at), "frames": _frames_to_json(clip.frames)}
+    if clip.mask is not None:
+        mask = np.asarray(clip.mask, dtype=bool)
+        bits = zlib.compress(np.packbits(mask).tobytes(), 9)
+        told["mask"] = {"shape": list(mask.shape), "bits": base64.b64encode(bits).decode()}
+    return told
+
+
+def _clip_from_json(told: dict[str, Any], make: Make, folder: Path | None) -> Clip:
+    mask = None
+    if "mask" in told:
+        shape = told["mask"]["shape"]
+        size = int(np.prod(shape))
+        packed = zlib.decompressobj().decompress(
+            base64.b64decode(told["mask"]["bits"]), -(-size // 8)
+        )
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8))
+        mask = bits[:size].astype(bool).reshape(shape)
+    return Clip(_frames_from_json(told["frames"], make, folder), at=told["at"], mask=mask)
+
+
+def _frames_to_json(frames: Frames) -> dict[str, Any]:
+    if isinstance(frames, Footage):
+        inner = _frames_to_json(frames.frames)
+        return {**inner, "start": frames.start, "stop": frames.stop}
+    if isinstance(frames, (str, PathLike)):
+        path = Path(frames)
+        return {"path": path.as_posix(), "sha256": _hash_path(path)}
+    if isinstance(frames, Video) and frames.provenance is not None:
+        made = frames.provenance
+        return {"made": {f.name: getattr(made, f.name) for f in fields(made)}}
+    return {"sha256": _hash(np.ascontiguousarray(as_array(frames)).tobytes())}
+
+
+def _frames_from_json(told: dict[str, Any], make: Make, folder: Path | None) -> Frames:
+    whole: WholeFrames
+    if "made" in told:
+        whole = make(request_of(Provenance(**told["made"]), make, folder=folder))
+    elif "path" in told:
+        whole = _find(Path(told["path"]), told["sha256"], folder)
+    else:
+        raise RequestError(
+            f"it was made from frames given in memory (sha256 {told['sha256'][:12]}), not from a "
+            "file; give them in a request of your own"
+        )
+    if "start" in told:
+        return Footage(whole, told["start"], told["stop"])
+    return whole
+
+
+def _find(path: Path, sha256: str, folder: Path | None) -> Path:
+    """The clip's file, where it was or beside the result, if it is still the same."""
+    places = [path] if folder is None else [path, folder / path, folder / path.name]
+    found = [place for place in places if place.exists()]
+    if not found:
+        raise MediaError(f"the clip {path} is not there any more")
+    for place in found:
+        if (place.is_file() or place.is_dir()) and _hash_path(place) == sha256:
+            return place
+    raise MediaError(f"the clip {found[0]} is not the file it was (sha256 {sha256[:12]})")
+
+
+def _hash_path(path: Path) -> str:
+    if path.is_dir():
+        names = sorted(p for p in path.iterdir() if p.is_file())
+        return _hash("".join(f"{p.name}:{_hash_path(p)}\n" for p in names).encode())
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MediaError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,116 @@
+"""How many tokens a batch takes before a larger one is no faster: measured, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sora_engine.io.atomic import write_atomically
+from sora_engine.models.video_model import VideoModel
+from sora_engine.packing import Packer, Segment
+
+logger = logging.getLogger(__name__)
+
+SMALLEST = 64
+GAIN = 1.1
+"""A batch twice as large is worth its wait if it does this many times the tokens a second."""
+LONG_S = 0.5
+"""A forward pass that takes this long has no overheads worth sharing."""
+
+
+def saturation_point(model: VideoModel, most: int, *, cache: Path | None = None) -> int:
+    """Tokens a batch, at most `most`; measured once for a model on a machine.
+
+    cache: the file of measurements, `$XDG_CACHE_HOME/sora_engine/saturation.json` by default.
+    """
+    path = default_cache() if cache is None else cache
+    key = _key(model)
+    known = _read(path)
+    if key not in known:
+        known[key] = measure_saturation(model, most)
+        logger.info("batches of %d tokens saturate %s", known[key], model.device)
+        _write(path, {**_read(path), key: known[key]})
+    return min(known[key], most)
+
+
+@torch.inference_mode()
+def measure_saturation(model: VideoModel, most: int) -> int:
+    """Double a batch of one-frame segments until that gains less than a tenth in tokens a second.
+
+    It stops at `most` tokens, and where one pass takes half a second.
+    """
+    transformer = model.loaded_transformer
+    config = transformer.config
+    text = torch.zeros(8, config.text_dim, device=model.device)
+    image = None
+    if config.image_dim is not None:
+        image = torch.zeros(config.pos_embed_seq_len or 257, config.image_dim, device=model.device)
+    (context,) = transformer.encode_contexts([text], [image])
+    packer = Packer(model.grid.patch, model.device)
+    pt, ph, pw = model.grid.patch
+    frame = torch.zeros(config.input_channels, pt, 4 * ph, 4 * pw, device=model.device)
+    segment = Segment(frame, torch.full((pt,), 500.0), ((context, pt),))
+    size = packer.num_tokens(segment)
+
+    def seconds(tokens: int) -> float:
+        batch = packer.pack([segment] * max(1, tokens // size))
+        passes: list[float] = []
+        while len(passes) < 2 and sum(passes) < LONG_S:
+            started = time.perf_counter()
+            transformer(batch)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            passes.append(time.perf_counter() - started)
+        return min(passes)
+
+    tokens = min(SMALLEST, most)
+    seconds(tokens)  # the first pass chooses kernels
+    took = seconds(tokens)
+    while took < LONG_S and 2 * tokens <= most:
+        doubled = seconds(2 * tokens)
+        if 2 * took / doubled < GAIN:
+            break
+        tokens, took = 2 * tokens, doubled
+    return tokens
+
+
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "sora_engine" / "saturation.json"
+
+
+def _key(model: VideoModel) -> str:
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    transformer = model.loaded_transformer
+    text = json.dumps(
+        [asdict(transformer.config), name, threads, str(model.dtype), torch.__version__],
+        sort_keys=True,
+        default=str,
+    )
+    text += f"{transformer.backends} {os.cpu_count()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, int]:
+    try:
+        values = json.loads(path.read_text())
+        return {k: int(v) for k, v in values.items() if int(v) > 0}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # a cache: what cannot be read is measured again
+
+
+def _write(path: Path, values: dict[str, int]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, json.dumps(values, indent=1).encode())
+    except OSError as error:
+        logger.info("%s was not written: %s", path, error)

@@ -1,0 +1,507 @@
+"""The engine's thread: one turn of work after another, for all jobs.
+
+A turn is a denoising step of a batch, or a latent frame through the VAE of one job, or the texts of
+one job: between any two of them jobs come, are cancelled, or pass their deadlines. Encoding and
+decoding of one job lie between the steps of others. One thread and one turn at a time: what two
+jobs hold adds up, but never what two of them compute with.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import torch
+
+from sora_engine.canvas import Canvas
+from sora_engine.config import Limits
+from sora_engine.denoise import decoding, denoise_step, preparing
+from sora_engine.errors import (
+    DeviceError,
+    EngineClosedError,
+    EngineDeadError,
+    JobCancelledError,
+    JobFailedError,
+    JobMemoryError,
+    QueueFullError,
+    SoraError,
+)
+from sora_engine.hooks import FrameSpan, Hooks
+from sora_engine.job import Job, JobState
+from sora_engine.memory import MemoryPlanner
+from sora_engine.models.video_model import VideoModel
+from sora_engine.packing import Packer
+from sora_engine.receipt import backends_of, write_receipt
+from sora_engine.recipe import provenance_of
+from sora_engine.request import ResolvedRequest
+from sora_engine.saturation import saturation_point
+from sora_engine.savepoint import save_canvas
+from sora_engine.scheduler import Scheduler
+from sora_engine.video import Video
+
+logger = logging.getLogger(__name__)
+
+DECODE_STEPS = 4
+"""Decoding a latent frame counts as this many steps of its tokens. It orders jobs, no more."""
+
+
+class Stages:
+    """What a worker has done to its jobs, by this process's own model.
+
+    `distributed.remote.RemoteStages` has it done by ranks.
+    """
+
+    def __init__(self, model: VideoModel) -> None:
+        self.model = model
+        self._packer = Packer(model.grid.patch, model.device)
+
+    def preparing(self, request: ResolvedRequest) -> Generator[None, None, Canvas]:
+        """See `denoise.preparing`."""
+        return preparing(request, self.model)
+
+    def step(self, jobs: list[Job], max_tokens: int) -> dict[Job, Exception]:
+        """See `denoise.denoise_step`."""
+        return denoise_step(jobs, self.model, self._packer, max_tokens)
+
+    def decoding(self, canvas: Canvas) -> Iterator[torch.Tensor | None]:
+        """See `denoise.decoding`."""
+        return decoding(canvas.latents, self.model, wraps=canvas.wraps)
+
+    def pack_limit(self, most: int) -> int:
+        """Tokens a batch beyond which a larger one is no faster."""
+        return saturation_point(self.model, most)
+
+    def ops(self) -> dict[str, list[str]]:
+        """The backends that served."""
+        return backends_of(self.model)
+
+    def forget(self, job: Job) -> None:
+        """A job is done with."""
+
+    def clear(self) -> None:
+        """Forget what depends on the composition of batches."""
+        self._packer.clear()
+
+    def close(self) -> None:
+        """No job will come."""
+
+
+class Worker:
+    """Runs jobs on a model until it is closed. `enqueue` and `close` are for any thread."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        limits: Limits,
+        hooks: Hooks,
+        stages: Stages | None = None,
+        planner: MemoryPlanner | None = None,
+    ) -> None:
+        self.model = model
+        self.stages = stages or Stages(model)
+        self.limits = limits
+        self.hooks = hooks
+        self._planner = planner
+        self._scheduler = Scheduler()
+        self._pack_tokens = limits.pack_tokens
+        self._queue: list[Job] = []
+        self._running: list[Job] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._dead: EngineDeadError | None = None
+        self._seconds_a_pixel: float | None = None
+        self._ends: list[float] = []
+        self._thread = threading.Thread(target=self._work, name="sora-engine", daemon=True)
+        self._thread.start()
+
+    # For any thread.
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def enqueue(self, job: Job, work_steps: int) -> None:
+        """Queue a job of `job.tokens` a step and this many steps, decoding included.
+
+        Raises QueueFullError, EngineClosedError, EngineDeadError.
+        """
+        with self._wake:
+            if self._dead is not None:
+                raise self._dead
+            if self._closed:
+                raise EngineClosedError("the engine is closed; make a new one")
+            if len(self._queue) >= self.limits.max_queued_jobs:
+                raise QueueFullError(
+                    f"{len(self._queue)} jobs are queued, which is Limits.max_queued_jobs; "
+                    f"try again in {self._retry_after_s():.0f} s",
+                    retry_after_s=self._retry_after_s(),
+                )
+            job.ticket = self._scheduler.enter(job.tokens * work_steps, job.options.priority)
+            self._queue.append(job)
+            self._wake.notify_all()
+
+    def close(self) -> None:
+        """Cancel all jobs, and end the thread."""
+        with self._wake:
+            self._closed = True
+            for job in (*self._queue, *self._running):
+                job.cancel()
+            self._wake.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self.stages.close()
+
+    def _retry_after_s(self) -> float:
+        """When a place may be free: the mean time between the last jobs' ends, or a job's ETA."""
+        if len(self._ends) > 1:
+            return max(1.0, (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1))
+        etas = [eta for job in self._running if (eta := job.progress.eta_s) is not None]
+        return max(1.0, min(etas, default=10.0))
+
+    # The engine's thread.
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._queue or self._running or self._closed):
+                    self._wake.wait()
+                if self._closed and not (self._queue or self._running):
+                    return
+            try:
+                self.turn()
+            except Exception as error:
+                # Nothing of a job's raises here: it is the engine's own fault, and nobody waits
+                # for ever because of it.
+                logger.exception("the engine failed")
+                self._fail([*self._queue, *self._running], failure_of(error))
+
+    def turn(self) -> None:
+        """One turn: stop who is to be stopped, admit, encode, then a step or a latent frame."""
+        for job in (*self._queue, *self._running):
+            reason = job.reason_to_stop()
+            if reason is not None:
+                self._fail([job], reason)
+        self._admit()
+        for job in [job for job in self._running if job.state is JobState.ENCODING]:
+            self._attempt(job, self._encode)
+        for job in [job for job in self._running if job.save_orders and job.canvas_or_none]:
+            self._attempt(job, self._save)
+        ready = [job for job in self._running if job.state is not JobState.ENCODING]
+        ordered = self._scheduler.in_order(ready)
+        if not ordered:
+            return
+        if ordered[0].state is JobState.DECODING:
+            self._attempt(ordered[0], self._decode)
+            return
+        batch = self._scheduler.batch(
+            [job for job in ordered if job.state is JobState.DENOISING],
+            self._pack_limit() if len(ordered) > 1 else 0,
+            tokens_of=lambda job: job.tokens,
+            expert_of=lambda job: self.model.expert_at(job.canvas.timestep),
+        )
+        while len(batch) > 1 and not self._fits(self._running, batch):
+            batch.pop()
+        self._step(batch)
+        for job in batch:
+            if not job.done() and job.canvas.finished:
+                self._attempt(job, self._finish_denoising)
+
+    def _admit(self) -> None:
+        """Start queued jobs: those whose turn has come, and those who would share its batch."""
+        if not self._queue:
+            return
+        limit = self._pack_limit() if self.num_queued + self.num_running > 1 else 0
+        with self._wake:
+            tokens = 0
+            for job in self._scheduler.in_order((*self._queue, *self._running)):
+                if job.state is JobState.DECODING or (tokens and tokens + job.tokens > limit):
+                    continue
+                if job.state is JobState.QUEUED:
+                    if len(self._running) >= self.limits.max_running_jobs:
+                        return
+                    if self._running and not self._fits([*self._running, job], []):
+                        return  # it waits for memory, and those behind it with it
+                    self._queue.remove(job)
+                    self._running.append(job)
+                    job.preparing = job.preparing or self.stages.preparing(job.request)
+                    job.enter(JobState.ENCODING)
+                tokens += job.tokens
+
+    def _pack_limit(self) -> int:
+        if self._pack_tokens is None:
+            self._pack_tokens = self.stages.pack_limit(self.limits.max_batch_tokens)
+        return min(self._pack_tokens, self.limits.max_batch_tokens)
+
+    def _fits(self, held: list[Job], batch: list[Job]) -> bool:
+        """Whether what these jobs hold, and what a turn of them needs beside that, keep within the
+        limit: the turn of one of them, or a step of a batch."""
+        if self._planner is None or self._planner.limit is None:
+            return True
+        plans = [job.plan for job in held if job.plan is not None]
+        working = max((plan.working for plan in plans), default=0)
+        packed = sum(job.plan.working for job in batch if job.plan is not None)
+        return sum(plan.held for plan in plans) + max(working, packed) <= self._planner.limit
+
+    def _encode(self, job: Job) -> None:
+        assert job.preparing is not None
+        try:
+            next(job.preparing)
+        except StopIteration as prepared:
+            job.preparing = None
+            if self._seconds_a_pixel is not None:
+                job.seconds_a_frame = self._seconds_a_pixel * job.request.height * job.request.width
+            job.begin(prepared.value)
+            if job.canvas.finished:  # it was saved after its last step
+                self._finish_denoising(job)
+
+    def _step(self, jobs: list[Job]) -> None:
+        """One step of a batch. Where that fails, each job takes it alone: the fault is one's own.
+
+        Out of memory, a job goes on in ever smaller batches of its own windows and branches.
+        """
+        most = min(job.batch_tokens for job in jobs)
+        canvases = [job.canvas for job in jobs]
+        if any(isinstance(c, Canvas) and len(c.windows()) > 1 for c in canvases):
+            # More windows at a time than saturate the device cost memory and save no time: a long
+            # video takes no more of it than a short one. (Ranks share windows out by themselves.)
+            most = min(most, self._pack_limit())
+        try:
+            failures = self.stages.step(jobs, most)
+        except Exception as error:
+            if is_device_error(error):
+                self._device_failed(error)
+            elif len(jobs) > 1:
+                if is_out_of_memory(error):
+                    self._pack_tokens = max(1, self._pack_limit() // 2)
+                    logger.warning("out of memory: packing %d tokens from here", self._pack_tokens)
+                    self._free_memory()
+                for job in jobs:
+                    self._step([job])
+            elif is_out_of_memory(error) and most > 1:
+                jobs[0].batch_tokens = min(most, jobs[0].tokens) // 2 or 1
+                self._free_memory()
+                self._step(jobs)
+            else:
+                self._fail(jobs, failure_of(error))
+            return
+        self._scheduler_serve(sum(job.tokens for job in jobs))
+        tokens = sum(min(job.tokens, most) for job in jobs)
+        for job in jobs:
+            job.most_in_company = max(job.most_in_company, len(jobs))
+            job.largest_batch_tokens = max(job.largest_batch_tokens, min(tokens, most))
+            if job in failures:
+                self._failed(job, failures[job])
+            else:
+                self._attempt(job, self._after_step)
+
+    def _after_step(self, job: Job) -> None:
+        if self.hooks.check_frames is None:
+            job.preview = job.canvas.preview
+        options = job.options
+        if options.save_to is not None and job.canvas.step % options.save_every == 0:
+            self._write_state(job, options.save_to)
+        job.tell_progress()
+
+    def _save(self, job: Job) -> None:
+        while job.save_orders:
+            order = job.save_orders.pop()
+            try:
+                self._write_state(job, order.path)
+            except Exception as error:  # the caller's path: it goes to who asked
+                order.error = error
+            order.over.set()
+
+    def _write_state(self, job: Job, path: Path) -> None:
+        if not isinstance(job.canvas, Canvas):
+            raise JobFailedError("a job over several ranks cannot be saved")
+        if job.provenance is None:
+            job.provenance = provenance_of(job.request, self.model)
+        save_canvas(path, job.request, job.canvas, self.model, job.provenance)
+
+    def _finish_denoising(self, job: Job) -> None:
+        job.enter(JobState.DECODING)
+        canvas = job.canvas
+        if isinstance(canvas, Canvas):  # ranks keep their own
+            canvas.keep_latents_alone()
+        self.stages.clear()  # layouts hold the texts' keys
+        # Kept on the job from here on: a decode that fails does not lose them.
+        latents = self.model.vae.denormalise(canvas.latents[None])[0].float().cpu()
+        if isinstance(canvas, Canvas):
+            # What is kept is what is decoded: `sora decode` makes the same bits of it.
+            canvas.latents = self.model.vae.normalise(latents[None])[0].to(canvas.latents)
+        if self.hooks.check_frames is None:
+            job.latents = latents
+            if job.options.on_latents is not None:
+                job.options.on_latents(latents)
+        job.decoding = self._decoded(job)
+
+    def _decode(self, job: Job) -> None:
+        assert job.decoding is not None
+        started = time.monotonic()
+        try:
+            frames = next(job.decoding)
+        except StopIteration:
+            return
+        self._scheduler_serve(
+            DECODE_STEPS * job.tokens / max(1, -(-job.request.num_frames // self.model.grid.time))
+        )
+        if frames:
+            pixels = frames * job.request.height * job.request.width
+            self._seconds_a_pixel = (time.monotonic() - started) / pixels
+
+    @torch.inference_mode()
+    def _decoded(self, job: Job) -> Iterator[int]:
+        """Decode a job; yields how many frames each turn made. Completes the job at its end."""
+        request, canvas = job.request, job.canvas
+        frames = torch.empty(
+            (request.num_frames, request.height, request.width, 3), dtype=torch.uint8
+        )
+        stop = 0
+        for chunk in self.stages.decoding(canvas):
+            if chunk is None:
+                yield 0
+                continue
+            start, stop = stop, stop + len(chunk)
+            passed = self.hooks.pass_frames(chunk.numpy(), FrameSpan(request, start, stop))
+            frames[start:stop] = torch.from_numpy(passed)
+            if job.options.on_frames is not None:
+                job.options.on_frames(passed)
+            del chunk, passed
+            job.count_frames(stop - start)
+            job.tell_progress()
+            if stop < request.num_frames:
+                yield stop - start
+        self._complete(job, frames[:stop])
+
+    def _complete(self, job: Job, frames: torch.Tensor) -> None:
+        request = job.request
+        video = Video(
+            frames=frames.numpy(),
+            latents=torch.empty(0) if job.latents is None else job.latents,
+            fps=request.fps,
+            seed=request.seed,
+            timings_s=job.timings_s,
+            provenance=job.provenance or provenance_of(request, self.model),
+            receipt=write_receipt(
+                request,
+                self.model,
+                ops=self.stages.ops(),
+                solver=job.canvas.solver_name,
+                most_in_company=job.most_in_company,
+                largest_batch_tokens=job.largest_batch_tokens,
+                resumed_at=job.resumed_at,
+                promised_bytes=None if job.plan is None else job.plan.peak,
+            ),
+        )
+        self._retire(job)
+        job.complete(video)
+
+    # When things go wrong.
+
+    def _attempt(self, job: Job, stage: Callable[[Job], None]) -> None:
+        """Run a stage of one job; an error in it is the job's, not the engine's."""
+        try:
+            stage(job)
+        except Exception as error:
+            if is_device_error(error):
+                self._device_failed(error)
+            else:
+                self._failed(job, error)
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        if is_out_of_memory(error):
+            self._free_memory()
+        self._fail([job], failure_of(error))
+
+    def _device_failed(self, error: Exception) -> None:
+        """Those in flight fail; then the device is asked whether it still works."""
+        logger.exception("the device failed")
+        failure = DeviceError(f"the device {self.model.device} failed: {error}")
+        failure.__cause__ = error
+        self._fail(list(self._running), failure)
+        try:
+            self._free_memory()
+            probe = torch.ones(64, 64, device=self.model.device)
+            works = float((probe @ probe).sum()) == 64.0**3
+        except Exception:
+            works = False
+        if not works:
+            dead = EngineDeadError(
+                f"the device {self.model.device} no longer answers ({error}): this engine takes "
+                "no more requests; start a new process"
+            )
+            with self._wake:
+                self._dead = dead
+            self._fail(list(self._queue), dead)
+
+    def _fail(self, jobs: list[Job], error: SoraError) -> None:
+        for job in jobs:
+            self._scheduler_leave(job)
+            self._retire(job)
+            if not isinstance(error, JobCancelledError):
+                # An error and its traceback hold the work's tensors as long as a log record is
+                # kept: only those of unexpected errors are in one.
+                cause = error.__cause__ if isinstance(error, JobFailedError) else None
+                logger.warning("a job failed: %s", str(error), exc_info=cause)
+            job.fail(error)
+
+    def _retire(self, job: Job) -> None:
+        self.stages.forget(job)
+        with self._wake:
+            if job in self._running:
+                self._running.remove(job)
+                self._ends = [*self._ends[-15:], time.monotonic()]
+            if job in self._queue:
+                self._queue.remove(job)
+        if not self._running:
+            self.stages.clear()
+
+    def _scheduler_serve(self, tokens: float) -> None:
+        with self._wake:
+            self._scheduler.serve(tokens)
+
+    def _scheduler_leave(self, job: Job) -> None:
+        with self._wake:
+            self._scheduler.leave(job.ticket)
+
+    def _free_memory(self) -> None:
+        self.stages.clear()
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def failure_of(error: Exception) -> SoraError:
+    """The typed error that a caller gets for an exception in a job."""
+    if isinstance(error, SoraError):
+        return error
+    if is_out_of_memory(error):
+        failure: SoraError = JobMemoryError(f"memory ran out: {error}")
+    else:
+        failure = JobFailedError(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whichever device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether the device itself failed: after that nothing that it holds can be trusted."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "cuDNN error"))
