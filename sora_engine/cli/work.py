@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from sora_engine.cli.app import UsageError, app, say
 from sora_engine.cli.options import DEFAULT_MODEL, Common, in_options, parse_parallel
-from sora_engine.config import Limits, ParallelConfig
+from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
 from sora_engine.version import version
 
@@ -82,11 +82,6 @@ def run(plan: Plan) -> None:
     if int(os.environ.get("RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
         from sora_engine.distributed.torchrun import serve
 
-        layout = None if common.parallel is None else parse_parallel(common.parallel)
-        if isinstance(layout, ParallelConfig) and layout.num_ranks != int(os.environ["WORLD_SIZE"]):
-            # Rank 0 says why. The launcher stops all ranks when one leaves: so this one waits.
-            time.sleep(60)
-            raise SystemExit(2)
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
     output = common.output if common.output is not None else plan.output
     check_before_loading(plan, output)

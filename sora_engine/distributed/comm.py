@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,41 +16,76 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class ExchangeError(RuntimeError):
+    """An exchange between ranks failed. As a rule the other end is gone, so that this is never
+    taken for the first cause of a failure."""
+
+
+@contextmanager
+def exchanging(what: str) -> Iterator[None]:
+    """Raise what gloo or NCCL raises inside as an ExchangeError, which `what` begins.
+
+    Memory that ran out stays what it is: that is this rank's own.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, OSError) as error:
+        raise ExchangeError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def exchange_error(error: BaseException) -> ExchangeError | None:
+    """The failed exchange that an error is, or came of."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, ExchangeError):
+        found = found.__cause__ or found.__context__
+    return found
+
+
 @dataclass(slots=True)
 class Traffic:
     """What one rank sent to others, by purpose, and whether it waits for them now.
 
     exchanges: how many it has begun; waiting_since: on the monotonic clock, None while it works.
-    broken: an exchange failed, which is the other end's fault as a rule.
     Written by the rank's own thread, read by the one that reports to the engine.
     """
 
     sent_bytes: Counter[str] = field(default_factory=Counter)
     exchanges: int = 0
     waiting_since: float | None = None
-    broken: bool = False
 
     def __enter__(self) -> None:
         self.exchanges += 1
         self.waiting_since = time.monotonic()
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.waiting_since = None
-        self.broken = self.broken or kind is not None
 
 
 class Pending:
-    """Transfers on their way; `wait` returns what arrives, by peer."""
+    """Transfers on their way; `wait` returns what arrives, by peer.
+
+    peers: of each of `works`, where there is one for each transfer (NCCL joins them all into one).
+    """
 
     def __init__(
-        self, works: Sequence[dist.Work], received: Mapping[int, Tensor], sent: object, log: Traffic
+        self,
+        channel: Channel,
+        works: Sequence[dist.Work],
+        peers: Sequence[int],
+        received: Mapping[int, Tensor],
+        sent: object,
     ) -> None:
-        self._works, self._received, self._sent, self._log = works, received, sent, log
+        self._channel, self._received, self._sent = channel, received, sent
+        each = [[peer] for peer in peers] if len(peers) == len(works) else [peers] * len(works)
+        self._works = list(zip(works, each, strict=True))
 
     def wait(self) -> Mapping[int, Tensor]:
-        with self._log:
-            for work in self._works:
-                work.wait()
+        with self._channel.traffic:
+            for work, peers in self._works:
+                with self._channel.exchanging(peers):
+                    work.wait()
         self._sent = None  # it had to live until now
         return self._received
 
@@ -73,6 +109,13 @@ class Channel:
     ) -> None:
         self.group, self.size, self.index = group, size, index
         self.purpose, self.traffic = purpose, traffic
+        self._ranks = [0] if group is None else dist.get_process_group_ranks(group)
+
+    def exchanging(self, peers: Sequence[int]) -> AbstractContextManager[None]:
+        """Have the errors inside name these peers (by index)."""
+        names = ", ".join(str(self._ranks[peer]) for peer in sorted(set(peers)))
+        ranks = f"rank{'s' if ',' in names else ''} {names}"
+        return exchanging(f"lost its exchange with {ranks} ({self.purpose})")
 
     def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send `send[i]` elements of a flat tensor to each rank i; `receive[i]` come from it.
@@ -86,7 +129,8 @@ class Channel:
         width = rows.element_size()
         out = rows.new_empty(sum(receive))
         self.traffic.sent_bytes[self.purpose] += width * (sum(send) - send[self.index])
-        with self.traffic:
+        others = [i for i in range(self.size) if i != self.index]
+        with self.traffic, self.exchanging(others):
             dist.all_to_all_single(
                 out.view(torch.uint8),
                 rows.contiguous().view(torch.uint8),
@@ -104,8 +148,10 @@ class Channel:
         for peer, tensor in send.items():
             self.traffic.sent_bytes[self.purpose] += tensor.nbytes
             operations.append(self._operation(dist.isend, tensor, peer))
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(works, receive, send, self.traffic)
+        peers = [*receive, *send]
+        with self.exchanging(peers):  # a connection that is lost already shows here
+            works = dist.batch_isend_irecv(operations) if operations else []
+        return Pending(self, works, peers, receive, send)
 
     def _operation(self, kind: object, tensor: Tensor, peer: int) -> dist.P2POp:
         data = tensor.view(-1).view(torch.uint8)

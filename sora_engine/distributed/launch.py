@@ -40,6 +40,7 @@ def main() -> None:
                 if rank > 0 and settings.get("store_fd") is not None:
                     os.close(settings["store_fd"])
                 sys.stdin.close()
+                os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # which tells of ranks' ends
                 sock = socket.socket(fileno=link)
                 code = run_rank(rank, settings.get("world", len(links)), sock, settings)
             except BaseException:

@@ -52,6 +52,10 @@ class Link:
     def fileno(self) -> int:
         return self.socket.fileno()
 
+    @property
+    def closed(self) -> bool:
+        return self.socket.fileno() < 0
+
     def send(self, message: Message) -> None:
         """Raises OSError where the other end is gone."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in message.tensors.items()}

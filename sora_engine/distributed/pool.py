@@ -25,8 +25,11 @@ from sora_engine.config import ParallelConfig
 from sora_engine.distributed.message import Link, Message, MessageError
 from sora_engine.errors import RankFailedError, SoraError
 
-GRACE_S = 1.0
-"""After the first sign of a failure, how long to listen for one that says more of its cause."""
+CAUSE_S = 8.0
+"""After the first sign of a failure, how long to listen for its cause. A loaded machine tells of a
+death late: its neighbours' exchanges fail first."""
+ABORT_S = 5.0
+"""How long ranks have to answer that they heard of another's failure, before they are killed."""
 SILENCE_S = 15.0
 """A rank at work tells of itself every second; after this long without a word it is stopped."""
 
@@ -41,12 +44,19 @@ class _State:
     heard_at: float = math.inf  # importing everything takes long, and is silent
     exchanges: int = 0
     waiting_s: float | None = None
-    failed: str | None = None
-    broken: bool = False
+    lost: str | None = None
+    """An exchange of its failed: another rank's fault, unless none is found."""
+    raised: str | None = None
     ended: str | None = None
     """How its process ended."""
+    faulty_since: float | None = None
+    """When it was first heard to have raised or to be gone; how it went may be told later."""
     aborted: str | None = None
     """What it answered when it was told of another's failure."""
+
+    @property
+    def fault(self) -> str | None:
+        return self.raised or self.ended
 
 
 class RankPool:
@@ -129,13 +139,16 @@ class RankPool:
             except TimeoutError:
                 self._fail(i, f"has read nothing for {self.config.timeout_s:g} s")
             except OSError:
-                self._fail_as_found(i)
+                _gone(rank, time.monotonic(), None if i < self._num_children else _CLOSED)
+                self._fail(*self._trace())
         return self._replies()
 
     def _replies(self, *, loading: bool = False) -> list[Message]:
         """Every rank's answer. Loading takes as long as it takes, and at each its own time."""
         while any(rank.reply is None for rank in self._ranks):
             self._listen(0.2)
+            if self._closed and self.failure is not None:
+                raise self.failure
             culprit = self._culprit(patient=loading)
             if culprit is not None:
                 self._fail(*culprit)
@@ -150,13 +163,18 @@ class RankPool:
 
     def _listen(self, timeout_s: float) -> None:
         """Take in what ranks and launcher say, for as long at most."""
-        open_ranks = [rank for rank in self._ranks if rank.ended is None]
+        open_ranks = [rank for rank in self._ranks if not rank.link.closed]
         sources: list[Any] = [rank.link for rank in open_ranks]
         launcher = self._launcher
         assert launcher.stdout is not None
         if not launcher.stdout.closed:
             sources.append(launcher.stdout)
-        readable = select.select(sources, [], [], timeout_s)[0]
+        try:
+            readable = select.select(sources, [], [], timeout_s)[0]
+        except (OSError, ValueError):
+            if self._closed:  # meanwhile, by another thread
+                return
+            raise
         now = time.monotonic()
         for rank in open_ranks:
             if rank.link in readable:
@@ -165,24 +183,25 @@ class RankPool:
             line = launcher.stdout.readline()
             if line:
                 end = json.loads(line)
-                self._ranks[end["rank"]].ended = _how(end["code"])
+                _gone(self._ranks[end["rank"]], now, _how(end["code"]))
             else:
                 launcher.stdout.close()
                 for rank in self._ranks[: self._num_children]:
-                    rank.ended = rank.ended or _how(-signal.SIGKILL)
+                    _gone(rank, now, _how(-signal.SIGKILL))
 
     def _hear(self, rank: _State, now: float) -> None:
         rank.heard_at = now
         try:
             message = rank.link.receive()
         except (MessageError, TimeoutError) as error:
-            rank.failed = f"sent no whole message: {error}"
+            _raised(rank, now, f"sent no whole message: {error}")
+            rank.link.close()
             return
         except (EOFError, OSError):
-            if rank in self._ranks[: self._num_children]:
-                time.sleep(0.02)  # word of its end is on the way, and says more
-            else:
-                rank.ended = "is gone: its connection closed"
+            rank.link.close()
+            # Of its own children the launcher tells how they ended.
+            child = rank in self._ranks[: self._num_children]
+            _gone(rank, now, None if child else _CLOSED)
             return
         if message.kind == "beat":
             rank.exchanges, rank.waiting_s = (
@@ -190,7 +209,9 @@ class RankPool:
                 message.fields["waiting_s"],
             )
         elif message.kind == "failed":
-            rank.failed, rank.broken = message.fields["why"], message.fields["broken"]
+            _raised(rank, now, message.fields["why"])
+        elif message.kind == "lost":
+            rank.lost = message.fields["why"]
         elif message.kind == "aborted":
             rank.aborted = message.fields["why"]
         else:
@@ -198,32 +219,55 @@ class RankPool:
 
     def _culprit(self, *, patient: bool) -> tuple[int, str] | None:
         """The rank that is at fault, and how, once one is."""
-        if any(rank.ended is not None or rank.failed is not None for rank in self._ranks):
-            # Where one goes, the others' exchanges break: the cause may be yet to be heard of.
-            until = time.monotonic() + GRACE_S
-            while time.monotonic() < until and not self._found():
-                self._listen(0.05)
-            found = self._found()
-            if found is not None:
-                return found
-            broken = next(i for i, rank in enumerate(self._ranks) if rank.failed is not None)
-            return broken, str(self._ranks[broken].failed)
+        if any(rank.faulty_since is not None or rank.lost for rank in self._ranks):
+            return self._trace()
         if patient:
             return None
         now = time.monotonic()
+        return self._silent(now) or self._hung(now)
+
+    def _trace(self) -> tuple[int, str]:
+        """The rank at fault, from the first sign of a failure on.
+
+        Where a rank goes, its neighbours' exchanges fail, and word of that may come first: so
+        there is some time for the cause to be heard of. Where none is, the exchange is named.
+        """
+        until = time.monotonic() + CAUSE_S
+        while True:
+            cause = self._cause()
+            if cause is not None:
+                return cause
+            now = time.monotonic()
+            stuck = self._silent(now) or self._hung(now)
+            if stuck is not None and self._first_faulty() is None:
+                return stuck
+            if now > until:
+                break
+            self._listen(0.05)
+        first = self._first_faulty()
+        if first is not None:
+            return first, _CLOSED
+        lost = next(i for i, rank in enumerate(self._ranks) if rank.lost)
+        return lost, str(self._ranks[lost].lost)
+
+    def _cause(self) -> tuple[int, str] | None:
+        """The rank that was the first to raise or to go by itself, once it is known how."""
+        first = self._first_faulty()
+        if first is None:
+            return None
+        fault = self._ranks[first].fault
+        return None if fault is None else (first, fault)
+
+    def _first_faulty(self) -> int | None:
+        since = {i: rank.faulty_since for i, rank in enumerate(self._ranks)}
+        known = {i: at for i, at in since.items() if at is not None}
+        return min(known, key=known.__getitem__) if known else None
+
+    def _silent(self, now: float) -> tuple[int, str] | None:
+        """A rank at work that tells nothing of itself."""
         for i, rank in enumerate(self._ranks):
             if rank.reply is None and now - rank.heard_at > SILENCE_S:
                 return i, f"has not been heard of for {SILENCE_S:g} s"
-        return self._hung(now)
-
-    def _found(self) -> tuple[int, str] | None:
-        """A rank that died or raised by itself."""
-        for i, rank in enumerate(self._ranks):
-            if rank.failed is not None and not rank.broken:
-                return i, rank.failed
-        for i, rank in enumerate(self._ranks):
-            if rank.ended is not None:
-                return i, rank.ended
         return None
 
     def _hung(self, now: float) -> tuple[int, str] | None:
@@ -236,28 +280,27 @@ class RankPool:
             return None
         # Not the one that waits, and of the others the one that has come least far.
         working = [i for i, rank in enumerate(self._ranks) if rank.reply is None]
+        if any(rank.lost for rank in self._ranks):
+            # Those that wait now may do so for the one whose exchange failed.
+            ranks = self._ranks
+            working = [i for i in working if not ranks[i].lost and ranks[i].waiting_s is None]
+        if not working:
+            return None
         late = min(working, key=lambda i: (self._ranks[i].exchanges, waits[i]))
         return late, f"hangs: the others have waited for it for {max(waits):.0f} s"
-
-    def _fail_as_found(self, i: int) -> None:
-        """A rank that cannot be reached has ended."""
-        self._listen(0.1)
-        self._ranks[i].ended = self._ranks[i].ended or "is gone: its connection closed"
-        found = self._found()
-        assert found is not None
-        self._fail(*found)
 
     def _fail(self, culprit: int, reason: str) -> None:
         """Tell the others, end all, and raise."""
         self.failure = RankFailedError(culprit, reason)
         told = Message("abort", {"rank": culprit, "reason": reason})
         for i, rank in enumerate(self._ranks):
-            if i != culprit and rank.ended is None:
+            if i != culprit and not rank.link.closed:
+                rank.link.socket.settimeout(1.0)  # of many that are stopped, each costs this
                 with contextlib.suppress(OSError):
                     rank.link.send(told)
-        until = time.monotonic() + GRACE_S
+        until = time.monotonic() + ABORT_S
         while time.monotonic() < until and any(
-            rank.aborted is None and rank.ended is None
+            rank.aborted is None and not rank.link.closed and rank.ended is None
             for i, rank in enumerate(self._ranks)
             if i != culprit
         ):
@@ -306,6 +349,20 @@ def launch(
     assert launcher.stdin is not None
     launcher.stdin.write(json.dumps({**settings, "links": theirs}).encode() + b"\n")
     return [Link(pair[0]) for pair in pairs], launcher
+
+
+_CLOSED = "is gone: its connection closed"
+
+
+def _raised(rank: _State, now: float, why: str) -> None:
+    rank.raised = rank.raised or why
+    rank.faulty_since = rank.faulty_since or now
+
+
+def _gone(rank: _State, now: float, how: str | None) -> None:
+    """A rank's process has ended; `how`, where that is known."""
+    rank.ended = rank.ended or how
+    rank.faulty_since = rank.faulty_since or now
 
 
 def _how(code: int) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 from sora_engine.canvas import Canvas
 from sora_engine.config import ParallelConfig
 from sora_engine.denoise import decoding, denoise_step, prepare
+from sora_engine.distributed.comm import exchange_error, exchanging
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.message import Link, Message
 from sora_engine.distributed.ranks import Ranks
@@ -99,11 +100,14 @@ class Control:
                 command = self._commands.get()
                 self._busy = True
         except Exception as error:
-            broken = self.mesh is not None and self.mesh.traffic.broken
-            if not broken:
+            lost = exchange_error(error)
+            if lost is None:
                 traceback.print_exc()
-            why = f"raised {type(error).__name__}: {error}"
-            self._link.send(Message("failed", {"why": why, "broken": broken}))
+                why = f"raised {type(error).__name__}: {error}"
+                self._link.send(Message("failed", {"why": why}))
+            else:
+                why = str(lost)
+                self._link.send(Message("lost", {"why": why}))
             # The engine names the rank that is at fault and then ends this one.
             threading.Event().wait(60)
             raise RankFailedError(self.rank, why) from error
@@ -134,7 +138,8 @@ class Control:
         error = RankFailedError(message.fields["rank"], message.fields["reason"])
         self._link.send(Message("aborted", {"error": type(error).__name__, "why": str(error)}))
         print(f"sora: rank {self.rank} ends: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        # Not its failure: torchrun would end the engine for it, before that has said what it was.
+        os._exit(0)
 
 
 _NO_LIMIT = 1 << 62
@@ -175,9 +180,10 @@ class _Rank:
             index = int(os.environ["LOCAL_RANK"]) if first is None else first + rank
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
-        if size > 1:
-            join(rank, size, device, settings)
-        mesh = Mesh.create(config, device.type)
+        with exchanging("could not join the other ranks"):
+            if size > 1:
+                join(rank, size, device, settings)
+            mesh = Mesh.create(config, device.type)
         control.mesh = mesh
         model = load_video_model(device=device, **settings["model"])
         return cls(model, mesh)
@@ -214,8 +220,9 @@ class _Rank:
         failures = denoise_step(
             cast("list[Job]", jobs), self.model, self._packer, limit, self._ranks
         )
-        if self.mesh.traffic.broken:  # a failed exchange is no job's fault
-            raise next(iter(failures.values()))
+        for error in failures.values():
+            if exchange_error(error) is not None:  # no job's fault
+                raise error
         numbers = {cast("Job", job): number for number, job in self._jobs.items()}
         failed = {str(numbers[job]): f"{type(e).__name__}: {e}" for job, e in failures.items()}
         sent = {k: n - before.get(k, 0) for k, n in self.mesh.traffic.sent_bytes.items()}

@@ -119,13 +119,16 @@ def serve() -> int:
     _stay_on_loopback()
     store = _store()
     host, _, port = store.get("address").decode().rpartition(":")
-    sock = socket.create_connection((host, int(port)), JOIN_TIMEOUT.total_seconds())
-    link = Link(sock)
-    link.send(Message("hello", {"rank": rank(), "token": store.get("token").decode()}))
+    token = store.get("token").decode()
     try:
+        sock = socket.create_connection((host, int(port)), JOIN_TIMEOUT.total_seconds())
+        link = Link(sock)
+        link.send(Message("hello", {"rank": rank(), "token": token}))
         settings = link.receive().fields
-    except EOFError:
-        return 0  # the engine ended before it had use for a rank, and has said why
+    except (EOFError, ConnectionError):
+        # The engine ended before it had use for a rank, and is about to say why: torchrun would
+        # end it for a rank that leaves with an error.
+        return 0
     sock.settimeout(None)
     return run_rank(rank(), settings["world"], sock, settings)
 

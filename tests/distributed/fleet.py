@@ -48,7 +48,7 @@ class Fleet:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
 
 
 def lead(size: int) -> None:
@@ -67,7 +67,7 @@ def lead(size: int) -> None:
                     os.close(end)
             store = dist.FileStore(f"{folder.name}/store", size)
             dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=90)
+                "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=5)
             )
             serve(cases, os.fdopen(to_rank[0]), os.fdopen(from_rank[1], "w"))
             os._exit(0)

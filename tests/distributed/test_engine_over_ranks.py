@@ -44,7 +44,7 @@ def test_videos_are_those_of_one_process(engine, alone):
     first = engine.submit(REQUESTS[0], on_frames=chunks.append, on_latents=latents.append)
     others = [engine.submit(request) for request in REQUESTS[1:]]
     for job, expected in zip([first, *others], alone, strict=True):
-        video = job.result(120)
+        video = job.result(300)
         error = (video.latents - expected.latents).abs().max() / expected.latents.abs().max()
         assert error < 1e-5
         # Of latents that differ in the seventh place, one pixel in thousands rounds the other way.
@@ -83,11 +83,11 @@ def test_cancel_stops_all_ranks_in_the_same_step(engine):
 
     request = sora.VideoRequest("a", **{**SMALL, "num_inference_steps": 50})
     hold = threading.Event()
-    jobs.append(engine.submit(request, on_progress=lambda p: hold.wait(30) and stop(p)))
+    jobs.append(engine.submit(request, on_progress=lambda p: hold.wait(300) and stop(p)))
     hold.set()
-    assert reached.wait(60)
+    assert reached.wait(300)
     with pytest.raises(sora.JobCancelledError):
-        jobs[0].result(60)
+        jobs[0].result(300)
     assert jobs[0].progress.steps_done == 2
     again = engine.generate(REQUESTS[0])
     assert torch.equal(again.latents, engine.generate(REQUESTS[0]).latents)

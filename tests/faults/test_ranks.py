@@ -18,13 +18,23 @@ import sora_engine as sora
 from tests.faults.processes import descendants, parents, wait_gone
 
 BOUND_S = 30.0
+
+
+def shared_memory():
+    paths = Path("/dev/shm").iterdir()
+    return {path.name for path in paths if "torch" in path.name or "gloo" in path.name}
+
+
+SHARED_BEFORE = shared_memory()  # other work on the machine may have its own
 REQUEST = sora.VideoRequest(
-    "a red circle", height=32, width=32, num_frames=5, num_inference_steps=100, seed=1
+    "a red circle", height=32, width=32, num_frames=5, num_inference_steps=900, seed=1
 )
 SHORT = sora.VideoRequest("a", height=32, width=32, num_frames=1, num_inference_steps=1, seed=1)
 
-# What makes a rank of these tests do wrong: it is told by a file, read before each step.
+# What makes a rank of these tests do wrong: it is told by a file, read before each step. And a
+# launcher that tells of an end late, as on a loaded machine: the exchanges that it broke are first.
 SABOTAGE = """
+    import os
     import time
     from pathlib import Path
     import sora_engine.distributed.rank as rank_module
@@ -40,6 +50,20 @@ SABOTAGE = """
         return step(jobs, model, packer, limit, ranks)
 
     rank_module.denoise_step = sabotaged
+
+    waitpid = os.waitpid
+    ends = {{}}
+
+    def late(child, options):
+        if child not in ends:
+            end = waitpid(child, options)
+            if end[0] == 0 or options == 0:
+                return end
+            ends[child] = end, time.monotonic() + 1.5
+        end, tell_at = ends[child]
+        return end if time.monotonic() > tell_at else (0, 0)
+
+    os.waitpid = late
 """
 
 
@@ -54,7 +78,8 @@ def order(tmp_path, monkeypatch):
 
 
 def start(**axes):
-    parallel = sora.ParallelConfig(timeout_s=5.0, **axes)
+    # As short as it can be for a step that other work on the machine delays.
+    parallel = sora.ParallelConfig(timeout_s=10.0, **axes)
     return sora.Engine.from_pretrained("sprites", device="cpu", parallel=parallel)
 
 
@@ -62,7 +87,7 @@ def running(engine):
     """A job that takes its steps, and the ranks that take them (without their launcher)."""
     stepped = threading.Event()
     job = engine.submit(REQUEST, on_progress=lambda progress: stepped.set())
-    assert stepped.wait(120)
+    assert stepped.wait(900)  # four processes start: long, where others have the machine
     return job, descendants()[1:]
 
 
@@ -70,7 +95,7 @@ def check_failure(engine, job, ranks, pattern, since):
     with pytest.raises(sora.RankFailedError, match=pattern) as caught:
         job.result(BOUND_S)
     assert time.monotonic() - since < BOUND_S
-    assert wait_gone(ranks, 5)
+    assert wait_gone(ranks, BOUND_S)
     assert descendants() == []
     # Every rank that could still speak was told who failed, and said so before it ended.
     told = engine._workers[0].stages.pool.told
@@ -116,7 +141,7 @@ def test_a_rank_that_is_stopped_and_a_death_in_idleness():
         assert engine.generate(SHORT).frames.any()
         ranks = descendants()[1:]
         os.kill(ranks[0], signal.SIGKILL)
-        wait_gone(ranks[:1], 5)
+        assert wait_gone(ranks[:1], BOUND_S)
         with pytest.raises(sora.RankFailedError, match="rank 0"):
             engine.generate(SHORT)
         assert engine.generate(SHORT).frames.any()
@@ -146,7 +171,7 @@ def test_an_engine_that_dies_takes_its_ranks_with_it():
         assert len(ranks) == 3
         os.kill(ranks[2], signal.SIGSTOP)  # not even this one stays
         engine.kill()
-    assert wait_gone(ranks, 10)
+    assert wait_gone(ranks, BOUND_S)
 
 
 def test_a_launcher_that_dies_takes_its_ranks_with_it():
@@ -154,7 +179,7 @@ def test_a_launcher_that_dies_takes_its_ranks_with_it():
         job, ranks = running(engine)
         launcher = descendants()[0]
         os.kill(launcher, signal.SIGKILL)
-        assert wait_gone(ranks, 5)
+        assert wait_gone(ranks, BOUND_S)
         with pytest.raises(sora.RankFailedError):
             job.result(BOUND_S)
     assert descendants() == []
@@ -162,6 +187,5 @@ def test_a_launcher_that_dies_takes_its_ranks_with_it():
 
 def test_nothing_is_left_in_shared_memory():
     """After all of the above."""
-    names = [p.name for p in Path("/dev/shm").iterdir() if "torch" in p.name or "gloo" in p.name]
-    assert names == []
+    assert shared_memory() <= SHARED_BEFORE
     assert not [pid for pid in parents() if pid in descendants()]
