@@ -78,7 +78,9 @@ class Pending:
         sent: object,
     ) -> None:
         self._channel, self._received, self._sent = channel, received, sent
-        each = [[peer] for peer in peers] if len(peers) == len(works) else [peers] * len(works)
+        each: list[Sequence[int]] = [peers] * len(works)
+        if len(peers) == len(works):
+            each = [[peer] for peer in peers]
         self._works = list(zip(works, each, strict=True))
 
     def wait(self) -> Mapping[int, Tensor]:
@@ -169,6 +171,15 @@ class Channel:
         receive = {peer: parts[peer] for peer in peers if parts[peer].numel()}
         self.start(send, receive).wait()
         return parts
+
+    def gather_into(self, out: Tensor, own: Tensor) -> None:
+        """Every rank's flat `own`, all of one length, one after the other into the flat `out`."""
+        self.traffic.sent_bytes[self.purpose] += (self.size - 1) * own.nbytes
+        others = [i for i in range(self.size) if i != self.index]
+        with self.traffic, self.exchanging(others):
+            dist.all_gather_into_tensor(
+                out.view(torch.uint8), own.view(torch.uint8), group=self.group
+            )
 
     def all_agree(self, flag: bool) -> bool:
         """Whether `flag` is true at every rank."""

@@ -8,6 +8,7 @@ this process either, however it ends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -55,8 +56,11 @@ def main() -> None:
     try:
         _watch(ranks, engine)
     finally:
-        for child in ranks:
+        for child in ranks:  # all of them, before any is waited for
             _kill(child)
+        for child in ranks:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child, 0)
 
 
 def _watch(ranks: dict[int, int], engine: int) -> None:
@@ -85,11 +89,8 @@ def _die_with(parent: int) -> None:
 
 
 def _kill(child: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
 
 
 if __name__ == "__main__":

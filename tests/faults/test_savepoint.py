@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,7 @@ def test_killed_and_resumed_at_three_random_steps(tmp_path):
         assert len(kept) == 3
         for step, file in zip(steps, [*kept[:2], path], strict=True):
             video = made.resume(file).result(300)
-            assert video.receipt.resumed_at in (step, step + 1)  # the last may be a step further
+            assert video.receipt.resumed_at >= step  # it went on while the file was copied
             assert torch.equal(video.latents, whole.latents)
             assert np.array_equal(video.frames, whole.frames)
             assert video.provenance == whole.provenance
@@ -70,8 +72,14 @@ def test_every_kind_of_job_is_saved_by_its_caller_and_resumed(tmp_path):
     with engine() as made:
         for i in range(6):
             request = random_request(rng, most=32, steps=6)
-            job = made.submit(request, on_progress=lambda _: time.sleep(0.005))
-            path = job.save(tmp_path / f"{i}.safetensors", timeout_s=60)
+            ordered = threading.Event()
+            job = made.submit(request, on_progress=lambda _, ordered=ordered: ordered.wait(300))
+            with ThreadPoolExecutor(1) as pool:
+                saved = pool.submit(job.save, tmp_path / f"{i}.safetensors", timeout_s=300)
+                while not (job.save_orders or saved.done()):
+                    time.sleep(0.001)
+                ordered.set()
+                path = saved.result(300)
             whole = job.result(300)
             again = made.resume(path).result(300)
             assert torch.equal(again.latents, whole.latents), request
