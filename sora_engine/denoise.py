@@ -31,7 +31,14 @@ from sora_engine.request import ResolvedRequest
 from sora_engine.samplers import Solver, make_solver
 from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
 from sora_engine.samplers.prediction import to_x0
-from sora_engine.windows import SparsePlan, Window, WindowPlan, blend, plan_windows
+from sora_engine.windows import (
+    SparsePlan,
+    Window,
+    WindowPlan,
+    blend,
+    default_overlap,
+    plan_windows,
+)
 
 
 def prepare(request: ResolvedRequest, model: VideoModel) -> Canvas:
@@ -149,7 +156,7 @@ def window_plan(
     trained = model.defaults.max_window
     if trained is None or latent_frames <= trained:
         return None
-    return WindowPlan(trained, max(1, trained // 4) if trained > 1 else 0)
+    return WindowPlan(trained, default_overlap(trained))
 
 
 def step_tokens(request: ResolvedRequest, model: VideoModel) -> int:

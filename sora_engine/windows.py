@@ -4,11 +4,15 @@ A video longer than the model was trained for is denoised in overlapping windows
 whose predictions are averaged by weight (MultiDiffusion, arXiv 2302.08113). There is no cache from
 one window to the next: all windows of a step see the same noisy canvas, so a step's cost grows
 linearly with the length, and memory only by the windows that are packed at a time.
+
+A causal VAE's first latent frame holds one video frame and every other several, and models are
+trained on videos that begin with such a frame: what they predict at a window's first place is right
+only for a video's beginning. So a window that begins elsewhere has its first frame as a `lead`: it
+is attended to, and its prediction is left out.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,8 +29,10 @@ SCHEDULES = ("static", "moving")
 class WindowPlan:
     """How a canvas's time is cut into windows.
 
-    length, overlap: in latent frames.
-    weights: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where neighbours overlap).
+    length, overlap: in latent frames. A lead is a part of the overlap: from 2 on, neighbours are
+        blended; at 1 each frame is made in one window; at 0 there is no lead.
+    weights: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where neighbours overlap), over
+        the frames behind a lead, whose own weight is 0.
     schedule: `static`, or `moving`: the joints shift at every step.
     free_noise: windows start from the same frames of noise, shuffled (FreeNoise, arXiv 2310.15169),
         so that what the prompt leaves open is drawn once for the whole video. It has no part where
@@ -60,6 +66,11 @@ class WindowPlan:
     def holds(self, total: int) -> bool:
         """Whether one window holds all of `total` latent frames."""
         return total <= self.length
+
+
+def default_overlap(length: int) -> int:
+    """Latent frames that windows of this length share: a quarter, but a lead and one behind it."""
+    return min(length - 1, max(2, length // 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +110,15 @@ class SparsePlan:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Latent frames `start` to `start + length - 1` of a canvas, modulo `total` in a loop."""
+    """Latent frames `start` to `start + length - 1` of a canvas, modulo `total` in a loop.
+
+    lead: how many frames at its beginning are seen and not made: 0 or 1.
+    """
 
     start: int
     length: int
     total: int
+    lead: int = 0
 
     @property
     def covers_all(self) -> bool:
@@ -125,20 +140,23 @@ def plan_windows(
     """The windows of one step over `total` latent frames, in order of time.
 
     Every frame is covered, neighbours overlap by `plan.overlap` frames or more, and all windows
-    have the same length. With no plan, or where one window holds everything, there is one window;
-    in a loop it starts elsewhere at every step, so that no frame is always at the seam.
+    have the same length. With no plan, or where one window holds everything, there is one window.
+    In a loop that one goes once round and one frame further, its lead being the frame that it ends
+    in; and it starts elsewhere at every step, so that no frame is always at the seam.
     """
     if plan is None or isinstance(plan, SparsePlan) or plan.holds(total):
-        return [Window(_golden_offset(step, total) if wraps else 0, total, total)]
+        if not wraps:
+            return [Window(0, total, total)]
+        return [Window(_golden_offset(step, total), total + 1, total, lead=1)]
     stride = plan.stride
     offset = _golden_offset(step, stride) if plan.schedule == "moving" else 0
+    lead = min(1, plan.overlap)
     if wraps:
-        count = math.ceil(total / stride)
-        starts = [(offset + i * total // count) % total for i in range(count)]
-    else:
-        last = total - plan.length
-        starts = sorted({0, last, *range(offset, last, stride)})
-    return [Window(start, plan.length, total) for start in starts]
+        starts = [(offset + at) % total for at in range(0, total, stride)]
+        return [Window(start, plan.length, total, lead) for start in starts]
+    last = total - plan.length
+    starts = sorted({0, last, *range(offset, last, stride)})
+    return [Window(start, plan.length, total, lead if start else 0) for start in starts]
 
 
 def _golden_offset(step: int, stride: int) -> int:
@@ -147,20 +165,20 @@ def _golden_offset(step: int, stride: int) -> int:
 
 
 def window_weights(plan: WindowPlan | SparsePlan | None, window: Window, *, wraps: bool) -> Tensor:
-    """Positive blend weights `[length]` (float32) of a window's frames."""
-    n = window.length
-    if not isinstance(plan, WindowPlan) or window.covers_all or plan.weights == "flat":
-        return torch.ones(n)
-    position = torch.arange(n, dtype=torch.float32)
-    if plan.weights == "pyramid":
-        return torch.minimum(position, n - 1 - position) + 1
-    ramp = plan.overlap + 1
+    """Blend weights `[length]` (float32) of a window's frames: 0 for a lead, positive elsewhere."""
+    n = window.length - window.lead
     weights = torch.ones(n)
-    if wraps or window.start > 0:
-        weights = torch.minimum(weights, (position + 1) / ramp)
-    if wraps or window.start + n < window.total:
-        weights = torch.minimum(weights, (n - position) / ramp)
-    return weights
+    if isinstance(plan, WindowPlan) and n < window.total:
+        position = torch.arange(n, dtype=torch.float32)
+        if plan.weights == "pyramid":
+            weights = torch.minimum(position, n - 1 - position) + 1
+        elif plan.weights == "overlap":
+            ramp = plan.overlap - window.lead + 1
+            if wraps or window.start > 0:
+                weights = torch.minimum(weights, (position + 1) / ramp)
+            if wraps or window.start + window.length < window.total:
+                weights = torch.minimum(weights, (n - position) / ramp)
+    return torch.cat([torch.zeros(window.lead), weights])
 
 
 def blend(

@@ -12,7 +12,7 @@ from sora_engine.distributed.planner import Transformer, Video, plan
 from sora_engine.models.video_model import find_checkpoint, planning_facts
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.request import LatentGrid, ResolvedRequest, VideoRequest, resolve_request
-from sora_engine.windows import WindowPlan
+from sora_engine.windows import WindowPlan, default_overlap
 
 
 def describe(
@@ -61,7 +61,7 @@ def video_of(request: ResolvedRequest, grid: LatentGrid, trained: int | None) ->
     if isinstance(request.window, WindowPlan):
         window = {"window": request.window.length, "overlap": request.window.overlap}
     elif request.window is None and trained is not None and frames > trained:
-        window = {"window": trained, "overlap": max(1, trained // 4) if trained > 1 else 0}
+        window = {"window": trained, "overlap": default_overlap(trained)}
     return Video(
         frames=frames,
         height=height,

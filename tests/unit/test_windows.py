@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_engine.errors import RequestError
-from sora_engine.windows import WEIGHTS, Window, WindowPlan, blend, plan_windows, window_weights
+from sora_engine.windows import (
+    WEIGHTS,
+    Window,
+    WindowPlan,
+    blend,
+    default_overlap,
+    plan_windows,
+    window_weights,
+)
 
 
 @st.composite
@@ -31,9 +39,9 @@ def test_windows_cover_every_frame_and_neighbours_overlap(plan, total, wraps, st
     windows = plan_windows(plan, total, wraps=wraps, step=step)
     covered = torch.zeros(total, dtype=torch.int64)
     for window in windows:
-        assert window.length == min(plan.length, total)
+        assert window.length == (total + wraps if plan.holds(total) else plan.length)
         indices = window.indices()
-        assert len(set(indices.tolist())) == window.length
+        assert len(set(indices.tolist())) == min(window.length, total)
         covered[indices] += 1
     assert covered.min() >= 1
     if total > plan.length and not wraps:
@@ -48,18 +56,58 @@ def test_a_blend_of_what_all_windows_agree_on_is_that(plan, total, wraps, step):
     canvas = torch.randn(2, total, 1, 3, generator=torch.Generator().manual_seed(total))
     windows = plan_windows(plan, total, wraps=wraps, step=step)
     for window in windows:
-        assert window_weights(plan, window, wraps=wraps).min() > 0
+        weights = window_weights(plan, window, wraps=wraps)
+        assert len(weights) == window.length
+        assert (weights[: window.lead] == 0).all()
+        assert weights[window.lead :].min() > 0
     parts = [window.of(canvas, 1) for window in windows]
     torch.testing.assert_close(blend(parts, windows, plan, wraps=wraps), canvas)
 
 
+def causal(frames: torch.Tensor) -> torch.Tensor:
+    """A model that tells each frame by the one before it, and the first as a video's beginning."""
+    before = torch.cat([frames[:, :1] * 0 + 50, frames[:, :-1]], dim=1)
+    return 0.5 * before + frames
+
+
+@given(plans(), st.integers(1, 40), st.booleans(), st.integers(0, 9))
+def test_what_is_blended_has_no_window_s_beginning_in_it(plan, total, wraps, step):
+    """Windows of a causal model make what it makes of the whole video; of a circle, in a loop."""
+    if plan.overlap == 0:
+        plan = WindowPlan(plan.length + 1, 1, plan.weights, plan.schedule)
+    canvas = torch.randn(2, total, 1, 3, generator=torch.Generator().manual_seed(total))
+    windows = plan_windows(plan, total, wraps=wraps, step=step)
+    made = blend([causal(w.of(canvas, 1)) for w in windows], windows, plan, wraps=wraps)
+    expected = 0.5 * canvas.roll(1, dims=1) + canvas if wraps else causal(canvas)
+    torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize("weights", ["pyramid", "overlap"])
+@pytest.mark.parametrize(("length", "overlap"), [(5, 2), (9, 3), (21, 5)])
+def test_what_windows_disagree_on_is_spread_over_the_overlap(weights, length, overlap):
+    """Of a model that tells each frame's place in its window, a join falls in equal steps, and a
+    loop's seam is a join like all others."""
+    plan = WindowPlan(length, overlap, weights)
+    total = 4 * plan.stride
+    places = torch.arange(length, dtype=torch.float32).view(1, -1, 1, 1)
+    windows = plan_windows(plan, total, wraps=True, step=0)
+    made = blend([places] * len(windows), windows, plan, wraps=True)[0, :, 0, 0]
+    torch.testing.assert_close(made.roll(plan.stride), made)
+    changes = made - made.roll(1)
+    falls = sorted(changes[: plan.stride].tolist())[:overlap]
+    torch.testing.assert_close(
+        torch.tensor(falls), torch.full((overlap,), 1 - plan.stride / overlap)
+    )
+
+
 def test_blend_is_the_weighted_mean_and_order_changes_no_bit():
-    plan = WindowPlan(4, 2)
-    windows = plan_windows(plan, 10, wraps=False, step=0)
-    parts = [torch.full((1, 4, 1, 1), float(i)) for i in range(len(windows))]
+    plan = WindowPlan(5, 3)
+    windows = plan_windows(plan, 11, wraps=False, step=0)
+    parts = [torch.full((1, 5, 1, 1), float(i)) for i in range(len(windows))]
     blended = blend(parts, windows, plan, wraps=False)
-    # Frames 2 and 3 lie in windows 0 (weights 2, 1) and 1 (weights 1, 2).
-    torch.testing.assert_close(blended[0, 2:4, 0, 0], torch.tensor([1 / 3, 2 / 3]))
+    # Frames 2 to 4 lie in windows 0 (weights 3, 2, 1) and 1 (its lead, and weights 1 and 2); frame
+    # 4 in window 2 too, as its lead.
+    torch.testing.assert_close(blended[0, 2:5, 0, 0], torch.tensor([0, 1 / 3, 2 / 3]))
     order = list(range(len(windows)))
     random.Random(0).shuffle(order)
     shuffled = blend([parts[i] for i in order], [windows[i] for i in order], plan, wraps=False)
@@ -70,6 +118,19 @@ def test_a_loop_of_one_window_starts_elsewhere_at_every_step():
     starts = [plan_windows(None, 8, wraps=True, step=i)[0].start for i in range(8)]
     assert len(set(starts)) > 4
     assert plan_windows(None, 8, wraps=False, step=3) == [Window(0, 8, 8)]
+
+
+def test_a_loop_of_one_window_goes_once_round_behind_its_lead():
+    (window,) = plan_windows(None, 8, wraps=True, step=1)
+    assert window.indices().tolist() == [4, 5, 6, 7, 0, 1, 2, 3, 4]
+    assert window_weights(None, window, wraps=True).tolist() == [0, *[1] * 8]
+    (only,) = plan_windows(None, 1, wraps=True, step=1)
+    assert only.indices().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(1, 0), (2, 1), (5, 2), (9, 2), (21, 5)])
+def test_overlap_by_default(length, overlap):
+    assert default_overlap(length) == overlap
 
 
 @pytest.mark.parametrize(
