@@ -17,7 +17,7 @@ from torch import Tensor
 from sora_engine.canvas import Known, KnownMode
 from sora_engine.errors import RequestError
 from sora_engine.io.images import fit
-from sora_engine.io.video import read_video
+from sora_engine.io.video_reader import read_video
 from sora_engine.request import Clip, Footage, ResolvedRequest
 from sora_engine.vae.coder import VideoCoder
 from sora_engine.video import Video
@@ -120,8 +120,10 @@ class TimeLine:
                 )
             if self.mask[clip.at : end].any():
                 first = clip.at + int(self.mask[clip.at : end].any(axis=(1, 2)).argmax())
+                free = int(self.known_frames[-1]) + 1
                 raise RequestError(
-                    f"two clips overlap at frame {first}; clips must not share frames"
+                    f"two clips overlap at frame {first}; clips must not share frames, so the one "
+                    f"at frame {clip.at} could begin at frame {free}"
                 )
             self.frames[clip.at : end] = frames
             self.mask[clip.at : end] = _clip_mask(clip, frames.shape[:3])

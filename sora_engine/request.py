@@ -6,10 +6,10 @@ import itertools
 import math
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
@@ -231,7 +231,7 @@ def resolve_request(
     nearest = bool(request.round_to_grid)
     height = _on_grid("height", given["height"], defaults.height, grid.multiple[0], 0, nearest)
     width = _on_grid("width", given["width"], defaults.width, grid.multiple[1], 0, nearest)
-    shots = tuple(request.shots)
+    shots: tuple[Shot, ...] = _several("shots", request.shots, "Shot(prompt, num_frames)")
     default_frames = sum(_shot_frames(shot) for shot in shots) or defaults.num_frames
     if loop and given["num_frames"] is None and not shots:
         default_frames = max(grid.time, default_frames // grid.time * grid.time)
@@ -258,7 +258,8 @@ def resolve_request(
         )
     sigmas = None
     if request.sigmas is not None:
-        sigmas = tuple(_finite("sigmas", s, None) for s in request.sigmas)
+        levels = _several("sigmas", request.sigmas, "noise levels")
+        sigmas = tuple(_finite("sigmas", s, None) for s in levels)
         falling = all(a > b for a, b in itertools.pairwise(sigmas))
         if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
             raise RequestError(f"sigmas must fall strictly, within (0, 1], got {list(sigmas)}")
@@ -291,6 +292,11 @@ def resolve_request(
         strength = _finite("strength", request.strength, 0.6)
         if not 0 < strength <= 1:
             raise RequestError(f"strength must lie in (0, 1], got {strength}")
+    window = request.window
+    if window is not None and not callable(getattr(window, "holds", None)):  # it needs torch
+        raise RequestError(
+            f"window must be a WindowPlan or a SparsePlan, got {type(window).__name__} {window!r}"
+        )
     resample = _integer("resample", request.resample, 1)
     if not 1 <= resample <= MAX_RESAMPLE:
         raise RequestError(f"resample must be from 1 to {MAX_RESAMPLE}, got {resample}")
@@ -311,12 +317,12 @@ def resolve_request(
         sigmas=sigmas,
         solver=request.solver,
         seed=seed,
-        clips=_checked_clips(request.clips, num_frames),
+        clips=_checked_clips(_several("clips", request.clips, "Clip(frames, at)"), num_frames),
         init=request.init,
         strength=strength,
         loop=loop,
         shots=shots,
-        window=request.window,
+        window=window,
         latents=request.latents,
         resample=resample,
         original_prompt=request.original_prompt,
@@ -376,6 +382,13 @@ def _positive(name: str, value: object) -> float:
     if number <= 0:
         raise RequestError(f"{name} must be over 0, got {number}")
     return number
+
+
+def _several(name: str, values: object, each: str) -> tuple[Any, ...]:
+    """The members of a list or a tuple, which one value alone is not."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} must be a list of {each}, got {type(values).__name__}")
+    return tuple(values)
 
 
 def _shot_frames(shot: Shot) -> int:

@@ -150,6 +150,10 @@ def fill(
     source, total = _whole(model, clip, settings)
     known = np.ones(total, bool)
     for stretch in missing:
+        if not isinstance(stretch, range) or stretch.step != 1:
+            raise RequestError(
+                f"missing is ranges of frames, such as [range(4, 8)], and {stretch!r} is none"
+            )
         if not 0 <= stretch.start < stretch.stop <= total:
             raise RequestError(
                 f"missing frames {stretch.start}-{stretch.stop - 1}: the video has frames 0 to "
@@ -277,7 +281,7 @@ class _Source(NamedTuple):
 
 def _measure(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> _Source:
     from sora_engine.io.provenance import read_provenance
-    from sora_engine.io.video import measure_video
+    from sora_engine.io.video_reader import measure_video
 
     fps = settings.get("fps") or model.defaults.fps
     start, stop = 0, None
@@ -366,8 +370,8 @@ def _up(value: int, multiple: int, remainder: int) -> int:
 
 
 def _frames(name: str, seconds: float, fps: float) -> int:
-    if not math.isfinite(seconds) or seconds < 0:
-        raise RequestError(f"{name} must be 0 or more seconds, got {seconds:g}")
+    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < 0:
+        raise RequestError(f"{name} must be 0 or more seconds, got {seconds!r}")
     return round(seconds * fps)
 
 
@@ -389,7 +393,7 @@ def _read_mask(
     from PIL import Image
 
     from sora_engine.io.images import fit
-    from sora_engine.io.video import read_video
+    from sora_engine.io.video_reader import read_video
 
     if isinstance(mask, (str, PathLike)):
         name = f"the mask {mask}"

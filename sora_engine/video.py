@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from sora_engine.io.provenance import Provenance
-from sora_engine.io.video import write_video
+from sora_engine.io.video_writer import write_video
 
 if TYPE_CHECKING:
     from sora_engine.receipt import Receipt

@@ -28,7 +28,7 @@ def decode(
 ) -> None:
     """Decode finished latents that an interrupted `sora generate` left."""
     from sora_engine.io.latents import SavedLatents
-    from sora_engine.io.video import VideoWriter, check_output
+    from sora_engine.io.video_writer import VideoWriter, check_output
 
     try:
         check_output(output)

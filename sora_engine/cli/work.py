@@ -87,10 +87,8 @@ def run(plan: Plan) -> None:
     check_before_loading(plan, output)
     if common.model is None:
         say(
-            f"sora_engine {version()}: loading sprites, the bundled checkpoint (--model for others)"
-        )
-        say(
-            "sprites is half-trained: it gets backgrounds and colours, often motions, seldom shapes"
+            f"sora_engine {version()}: loading sprites, the bundled checkpoint of plain shapes "
+            "that move (--model for others)"
         )
     else:
         if common.model != DEFAULT_MODEL and not Path(common.model).exists():
@@ -125,7 +123,8 @@ def run(plan: Plan) -> None:
 
 def check_before_loading(plan: Plan, output: str) -> None:
     """Everything that can be told without the model: no one waits for torch to learn of a typo."""
-    from sora_engine.io.video import check_output, open_video
+    from sora_engine.io.video_reader import open_video
+    from sora_engine.io.video_writer import check_output
     from sora_engine.request import GenerationDefaults, LatentGrid, resolve_request
 
     # Stands for any model: the engine's own rules, less those of a model's grid.
@@ -211,7 +210,7 @@ def make(
     killed, loses nothing.
     """
     from sora_engine.io.latents import SUFFIX, SavedLatents
-    from sora_engine.io.video import VideoWriter
+    from sora_engine.io.video_writer import VideoWriter
     from sora_engine.recipe import provenance_of
 
     provenance = provenance_of(resolved, engine.model)

@@ -74,7 +74,7 @@ def read_provenance(path: str | Path) -> Provenance | None:
             text = image.info.get("Comment") or image.info.get("comment")
             text = text or image.getexif().get(EXIF_IMAGE_DESCRIPTION) or ""
     else:
-        from sora_engine.io.video import open_video
+        from sora_engine.io.video_reader import open_video
 
         with open_video(path) as container:
             text = container.metadata.get("comment", "")

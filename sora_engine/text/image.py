@@ -15,7 +15,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
-from sora_engine.text.settings import pick
+from sora_engine.text.settings import read_settings
 
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
@@ -111,17 +111,7 @@ def load_clip(
 ) -> nn.Module:
     """transformers' `CLIPVisionModel` with the weights of `folder`, in evaluation mode."""
     path = folder / "config.json"
-    config = read_json_object(path)
-    architectures = config.get("architectures")
-    if architectures not in (None, ["CLIPVisionModel"]):
-        raise CheckpointError(
-            f"architectures is {architectures!r}; supported: ['CLIPVisionModel']", path=path
-        )
-    values = pick(config, _DEFAULTS, path=path)
-    if values["hidden_act"] not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"hidden_act is {values['hidden_act']!r}; supported: {_ACTIVATIONS}", path=path
-        )
+    values = read_settings(path, "CLIPVisionModel", _DEFAULTS, choices={"hidden_act": _ACTIVATIONS})
     if values["hidden_size"] % values["num_attention_heads"]:
         raise CheckpointError(
             f"hidden_size {values['hidden_size']} is no multiple of "

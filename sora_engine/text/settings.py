@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.config_file import read_json_object
 
 # Keys that transformers has written over the years and that say nothing about a forward pass.
 BOOKKEEPING = frozenset(
@@ -27,6 +28,31 @@ BOOKKEEPING = frozenset(
     }
 )
 MAX_LAYERS = 1000  # a configuration must not keep the engine busy building a model for hours
+
+
+def read_settings(
+    path: Path,
+    architecture: str,
+    defaults: Mapping[str, Any],
+    *,
+    choices: Mapping[str, Collection[str]],
+    known: Collection[str] = (),
+) -> dict[str, Any]:
+    """As `pick`, of a `config.json` that must be of this architecture where it names one.
+
+    choices: the values that some keys may have.
+    """
+    config = read_json_object(path)
+    named = config.get("architectures")
+    if named not in (None, [architecture]):
+        raise CheckpointError(
+            f"architectures is {named!r}; supported: {[architecture]!r}", path=path
+        )
+    values = pick(config, defaults, known=known, path=path)
+    for key, allowed in choices.items():
+        if values[key] not in allowed:
+            raise CheckpointError(f"{key} is {values[key]!r}; supported: {allowed}", path=path)
+    return values
 
 
 def pick(

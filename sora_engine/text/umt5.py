@@ -14,7 +14,7 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
 from sora_engine.text.prompt import clean_prompt
-from sora_engine.text.settings import pick
+from sora_engine.text.settings import read_settings
 
 MAX_TOKENS = 512
 """Where Wan's pipelines truncate a prompt."""
@@ -130,19 +130,13 @@ def load_umt5(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
     """transformers' `UMT5EncoderModel` with the weights of `folder`, in evaluation mode."""
-    path = folder / "config.json"
-    config = read_json_object(path)
-    architectures = config.get("architectures")
-    if architectures not in (None, ["UMT5EncoderModel"]):
-        raise CheckpointError(
-            f"architectures is {architectures!r}; supported: ['UMT5EncoderModel']", path=path
-        )
-    values = pick(config, _DEFAULTS, known=_KNOWN, path=path)
-    if values["feed_forward_proj"] not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"feed_forward_proj is {values['feed_forward_proj']!r}; supported: {_ACTIVATIONS}",
-            path=path,
-        )
+    values = read_settings(
+        folder / "config.json",
+        "UMT5EncoderModel",
+        _DEFAULTS,
+        choices={"feed_forward_proj": _ACTIVATIONS},
+        known=_KNOWN,
+    )
     from transformers import UMT5Config, UMT5EncoderModel  # seconds to import
 
     with torch.device("meta"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_engine.io.video import read_video
+from sora_engine.io.video_reader import read_video
 from tests.faults.processes import descendants
 
 ROOT = Path(__file__).parents[2]

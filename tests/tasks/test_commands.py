@@ -10,7 +10,8 @@ import pytest
 import sora_engine as sora
 from sora_engine.cli import main
 from sora_engine.io.provenance import read_provenance
-from sora_engine.io.video import read_video, write_video
+from sora_engine.io.video_reader import read_video
+from sora_engine.io.video_writer import write_video
 
 QUICK = ["--steps", "2", "--seed", "5"]
 SIZE = ["--size", "80x64"]

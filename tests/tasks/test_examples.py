@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import sora_engine as sora
-from sora_engine.io.video import read_video
+from sora_engine.io.video_reader import read_video
 
 FOLDER = Path(__file__).parents[2] / "examples" / "embedding"
 

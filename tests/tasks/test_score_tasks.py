@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sora_engine.request import LatentGrid
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sprites"))
 
+import minute
 import score_tasks
+import size_table
+import task_scores
 import world
+from score_report import report
+from scoring import Clip, rendered
 
 
 def test_every_task_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = ["image", "animate", "extend", "connect", "fill", "inpaint", "edit", "upscale"]
-    tasks += ["draft", "loop", "shots"]
-    arguments = ["--count", "1", "--steps", "4", "--frames", "17", "--size", "64x64"]
+    arguments = ["--count", "1", "--steps", "3", "--frames", "17", "--sizes", "64x64"]
     arguments += ["--json", str(tmp_path / "scores.json"), "--sheets", str(tmp_path / "sheets")]
+    tasks = [*score_tasks.QUICK, "edit", "minute", "sizes"]
     monkeypatch.setattr(sys, "argv", ["score_tasks.py", *arguments, "--tasks", *tasks])
+    monkeypatch.setattr(minute, "SECONDS", 6)
+    monkeypatch.setattr(minute, "STRETCH_S", 3)
+    monkeypatch.setattr(size_table, "SIDES", (64,))
+    monkeypatch.setattr("score_report.SIDES", (64,))
     score_tasks.main()
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores) == set(tasks)
@@ -28,27 +39,69 @@ def test_every_task_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert {t["true"] for k, t in scores[name].items() if isinstance(t, dict)} == {1.0}, name
     # Frames at the beginning are decoded before any that is made: they are the round trip's own.
     assert scores["animate"]["kept_db"] > 50
-    assert scores["extend"]["after"]["kept_db"] > 50
+    assert scores["extend_after"]["kept_db"] > 50
+    assert scores["minute"]["frames"] == 49
     sheets = {path.stem for path in (tmp_path / "sheets").iterdir()}
-    assert {"animate", "extend-before", "loop", "shots", "inpaint", "edit-0.6"} <= sheets
+    assert {"animate", "extend-before", "loop", "shots", "inpaint", "edit-0.45"} <= sheets
+    told = (tmp_path / "scores.md").read_text()
+    for words in (
+        "| extend, before |",
+        "| edit, strength 0.45 |",
+        "Loop: the seam's",
+        "| 0-10 s |",
+    ):
+        assert words in told
 
 
 def test_distance_is_on_the_torus_and_in_short_sides() -> None:
     sprite = world.Sprite("red", "circle", "large", "still", 60.0, 30.0, 0.0)
     near = world.Sprite("red", "circle", "large", "still", 12.0, 30.0, 0.0)
-    clips = [score_tasks.rendered(world.Scene("white", (s,), 64, 64), 9) for s in (sprite, near)]
-    every = np.ones(9, bool)
-    assert score_tasks.apart(clips[0], clips[0], every) == pytest.approx(0, abs=0.01)
-    assert score_tasks.apart(clips[0], clips[1], every) == pytest.approx(16 / 64, abs=0.02)
+    one, other = (Clip(rendered(world.Scene("white", (s,), 64, 64), 9)) for s in (sprite, near))
+    assert one.apart(one, np.ones(9, bool)) == pytest.approx(0, abs=0.01)
+    assert one.apart(other) == pytest.approx(16 / 64, abs=0.02)
 
 
 def test_a_latent_is_whole_only_where_all_its_frames_are_known() -> None:
-    class Bench:
-        class model:  # noqa: N801
-            from sora_engine.request import LatentGrid
-
-            grid = LatentGrid(channels=1, vae_spatial=8, patch=(1, 2, 2), time=4)
-
+    grid = LatentGrid(channels=1, vae_spatial=8, patch=(1, 2, 2), time=4)
     known = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], bool)
-    whole = score_tasks._whole_latents(Bench(), known)
+    whole = task_scores.whole_latents(grid, known)
     assert np.flatnonzero(whole).tolist() == [0, 1, 2, 3, 4, 9, 10, 11, 12]
+
+
+def test_true_scenes_close_after_as_many_frames_as_are_made_of_them() -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        scene = world.sample_scene(rng, 64, 64, sprites=1)
+        n = task_scores.closes(scene, 4)
+        assert n % 4 == 0
+        np.testing.assert_array_equal(rendered(scene, 1, start=n), rendered(scene, 1))
+        assert task_scores.seam(rendered(scene, n), 4) < 1.2
+    # A jump is seen, and so is a frame that stands still where all others move.
+    moves = rendered(world.Scene("white", (_mover(),), 64, 64), 32)
+    assert task_scores.seam(moves[:-4], 4) > 1.5
+
+
+def test_joints_and_drift_of_a_clip() -> None:
+    frames = rendered(world.Scene("white", (_mover(),), 64, 64), 97)
+    begins = np.array([13, 29, 45])
+    assert minute.border_ratios(frames, begins, 4) == pytest.approx((1, 1), abs=0.05)
+    assert minute.drift(frames, 32) == pytest.approx((0, 0), abs=2)
+    jumped = np.concatenate([frames[:29], frames[33:]])
+    assert min(minute.border_ratios(jumped, np.array([29]), 4)) > 1.5
+    faded = (frames * np.linspace(1, 0.9, 97)[:, None, None, None]).astype(np.uint8)
+    assert minute.drift(faded, 32)[0] > 10
+
+
+def test_the_report_names_the_least_share() -> None:
+    fact = {"made": 0.9, "true": 1.0, "share": 0.9}
+    names = ("background", "colour", "shape", "motion")
+    line = {"clips": 50, **dict.fromkeys(names, fact)}
+    line["shape"] = {"made": 0.5, "true": 1.0, "share": 0.5}
+    assert (
+        "| generate | 90% / 100% | 90% / 100% | 50% / 100% | 90% / 100% | 50% (shape) | 50 |"
+        in (report({"generate": line}))
+    )
+
+
+def _mover() -> world.Sprite:
+    return world.Sprite("red", "square", "large", "right", 20.0, 32.0, 0.0)

@@ -19,7 +19,7 @@ from PIL import Image
 from sora_engine.cli import main
 from sora_engine.errors import CheckpointError
 from sora_engine.io.provenance import read_provenance
-from sora_engine.io.video import read_video
+from sora_engine.io.video_reader import read_video
 from sora_engine.job import Job
 from tests.unit.wan_folders import pipeline
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from sora_engine.errors import MediaError
-from sora_engine.io import video as video_module
+from sora_engine.io import video_reader
 from sora_engine.io.provenance import Provenance, read_provenance
-from sora_engine.io.video import VideoWriter, check_output, read_video, write_video
+from sora_engine.io.video_reader import read_video
+from sora_engine.io.video_writer import VideoWriter, check_output, write_video
 
 PROVENANCE = Provenance(
     prompt='a "red" círcle 圆', seed=2**63 - 1, model="m", version="1", settings={"fps": 8.5}
@@ -425,7 +426,7 @@ def test_clips_over_the_memory_limit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_video(tmp_path / "a.mp4", smooth_clip(9, 32, 32), 8)
-    monkeypatch.setattr(video_module, "MAX_DECODED_BYTES", 5 * 32 * 32 * 3)
+    monkeypatch.setattr(video_reader, "MAX_DECODED_BYTES", 5 * 32 * 32 * 3)
     with pytest.raises(MediaError, match="read fewer"):
         read_video(path)
     assert len(read_video(path, max_frames=5)[0]) == 5

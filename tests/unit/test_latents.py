@@ -17,7 +17,7 @@ from sora_engine import cli
 from sora_engine.errors import MediaError
 from sora_engine.io.latents import SavedLatents
 from sora_engine.io.provenance import Provenance
-from sora_engine.io.video import read_video
+from sora_engine.io.video_reader import read_video
 from tests.parity.oracles import tiny_pipeline
 
 

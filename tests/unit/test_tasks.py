@@ -10,7 +10,7 @@ import pytest
 from sora_engine import tasks
 from sora_engine.errors import MediaError, RequestError
 from sora_engine.io.provenance import Provenance
-from sora_engine.io.video import write_video
+from sora_engine.io.video_writer import write_video
 from sora_engine.request import Clip, Footage, GenerationDefaults, LatentGrid
 
 
@@ -176,6 +176,12 @@ def broken(tmp_path, kind: str) -> str:
         (lambda c: tasks.loop(MODEL, c, gap_s=0), "gap_s 0 is no frame.*shortest.*0.5 s"),
         (lambda c: tasks.connect(MODEL, c, c, gap_s=0.01), "gap_s 0.01 is no frame"),
         (lambda c: tasks.fill(MODEL, c, [range(7, 10)]), "frames 7-9: the video has frames 0 to 8"),
+        (lambda c: tasks.fill(MODEL, c, [4, 5]), r"such as \[range\(4, 8\)\], and 4 is none"),
+        (lambda c: tasks.fill(MODEL, c, [range(0, 9, 2)]), "9, 2\\) is none"),
+        (
+            lambda c: tasks.extend(MODEL, c, after_s="1"),
+            "after_s must be 0 or more seconds, got '1'",
+        ),
         (lambda c: tasks.fill(MODEL, c, [range(0, 9)]), "all 9 frames are missing"),
         (lambda c: tasks.fill(MODEL, c, []), "no frame is missing; name some of frames 0 to 8"),
         (lambda c: tasks.edit(MODEL, c[:3], loop=True), "has 3 frames.*has 4 at least"),

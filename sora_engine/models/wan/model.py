@@ -10,36 +10,21 @@ text and noise level.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_engine.attention import cross_attention, self_attention
-from sora_engine.models.linear import block_linears, linear_gelu, steady
+from sora_engine.models.linear import block_linears, steady
+from sora_engine.models.wan.blocks import Backends, Modulation, VaceBlock, WanBlock
 from sora_engine.models.wan.config import WanConfig
-from sora_engine.packing import Context, ContextRuns, KeyValues, PackedBatch, Stream
-from sora_kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope
+from sora_engine.models.wan.embedders import ConditionEmbedder, embed_patches, rope_tables
+from sora_engine.packing import Context, KeyValues, PackedBatch, Stream
+from sora_kernels import norm_modulate
 
-ROPE_THETA = 10_000.0
 TEXT_TOKENS = 512
 """Wan pads every text to this many tokens with zeros, after the text encoder, and masks none."""
-
-
-class Modulation(NamedTuple):
-    """Scale and shift of one normalisation, `[rows, channels]` each."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-class Backends(NamedTuple):
-    """The backends of one forward pass: of the fused operations, and of attention."""
-
-    fused: str
-    attention: str
 
 
 class WanTransformer(nn.Module):
@@ -154,7 +139,7 @@ class WanTransformer(nn.Module):
         stream = batch.video
         tokens = stream.tokens.to(self.dtype)
         sample_size = self.config.in_channels * math.prod(self.config.patch_size)
-        x = _embed(tokens[:, :sample_size], self.patch_embedding)
+        x = embed_patches(tokens[:, :sample_size], self.patch_embedding)
         rope = rope_tables(stream.coords, self.config)
         level, level_projection = self.condition_embedder.embed_timesteps(
             batch.timesteps, self.dtype
@@ -167,7 +152,7 @@ class WanTransformer(nn.Module):
 
         hints: dict[int, Tensor] = {}
         if self.config.vace_layers is not None:
-            control = _embed(tokens[:, sample_size:], self.vace_patch_embedding)
+            control = embed_patches(tokens[:, sample_size:], self.vace_patch_embedding)
             hints = self._control(x, control, batch, level_projection, rope)
         y = self._normalised(x, entries[0], stream)
         for layer, block in enumerate(self.blocks):
@@ -233,278 +218,3 @@ class WanTransformer(nn.Module):
             eps=self.config.eps,
             backend=self.backends.fused,
         )
-
-
-class WanBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind a modulated LayerNorm."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        dim = config.inner_dim
-        self.eps = config.eps
-        self.attn1 = WanAttention(config)
-        self.attn2 = WanAttention(config, added_kv=config.added_kv_proj_dim is not None)
-        self.norm2 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(dim, config.ffn_dim, "tanh")
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        stream: Stream,
-        contexts: Mapping[str, ContextRuns],
-        layer: int,
-        table: Tensor,
-        following: Modulation,
-        rope: tuple[Tensor, Tensor],
-        backends: Backends,
-    ) -> tuple[Tensor, Tensor]:
-        """Residual stream x and normalised input y, both `[N, dim]`, to those of the next block."""
-        _, _, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)
-        rows = stream.rows
-
-        attended = self.attn1.to_itself(y, stream, rope, backends)
-        x, y = gate_residual_norm_modulate(
-            attended,
-            x,
-            gate,
-            None,
-            None,
-            rows,
-            kind="layer",
-            weight=None if self.norm2 is None else self.norm2.weight,
-            bias=None if self.norm2 is None else self.norm2.bias,
-            eps=self.eps,
-            backend=backends.fused,
-        )
-        if self.norm2 is None:
-            y = x
-        attended = self.attn2.to_contexts(y, contexts, layer, backends)
-        x, y = gate_residual_norm_modulate(
-            attended,
-            x,
-            None,
-            ffn_scale,
-            ffn_shift,
-            rows,
-            kind="layer",
-            eps=self.eps,
-            backend=backends.fused,
-        )
-        return gate_residual_norm_modulate(
-            self.ffn(y),
-            x,
-            ffn_gate,
-            following.scale,
-            following.shift,
-            rows,
-            kind="layer",
-            eps=self.eps,
-            backend=backends.fused,
-        )
-
-
-class VaceBlock(WanBlock):
-    """A block over control tokens, with a projection of what it adds to the model.
-
-    first: control tokens meet the sample's behind a projection of their own.
-    """
-
-    def __init__(self, config: WanConfig, *, first: bool) -> None:
-        super().__init__(config)
-        dim = config.inner_dim
-        if first:
-            self.proj_in = nn.Linear(dim, dim)
-        self.proj_out = nn.Linear(dim, dim)
-
-
-class WanAttention(nn.Module):
-    """Projections and RMS norms of one attention; the norms run across all heads."""
-
-    def __init__(self, config: WanConfig, *, added_kv: bool = False) -> None:
-        super().__init__()
-        dim = config.inner_dim
-        self.heads = config.num_attention_heads
-        self.eps = config.eps
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(dim, config.eps)
-        self.norm_k = nn.RMSNorm(dim, config.eps)
-        if added_kv:
-            self.add_k_proj = nn.Linear(dim, dim)
-            self.add_v_proj = nn.Linear(dim, dim)
-            self.norm_added_k = nn.RMSNorm(dim, config.eps)
-
-    def to_itself(
-        self, y: Tensor, stream: Stream, rope: tuple[Tensor, Tensor], backends: Backends
-    ) -> Tensor:
-        q, k = qk_norm_rope(
-            self._heads(self.to_q(y)),
-            self._heads(self.to_k(y)),
-            self.norm_q.weight,
-            self.norm_k.weight,
-            *rope,
-            across_heads=True,
-            eps=self.eps,
-            backend=backends.fused,
-        )
-        assert k is not None
-        out = self_attention(q, k, self._heads(self.to_v(y)), stream, backend=backends.attention)
-        return self.to_out[0](out.flatten(1))
-
-    def to_contexts(
-        self,
-        y: Tensor,
-        contexts: Mapping[str, ContextRuns],
-        layer: int,
-        backends: Backends,
-    ) -> Tensor:
-        q = self._normalised(self.to_q(y), self.norm_q.weight, backends)
-        out = cross_attention(q, contexts["text"], layer, backend=backends.attention)
-        if "image" in contexts:
-            out = out + cross_attention(q, contexts["image"], layer, backend=backends.attention)
-        return self.to_out[0](out.flatten(1))
-
-    def keys_values(
-        self, embedded: Tensor, source: str, backends: Backends
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[n, heads, head_dim]` of embedded tokens `[n, dim]`.
-
-        Image tokens (Wan 2.1 I2V) have projections of their own beside the text's.
-        """
-        if source == "image":
-            k, v, norm = self.add_k_proj, self.add_v_proj, self.norm_added_k
-        else:
-            k, v, norm = self.to_k, self.to_v, self.norm_k
-        return self._normalised(k(embedded), norm.weight, backends), self._heads(v(embedded))
-
-    def _normalised(self, projected: Tensor, weight: Tensor, backends: Backends) -> Tensor:
-        normalised, _ = qk_norm_rope(
-            self._heads(projected),
-            None,
-            weight,
-            None,
-            None,
-            None,
-            across_heads=True,
-            eps=self.eps,
-            backend=backends.fused,
-        )
-        return normalised
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
-
-
-class ConditionEmbedder(nn.Module):
-    """Embeddings of noise level, text and image."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        dim = config.inner_dim
-        self.freq_dim = config.freq_dim
-        self.time_embedder = TwoLinears(config.freq_dim, dim, "silu")
-        self.time_proj = nn.Linear(dim, 6 * dim)
-        self.text_embedder = TwoLinears(config.text_dim, dim, "tanh")
-        self.image_embedder = None
-        if config.image_dim is not None:
-            self.image_embedder = ImageEmbedder(config.image_dim, dim, config.pos_embed_seq_len)
-
-    def embed_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Timesteps `[rows]` -> embedding `[rows, dim]` and its projection `[rows, 6, dim]`."""
-        half = self.freq_dim // 2
-        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        frequencies = torch.exp(-math.log(10_000.0) * steps / half)
-        angles = timesteps.float()[:, None] * frequencies
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedding = self.time_embedder(sinusoid.to(self.time_embedder.dtype)).to(dtype)
-        return embedding, steady(self.time_proj, F.silu(embedding)).unflatten(-1, (6, -1))
-
-
-class TwoLinears(nn.Module):
-    """Linear, activation, linear, under the names that diffusers gives them."""
-
-    def __init__(self, in_dim: int, dim: int, activation: str) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        self.activation = activation
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.linear_1.weight.dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = steady(self.linear_1, x)
-        if self.activation == "silu":
-            return steady(self.linear_2, F.silu(hidden))
-        return steady(self.linear_2, F.gelu(hidden, approximate=self.activation))
-
-
-class ImageEmbedder(nn.Module):
-    """CLIP tokens of the first frame (and of the last, behind it) to the model's width."""
-
-    def __init__(self, image_dim: int, dim: int, positions: int | None) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(image_dim)
-        self.ff = FeedForward(image_dim, image_dim, "none", out_dim=dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.pos_embed = None
-        if positions is not None:
-            self.pos_embed = nn.Parameter(torch.zeros(1, positions, image_dim))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.pos_embed is not None:
-            if len(tokens) != self.pos_embed.shape[1]:
-                raise ValueError(
-                    f"this checkpoint takes {self.pos_embed.shape[1]} image tokens "
-                    f"(first and last frame), got {len(tokens)}"
-                )
-            tokens = tokens + self.pos_embed[0]
-        return _norm_in_fp32(self.norm2, self.ff(_norm_in_fp32(self.norm1, tokens)))
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU, linear; `net.0.proj` and `net.2` as diffusers names them."""
-
-    def __init__(self, dim: int, hidden: int, approximate: str, out_dim: int | None = None) -> None:
-        super().__init__()
-        self.approximate = approximate
-        # The middle entry holds the place of a dropout, so that the names are diffusers'.
-        up = nn.ModuleDict({"proj": nn.Linear(dim, hidden)})
-        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(hidden, out_dim or dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        up = cast("nn.ModuleDict", self.net[0])["proj"]
-        return self.net[2](linear_gelu(up, x, self.approximate))
-
-
-def rope_tables(coords: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[N, head_dim / 2]` (float32) of 3-D rotary embedding at `coords [N, 3]`.
-
-    The pairs of a head are shared out to time, height and width: of 128 channels 44, 42 and 42.
-    """
-    head_dim = config.attention_head_dim
-    side = 2 * (head_dim // 6)
-    angles = []
-    for axis, dim in enumerate((head_dim - 2 * side, side, side)):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=coords.device) / dim
-        frequencies = ROPE_THETA**-exponents
-        angles.append(coords[:, axis, None].to(torch.float64) * frequencies)
-    angle = torch.cat(angles, dim=1)
-    return angle.cos().float(), angle.sin().float()
-
-
-def _embed(tokens: Tensor, patch: nn.Conv3d) -> Tensor:
-    """Patches `[N, channels * patch volume]` through a convolution of their own size."""
-    weight = patch.weight.flatten(1)
-    return steady(lambda x: F.linear(x, weight, patch.bias), tokens)
-
-
-def _norm_in_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)

@@ -1,0 +1,82 @@
+"""The README's moving picture and a sheet of stills, made from prompts by the command line.
+
+    python examples/sprites/pictures.py --gif docs/sprites.gif --stills docs/sheets/sprites.png
+
+Each prompt is one `sora loop`, so that the picture plays on for ever; loops stand side by side. A
+GIF over the budget is an error, and is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from sheets import sheet
+
+from sora_engine.cli import main as sora
+from sora_engine.io.video_reader import read_video
+from sora_engine.io.video_writer import write_video
+
+PROMPTS = (
+    "a large red circle moves right on a white background",
+    "a large blue star orbits on a yellow background",
+    "a large green square bounces on a black background",
+    "a large purple diamond moves up on a gray background",
+    "an orange triangle grows on a blue background",
+    "a large white star moves left on a green background",
+)
+COLUMNS = 3
+BUDGET_KB = 300
+
+
+def loops(model: str, size: str, frames: int, fps: int, folder: Path) -> list[np.ndarray]:
+    """One clip a prompt, by `sora loop`."""
+    made = []
+    for seed, prompt in enumerate(PROMPTS):
+        out = folder / str(seed)
+        options = ["--model", model, "--size", size, "--frames", str(frames), "--seed", str(seed)]
+        if code := sora(["loop", prompt, *options, "--fps", str(fps), "-o", str(out)]):
+            raise SystemExit(code)
+        made.append(read_video(out)[0])
+    return made
+
+
+def side_by_side(clips: list[np.ndarray], edge: int = 2) -> np.ndarray:
+    """Clips of one size as one: uint8 `[n, rows * height, COLUMNS * width, 3]`, white between."""
+    framed = [
+        np.pad(c, ((0, 0), (edge, edge), (edge, edge), (0, 0)), constant_values=255) for c in clips
+    ]
+    starts = range(0, len(clips), COLUMNS)
+    lines = [np.concatenate(framed[i : i + COLUMNS], axis=2) for i in starts]
+    return np.concatenate(lines, axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="sprites", help="'sprites' or a folder")
+    parser.add_argument("--size", default="64x64", help="WIDTHxHEIGHT of each loop")
+    parser.add_argument("--frames", type=int, default=32, help="of each loop; all play together")
+    parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--gif", type=Path, default=Path("docs/sprites.gif"))
+    parser.add_argument("--stills", type=Path, default=Path("docs/sheets/sprites.png"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        clips = loops(args.model, args.size, args.frames, args.fps, Path(folder))
+    write_video(args.gif, side_by_side(clips), args.fps)
+    args.stills.parent.mkdir(parents=True, exist_ok=True)
+    sheet(clips, columns=8).save(args.stills, optimize=True)
+    size_kb = args.gif.stat().st_size / 1000
+    if size_kb > BUDGET_KB:
+        args.gif.unlink()
+        raise SystemExit(
+            f"{args.gif} would take {size_kb:.0f} kB, over {BUDGET_KB}: fewer --frames would do"
+        )
+    print(
+        f"{args.gif}: {size_kb:.0f} kB; {args.stills}: {args.stills.stat().st_size / 1000:.0f} kB"
+    )
+
+
+if __name__ == "__main__":
+    main()

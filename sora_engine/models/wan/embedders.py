@@ -1,0 +1,110 @@
+"""What goes into Wan's transformer: patches, places, noise levels, texts and images."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sora_engine.models.linear import steady
+from sora_engine.models.wan.blocks import FeedForward
+from sora_engine.models.wan.config import WanConfig
+
+ROPE_THETA = 10_000.0
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeddings of noise level, text and image."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLinears(config.freq_dim, dim, "silu")
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TwoLinears(config.text_dim, dim, "tanh")
+        self.image_embedder = None
+        if config.image_dim is not None:
+            self.image_embedder = ImageEmbedder(config.image_dim, dim, config.pos_embed_seq_len)
+
+    def embed_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Timesteps `[rows]` -> embedding `[rows, dim]` and its projection `[rows, 6, dim]`."""
+        half = self.freq_dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        frequencies = torch.exp(-math.log(10_000.0) * steps / half)
+        angles = timesteps.float()[:, None] * frequencies
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedding = self.time_embedder(sinusoid.to(self.time_embedder.dtype)).to(dtype)
+        return embedding, steady(self.time_proj, F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class TwoLinears(nn.Module):
+    """Linear, activation, linear, under the names that diffusers gives them."""
+
+    def __init__(self, in_dim: int, dim: int, activation: str) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.activation = activation
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear_1.weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = steady(self.linear_1, x)
+        if self.activation == "silu":
+            return steady(self.linear_2, F.silu(hidden))
+        return steady(self.linear_2, F.gelu(hidden, approximate=self.activation))
+
+
+class ImageEmbedder(nn.Module):
+    """CLIP tokens of the first frame (and of the last, behind it) to the model's width."""
+
+    def __init__(self, image_dim: int, dim: int, positions: int | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(image_dim)
+        self.ff = FeedForward(image_dim, image_dim, "none", out_dim=dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.pos_embed = None
+        if positions is not None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, positions, image_dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            if len(tokens) != self.pos_embed.shape[1]:
+                raise ValueError(
+                    f"this checkpoint takes {self.pos_embed.shape[1]} image tokens "
+                    f"(first and last frame), got {len(tokens)}"
+                )
+            tokens = tokens + self.pos_embed[0]
+        return _norm_in_fp32(self.norm2, self.ff(_norm_in_fp32(self.norm1, tokens)))
+
+
+def rope_tables(coords: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[N, head_dim / 2]` (float32) of 3-D rotary embedding at `coords [N, 3]`.
+
+    The pairs of a head are shared out to time, height and width: of 128 channels 44, 42 and 42.
+    """
+    head_dim = config.attention_head_dim
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, dim in enumerate((head_dim - 2 * side, side, side)):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=coords.device) / dim
+        frequencies = ROPE_THETA**-exponents
+        angles.append(coords[:, axis, None].to(torch.float64) * frequencies)
+    angle = torch.cat(angles, dim=1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def embed_patches(tokens: Tensor, patch: nn.Conv3d) -> Tensor:
+    """Patches `[N, channels * patch volume]` through a convolution of their own size."""
+    weight = patch.weight.flatten(1)
+    return steady(lambda x: F.linear(x, weight, patch.bias), tokens)
+
+
+def _norm_in_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
