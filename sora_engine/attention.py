@@ -12,7 +12,7 @@ from sora_engine.distributed.sequence import (
     trade_heads_for_tokens,
     trade_tokens_for_heads,
 )
-from sora_engine.errors import RequestError
+from sora_engine.distributed.sparse import SparseRing, sparse_ring_attention
 from sora_engine.packing import ContextRuns, Plans, Stream
 from sora_kernels import (
     AttentionPlan,
@@ -69,13 +69,18 @@ def _sparse_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: 
     assert stream.sees is not None
     shard, heads = stream.shard, q.shape[1]
     if shard is not None:
-        if shard.mesh.ring.size > 1:
-            raise RequestError(
-                "window is a SparsePlan, for which a rank needs all tokens of its heads: "
-                "ring=1 would work, and ulysses, guidance and window as large as before"
-            )
         q, k, v = trade_tokens_for_heads(q, k, v, shard)
     key = q.shape[-1], q.dtype
+    if shard is not None and shard.mesh.ring.size > 1:
+        if not stream.sparse_rings:
+            stream.sparse_rings.append(SparseRing.of(shard, stream.sees, q.device))
+        sparse = stream.sparse_rings[0]
+        if key not in stream.sparse_plans and len(q):
+            stream.sparse_plans[key] = sparse.plan(q)
+        out = sparse_ring_attention(
+            q, k, v, shard, sparse, plan=stream.sparse_plans.get(key), backend=backend
+        )
+        return trade_heads_for_tokens(out, shard, heads)
     if key not in stream.sparse_plans:
         stream.sparse_plans[key] = plan_attention(
             stream.cu_seqlens,

@@ -18,6 +18,7 @@ from sora_kernels import AttentionPlan, BlockPlan
 
 if TYPE_CHECKING:
     from sora_engine.distributed.shard import TokenShard
+    from sora_engine.distributed.sparse import SparseRing
 
 Grid = tuple[int, int, int]
 # Plans of packed attention by head_dim and dtype, each beside the offsets that it is for.
@@ -82,7 +83,8 @@ class Stream:
         whole batch's, and the rest is this rank's.
     plans: what attention planned for these offsets, kept from step to step.
     sees: for each segment bool `[T, T]`, which frames of tokens each one attends to; None: all, in
-        every segment. sparse_plans: what attention planned for them, kept for the step.
+        every segment. sparse_plans, sparse_rings: what attention planned for them, kept for the
+        step.
     """
 
     tokens: Tensor
@@ -95,6 +97,7 @@ class Stream:
     plans: Plans = field(default_factory=dict)
     sees: tuple[Tensor, ...] | None = None
     sparse_plans: dict[tuple[int, torch.dtype], BlockPlan] = field(default_factory=dict)
+    sparse_rings: list[SparseRing] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ FIVE_HEADS = 5
 # Each request meets each kind of layout, and each layout several requests.
 QUICK = [
     ({"ulysses": 2}, "guided mixed sparse"),
-    ({"ring": 2}, "loop moving"),
+    ({"ring": 2}, "loop moving sparse"),
     ({"guidance": 2}, "shots"),
     ({"window": 2}, "windows"),
     ({"ulysses": 3}, "prime"),
@@ -25,8 +25,8 @@ QUICK = [
     ({"ulysses": 2, "ring": 2}, "mixed few"),
     ({"ring": 2, "guidance": 2}, "mixed loop"),
     ({"ulysses": 2, "guidance": 2, "window": 2}, "mixed windows prime few sparse"),
-    ({"ulysses": 4, "ring": 2}, "mixed moving"),
-    ({"ring": 8}, "guided"),
+    ({"ulysses": 4, "ring": 2}, "mixed moving sparse"),
+    ({"ring": 8}, "guided sparse"),
     ({"ulysses": 2, "ring": 2, "window": 2}, "windowed loop"),
 ]
 
@@ -63,8 +63,6 @@ def every_layout():
 @pytest.mark.parametrize("request_name", REQUESTS)
 @pytest.mark.parametrize("layout", every_layout(), ids=lambda layout: str(layout))
 def test_every_layout_with_every_request(fleet, layout, request_name):
-    if request_name == "sparse" and layout.get("ring", 1) > 1:
-        pytest.skip("refused")
     check(fleet, layout, request_name)
 
 
@@ -79,6 +77,26 @@ def test_attention_over_shards_against_fp64(fleet, layout):
         ranks = [r for r in fleet.run("attention", layout=layout, lengths=lengths) if r is not None]
         assert max(rank["error"] for rank in ranks) < 1e-6
         assert sum(rank["tokens"] for rank in ranks) == sum(lengths)
+
+
+GRIDS = ([(7, 2, 3)], [(5, 1, 7), (1, 2, 2), (9, 2, 1)], [(2, 1, 1), (3, 1, 2)], [(4, 5, 5)])
+
+
+@pytest.mark.parametrize("layout", [{"ring": 3}, {"ulysses": 2, "ring": 4}, {"ring": 8}], ids=str)
+def test_sparse_attention_over_a_ring_against_fp64(fleet, layout):
+    """Blocks that begin and end within frames; of other ranks' keys, those that are seen cross."""
+    config = ParallelConfig(**layout)
+    for grids in GRIDS:
+        for reach in (0, 1):
+            made = fleet.run("sparse_attention", layout=layout, grids=grids, reach=reach)
+            ranks = made[: config.num_ranks]
+            assert max(rank["error"] for rank in ranks) < 1e-6
+            # With each key and value in fp32, of the five heads those of the rank's column.
+            heads = [3, 2] if config.ulysses == 2 else [5]
+            for column, own in enumerate(heads):
+                of_column = ranks[column :: config.ulysses]
+                seen = sum(rank["foreign"] for rank in of_column)
+                assert sum(rank["sent"] for rank in of_column) == seen * 2 * own * 8 * 4
 
 
 def test_attention_in_half_precision(fleet):
