@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,6 @@ from typing import Any, Literal, cast, overload
 
 import torch
 
-from sora_engine.canvas import Canvas
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise import step_tokens
 from sora_engine.distributed.remote import settle_layout, start_replicas
@@ -28,7 +27,7 @@ from sora_engine.memory import MemoryPlan, MemoryPlanner
 from sora_engine.models.video_model import VideoModel, free_memory, load_video_model
 from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
 from sora_engine.samplers import SOLVERS
-from sora_engine.savepoint import Savepoint, load_canvas
+from sora_engine.savepoint import Savepoint, load_state
 from sora_engine.scheduler import MAX_PRIORITY
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.video import Video
@@ -194,14 +193,16 @@ class Engine:
     def resume(self, path: str | PathLike[str], **options: Any) -> Job:
         """Go on with a job that `Job.save` or `save_to` left in a file; its result is the same.
 
+        Over how many ranks it was saved, and is resumed, makes no difference.
+
         options: those of `submit`. Raises CheckpointError for a file that is none, or that another
         model or dtype left; and as `submit`.
         """
         if options.get("save_to") is not None:
             options["save_to"] = Path(options["save_to"])
-        if self._planner is None:
-            raise RequestError("a job over several ranks can be neither saved nor resumed")
-        saved = load_canvas(Path(path), self.model)
+        saved = load_state(Path(path), self.model)
+        if self._planner is not None:
+            saved.canvas(self.model)  # what is damaged is told here; ranks tell it later
         return self._enqueue(saved.request, JobOptions(**options), saved)
 
     def resolve(self, request: VideoRequest) -> ResolvedRequest:
@@ -258,24 +259,16 @@ class Engine:
         if self._planner is not None:
             job.plan = self._planner.plan(request)
             job.batch_tokens = job.plan.batch_tokens
-        elif options.save_to is not None:
-            raise RequestError("a job over several ranks cannot be saved")
         job.tokens = step_tokens(request, self.model)
         steps = request.num_inference_steps
         if saved is not None:
-            steps = saved.canvas.num_steps - saved.canvas.step
-            job.resumed_at = saved.canvas.step
+            steps = max(0, steps - saved.step)
+            job.resumed_at = saved.step
             job.provenance = saved.provenance
-            job.preparing = as_prepared(saved.canvas)
+            job.saved = saved
         idlest = min(self._workers, key=lambda worker: worker.num_queued + worker.num_running)
         idlest.enqueue(job, steps + DECODE_STEPS)
         return job
-
-
-def as_prepared(canvas: Canvas) -> Generator[None, None, Canvas]:
-    """A canvas that needs no encoding, in the form of `denoise.preparing`."""
-    yield
-    return canvas
 
 
 def check_options(options: JobOptions) -> None:

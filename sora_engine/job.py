@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sora_engine.canvas import Canvas
     from sora_engine.io.provenance import Provenance
     from sora_engine.memory import MemoryPlan
+    from sora_engine.savepoint import Savepoint
     from sora_engine.scheduler import Ticket
     from sora_engine.video import Video
 
@@ -98,6 +99,7 @@ class Job:
         # What the engine's thread keeps here.
         self.canvas_or_none: Canvas | None = None
         self.preparing: Generator[None, None, Canvas] | None = None
+        self.saved: Savepoint | None = None
         self.decoding: Iterator[int] | None = None
         self.tokens = 0
         self.batch_tokens = 1

@@ -8,7 +8,7 @@ Fresh noise of later steps needs no state, being a function of seed and step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,39 @@ _PLAIN = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Savepoint:
-    """What a file holds. `canvas` is on the model's device, between steps."""
+    """What a file holds: its metadata and its tensors, on the host."""
 
-    request: ResolvedRequest
-    canvas: Canvas
-    provenance: Provenance | None
+    told: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    path: Path | None = None
+
+    @property
+    def request(self) -> ResolvedRequest:
+        return _request_of(self.told, self.tensors)
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance.from_json(self.told["provenance"])
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken."""
+        return int(self.tensors["solver.step"])
+
+    def canvas(self, model: VideoModel) -> Canvas:
+        """The canvas, on the model's device; CheckpointError for one that cannot be."""
+        try:
+            canvas = _canvas_of(self.request, self.told, self.tensors, model)
+            _check(canvas, self.request, model)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"is damaged as a saved job: {error!r}", path=self.path
+            ) from error
+        return canvas
 
 
-def save_canvas(
-    path: Path,
-    request: ResolvedRequest,
-    canvas: Canvas,
-    model: VideoModel,
-    provenance: Provenance,
-) -> None:
-    """Write a job's state whole or not at all; raises OSError."""
+def tensors_of(canvas: Canvas) -> dict[str, Tensor]:
+    """What of a canvas is saved."""
     tensors = {
         "latents": canvas.latents,
         "noise": canvas.noise,
@@ -81,7 +99,21 @@ def save_canvas(
     if canvas.known is not None:
         for name in ("latents", "mask", "channels"):
             optional[f"known.{name}"] = getattr(canvas.known, name)
-    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    return tensors | {name: tensor for name, tensor in optional.items() if tensor is not None}
+
+
+def save_state(
+    path: Path,
+    request: ResolvedRequest,
+    tensors: Mapping[str, Tensor],
+    frame_texts: Sequence[int],
+    model: VideoModel,
+    provenance: Provenance,
+) -> None:
+    """Write a job's state whole or not at all; raises OSError.
+
+    tensors: `tensors_of` its canvas; frame_texts: of its prompts.
+    """
     told = {
         "format": FORMAT,
         "request": {
@@ -93,7 +125,7 @@ def save_canvas(
             "sparse": isinstance(request.window, SparsePlan),
         },
         "noise_given": request.latents is not None,
-        "frame_texts": canvas.prompts.frame_texts,
+        "frame_texts": list(frame_texts),
         "model": model.weights_hash,
         "dtype": str(model.dtype),
         "provenance": provenance.to_json(),
@@ -103,8 +135,8 @@ def save_canvas(
     write_atomically(path, save(content, {"sora_engine": json.dumps(told)}))
 
 
-def load_canvas(path: Path, model: VideoModel) -> Savepoint:
-    """Read `save_canvas`'s file; CheckpointError for any other, or another model's."""
+def load_state(path: Path, model: VideoModel) -> Savepoint:
+    """Read `save_state`'s file; CheckpointError for any other, or another model's."""
     try:
         with safe_open(path, "pt") as file:
             told = json.loads((file.metadata() or {}).get("sora_engine", "null"))
@@ -124,13 +156,13 @@ def load_canvas(path: Path, model: VideoModel) -> Savepoint:
             f"the job was saved with dtype {told['dtype']}, this engine has {model.dtype}",
             path=path,
         )
+    saved = Savepoint(told, tensors, path)
     try:
-        request = _request_of(told, tensors)
-        canvas = _canvas_of(request, told, tensors, model)
-        _check(canvas, request, model)
+        if saved.provenance is None or saved.request.num_inference_steps < saved.step:
+            raise ValueError(f"{saved.step} steps of {saved.request.num_inference_steps}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"is damaged as a saved job: {error!r}", path=path) from error
-    return Savepoint(request, canvas, Provenance.from_json(told["provenance"]))
+    return saved
 
 
 def _request_of(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ResolvedRequest:

@@ -39,7 +39,7 @@ from sora_engine.receipt import backends_of, write_receipt
 from sora_engine.recipe import provenance_of
 from sora_engine.request import ResolvedRequest
 from sora_engine.saturation import saturation_point
-from sora_engine.savepoint import save_canvas
+from sora_engine.savepoint import Savepoint, save_state, tensors_of
 from sora_engine.scheduler import Scheduler
 from sora_engine.video import Video
 
@@ -62,6 +62,15 @@ class Stages:
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, Canvas]:
         """See `denoise.preparing`."""
         return preparing(request, self.model)
+
+    def resuming(self, saved: Savepoint) -> Generator[None, None, Canvas]:
+        """As `preparing`, of a job that was saved."""
+        yield
+        return saved.canvas(self.model)
+
+    def state_of(self, canvas: Canvas) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+        """What is saved of a canvas: its tensors, and which text each frame reads."""
+        return tensors_of(canvas), canvas.prompts.frame_texts
 
     def step(self, jobs: list[Job], max_tokens: int) -> dict[Job, Exception]:
         """See `denoise.denoise_step`."""
@@ -231,7 +240,11 @@ class Worker:
                         return  # it waits for memory, and those behind it with it
                     self._queue.remove(job)
                     self._running.append(job)
-                    job.preparing = job.preparing or self.stages.preparing(job.request)
+                    if job.saved is not None:
+                        job.preparing = self.stages.resuming(job.saved)
+                        job.saved = None
+                    else:
+                        job.preparing = self.stages.preparing(job.request)
                     job.enter(JobState.ENCODING)
                 tokens += job.tokens
 
@@ -320,11 +333,10 @@ class Worker:
             order.over.set()
 
     def _write_state(self, job: Job, path: Path) -> None:
-        if not isinstance(job.canvas, Canvas):
-            raise JobFailedError("a job over several ranks cannot be saved")
         if job.provenance is None:
             job.provenance = provenance_of(job.request, self.model)
-        save_canvas(path, job.request, job.canvas, self.model, job.provenance)
+        tensors, frame_texts = self.stages.state_of(job.canvas)
+        save_state(path, job.request, tensors, frame_texts, self.model, job.provenance)
 
     def _finish_denoising(self, job: Job) -> None:
         job.enter(JobState.DECODING)

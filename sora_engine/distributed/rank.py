@@ -39,6 +39,7 @@ from sora_engine.job import Job
 from sora_engine.models.video_model import VideoDecoder, VideoModel, load_video_model
 from sora_engine.packing import Packer
 from sora_engine.receipt import backends_of
+from sora_engine.savepoint import Savepoint, tensors_of
 from sora_engine.vae.wan import WanVAE
 
 BEAT_S = 1.0
@@ -162,6 +163,8 @@ class _Rank:
             self._split = SplitVAE(shared_copy(model.vae.coder), mesh.replica)
         self._does = {
             "prepare": self._prepare,
+            "resume": self._resume,
+            "state": self._state,
             "step": self._step,
             "latents": self._latents,
             "decode": self._decode,
@@ -208,10 +211,25 @@ class _Rank:
         return self._does[command.kind](command)
 
     def _prepare(self, command: Message) -> Message:
-        canvas = prepare(request_from_message(command), self.model)
+        return self._take(command, prepare(request_from_message(command), self.model))
+
+    def _resume(self, command: Message) -> Message:
+        return self._take(
+            command, Savepoint(command.fields["told"], command.tensors).canvas(self.model)
+        )
+
+    def _take(self, command: Message, canvas: Canvas) -> Message:
         self._jobs[command.fields["job"]] = RankJob(canvas)
         timesteps = [float(t) for t in canvas.solver.schedule.timesteps]
-        return Message("done", {"solver": canvas.solver_name, "timesteps": timesteps})
+        told = {"solver": canvas.solver_name, "timesteps": timesteps, "step": canvas.step}
+        return Message("done", told)
+
+    def _state(self, command: Message) -> Message:
+        if self.mesh.rank > 0:
+            return Message("done")
+        canvas = self._jobs[command.fields["job"]].canvas
+        texts = list(canvas.prompts.frame_texts)
+        return Message("done", {"frame_texts": texts}, tensors_of(canvas))
 
     def _step(self, command: Message) -> Message:
         jobs = [self._jobs[number] for number in command.fields["jobs"]]

@@ -30,6 +30,7 @@ from sora_engine.models.video_model import (
     resolve_dtype,
 )
 from sora_engine.request import GenerationDefaults, LatentGrid, ResolvedRequest
+from sora_engine.savepoint import Savepoint
 from sora_engine.vae.coder import latent_statistics
 from sora_engine.vae.config import VAEConfig
 
@@ -153,10 +154,22 @@ class RemoteStages:
         """As `denoise.preparing`, at every rank."""
         if self.pool.failure is not None:
             self.pool = self.start()
-        number = next(self.numbers)
         message = request_to_message("prepare", request)
-        message.fields["job"] = number
         yield
+        return self._canvas(message, request)
+
+    def resuming(self, saved: Savepoint) -> Generator[None, None, Canvas]:
+        """As `Stages.resuming`: every rank takes the canvas up."""
+        if self.pool.failure is not None:
+            self.pool = self.start()
+        yield
+        message = Message("resume", {"told": dict(saved.told)}, dict(saved.tensors))
+        return self._canvas(message, saved.request)
+
+    def _canvas(self, message: Message, request: ResolvedRequest) -> Canvas:
+        """Have all ranks make a canvas."""
+        number = next(self.numbers)
+        message.fields["job"] = number
         reply = self.pool.call(message)[0].fields
         canvas = RemoteCanvas(
             number=number,
@@ -164,8 +177,15 @@ class RemoteStages:
             timesteps=tuple(reply["timesteps"]),
             solver_name=reply["solver"],
             wraps=request.loop,
+            step=reply["step"],
         )
         return cast("Canvas", canvas)
+
+    def state_of(self, canvas: Canvas) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        """As `Stages.state_of`, from rank 0: all ranks hold the same."""
+        remote = _remote(canvas)
+        reply = remote.pool.call(Message("state", {"job": remote.number}))[0]
+        return reply.tensors, tuple(reply.fields["frame_texts"])
 
     def step(self, jobs: Sequence[Job], max_tokens: int) -> dict[Job, Exception]:
         """As `denoise_step`, by all ranks together."""

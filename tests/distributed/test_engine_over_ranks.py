@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import sora_engine as sora
 from tests.faults.processes import descendants, listeners
@@ -68,6 +70,35 @@ def test_refused_requests_leave_the_ranks_as_they_were(engine):
     with pytest.raises(sora.RequestError, match="height must be a multiple"):
         engine.generate(sora.VideoRequest("a", height=33))
     assert engine.generate(REQUESTS[0]).frames.any()
+    assert descendants() == before
+
+
+def test_a_job_saved_over_ranks_goes_on_over_others(engine, alone, tmp_path):
+    """Each way: its result is that of a job that ran in one go."""
+    path = tmp_path / "job.safetensors"
+    engine.submit(REQUESTS[2], save_to=path, save_every=2).result(300)  # after 2 steps of 3
+    for made in (engine.resume(path).result(300), resumed_alone(path)):
+        assert made.receipt.resumed_at == 2
+        error = (made.latents - alone[2].latents).abs().max() / alone[2].latents.abs().max()
+        assert error < 1e-5
+        assert made.provenance == alone[2].provenance
+
+
+def resumed_alone(path):
+    with sora.Engine.from_pretrained("sprites", device="cpu") as one:
+        return one.resume(path).result(300)
+
+
+def test_a_damaged_job_is_refused_by_all_ranks(engine, tmp_path):
+    path = tmp_path / "job.safetensors"
+    engine.submit(REQUESTS[0], save_to=path).result(300)
+    before = descendants()
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        told = file.metadata()
+    save_file({**tensors, "latents": tensors["latents"][:, :1].contiguous()}, path, told)
+    with pytest.raises(sora.CheckpointError, match="damaged as a saved job"):
+        engine.resume(path).result(300)
     assert descendants() == before
 
 
