@@ -50,6 +50,8 @@ class ParallelConfig:
     guidance: 2 puts the conditional and the unconditional branch on different ranks.
     window: a long video's windows are shared out over this many groups of ranks.
     data: replicas of all that, which serve separate requests.
+    shard_weights: each of a forward pass's `ulysses * ring` ranks holds, and reads from the files,
+        its own rows of the transformer's weights; a block's are gathered when it runs (FSDP2).
     timeout_s: a rank for which the others have waited this long counts as hung.
     """
 
@@ -58,6 +60,7 @@ class ParallelConfig:
     guidance: int = 1
     window: int = 1
     data: int = 1
+    shard_weights: bool = False
     timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
@@ -68,6 +71,11 @@ class ParallelConfig:
         if self.guidance > 2:
             raise ValueError(
                 f"ParallelConfig.guidance = {self.guidance}: there are two branches, so 1 or 2"
+            )
+        if self.shard_weights and self.sequence == 1:
+            raise ValueError(
+                "ParallelConfig.shard_weights shares weights out over the ulysses * ring ranks of "
+                "a forward pass, and this layout has one; ulysses=2 or ring=2 would work"
             )
         if not self.timeout_s > 0:
             raise ValueError(f"ParallelConfig.timeout_s must be over 0, got {self.timeout_s}")
@@ -90,6 +98,7 @@ class ParallelConfig:
     def __str__(self) -> str:
         names = ("data", "guidance", "window", "ring", "ulysses")
         shown = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) > 1]
+        shown += ["shard_weights"] * self.shard_weights
         return " ".join(shown) or "one rank"
 
 

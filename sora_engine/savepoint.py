@@ -63,7 +63,7 @@ class Savepoint:
         return _request_of(self.told, self.tensors)
 
     @property
-    def provenance(self) -> Provenance:
+    def provenance(self) -> Provenance | None:
         return Provenance.from_json(self.told["provenance"])
 
     @property

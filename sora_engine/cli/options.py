@@ -147,20 +147,25 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def parse_parallel(text: str) -> ParallelConfig | Literal["auto"]:
-    """'ulysses=2,guidance=2' as a layout; 'auto' as it is."""
+    """'ulysses=2,guidance=2,shard_weights' as a layout; 'auto' as it is."""
     if text == "auto":
         return "auto"
     axes: dict[str, int] = {}
-    for part in text.split(","):
+    parts = [part.strip() for part in text.split(",")]
+    sharded = "shard_weights" in parts
+    for part in parts:
+        if part == "shard_weights":
+            continue
         match = re.fullmatch(r"\s*(ulysses|ring|guidance|window|data)\s*=\s*(\d{1,4})\s*", part)
         if match is None:
             raise UsageError(
                 f"--parallel: {part.strip()!r} is not an axis and a number of ranks, such as "
-                "ulysses=2; axes are ulysses, ring, guidance, window and data"
+                "ulysses=2, and not shard_weights; axes are ulysses, ring, guidance, window and "
+                "data"
             )
         axes[match[1]] = int(match[2])
     try:
-        return ParallelConfig(**axes)
+        return ParallelConfig(**axes, shard_weights=sharded)
     except ValueError as error:
         raise UsageError(f"--parallel: {error}") from error
 

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Its name before PyTorch 2.13.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class ExchangeError(RuntimeError):
     """An exchange between ranks failed. As a rule the other end is gone, so that this is never
@@ -177,9 +180,7 @@ class Channel:
         self.traffic.sent_bytes[self.purpose] += (self.size - 1) * own.nbytes
         others = [i for i in range(self.size) if i != self.index]
         with self.traffic, self.exchanging(others):
-            dist.all_gather_into_tensor(
-                out.view(torch.uint8), own.view(torch.uint8), group=self.group
-            )
+            _gather(out.view(torch.uint8), own.view(torch.uint8), group=self.group)
 
     def all_agree(self, flag: bool) -> bool:
         """Whether `flag` is true at every rank."""

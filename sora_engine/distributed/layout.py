@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from sora_engine.config import ParallelConfig
 from sora_engine.errors import LayoutError
@@ -33,9 +34,10 @@ def layouts(num_ranks: int, *, num_heads: int, windows: int | None = None) -> li
 
 def nearest(wanted: ParallelConfig, num_ranks: int, *, num_heads: int) -> list[ParallelConfig]:
     """The three possible layouts over `num_ranks` ranks that are most like `wanted`."""
-    return sorted(
+    found = sorted(
         layouts(num_ranks, num_heads=num_heads), key=lambda layout: _distance(layout, wanted)
     )[:3]
+    return [replace(x, shard_weights=wanted.shard_weights and x.sequence > 1) for x in found]
 
 
 def check_heads(config: ParallelConfig, num_heads: int) -> None:

@@ -21,7 +21,8 @@ class Mesh:
 
     Ranks count with Ulysses innermost: neighbours, which share the fastest links, exchange most.
 
-    ulysses, ring: the two axes of one forward pass; sequence: both as one, ring outermost.
+    ulysses, ring: the two axes of one forward pass; sequence: both as one, ring outermost;
+    weights: the same ranks, over which weights are sharded where the layout asks for it.
     cells: the same place in every cell (a cell is the ranks of one forward pass).
     replica: all ranks.
     """
@@ -31,6 +32,7 @@ class Mesh:
     ulysses: Channel
     ring: Channel
     sequence: Channel
+    weights: Channel
     cells: Channel
     replica: Channel
     traffic: Traffic = field(default_factory=Traffic)
@@ -66,6 +68,7 @@ class Mesh:
             ulysses=channel("ulysses", "ulysses", fine, config.ulysses, place % config.ulysses),
             ring=channel("ring", "ring", fine, config.ring, place // config.ulysses),
             sequence=channel("sequence", "gather", coarse, config.sequence, place),
+            weights=channel("sequence", "weights", coarse, config.sequence, place),
             cells=channel("cells", "blend", coarse, config.cells, cell),
             replica=channel("replica", "decode", whole, config.num_ranks, rank),
             traffic=traffic,

@@ -31,6 +31,7 @@ class Transformer:
     patch_channels: int
     text_tokens: int = 512
     bytes_each: int = 2
+    cross_attn_norm: bool = True
 
     @property
     def width(self) -> int:
@@ -40,6 +41,15 @@ class Transformer:
     def parameters(self) -> int:
         """Of the blocks: two attentions of four matrices each, and the feed-forward."""
         return self.layers * (8 * self.width**2 + 2 * self.width * self.ffn)
+
+    def shard_bytes(self, ranks: int) -> int:
+        """What a rank holds of a block whose weights are sharded: of each tensor as many rows as
+        any rank has, for that much it sends to the others each time the block runs."""
+        width, ffn = self.width, self.ffn
+        matrices = [(width, width)] * 8 + [(ffn, width), (width, ffn)]
+        vectors = [rows for rows, _ in matrices] + [width] * (6 if self.cross_attn_norm else 4)
+        values = sum(-(-rows // ranks) * columns for rows, columns in matrices)
+        return (values + sum(-(-rows // ranks) for rows in vectors)) * self.bytes_each
 
     def token_flops(self) -> float:
         """A token's share of everything but self-attention, in one pass."""
@@ -189,7 +199,10 @@ def _fill(segments: list[int], most: int) -> list[list[int]]:
 
 
 def sent_bytes(layout: ParallelConfig, model: Transformer, video: Video) -> list[dict[str, int]]:
-    """What each rank sends in one step of one video, by purpose."""
+    """What each rank sends in one step of one video, by purpose.
+
+    Where weights are sharded, the first step has one gathering more, to encode the texts.
+    """
     found: list[dict[str, int]] = []
     cells = _cells(layout, video)
     frame = video.channels * video.height * video.width * 4
@@ -208,6 +221,9 @@ def sent_bytes(layout: ParallelConfig, model: Transformer, video: Video) -> list
                 out = model.patch_channels * model.bytes_each
                 sent["gather"] += (layout.sequence - 1) * mine * out
             sent["blend"] = (layout.cells - 1) * cell.blended * frame
+            if layout.shard_weights:
+                shards = model.layers * model.shard_bytes(layout.sequence)
+                sent["weights"] = len(cell.passes) * (layout.sequence - 1) * shards
             found.append({purpose: n for purpose, n in sent.items() if n})
     return found
 
@@ -277,10 +293,13 @@ def cost(layout: ParallelConfig, model: Transformer, video: Video, device: Devic
     # Keys of the next block cross while a block is attended to; the last block's work covers none.
     cover_s = HIDDEN * attention_s * (layout.ring - 1) / layout.ring
     shown_ring_s = max(0.0, ring_s - cover_s)
+    # A block's weights cross while the block before it runs.
+    weights_s = bytes_of.get("weights", 0) / sequence_rate
+    shown_weights_s = max(0.0, weights_s - HIDDEN * compute_s)
     once_s = bytes_of.get("gather", 0) / sequence_rate + bytes_of.get("blend", 0) / replica_rate
     per_layer = (2 if layout.ulysses > 1 else 0) + (layout.ring - 1)
     exchanges = len(busiest.passes) * (model.layers * per_layer + 1) + 1
-    exchange_s = ulysses_s + shown_ring_s + once_s
+    exchange_s = ulysses_s + shown_ring_s + shown_weights_s + once_s
     if layout.num_ranks > 1:
         exchange_s += exchanges * device.latency_s
     return Cost(
@@ -299,24 +318,34 @@ def _largest_share(cells: list[_Cell], layout: ParallelConfig) -> int:
 
 
 def _memory(layout: ParallelConfig, model: Transformer, video: Video, tokens: int) -> float:
-    """Weights, and the tensors of one block that live at once, about: the residual stream in fp32,
-    q, k, v, what Ulysses and ring hold beside them, the feed-forward's middle, and the canvas."""
+    """Weights (sharded: a rank's share, the block that runs and the next one), and the tensors of
+    one block that live at once, about: the residual stream in fp32, q, k, v, what Ulysses and ring
+    hold beside them, the feed-forward's middle, and the canvas."""
     width, each = model.width, model.bytes_each
     held = 2 * width + 4 * width + model.ffn
     exchanged = (4 * width if layout.ulysses > 1 else 0) + (4 * width if layout.ring > 1 else 0)
     canvas = video.channels * video.frames * video.height * video.width * 4
-    return model.parameters * each + tokens * (held + exchanged) * each + 8.0 * canvas
+    weights = model.parameters * each
+    if layout.shard_weights:
+        weights = weights // layout.sequence + 2 * (weights // model.layers)
+    return weights + tokens * (held + exchanged) * each + 8.0 * canvas
 
 
 def plan(num_ranks: int, model: Transformer, video: Video, device: Device = H200) -> list[Cost]:
     """The cost of every layout over `num_ranks` ranks, those that fit in memory first, then by
-    the time of a step. The first is the one to take. Raises LayoutError where there is none."""
+    the time of a step. The first is the one to take. Raises LayoutError where there is none.
+
+    Where no layout fits with all weights at every rank, those with sharded weights are there too.
+    """
     if num_ranks < 1:
         raise LayoutError(f"{num_ranks} ranks; at least 1 would work")
     found = layouts(num_ranks, num_heads=model.heads, windows=len(video.spans()))
     if not video.guided:
         found = [layout for layout in found if layout.guidance == 1]
     costs = [cost(layout, model, video, device) for layout in found]
+    if all(c.memory_bytes > device.memory_bytes for c in costs):
+        sharded = [replace(layout, shard_weights=True) for layout in found if layout.sequence > 1]
+        costs += [cost(layout, model, video, device) for layout in sharded]
     if not costs:
         raise LayoutError(
             f"no layout over {num_ranks} ranks for {len(video.spans())} windows and "

@@ -49,6 +49,7 @@ def transformer_of(config: WanConfig, *, text_tokens: int, bytes_each: int = 2) 
         patch_channels=config.out_channels * math.prod(config.patch_size),
         text_tokens=text_tokens,
         bytes_each=bytes_each,
+        cross_attn_norm=config.cross_attn_norm,
     )
 
 

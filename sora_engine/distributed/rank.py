@@ -188,7 +188,12 @@ class _Rank:
                 join(rank, size, device, settings)
             mesh = Mesh.create(config, device.type)
         control.mesh = mesh
-        model = load_video_model(device=device, **settings["model"])
+        shards = None
+        if config.shard_weights:
+            from sora_engine.distributed.weights import WeightShards
+
+            shards = WeightShards(mesh)
+        model = load_video_model(device=device, shards=shards, **settings["model"])
         return cls(model, mesh)
 
     def describe(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ def load_into(
     ignore: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
 ) -> None:
     """Give `module`, built on the meta device, its parameters and persistent buffers.
 
@@ -32,7 +34,9 @@ def load_into(
     dots) whose tensors become float32 whatever `dtype` is, as diffusers' `_keep_in_fp32_modules`.
     `ignore` lists parts of names that the file may have and the module need not. `tied` maps a name
     to that of the parameter it shares; the file may have either or both. `buffers` gives those that
-    no file holds.
+    no file holds. `shard` makes the module one of several that share its weights out: it is called
+    once the module has the dtypes that are wanted, still on the meta device, and tells for names
+    whose parameters are now DTensors which rows of them this process has; no others are read.
 
     Raises `CheckpointError` for missing, unexpected and wrong-shape tensors, before anything is
     read, and leaves the module as it was.
@@ -41,13 +45,25 @@ def load_into(
     wanted = dict(module.state_dict(keep_vars=True))
     sources = _match(wanted, weights, rename or (lambda name: name), ignore, tied)
 
+    rows: Mapping[str, range] = {}
+    if shard is not None:
+        for name, source in sources.items():
+            stored = weights.info(source).dtype
+            own_dtype = _target(name, stored, dtype, keep_fp32) or stored
+            _assign(module, name, wanted[name].to(own_dtype), wanted[name])
+        rows = shard(module)
+        wanted = dict(module.state_dict(keep_vars=True))
     order = {name: position for position, name in enumerate(weights)}
     for name, source in sorted(sources.items(), key=lambda item: order[item[1]]):
         stored = weights.info(source).dtype
-        target = dtype if stored.is_floating_point else None
-        if dtype is not None and stored.is_floating_point and _has_part(name, keep_fp32):
-            target = torch.float32
-        _assign(module, name, weights.read(source, device=device, dtype=target), wanted[name])
+        target = _target(name, stored, dtype, keep_fp32)
+        own = rows.get(name)
+        value = weights.read(source, device=device, dtype=target, rows=own)
+        if own is None:
+            _assign(module, name, value, wanted[name])
+        else:
+            sharded: Any = wanted[name]
+            sharded.to_local().copy_(value)
     for alias, name in tied.items():
         owner, leaf = _owner(module, alias)
         setattr(owner, leaf, module.get_parameter(name))
@@ -57,6 +73,15 @@ def load_into(
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if left and torch.device(device).type != "meta":
         raise ValueError(f"buffers {left} are in no file; pass them in `buffers`")
+
+
+def _target(
+    name: str, stored: torch.dtype, dtype: torch.dtype | None, keep_fp32: Collection[str]
+) -> torch.dtype | None:
+    """The dtype that a tensor is read as; None: as stored."""
+    if dtype is None or not stored.is_floating_point:
+        return None
+    return torch.float32 if _has_part(name, keep_fp32) else dtype
 
 
 def _match(

@@ -109,20 +109,28 @@ class SafetensorsFile:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        rows: range | None = None,
     ) -> torch.Tensor:
-        """A copy of the tensor on `device`, as `dtype` (None: as stored), owning its memory."""
+        """A copy of the tensor on `device`, as `dtype` (None: as stored), owning its memory.
+
+        rows: a stretch of the first dimension; of the file's bytes only its own are read.
+        """
         info = self._info(name)
-        target = torch.empty(info.shape, dtype=dtype or info.dtype, device=device)
+        shape, start = info.shape, info.start
+        if rows is not None:
+            start += rows.start * math.prod(shape[1:]) * info.dtype.itemsize
+            shape = (len(rows), *shape[1:])
+        target = torch.empty(shape, dtype=dtype or info.dtype, device=device)
         flat = target.view(-1)
         size = info.dtype.itemsize
         step = PIECE_BYTES // size
         for first in range(0, flat.numel(), step):
             last = min(first + step, flat.numel())
-            piece = self._flat(info.start + first * size, info.start + last * size)
-            if info.start % size:
+            piece = self._flat(start + first * size, start + last * size)
+            if start % size:
                 piece = piece.clone()
             flat[first:last].copy_(piece.view(info.dtype))
-            self._release(info.start + first * size, info.start + last * size)
+            self._release(start + first * size, start + last * size)
         return target
 
     def close(self) -> None:
@@ -233,10 +241,15 @@ class Weights:
         return self._file(name).view(name)
 
     def read(
-        self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        name: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: range | None = None,
     ) -> torch.Tensor:
         """See `SafetensorsFile.read`."""
-        return self._file(name).read(name, device=device, dtype=dtype)
+        return self._file(name).read(name, device=device, dtype=dtype, rows=rows)
 
     def close(self) -> None:
         for file in self.files:

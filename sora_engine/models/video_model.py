@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.wan import WanVAE
+
+if TYPE_CHECKING:
+    from sora_engine.distributed.weights import WeightShards
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +152,12 @@ def load_video_model(
     vae_backend: str = "auto",
     attention_backend: str = "auto",
     components: str | PathLike[str] | None = None,
+    shards: WeightShards | None = None,
 ) -> VideoModel:
-    """Load a checkpoint; the arguments are those of `Engine.from_pretrained`."""
+    """Load a checkpoint; the arguments are those of `Engine.from_pretrained`.
+
+    shards: where this rank holds no more than its share of the transformer's weights.
+    """
     target = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, target)
     check_attention_backend(attention_backend, target)
@@ -186,9 +193,12 @@ def load_video_model(
                     weights_dtype,
                     attention_backend,
                     text_tokens,
+                    shards,
                 ),
                 from_timestep=boundary if i == 0 else 0.0,
-                size_bytes=source.num_parameters * weights_dtype.itemsize,
+                size_bytes=source.num_parameters
+                * weights_dtype.itemsize
+                // (1 if shards is None else shards.num_ranks),
             )
             for i, source in enumerate(sources)
         ],
@@ -345,13 +355,18 @@ def _load_transformer(
     dtype: torch.dtype,
     backend: str,
     text_tokens: int,
+    shards: WeightShards | None,
 ) -> WanTransformer:
     with torch.device("meta"):
         transformer = WanTransformer(
             source.config, text_tokens=text_tokens, attention_backend=backend
         )
+    transformer.eval().requires_grad_(False)
+    if shards is not None:
+        source.load(transformer, device=device, dtype=dtype, shard=partial(shards.cut, device))
+        return transformer
     source.load(transformer, device=device, dtype=dtype)
-    return transformer.eval().requires_grad_(False).prepare()
+    return transformer.prepare()
 
 
 def _load_image_encoder(

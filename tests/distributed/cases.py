@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from sora_engine.attention import self_attention
 from sora_engine.config import Limits, ParallelConfig
@@ -18,12 +23,15 @@ from sora_engine.distributed.ranks import Ranks
 from sora_engine.distributed.sequence import sharded_attention
 from sora_engine.distributed.shard import shard_tokens
 from sora_engine.distributed.vae import SplitVAE, shared_copy
+from sora_engine.distributed.weights import WeightShards
+from sora_engine.io.safetensors import SafetensorsFile
 from sora_engine.job import Job
-from sora_engine.models.video_model import VideoDecoder
+from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel, _load_transformer
+from sora_engine.models.wan.checkpoint import TransformerSource
 from sora_engine.packing import Packer, Stream
 from sora_engine.request import Clip, Shot, VideoRequest, resolve_request
 from sora_engine.windows import SparsePlan, WindowPlan
-from tests.distributed.tiny import CPU, Z_DIM, tiny_model, tiny_vae
+from tests.distributed.tiny import CPU, Z_DIM, tiny_config, tiny_model, tiny_vae
 
 _meshes: dict[ParallelConfig, Mesh] = {}
 
@@ -156,26 +164,35 @@ def jobs_of(name, model):
     return jobs
 
 
-_expected: dict[tuple[str, int], list[torch.Tensor]] = {}
+_expected: dict[tuple[str, VideoModel], list[torch.Tensor]] = {}
 
 
-def reference(name, heads):
+def reference(name, model):
     """The final latents that one rank makes."""
-    if (name, heads) not in _expected:
-        model = tiny_model(heads)
+    key = name, model
+    if key not in _expected:
         jobs = jobs_of(name, model)
         while not jobs[0].canvas.finished:
             denoise_step(jobs, model, Packer(model.grid.patch, CPU), 10**6)
-        _expected[name, heads] = [job.canvas.latents for job in jobs]
-    return _expected[name, heads]
+        _expected[key] = [job.canvas.latents for job in jobs]
+    return _expected[key]
 
 
-def denoise(layout, request, heads=5, max_tokens=10**6):
-    """Whole denoising runs over a layout: the relative error at rank 0, a digest at every rank."""
+def denoise(layout, request, heads=5, max_tokens=10**6, weights=None, dtype="float32"):
+    """Whole denoising runs over a layout: the relative error at rank 0, a digest at every rank.
+
+    weights: the transformer's file, of which each rank loads its own rows, as `dtype`.
+    """
     mesh = mesh_of(layout)
     if mesh is None:
         return None
-    model = tiny_model(heads)
+    whole = model = tiny_model(heads)
+    held = {}
+    if weights is not None:
+        if dtype != "float32":
+            whole = with_transformer(model, load(weights, heads, dtype))
+        transformer, held["read"] = sharded_transformer(weights, heads, dtype, mesh)
+        model = with_transformer(model, transformer)
     jobs = jobs_of(request, model)
     packer, ranks = Packer(model.grid.patch, CPU), Ranks(mesh)
     before = dict(mesh.traffic.sent_bytes)
@@ -186,9 +203,58 @@ def denoise(layout, request, heads=5, max_tokens=10**6):
     sent = {k: n - before.get(k, 0) for k, n in mesh.traffic.sent_bytes.items()}
     error = None
     if mesh.rank == 0:
-        pairs = zip(made, reference(request, heads), strict=True)
+        pairs = zip(made, reference(request, whole), strict=True)
         error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-    return {"error": error, "digest": digest, "sent": sent, "steps": jobs[0].canvas.step}
+    if weights is not None:
+        held["live"] = live_bytes([transformer])
+    steps = jobs[0].canvas.step
+    return {"error": error, "digest": digest, "sent": sent, "steps": steps, **held}
+
+
+def load(weights, heads, dtype, shards=None):
+    source = TransformerSource(Path(weights), tiny_config(heads))
+    return _load_transformer(source, CPU, getattr(torch, dtype), "auto", 16, shards)
+
+
+def with_transformer(model, transformer):
+    return replace(model, experts=[Expert(lambda: transformer, 0.0, 1, transformer)])
+
+
+def sharded_transformer(weights, heads, dtype, mesh):
+    """The tiny transformer over a mesh's ranks, and how many bytes of the file's blocks it took."""
+    read = 0
+    whole_read = SafetensorsFile.read
+
+    def counted(file, name, **options):
+        nonlocal read
+        value = whole_read(file, name, **options)
+        read += value.nbytes if name.startswith("blocks.") else 0
+        return value
+
+    with mock.patch.object(SafetensorsFile, "read", counted):
+        return load(weights, heads, dtype, WeightShards(mesh)), read
+
+
+def live_bytes(modules):
+    """Memory of all tensors that are reached from modules, through whatever holds them."""
+    found, seen, left = {}, set(), list(modules)
+    while left:
+        thing = left.pop()
+        if id(thing) in seen or isinstance(thing, (type, ModuleType, dist.ProcessGroup, Mesh)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, DTensor):
+            thing = thing.to_local()
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(thing, dict):
+            left += thing.values()
+        elif isinstance(thing, (list, tuple, set)):
+            left += thing
+        else:
+            left += vars(thing).values() if hasattr(thing, "__dict__") else ()
+    return sum(found.values())
 
 
 def decoding(layout, shape, residual=False, wraps=False):

@@ -62,6 +62,13 @@ def test_videos_are_those_of_one_process(engine, alone):
     assert first.result().receipt.ops["packed_attention"]
 
 
+def test_ranks_that_share_the_weights_out_make_the_same_video(alone):
+    parallel = sora.ParallelConfig(ulysses=2, shard_weights=True)
+    with sora.Engine.from_pretrained("sprites", device="cpu", parallel=parallel) as sharing:
+        made = sharing.generate(REQUESTS[0]).latents
+    assert (made - alone[0].latents).abs().max() / alone[0].latents.abs().max() < 1e-5
+
+
 def test_refused_requests_leave_the_ranks_as_they_were(engine):
     before = descendants()
     clip = sora.Clip(np.zeros((5, 32, 48, 3), np.uint8), at=7)

@@ -72,14 +72,22 @@ def tiny_vae(residual=False) -> WanVAE:
     return seeded(WanVAE(vae_config(residual)), 5).prepare()
 
 
-@functools.cache
-def tiny_model(heads: int = 5) -> VideoModel:
-    """Four layers, heads of 12 channels, known content by noise level, a VAE of 2 x 4 x 4."""
-    config = WanConfig(
+def tiny_config(heads: int = 5) -> WanConfig:
+    return WanConfig(
         num_attention_heads=heads, attention_head_dim=12, in_channels=Z_DIM, out_channels=Z_DIM,
         text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2,
     )  # fmt: skip
-    transformer = seeded(WanTransformer(config, text_tokens=16), 3)
+
+
+@functools.cache
+def tiny_transformer(heads: int = 5) -> WanTransformer:
+    return seeded(WanTransformer(tiny_config(heads), text_tokens=16), 3)
+
+
+@functools.cache
+def tiny_model(heads: int = 5) -> VideoModel:
+    """Two layers, heads of 12 channels, known content by noise level, a VAE of 2 x 4 x 4."""
+    transformer = tiny_transformer(heads)
     vae = tiny_vae()
     return VideoModel(
         name="tiny",

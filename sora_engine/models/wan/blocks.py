@@ -99,6 +99,12 @@ class WanBlock(nn.Module):
             backend=backends.fused,
         )
 
+    def keys_values(
+        self, embedded: Tensor, source: str, backends: Backends
+    ) -> tuple[Tensor, Tensor]:
+        """As `WanAttention.keys_values`, of the cross-attention."""
+        return self.attn2.keys_values(embedded, source, backends)
+
 
 class VaceBlock(WanBlock):
     """A block over control tokens, with a projection of what it adds to the model.

@@ -8,7 +8,7 @@ of the same family, or one put together by hand.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,10 @@ class TransformerSource:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
     ) -> None:
-        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device."""
+        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` as
+        of `load_into`."""
         with Weights.open(self.path) as weights:
             load_into(
                 module,
@@ -126,6 +128,7 @@ class TransformerSource:
                 rename=to_diffusers_name,
                 keep_fp32=KEEP_FP32,
                 ignore=IGNORED,
+                shard=shard,
             )
 
     @property

@@ -120,7 +120,7 @@ class WanTransformer(nn.Module):
 
     def _keys_values(self, embedded: Tensor, source: str) -> tuple[Tensor, Tensor]:
         blocks = (*self.blocks, *self.vace_blocks)
-        pairs = [block.attn2.keys_values(embedded, source, self.backends) for block in blocks]
+        pairs = [block.keys_values(embedded, source, self.backends) for block in blocks]
         keys, values = zip(*pairs, strict=True)
         return torch.stack(keys), torch.stack(values)
 
