@@ -12,8 +12,8 @@ class Limits:
     max_running_jobs: how many jobs are under way at a time; further ones wait in the queue.
     max_batch_tokens: how many tokens are packed into one forward pass; a request whose single
         window is larger still runs, alone.
-    pack_tokens: below how many tokens several jobs share a pass; None measures on this machine
-        from where on that gains nothing.
+    pack_tokens: below how many tokens several jobs share a pass, each of a quarter of that or less
+        beside the first; None measures on this machine from where on that gains nothing.
     vae_memory_bytes: what coding one video may take beside the weights; frames that need more are
         coded in tiles, which is an approximation and stands in the receipt. None: what is free.
     memory_bytes: what all jobs together may take beside the weights; None: nine tenths of what was

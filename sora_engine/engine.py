@@ -29,9 +29,10 @@ from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
 from sora_engine.samplers import SOLVERS
 from sora_engine.savepoint import Savepoint, load_state
 from sora_engine.scheduler import MAX_PRIORITY
+from sora_engine.stages import Stages
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.video import Video
-from sora_engine.worker import DECODE_STEPS, Stages, Worker
+from sora_engine.worker import DECODE_STEPS, Worker
 
 
 class Engine:

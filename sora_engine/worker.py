@@ -12,91 +12,38 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from sora_engine.canvas import Canvas
 from sora_engine.config import Limits
-from sora_engine.denoise import decoding, denoise_step, preparing
 from sora_engine.errors import (
     DeviceError,
     EngineClosedError,
     EngineDeadError,
     JobCancelledError,
     JobFailedError,
-    JobMemoryError,
     QueueFullError,
     SoraError,
 )
+from sora_engine.failures import failure_of, is_device_error, is_out_of_memory
 from sora_engine.hooks import FrameSpan, Hooks
 from sora_engine.job import Job, JobState
 from sora_engine.memory import MemoryPlanner
 from sora_engine.models.video_model import VideoModel
-from sora_engine.packing import Packer
-from sora_engine.receipt import backends_of, write_receipt
+from sora_engine.receipt import write_receipt
 from sora_engine.recipe import provenance_of
-from sora_engine.request import ResolvedRequest
-from sora_engine.saturation import saturation_point
-from sora_engine.savepoint import Savepoint, save_state, tensors_of
+from sora_engine.savepoint import save_state
 from sora_engine.scheduler import Scheduler
+from sora_engine.stages import Stages
 from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)
 
 DECODE_STEPS = 4
 """Decoding a latent frame counts as this many steps of its tokens. It orders jobs, no more."""
-
-
-class Stages:
-    """What a worker has done to its jobs, by this process's own model.
-
-    `distributed.remote.RemoteStages` has it done by ranks.
-    """
-
-    def __init__(self, model: VideoModel) -> None:
-        self.model = model
-        self._packer = Packer(model.grid.patch, model.device)
-
-    def preparing(self, request: ResolvedRequest) -> Generator[None, None, Canvas]:
-        """See `denoise.preparing`."""
-        return preparing(request, self.model)
-
-    def resuming(self, saved: Savepoint) -> Generator[None, None, Canvas]:
-        """As `preparing`, of a job that was saved."""
-        yield
-        return saved.canvas(self.model)
-
-    def state_of(self, canvas: Canvas) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-        """What is saved of a canvas: its tensors, and which text each frame reads."""
-        return tensors_of(canvas), canvas.prompts.frame_texts
-
-    def step(self, jobs: list[Job], max_tokens: int) -> dict[Job, Exception]:
-        """See `denoise.denoise_step`."""
-        return denoise_step(jobs, self.model, self._packer, max_tokens)
-
-    def decoding(self, canvas: Canvas) -> Iterator[torch.Tensor | None]:
-        """See `denoise.decoding`."""
-        return decoding(canvas.latents, self.model, wraps=canvas.wraps)
-
-    def pack_limit(self, most: int) -> int:
-        """Tokens a batch beyond which a larger one is no faster."""
-        return saturation_point(self.model, most)
-
-    def ops(self) -> dict[str, list[str]]:
-        """The backends that served."""
-        return backends_of(self.model)
-
-    def forget(self, job: Job) -> None:
-        """A job is done with."""
-
-    def clear(self) -> None:
-        """Forget what depends on the composition of batches."""
-        self._packer.clear()
-
-    def close(self) -> None:
-        """No job will come."""
 
 
 class Worker:
@@ -231,7 +178,8 @@ class Worker:
         with self._wake:
             tokens = 0
             for job in self._scheduler.in_order((*self._queue, *self._running)):
-                if job.state is JobState.DECODING or (tokens and tokens + job.tokens > limit):
+                joins = not tokens or self._scheduler.may_join(job.tokens, tokens, limit)
+                if job.state is JobState.DECODING or not joins:
                     continue
                 if job.state is JobState.QUEUED:
                     if len(self._running) >= self.limits.max_running_jobs:
@@ -349,6 +297,7 @@ class Worker:
         if isinstance(canvas, Canvas):
             # What is kept is what is decoded: `sora decode` makes the same bits of it.
             canvas.latents = self.model.vae.normalise(latents[None])[0].to(canvas.latents)
+            canvas.noise = canvas.latents
         if self.hooks.check_frames is None:
             job.latents = latents
             if job.options.on_latents is not None:
@@ -489,31 +438,3 @@ class Worker:
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def failure_of(error: Exception) -> SoraError:
-    """The typed error that a caller gets for an exception in a job."""
-    if isinstance(error, SoraError):
-        return error
-    if is_out_of_memory(error):
-        failure: SoraError = JobMemoryError(f"memory ran out: {error}")
-    else:
-        failure = JobFailedError(f"{type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on whichever device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
-
-
-def is_device_error(error: BaseException) -> bool:
-    """Whether the device itself failed: after that nothing that it holds can be trusted."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    if isinstance(error, torch.AcceleratorError):
-        return True
-    return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "cuDNN error"))

@@ -172,7 +172,7 @@ def test_one_window_is_the_plain_path_bit_for_bit(engines):
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_how_many_windows_are_packed_at_a_time_changes_nothing(folders, loop, monkeypatch):
-    monkeypatch.setattr("sora_engine.worker.saturation_point", lambda _model, most: most)
+    monkeypatch.setattr("sora_engine.stages.saturation_point", lambda _model, most: most)
     plan = sora.WindowPlan(3, 1, schedule="moving")
     request = a_request(num_frames=28 if loop else 29, window=plan, loop=loop)
     results = []
@@ -188,7 +188,7 @@ def test_windows_are_packed_up_to_saturation(folders, monkeypatch):
     """A long video's batches are no larger than a short one's, and its result is the same."""
     results = []
     for most, expected in ((10_000, 2 * 14 * 3 * 4), (24, 24)):
-        monkeypatch.setattr("sora_engine.worker.saturation_point", lambda _model, _, n=most: n)
+        monkeypatch.setattr("sora_engine.stages.saturation_point", lambda _model, _, n=most: n)
         request = a_request(num_frames=113, num_inference_steps=1, window=sora.WindowPlan(3, 1))
         with sora.Engine.from_pretrained(folders["t2v"], device="cpu") as engine:
             results.append(engine.generate(request))

@@ -268,7 +268,7 @@ def test_a_failure_at_work_is_one_line_and_exit_code_1(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("sora_engine.worker.decoding", fail)
+    monkeypatch.setattr("sora_engine.stages.decoding", fail)
     assert generate(model, "-o", tmp_path / "a.mp4", *SMALL) == 1
     errors = capsys.readouterr().err
     assert "no room" in errors.splitlines()[-1]
