@@ -2,12 +2,12 @@
 
 Steps are rehearsed on meta tensors, which have shapes and no storage: the same functions that
 denoise run over a canvas of the request's size, while every storage that comes and goes is counted.
-So the figures follow the code. The autoencoder's are made the same way (`vae.memory`); the text
-encoder's are counted by hand.
+So the figures follow the code. Decoding is rehearsed frame by frame in the same way, and so is what
+encodes clips; the text encoder's activations and a clip's pixels are counted by hand.
 
 Counted are the bytes of tensors above those of the idle engine, wherever they lie: on a GPU that
-errs on the safe side by the frames, which are on the host. Not counted are a caller's own clips and
-what native operations use inside.
+errs on the safe side by the frames, which are on the host. Weights are the idle engine's, and views
+of them take nothing. Not counted are a caller's own clips and what native operations use inside.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sora_engine.canvas import Canvas, Known, KnownMode, Prompts
 from sora_engine.denoise import (
     advance,
+    decoding,
     frame_texts_of,
     guidances_of,
     predict,
@@ -33,11 +36,12 @@ from sora_engine.denoise import (
 )
 from sora_engine.errors import MemoryLimitError
 from sora_engine.models.linear import BlockedLinear
-from sora_engine.models.video_model import Expert, VideoModel
+from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel
 from sora_engine.models.wan.model import WanTransformer
 from sora_engine.packing import Packer
 from sora_engine.request import ResolvedRequest
 from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.memory import (
     CodingMemory,
     NoScores,
@@ -50,10 +54,13 @@ from sora_engine.windows import SparsePlan
 
 META = torch.device("meta")
 TEXT_STEP = 8
-"""Texts are taken to be a multiple of so many tokens long: figures are kept for the next one."""
+"""Texts are rehearsed at multiples of so many tokens, and the figures for others lie between."""
 
-UNCOUNTED = 160 << 10
-"""Of small things in decoding that are not rehearsed; a tenth more goes with the size."""
+MARGIN = 1 / 50
+"""Of each figure, for what a rehearsal cannot see: a few small tensors of a device's own."""
+
+REHEARSED = 4
+"""Latent frames after which decoding and encoding take what they take for any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +141,40 @@ class MemoryPlanner:
     def _plan(
         self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
     ) -> MemoryPlan:
+        """The figures for texts of these lengths.
+
+        What denoising takes is the most of several sums, each of which grows in proportion to the
+        tokens of the texts: it lies under the line between a shorter and a longer case.
+        """
+        shorter = [max(1, n // TEXT_STEP * TEXT_STEP) for n in lengths]
+        # A text as long as the model's texts get is padded by nothing: a case of its own.
+        most = self.model.text_encoder.max_tokens - 1
+        longer = [
+            n if n == low else min(most, low // TEXT_STEP * TEXT_STEP + TEXT_STEP)
+            for n, low in zip(lengths, shorter, strict=True)
+        ]
+        high = self._rehearsed_plan(request, longer, batch_tokens)
+        if sum(longer) == sum(lengths):
+            return high
+        low = self._rehearsed_plan(request, shorter, batch_tokens)
+        share = (sum(lengths) - sum(shorter)) / (sum(longer) - sum(shorter))
+
+        def between(stage: str) -> int:
+            least: int = getattr(low, stage)
+            return least + math.ceil(share * (getattr(high, stage) - least))
+
+        # A text encoder's scores grow with the square of a text's length.
+        return MemoryPlan(
+            high.encode,
+            between("denoise"),
+            between("decode"),
+            between("held"),
+            batch_tokens,
+        )
+
+    def _rehearsed_plan(
+        self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
+    ) -> MemoryPlan:
         key = (
             *(request.height, request.width, request.num_frames, request.loop),
             *(request.solver, request.num_inference_steps, request.sigmas, request.shift),
@@ -159,11 +200,9 @@ class MemoryPlanner:
         return None if held == 1 else held // 2 * part
 
     def _text_lengths(self, request: ResolvedRequest) -> list[int]:
-        """Tokens of each text that is encoded, rounded up."""
+        """Tokens of each text that is encoded."""
         encoder = self.model.text_encoder
-        counts = [encoder.count(prompt) for prompt in prompts_of(request)]
-        most = encoder.max_tokens
-        return [min(most, -(-count // TEXT_STEP) * TEXT_STEP) for count in counts]
+        return [min(encoder.max_tokens, encoder.count(text)) for text in prompts_of(request)]
 
     # The rehearsal.
 
@@ -172,7 +211,8 @@ class MemoryPlanner:
     ) -> MemoryPlan:
         model = self._on_meta()
         packer = Packer(model.grid.patch, META)
-        with torch.inference_mode(), StorageMeter() as meter:
+        weights = model.loaded_transformer.parameters()
+        with torch.inference_mode(), OnOneDevice(), StorageMeter(weights) as meter:
             canvas = self._canvas(request, lengths)
             known = torch.empty_like(canvas.latents) if request.clips else None
             meter.count([*tensors_of(canvas), known])
@@ -184,22 +224,18 @@ class MemoryPlanner:
                 expert = model.expert_at(canvas.timestep)
                 predictions = predict([canvas], expert, model, packer, batch_tokens)
                 fresh = torch.empty_like(canvas.latents) if solver.stochastic else None
-                advance(canvas, expert, predictions, fresh)
+                advance(canvas, expert, predictions, fresh, model.preview)
                 del predictions, fresh
                 held = max(held, meter.now)
             denoise = meter.peak
-        texts = sum(text.nbytes for text in canvas.prompts.texts)
-        encode, coded = self._encode(request, lengths, begin, texts)
+        prompts = canvas.prompts
+        read = (*prompts.texts, prompts.negative, prompts.image)
+        texts = sum(tensor.nbytes for tensor in read if tensor is not None)
         decode, decode_held = self._decode(request, canvas, texts)
-        # Of what coded the clips, caches may outlive it.
-        kept = max(0, coded - begin)
-        return MemoryPlan(
-            encode=encode,
-            denoise=denoise + kept,
-            decode=decode + kept,
-            held=max(held, decode_held) + kept,
-            batch_tokens=batch_tokens,
-        )
+        encode = self._encode(request, lengths, begin, texts)
+        stages = (encode, denoise, decode, max(held, decode_held))
+        encode, denoise, decode, held = (math.ceil(size * (1 + MARGIN)) for size in stages)
+        return MemoryPlan(encode, denoise, decode, held, batch_tokens)
 
     def _canvas(self, request: ResolvedRequest, lengths: Sequence[int]) -> Canvas:
         model = self.model
@@ -244,43 +280,44 @@ class MemoryPlanner:
 
     def _encode(
         self, request: ResolvedRequest, lengths: Sequence[int], canvas: int, texts: int
-    ) -> tuple[int, int]:
-        """Peak of texts and clips, and what is held between the clips' latent frames."""
-        text = texts + text_memory(self.model, max(lengths))
+    ) -> int:
+        """Peak of texts and clips, beside a canvas of so many bytes that grows meanwhile."""
+        text = canvas + texts + text_memory(self.model, max(lengths))
         if not request.clips and request.init is None:
-            return canvas + text, canvas
+            return text
         unit = self.model.grid.vae_spatial
-        size = (request.height // unit, request.width // unit)
-        coder = self._coding("encode_chunk", size, request)
-        frames = request.height * request.width * 3 * self.model.grid.time
-        pixels = frames * (1 + 4 + self.model.vae_dtype.itemsize)
-        latents = canvas if request.init is None else 2 * canvas
-        coding = latents + pixels + coder.peak
-        return max(canvas + text, coding), canvas + coder.cache
+        coder = self._coding("encode", (request.height // unit, request.width // unit), request)
+        values = request.height * request.width * 3 * self.model.grid.time
+        # Of uint8 two float32 copies are made, one after the other; the last one goes in.
+        entering = coder.cache + values * (1 + 4 + 4)
+        copied = 0 if self.model.vae_dtype == torch.float32 else values * 4
+        return max(text, canvas + max(entering, copied + coder.peak))
 
     def _decode(self, request: ResolvedRequest, canvas: Canvas, texts: int) -> tuple[int, int]:
+        """Peak, and what is held between two turns."""
         _, _, height, width = canvas.latents.shape
-        coder = self._coding("decode_chunk", (height, width), request)
+        coder = self._coding("decode", (height, width), request)
         frames = request.num_frames * request.height * request.width * 3
         # The canvas's own, the caller's copy, and one in the autoencoder's dtype.
         copies = 2 if self.model.vae_dtype == torch.float32 else 3
-        latents = canvas.latents.nbytes * copies + texts
-        laps = 2 * coder.cache if request.loop else 0
-        peak = latents + frames + coder.peak + laps
-        return int(1.1 * peak) + UNCOUNTED, latents + frames + coder.cache + laps
+        preview = 0 if self.model.preview is None else canvas.latents[0].numel() * 3
+        rest = canvas.latents.nbytes * copies + texts + frames + preview
+        return rest + coder.peak, rest + coder.cache
 
-    def _coding(self, method: str, size: tuple[int, int], request: ResolvedRequest) -> CodingMemory:
+    def _coding(
+        self, side: Literal["encode", "decode"], size: tuple[int, int], request: ResolvedRequest
+    ) -> CodingMemory:
         model = self.model
-        stretches = model.grid.latent_frames(request.num_frames, loop=request.loop)
-        if request.loop:  # laps go round
-            stretches = 3
-        config, dtype, side = model.vae.config, model.vae_dtype, method.removesuffix("_chunk")
-        tiles = model.vae.tiles("encode" if side == "encode" else "decode", *size)
+        config, dtype = model.vae.config, model.vae_dtype
+        tiles = model.vae.tiles(side, *size)
         if tiles is not None:
             measure = encode_peak_bytes if side == "encode" else decode_peak_bytes
             peak = measure(config, size, dtype, tiles, offload=model.device.type != "cpu")
             return CodingMemory(cache=peak, peak=peak)  # tiles that wait hold most of it
-        return coding_memory(config, dtype, method, *size, min(3, stretches))
+        length = model.grid.latent_frames(request.num_frames, loop=request.loop)
+        if side == "encode":
+            return encoding_memory(config, dtype, *size, min(REHEARSED, length))
+        return decoding_memory(config, dtype, *size, min(REHEARSED, length), request.loop)
 
     def _on_meta(self) -> VideoModel:
         """The model with transformers that have no weights."""
@@ -298,7 +335,7 @@ class MemoryPlanner:
             experts = [
                 Expert(e.load, e.from_timestep, e.size_bytes, hollow) for e in self.model.experts
             ]
-            self._rehearsed = replace(self.model, device=META, experts=experts, preview=None)
+            self._rehearsed = replace(self.model, device=META, experts=experts)
         return self._rehearsed
 
 
@@ -311,40 +348,75 @@ def tensors_of(canvas: Canvas) -> list[Tensor]:
     return [tensor for tensor in held if tensor is not None]
 
 
+class OnOneDevice(TorchFunctionMode):
+    """Tensors stay where they are when they are asked for on the host: meta tensors have nothing
+    that could go there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.cpu, Tensor.numpy) and args[0].device == META:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class HollowCoder:
+    """An autoencoder without weights, on the meta device, as decoding asks for one."""
+
+    def __init__(self, config: VAEConfig, dtype: torch.dtype) -> None:
+        with META:
+            self.vae = WanVAE(config).to(dtype).requires_grad_(False).prepare(onednn=False)
+        self.decode_chunk, self.encode_chunk = self.vae.decode_chunk, self.vae.encode_chunk
+
+    def same_state(self, a: Any, b: Any) -> bool:
+        """A second lap over a loop, which holds what any further one does, is the last."""
+        return True
+
+
 @functools.lru_cache(maxsize=256)
-def coding_memory(
-    config: VAEConfig,
-    dtype: torch.dtype,
-    method: str,
-    height: int,
-    width: int,
-    stretches: int,
+def decoding_memory(
+    config: VAEConfig, dtype: torch.dtype, height: int, width: int, length: int, wraps: bool
 ) -> CodingMemory:
-    """Of `stretches` latent frames of `height` x `width`, one at a time, through layers that were
-    prepared as those of the model are (`vae.memory` measures them as they come)."""
-    with META:
-        vae = WanVAE(config).to(dtype).requires_grad_(False).prepare(onednn=False)
-    encode = method == "encode_chunk"
-    channels = config.in_channels // (config.patch_size or 1) ** 2 if encode else config.z_dim
-    scale = config.factor_spatial if encode else 1
+    """Of `denoise.decoding`, which is run on `length` latent frames of `height` x `width`."""
+    coder = HollowCoder(config, dtype)
+    latents = torch.empty(config.z_dim, length, height, width, dtype=dtype, device=META)
+    decoder = VideoDecoder(cast("FittedCoder", coder), dtype, META)
 
-    def stretch(index: int) -> Tensor:
-        frames = config.factor_temporal if encode and index else 1
-        return torch.empty(
-            1, channels, frames, height * scale, width * scale, dtype=dtype, device=META
-        )
+    def run(meter: StorageMeter) -> int:
+        held = 0
+        for frames in decoding(latents, decoder, wraps=wraps):
+            held = max(held, meter.now)
+            del frames
+        return held
 
-    run = getattr(vae, method)
-    state = None
+    with torch.inference_mode(), NoScores(), OnOneDevice():
+        run(StorageMeter())  # the weights are laid out here
+        with StorageMeter([latents, *coder.vae.parameters()]) as meter:
+            held = run(meter)
+    return CodingMemory(cache=held, peak=meter.peak)
+
+
+@functools.lru_cache(maxsize=256)
+def encoding_memory(
+    config: VAEConfig, dtype: torch.dtype, height: int, width: int, length: int
+) -> CodingMemory:
+    """Of `length` latent frames of `height` x `width`, one at a time, their pixels included."""
+    coder = HollowCoder(config, dtype)
+    size = (height * config.factor_spatial, width * config.factor_spatial)
+    channels = config.in_channels // (config.patch_size or 1) ** 2
+
+    def run() -> Any:
+        state: Any = None
+        for i in range(length):
+            count = config.factor_temporal if i else 1
+            pixels = torch.empty(1, channels, count, *size, dtype=dtype, device=META)
+            _, state = coder.encode_chunk(pixels, state, consume=True)
+        return state
+
     with torch.inference_mode(), NoScores():
-        for i in range(stretches):  # the weights are laid out here
-            _, state = run(stretch(i), state, consume=True)
-        state = None
-        with StorageMeter() as meter:
-            for i in range(stretches):
-                coded, state = run(stretch(i), state, consume=True)
-                del coded
-    assert state is not None
+        run()
+        with StorageMeter(coder.vae.parameters()) as meter:
+            state = run()
     return CodingMemory(cache=state.nbytes, peak=meter.peak)
 
 

@@ -39,24 +39,32 @@ class CodingMemory:
 
 
 class StorageMeter(TorchDispatchMode):
-    """Sums the bytes of the storages that are alive, and keeps the highest sum."""
+    """Sums the bytes of the storages that are alive, and keeps the highest sum.
 
-    def __init__(self) -> None:
+    apart: what was there before, such as weights: it counts for nothing, nor do views of it.
+    """
+
+    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._alive: dict[int, int] = {}
         self.now = self.peak = 0
+        for tensor in apart:
+            if tensor.layout is torch.strided:
+                self._watch(tensor.untyped_storage(), 0)
 
     def count(self, tensors: Iterable[Any]) -> None:
         for tensor in tensors:
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._alive:
-                self._alive[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, key)
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                self._watch(storage, storage.nbytes())
+
+    def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
         self.now -= self._alive.pop(key, 0)
@@ -194,7 +202,7 @@ def _measure(
 
     with torch.inference_mode(False), torch.no_grad(), NoScores():
         code()  # lays out the weights, which are not counted
-        with StorageMeter() as meter:
+        with StorageMeter(vae.parameters()) as meter:
             state = code()
     return CodingMemory(cache=state.nbytes, peak=meter.peak)
 
