@@ -166,42 +166,58 @@ def test_cancelled_in_every_state_at_random_moments(times):
     rng = random.Random(5)
     rest = {"height": 48, "width": 48, "num_inference_steps": 3, "seed": 1}
     frames = np.zeros((13, 48, 48, 3), np.uint8)
-    kinds = (
-        {"num_frames": 17, "num_inference_steps": 300},
-        {"num_frames": 13, "init": frames},
-        {"num_frames": 33},
-        {"num_frames": 16, "loop": True},
-    )
+    long = {"num_frames": 17, "num_inference_steps": 300}
+    kinds = {
+        "queued": [long],
+        "encoding": [{"num_frames": 13, "init": frames}],
+        "denoising": [long],
+        "decoding": [{"num_frames": 33}, {"num_frames": 16, "loop": True}],
+    }
     states = set()
     with engine(max_running_jobs=2) as made:
         request = sora.VideoRequest("a red circle", **{**rest, "num_frames": 9})
         want = made.generate(request)
-        turns = []
-        turn = made._workers[0].turn
-        made._workers[0].turn = lambda: (turns.append(1), turn())[1]
+        turns, turn = [], made._workers[0].turn
+        watched, wanted, reached, go_on = [], "", threading.Event(), threading.Event()
+
+        def watched_turn():
+            turns.append(1)
+            turn()
+            if any(job.state == wanted for job in watched) and not reached.is_set():
+                reached.set()
+                if gated:  # not at a random moment, but in this state for sure
+                    go_on.wait(60)
+
+        made._workers[0].turn = watched_turn
         for i in range(times):
+            gated = i < len(kinds)
+            wanted = list(kinds)[i % len(kinds)]
+            reached.clear()
+            go_on.clear()
             # A third job keeps two running, so that one is queued.
-            requests = [sora.VideoRequest("x", **{**rest, **rng.choice(kinds)}) for _ in range(3)]
-            jobs = [made.submit(r) for r in requests[: 3 if i % 3 == 0 else 1]]
-            wanted = ("queued", "encoding", "denoising", "decoding")[i % 4]
-            until = time.monotonic() + rng.uniform(0.2, 1.0)
-            while time.monotonic() < until and jobs[0].state != wanted and not jobs[0].done():
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.01))
+            count = 3 if i % 3 == 0 or wanted == "queued" else 1
+            jobs = watched = [
+                made.submit(sora.VideoRequest("x", **{**rest, **rng.choice(kinds[wanted])}))
+                for _ in range(count)
+            ]
+            assert reached.wait(60), wanted
+            if not gated:
+                time.sleep(rng.uniform(0, 0.02))
             for job in jobs:
                 states.add(str(job.state))
                 job.cancel()
             asked = len(turns)
+            go_on.set()
             for job in jobs:
-                if job.exception() is None:
-                    try:
-                        job.result(60)
-                    except sora.JobCancelledError:
-                        assert job.state == "cancelled"
+                try:
+                    job.result(60)
+                except sora.JobCancelledError:
+                    assert job.state == "cancelled"
             # The turn that was under way, and the one that sees the cancel.
             assert len(turns) - asked <= 2
+            watched = []
         assert made.num_running == made.num_queued == 0
         again = made.generate(request)
         assert torch.equal(again.latents, want.latents)
         assert np.array_equal(again.frames, want.frames)
-    assert {"encoding", "denoising", "decoding"} <= states
+    assert {"queued", "encoding", "denoising", "decoding"} <= states
