@@ -12,15 +12,16 @@ Say = Callable[[str], None]
 Group = Callable[[], list[Measurement]]
 
 
-def cpu_groups(tiny: bool = False) -> Mapping[str, Group]:
+def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     """Ops, block, end to end (with step and decode) and serving: under 5 minutes on 2 cores.
 
+    long: 20 steps end to end and longer traces, under 4 minutes each, and peak memory.
     tiny: everything once, at sizes that show no more than that it runs.
     """
     from dataclasses import replace
 
     from sora_engine.bench import serving
-    from sora_engine.bench.end_to_end import Run, end_to_end
+    from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
     from sora_engine.bench.ops import block, ops
 
     if tiny:
@@ -31,19 +32,30 @@ def cpu_groups(tiny: bool = False) -> Mapping[str, Group]:
         return {
             "ops": lambda: ops(tokens=64, heads=2, head_dim=12, rounds=1),
             "block": lambda: block(shape, (1, 2, 2), rounds=1),
-            "end-to-end": lambda: end_to_end(shape, Run(32, 32, 1, 3, 16), memory=False),
+            "end-to-end": lambda: end_to_end(shape, Run(32, 32, 1, 3, 16)),
             "serving": lambda: [
-                *serving.serving(kinds=kinds, count=4),
+                *serving.serving(kinds=kinds, trace_s=0.0, rounds=1),
                 serving.burst(kinds=kinds, count=2, rounds=1),
             ],
         }
-    four = replace(WAN_1_3B, layers=4)
-    return {
+    # Decoding is measured at a third of the VAE's width, where it does not take the time of steps.
+    four = replace(WAN_1_3B, layers=4, vae_base_dim=32)
+    run = Run(384, 352, 5, 6)
+    groups: dict[str, Group] = {
         "ops": ops,
         "block": lambda: block(WAN_1_3B, (4, 12, 16)),
-        "end-to-end": lambda: end_to_end(four, Run(256, 192, 5, 20)),
-        "serving": lambda: [*serving.serving(), serving.burst()],
+        "end-to-end": lambda: end_to_end(four, run),
+        "serving": lambda: [
+            *serving.serving(trace_s=15.0, rounds=1),
+            serving.burst(rounds=1),
+        ],
     }
+    if long:
+        groups["end-to-end"] = lambda: end_to_end(four, replace(run, steps=20))
+        groups["serving"] = lambda: [*serving.serving(), serving.burst()]
+        whole = replace(four, vae_base_dim=WAN_1_3B.vae_base_dim)
+        groups["memory"] = lambda: peak_memory(whole, replace(run, steps=3))
+    return groups
 
 
 def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
@@ -58,7 +70,7 @@ def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
     return {"h200": lambda: h200(device=device, dry_run=tiny, say=say)}
 
 
-PROFILES = ("cpu", "h200")
+PROFILES = ("cpu", "cpu-long", "h200")
 
 
 def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say = print) -> Result:
@@ -69,7 +81,8 @@ def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say 
     """
     if profile not in PROFILES:
         raise ResultError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
-    groups = h200_groups(tiny, say) if profile == "h200" else cpu_groups(tiny)
+    on_gpu = profile == "h200"
+    groups = h200_groups(tiny, say) if on_gpu else cpu_groups(tiny, long=profile == "cpu-long")
     strange = [name for name in only if name not in groups]
     if strange:
         raise ResultError(

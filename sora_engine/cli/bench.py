@@ -11,9 +11,11 @@ from sora_engine.cli.app import UsageError, app, say
 
 @app.command()
 def bench(
-    profile: Annotated[str, typer.Option(help="cpu (under 5 minutes) or h200 (under 9).")] = "cpu",
+    profile: Annotated[
+        str, typer.Option(help="cpu (under 5 minutes), cpu-long or h200 (under 9).")
+    ] = "cpu",
     only: Annotated[
-        str, typer.Option(help="Groups of the profile: ops,block,end-to-end,serving.")
+        str, typer.Option(help="Groups of the profile: ops,block,end-to-end,serving,memory.")
     ] = "",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="JSON of the result.")
