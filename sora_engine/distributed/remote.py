@@ -130,7 +130,7 @@ class RemoteCanvas:
 
 @dataclass(slots=True, eq=False)
 class RemoteStages:
-    """What a worker has done to jobs, done by ranks: `worker.Stages` over a `RankPool`.
+    """What a worker has done to jobs, done by ranks: `stages.Stages` over a `RankPool`.
 
     Once a rank has failed, the jobs under way fail with it, each as its turn comes; the next job
     starts fresh ranks.
