@@ -1,8 +1,9 @@
 // Attention over short sequences: one (sequence, head) at a time, all of it in the cache.
 //
 // Temporal attention of a video transformer has thousands of sequences of a few frames each, where
-// a blocked kernel spends its time on set-up. Here keys are transposed once into a small buffer,
-// and both products are the same register tile: kRows queries by one vector of columns.
+// a blocked kernel spends its time on set-up. Here a vector holds as many queries as it has lanes:
+// those are transposed once into a small buffer, scores are key by key, and the softmax runs over
+// queries side by side, with nothing to reduce inside a vector.
 #include "kernels.h"
 #include "vec.h"
 
@@ -11,12 +12,13 @@ namespace {
 
 constexpr int kRows = 8;  // 8 accumulators hide the latency of two FMA ports
 
-// C[kRows, kLanes] = A[kRows, n] B[n, kLanes]
-SORA_INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t n, Vec* c) {
+// C[kRows, kLanes] = sum over i < n of A[r, i] B[i], where A[r, i] lies at a[r * row + i * step].
+SORA_INLINE void tile(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb,
+                      int64_t n, Vec* c) {
   Vec acc[kRows] = {};
   for (int64_t i = 0; i < n; ++i) {
     const Vec column = load(floats(b + i * ldb));
-    for (int r = 0; r < kRows; ++r) acc[r] += a[r * lda + i] * column;
+    for (int r = 0; r < kRows; ++r) acc[r] += a[r * row + i * step] * column;
   }
   for (int r = 0; r < kRows; ++r) c[r] = acc[r];
 }
@@ -63,31 +65,31 @@ SORA_INLINE void fetch(const T* base, int64_t stride, int64_t rows, int64_t d) {
     for (int64_t i = 0; i < d; i += kLine) __builtin_prefetch(base + r * stride + i, kToWrite, 2);
 }
 
+// Rows of a sequence as fp32, [rows, round_up(d)]; those from `rows` to `padded` are zero. Where the
+// frames of a video lie a multiple of 4 KiB apart, its rows would push one another out of the cache.
+template <typename T>
+SORA_INLINE void gather(const T* base, int64_t stride, int64_t rows, int64_t padded, int64_t d,
+                        float* to) {
+  const int64_t wide_d = round_up(d, kLanes);
+  for (int64_t r = 0; r < padded; ++r)
+    for (int64_t i = 0; i < d; i += kLanes)
+      store(floats(to + r * wide_d + i), r < rows ? load(base + r * stride + i, d - i) : Vec{});
+}
+
 template <typename T>
 void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head, float* scratch) {
-  const int64_t d = a.head_dim, wide_d = round_up(d, kLanes), keys = round_up(k.count, kLanes);
-  float* k_turned = scratch;                   // [wide_d, keys]
-  float* values = k_turned + wide_d * keys;    // [keys, wide_d]
-  float* queries = values + keys * wide_d;     // [kRows, wide_d]
-  float* weights = queries + kRows * wide_d;   // [kRows, keys]
+  const int64_t d = a.head_dim, wide_d = round_up(d, kLanes), keys = round_up(k.count, kRows);
+  float* rows_of_k = scratch;                     // [keys, wide_d]
+  float* rows_of_v = rows_of_k + keys * wide_d;   // [k.count, wide_d]
+  float* q_turned = rows_of_v + keys * wide_d;    // [wide_d, kLanes]
+  float* weights = q_turned + wide_d * kLanes;    // [keys, kLanes]
 
   const T* k_base = (const T*)a.k + k.first * a.k_stride + head * a.k_head_stride;
   const T* v_base = (const T*)a.v + k.first * a.v_stride + head * a.v_head_stride;
-  for (int64_t j = 0; j < keys; j += kLanes) {
-    const int64_t some = k.count - j < kLanes ? k.count - j : kLanes;
-    for (int64_t i = 0; i < d; i += kLanes) {
-      Vec block[kLanes] = {};
-      for (int64_t r = 0; r < some; ++r)
-        block[r] = load(k_base + (j + r) * k.step * a.k_stride + i, d - i);
-      transpose(block);
-      for (int64_t r = 0; r < kLanes; ++r) store(floats(k_turned + (i + r) * keys + j), block[r]);
-      for (int64_t r = 0; r < some; ++r)
-        store(floats(values + (j + r) * wide_d + i),
-              load(v_base + (j + r) * k.step * a.v_stride + i, d - i));
-    }
-  }
-
   const T* q_base = (const T*)a.q + q.first * a.q_stride + head * a.q_head_stride;
+  gather(k_base, k.step * a.k_stride, k.count, keys, d, rows_of_k);
+  gather(v_base, k.step * a.v_stride, k.count, k.count, d, rows_of_v);
+
   // The next head is most often computed next.
   const bool ahead = head + 1 < a.heads;
   if (ahead) fetch<false>(k_base + a.k_head_stride, k.step * a.k_stride, k.count, d);
@@ -98,59 +100,58 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
     const int64_t step = q.step * a.heads * d;
     fetch<true>((T*)a.out + (q.first * a.heads + head) * d, step, q.count, d);
   }
-  for (int64_t start = 0; start < q.count; start += kRows) {
-    const int64_t rows = q.count - start < kRows ? q.count - start : kRows;
-    for (int64_t r = 0; r < kRows; ++r)
-      for (int64_t i = 0; i < d; i += kLanes)
-        store(floats(queries + r * wide_d + i),
-              r < rows ? load(q_base + (start + r) * q.step * a.q_stride + i, d - i) * a.scale
-                       : Vec{});
-    Vec top[kRows];
-    for (int r = 0; r < kRows; ++r) top[r] = splat(-__builtin_inff());
-    for (int64_t j = 0; j < keys; j += kLanes) {
+  for (int64_t start = 0; start < q.count; start += kLanes) {
+    const int64_t rows = q.count - start < kLanes ? q.count - start : kLanes;
+    const T* q_rows = q_base + start * q.step * a.q_stride;
+    for (int64_t i = 0; i < d; i += kLanes) {
+      Vec block[kLanes];
+      for (int r = 0; r < kLanes; ++r)
+        block[r] = r < rows ? load(q_rows + r * q.step * a.q_stride + i, d - i) * a.scale : Vec{};
+      transpose(block);
+      for (int r = 0; r < kLanes; ++r) store(floats(q_turned + (i + r) * kLanes), block[r]);
+    }
+    Vec top = splat(-__builtin_inff());
+    for (int64_t j = 0; j < k.count; j += kRows) {
       Vec scores[kRows];
-      tile(queries, wide_d, k_turned + j, keys, d, scores);
-      if (j + kLanes > k.count)
-        for (int r = 0; r < kRows; ++r)
-          for (int64_t lane = k.count - j; lane < kLanes; ++lane)
-            scores[r][lane] = -__builtin_inff();
+      tile(rows_of_k + j * wide_d, wide_d, 1, q_turned, kLanes, d, scores);
       for (int r = 0; r < kRows; ++r) {
-        top[r] = maximum(top[r], scores[r]);
-        store(floats(weights + r * keys + j), scores[r]);
+        if (j + r < k.count) top = maximum(top, scores[r]);
+        store(floats(weights + (j + r) * kLanes), scores[r]);
       }
     }
     if (ahead && start == 0) fetch<false>(v_base + a.v_head_stride, k.step * a.v_stride, k.count, d);
-    float inverse[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      const float most = largest(top[r]);
-      Vec total = {};
-      for (int64_t j = 0; j < keys; j += kLanes) {
-        const Vec weight = exp_nonpositive(load(floats(weights + r * keys + j)) - most);
-        store(floats(weights + r * keys + j), weight);
-        total += weight;
-      }
-      const float l = sum(total);
-      inverse[r] = 1.0f / l;
-      if (a.lse && r < rows)
-        a.lse[(q.first + (start + r) * q.step) * a.heads + head] = most + __builtin_logf(l);
+    Vec total = {};
+    for (int64_t j = 0; j < k.count; ++j) {
+      const Vec weight = exp_nonpositive(load(floats(weights + j * kLanes)) - top);
+      store(floats(weights + j * kLanes), weight);
+      total += weight;
     }
+    const Vec inverse = 1.0f / total;
+    if (a.lse)
+      for (int64_t r = 0; r < rows; ++r)
+        a.lse[(q.first + (start + r) * q.step) * a.heads + head] =
+            top[r] + __builtin_logf(total[r]);
     if (ahead) {
       const int64_t step = q.step * a.q_stride;
-      fetch<false>(q_base + a.q_head_stride + start * step, step, rows, d);
+      fetch<false>(q_rows + a.q_head_stride, step, rows, d);
     }
-    for (int64_t i = 0; i < d; i += kLanes) {
-      Vec result[kRows];
-      tile(weights, keys, values + i, wide_d, k.count, result);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t token = q.first + (start + r) * q.step;
-        T* to = (T*)a.out + (token * a.heads + head) * d + i;
-        if constexpr (sizeof(T) == 4) {
-          if (streams) {
-            stream(to, result[r] * inverse[r]);
-            continue;
+    // Lanes past the last query hold weights of zero queries, which are not stored.
+    for (int64_t first = 0; first < rows; first += kRows) {
+      for (int64_t i = 0; i < d; i += kLanes) {
+        Vec result[kRows];
+        tile(weights + first, 1, kLanes, rows_of_v + i, wide_d, k.count, result);
+        for (int64_t r = 0; r < kRows && first + r < rows; ++r) {
+          const int64_t token = q.first + (start + first + r) * q.step;
+          T* to = (T*)a.out + (token * a.heads + head) * d + i;
+          const Vec value = result[r] * inverse[first + r];
+          if constexpr (sizeof(T) == 4) {
+            if (streams) {
+              stream(to, value);
+              continue;
+            }
           }
+          store(to, value, d - i);
         }
-        store(to, result[r] * inverse[r], d - i);
       }
     }
   }
@@ -159,8 +160,9 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
 }  // namespace
 
 int64_t attention_scratch(int64_t queries, int64_t keys, int64_t head_dim) {
-  const int64_t wide_d = round_up(head_dim, kLanes), wide_keys = round_up(keys, kLanes);
-  return 2 * wide_d * wide_keys + kRows * (wide_d + wide_keys) + kLanes;
+  (void)queries;
+  const int64_t wide_d = round_up(head_dim, kLanes), padded = round_up(keys, kRows);
+  return 2 * wide_d * padded + kLanes * (wide_d + padded) + kRows;
 }
 
 void attention(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head,

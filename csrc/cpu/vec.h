@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -44,7 +44,16 @@ SORA_INLINE Vec select(VecI mask, Vec yes, Vec no) {
   return (Vec)((mask & (VecI)yes) | (~mask & (VecI)no));
 }
 
-SORA_INLINE Vec maximum(Vec a, Vec b) { return select(a > b, a, b); }
+// b where either is NaN, as the instruction has it.
+SORA_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 SORA_INLINE Vec load(const Float* p) {
   Vec v;
@@ -115,6 +124,20 @@ SORA_INLINE void store(T* p, Vec v, int64_t n) {
   store(part, v);
   memcpy(p, part, n * sizeof(T));
 }
+
+#if defined(__AVX512F__)
+// A call of memcpy for every tail costs more than the rows before it.
+SORA_INLINE __mmask16 first_lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
+
+SORA_INLINE Vec load(const Float* p, int64_t n) {
+  return n >= kLanes ? load(p) : (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+
+SORA_INLINE void store(Float* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+#endif
 
 SORA_INLINE const Float* floats(const float* p) { return (const Float*)p; }
 SORA_INLINE Float* floats(float* p) { return (Float*)p; }
