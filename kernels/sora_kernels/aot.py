@@ -64,14 +64,18 @@ def _strided() -> dict[str, str]:
 
 
 def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
-    from sora_kernels.attention.triton import packed_attention_kernel
+    from sora_kernels.attention.triton import packed_attention_kernel, parts_of
 
-    name = _NAMES[dtype]
+    name, parts = _NAMES[dtype], parts_of(dtype, width)
     parameters = launch.find("packed_attention", arch, dtype, width)
-    blocks = {"q": parameters.block_m, "k": parameters.block_n, "v": parameters.block_n}
+    blocks = {
+        "q": (parameters.block_m, width // parts),
+        "k": (parameters.block_n, width // parts),
+        "v": (parameters.block_n, width),
+    }
     types = {
-        f"{operand}_source": f"tensordesc<{name}[{block},1,{width}]>" if tma else f"*{name}"
-        for operand, block in blocks.items()
+        f"{operand}_source": f"tensordesc<{name}[{rows},1,{columns}]>" if tma else f"*{name}"
+        for operand, (rows, columns) in blocks.items()
     }
     types |= {"out_ptr": f"*{name}", "lse_ptr": "*fp32", **_strided()}
     types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
@@ -81,6 +85,7 @@ def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
         "HAS_LSE": True,
         "TMA": tma,
         "PRECISION": _precision(dtype),
+        "PARTS": parts,
         "BLOCK_M": parameters.block_m,
         "BLOCK_N": parameters.block_n,
         "WIDTH": width,

@@ -109,10 +109,15 @@ def check_row_values(op: str, index: torch.Tensor | None, *tables: torch.Tensor 
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor) -> None:
-    if cu_seqlens.dtype not in INDICES or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+    if cu_seqlens.dtype not in INDICES or cu_seqlens.dim() != 1:
         raise ValueError(
             f"{op}: {name} is {cu_seqlens.dtype} {shape_of(cu_seqlens)}; "
             "int32 or int64 [segments + 1] is due"
+        )
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_of(cu_seqlens)}, an empty batch; [segments + 1] of one "
+            "segment or more is due"
         )
 
 

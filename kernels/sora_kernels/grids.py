@@ -15,6 +15,8 @@ def check_grids(
     """The flattened grids as triples, each with as many tokens as its segment (CPU alone)."""
     if len(flat) % 3 or any(extent < 0 for extent in flat):
         raise ValueError(f"{op}: {name} {list(flat)}; (frames, rows, columns) a segment is due")
+    if not flat:
+        raise ValueError(f"{op}: {name} is [], an empty batch; one grid or more is due")
     grids = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
     if offsets is None:
         return grids

@@ -41,7 +41,8 @@ def attend(q, k, v, cu_q, cu_k, **kwargs):
         ({"cu_q": torch.tensor([0, 3, 8])}, "from 0 to 8"),
         ({"cu_q": torch.tensor([1, 3, 7])}, "from 1 to 7"),
         ({"cu_q": torch.tensor([0, 7])}, "2 offsets"),
-        ({"cu_k": torch.tensor([], dtype=torch.int32)}, "[0]"),
+        ({"cu_k": torch.tensor([], dtype=torch.int32)}, "[0], an empty batch"),
+        ({"q": torch.randn(0, 2, 16), "cu_q": torch.tensor([0])}, "[1], an empty batch"),
         ({"max_seqlen_k": 4}, "5 tokens"),
         ({"max_seqlen_q": -1}, "-1"),
         ({"backend": "cutlass"}, "cutlass"),
@@ -122,6 +123,84 @@ def test_rope_refuses(change, named):
     }
     with pytest.raises(ValueError, match=r".") as caught:
         sk.qk_norm_rope(**inputs, across_heads=True)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("op", [sk.temporal_attention, sk.spatial_attention])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": torch.randn(12, 32)}, "[12, 32]"),
+        ({"q": torch.randn(11, 2, 16)}, "11"),
+        ({"k": torch.randn(12, 2, 16).half()}, "float16"),
+        ({"v": torch.randn(12, 3, 16)}, "[12, 3, 16]"),
+        ({"grids": []}, "an empty batch"),
+        ({"grids": [(3, 2)]}, "(3, 2)"),
+        ({"grids": [(3, -2, -2)]}, "[3, -2, -2]"),
+        ({"grids": [(3, 2, 3)]}, "18 tokens"),
+        ({"scale": float("nan")}, "nan"),
+        ({"backend": "nope"}, "nope"),
+    ],
+)
+def test_factorised_attention_refuses(op, change, named):
+    inputs = {**{name: torch.randn(12, 2, 16) for name in "qkv"}, "grids": [(3, 2, 2)], **change}
+    with pytest.raises(ValueError, match=r".") as caught:
+        op(**inputs)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": torch.randn(12, 2, 300)}, "300"),
+        ({"v": torch.randn(12, 3, 16)}, "[12, 3, 16]"),
+        ({"k": torch.randn(11, 2, 16), "v": torch.randn(11, 2, 16)}, "tensor 11"),
+        ({"cu_seqlens": torch.tensor([0, 6, 12])}, "2 segments"),
+        ({"cu_seqlens": torch.tensor([0])}, "an empty batch"),
+        ({"cu_seqlens": torch.tensor([0, 11])}, "0 to 11"),
+        ({"grids": []}, "an empty batch"),
+        ({"grids": [(3, 2, 3)]}, "18 tokens"),
+        ({"key_grids": [(3, 2, 1)]}, "6 tokens"),
+        ({"origins": [(0, 0, 0)] * 2}, "2 origins"),
+        ({"window": (2, 1, 1)}, "[2, 1, 1]"),
+        ({"window": (3, 1)}, "[3, 1]"),
+        ({"scale": 0.0}, "0.0"),
+        ({"backend": "native"}, "native"),
+    ],
+)
+def test_windowed_attention_refuses(change, named):
+    inputs = {
+        **{name: torch.randn(12, 2, 16) for name in "qkv"},
+        "cu_seqlens": torch.tensor([0, 12]),
+        "grids": [(3, 2, 2)],
+        "window": (3, 1, 1),
+        **change,
+    }
+    with pytest.raises(ValueError, match=r".") as caught:
+        sk.windowed_attention(**inputs)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.randn(1, 3, 8)}, "[1, 3, 8]"),
+        ({"past": torch.randn(1, 0, 5, 8)}, "no frames"),
+        ({"past": torch.randn(2, 2, 5, 8)}, "[2, 2, 5, 8]"),
+        ({"past": torch.randn(1, 2, 5, 8).half()}, "float16"),
+        ({"weight": torch.ones(7)}, "[7]"),
+        ({"backend": "nope"}, "nope"),
+    ],
+)
+def test_causal_norm_silu_refuses(change, named):
+    inputs = {
+        "x": torch.randn(1, 3, 5, 8),
+        "past": torch.randn(1, 2, 5, 8),
+        "weight": torch.ones(8),
+        **change,
+    }
+    with pytest.raises(ValueError, match=r".") as caught:
+        sk.causal_norm_silu(**inputs)
     assert named in str(caught.value)
 
 

@@ -24,7 +24,7 @@ def test_an_architecture_without_a_table_uses_the_nearest_older_one():
 
 def test_a_width_without_an_entry_is_named():
     with pytest.raises(ValueError, match=r"float32 head_dim 256 on sm_90"):
-        launch.find_or_raise("packed_attention", 90, torch.float32, 256)
+        launch.find_or_raise("windowed_attention", 90, torch.float32, 256)
 
 
 def test_tuning_takes_the_fastest_that_does_not_spill():

@@ -16,8 +16,11 @@ from hypothesis import given, settings
 import sora_kernels as sk
 from sora_kernels.attention import flash, flex
 from sora_kernels.attention import xformers as xf
+from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
 from sora_kernels.testing import generator, offsets
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @settings(max_examples=settings().max_examples // 2)
@@ -77,7 +80,8 @@ def test_flash_is_called_as_documented(blind_lse, return_lse, tuple_always):
     q, k, v, cu_q, cu_k = attention_inputs(case)
     seen = []
     function = varlen_stand_in(seen, blind_lse, tuple_always)
-    out, lse = flash.call(function, q, k, v, cu_q.long(), cu_k.long(), 20, 13, 0.3, return_lse)
+    call = Operands(q, k, v, cu_q.long(), cu_k.long(), 20, 13, 0.3, return_lse=return_lse)
+    out, lse = flash.serve(function, call)
     expected, expected_lse = reference(q, k, v, cu_q, cu_k, 0.3)
     assert seen == [0.3]
     assert torch.equal(out, expected)
@@ -90,7 +94,7 @@ def test_flash_refuses_a_log_sum_exp_in_another_layout():
     cu = offsets([4])
     padded = lambda *args, **kwargs: (q, torch.zeros(1, 2, 4), None)  # noqa: E731
     with pytest.raises(RuntimeError, match=r"\[1, 2, 4\]"):
-        flash.call(padded, q, q, q, cu, cu, 4, 4, 1.0, True)
+        flash.serve(padded, Operands(q, q, q, cu, cu, 4, 4, 1.0, return_lse=True))
 
 
 @pytest.mark.parametrize("layout", ["dense", "rows"])
@@ -118,7 +122,7 @@ def test_xformers_is_called_as_documented(q_lens, k_lens, layout):
         attn_bias=SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask),
         memory_efficient_attention_forward=forward,
     )
-    out = xf.call(fmha, q, k, v, cu_q.tolist(), cu_k.tolist(), 0.3)
+    out = xf.serve(fmha, Operands(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens), 0.3))
     torch.testing.assert_close(out, reference(q, k, v, cu_q, cu_k, 0.3)[0])
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from sora_kernels import checks
+from sora_kernels.attention.operands import Operands
 from sora_kernels.attention.plan import AttentionPlan
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.library import register
-from sora_kernels.segments import offsets_of
 
 OP = declare(
     "packed_attention",
@@ -98,26 +98,12 @@ def packed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tiles, block = (None, 0) if plan is None else (plan.tiles, plan.block)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = _op
     if needs_grad(q, k, v):
         check_gradless(OP, backend)
-        backend = "reference"
-        call = run
-    else:
-        call = _op
-    out, lse = call(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        tiles,
-        block,
-        return_lse,
-        backend,
-    )
+        call, backend = run, "reference"
+    out, lse = call(q, k, v, *lengths, scale, tiles, block, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
@@ -126,109 +112,27 @@ def takes_plan(q: Tensor, backend: str = "auto") -> bool:
     return bool(getattr(OP.resolve(backend, Case.of(q)), "TAKES_PLAN", False))
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    tiles: Tensor | None,
-) -> None:
-    """Everything that metadata can tell."""
-    op = OP.name
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.check_packed_heads(op, name, tensor)
-        checks.check_float(op, name, tensor, like=q)
-    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
-        raise ValueError(
-            f"{op}: q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}; "
-            "k and v must be equal in shape, and equal to q in heads and head_dim"
-        )
-    checks.check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q)
-    checks.check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"{op}: cu_seqlens_q has {cu_seqlens_q.shape[0]} offsets, "
-            f"cu_seqlens_k {cu_seqlens_k.shape[0]}; they must be as many"
-        )
-    checks.check_device(op, q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    if max_seqlen_q < 0 or max_seqlen_k < 0:
-        raise ValueError(f"{op}: max_seqlen_q {max_seqlen_q}, max_seqlen_k {max_seqlen_k} below 0")
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"{op}: scale {scale}; a positive number is due")
-    if tiles is not None:
-        checks.check_device(op, q, plan=tiles)
-        if tiles.dtype != torch.int32 or tiles.dim() != 2 or tiles.shape[1] != 2:
-            raise ValueError(
-                f"{op}: a plan of {tiles.dtype} {[*tiles.shape]}; int32 [tiles, 2] is due"
-            )
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Validate, dispatch, run: what the schema takes, the backend's name last. Returns an empty
+    lse unless it was asked for."""
+    *operands, backend = arguments
+    call = Operands(*operands)
+    call.check(OP.name)
+    if call.q.device.type == "cpu":
+        q_offsets, k_offsets = call.offsets()
+        longest_q, longest_k = call.max_seqlen_q, call.max_seqlen_k
+        checks.check_offsets(OP.name, "cu_seqlens_q", q_offsets, call.q.shape[0], longest_q)
+        checks.check_offsets(OP.name, "cu_seqlens_k", k_offsets, call.k.shape[0], longest_k)
+    short = max(call.max_seqlen_q, call.max_seqlen_k) <= SHORT
+    case = Case.of(call.q, "lse" if call.return_lse else "", "short" if short else "")
+    return OP.resolve(backend, case).run(call)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    tiles: Tensor | None,
-    block: int,
-    return_lse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Validate, dispatch, run. Returns an empty lse unless it was asked for."""
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, tiles)
-    q_offsets = k_offsets = None
-    if q.device.type == "cpu":
-        q_offsets, k_offsets = offsets_of(cu_seqlens_q), offsets_of(cu_seqlens_k)
-        checks.check_offsets(OP.name, "cu_seqlens_q", q_offsets, q.shape[0], max_seqlen_q)
-        checks.check_offsets(OP.name, "cu_seqlens_k", k_offsets, k.shape[0], max_seqlen_k)
-    short = max(max_seqlen_q, max_seqlen_k) <= SHORT
-    case = Case.of(q, "lse" if return_lse else "", "short" if short else "")
-    module = OP.resolve(backend, case)
-    return module.run(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        scale=scale,
-        return_lse=return_lse,
-        q_offsets=q_offsets,
-        k_offsets=k_offsets,
-        tiles=tiles,
-        block=block,
-    )
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    tiles: Tensor | None,
-    block: int,
-    return_lse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, tiles)
-    lse = q.new_empty(q.shape[:2] if return_lse else (0,), dtype=lse_dtype(q.dtype))
-    return q.new_empty(q.shape), lse
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = Operands(*arguments[:-1])
+    call.check(OP.name)
+    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    return call.q.new_empty(call.q.shape), call.lse(dtype)
 
 
 _op = register(

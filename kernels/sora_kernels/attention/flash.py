@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
 
 # Where version 3 may come from: its own build, or the forward-only wheel fa3-fwd.
@@ -51,64 +52,32 @@ def unsupported(case: Case) -> str | None:
     return None
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
-    capability = torch.cuda.get_device_capability(q.device)
-    function = varlen_function(capability)
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    function = varlen_function(torch.cuda.get_device_capability(call.q.device))
     assert function is not None
-    return call(function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                return_lse)  # fmt: skip
+    return serve(function, call)
 
 
-def call(
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def serve(function: Callable[..., Any], call: Operands) -> tuple[Tensor, Tensor]:
     """`function` is a `flash_attn_varlen_func`, of either version."""
-    tokens, heads, _ = q.shape
-    empty = torch.empty(0, dtype=torch.float32, device=q.device)
-    if tokens == 0 or k.shape[0] == 0:
-        infinite = torch.full((tokens, heads), float("-inf"), device=q.device)
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), (
-            infinite if return_lse else empty
-        )
-    dense = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    cu_q, cu_k = (cu.to(torch.int32) for cu in (cu_seqlens_q, cu_seqlens_k))
+    tokens, heads, _ = call.q.shape
+    if tokens == 0 or call.k.shape[0] == 0:
+        return call.without_keys()
+    dense = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
+    cu_q, cu_k = (cu.to(torch.int32) for cu in (call.cu_seqlens_q, call.cu_seqlens_k))
     result = function(
         *dense,
         cu_q,
         cu_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale=scale,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        softmax_scale=call.scale,
         causal=False,
-        return_attn_probs=return_lse,
+        return_attn_probs=call.return_lse,
     )
     out = result[0] if isinstance(result, tuple) else result
-    if not return_lse:
-        return out, empty
+    if not call.return_lse:
+        return out, call.lse()
     lse = result[1]
     if lse.shape != (heads, tokens):
         raise RuntimeError(

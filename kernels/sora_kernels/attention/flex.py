@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
-from sora_kernels.segments import offsets_of
 
 BLOCK = 128  # of FlexAttention's block masks
 
@@ -62,37 +62,17 @@ def block_mask(q_offsets: tuple[int, ...], k_offsets: tuple[int, ...], device: t
     )
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = q.shape
-    lse = torch.full((tokens, heads), float("-inf"), device=q.device)
-    if tokens == 0 or k.shape[0] == 0:
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), (
-            lse if return_lse else lse.new_empty(0)
-        )
-    q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
-    k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    if call.q.shape[0] == 0 or call.k.shape[0] == 0:
+        return call.without_keys()
+    q_offsets, k_offsets = call.offsets()
     result = compiled()(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
-        block_mask=block_mask(tuple(q_offsets), tuple(k_offsets), q.device),
-        scale=scale,
-        return_lse=return_lse,
+        *(x.transpose(0, 1)[None] for x in (call.q, call.k, call.v)),
+        block_mask=block_mask(tuple(q_offsets), tuple(k_offsets), call.q.device),
+        scale=call.scale,
+        return_lse=call.return_lse,
     )
-    if not return_lse:
-        return result[0].transpose(0, 1).contiguous(), lse.new_empty(0)
+    if not call.return_lse:
+        return result[0].transpose(0, 1).contiguous(), call.lse()
     out, lse = result
     return out[0].transpose(0, 1).contiguous(), lse[0].transpose(0, 1).float().contiguous()

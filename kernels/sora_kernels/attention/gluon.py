@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sora_kernels.attention.operands import Operands
 from sora_kernels.attention.plan import plan_tiles
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture
@@ -318,31 +319,17 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    q, k, v, tiles = call.q, call.k, call.v, call.tiles
     tokens, heads, head_dim = q.shape
-    lse = torch.empty((tokens, heads) if return_lse else (0,), dtype=torch.float32, device=q.device)
     if tokens == 0 or k.shape[0] == 0:
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse.fill_(float("-inf"))
+        return call.without_keys()
+    lse = call.lse()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = _flat(q), _flat(k), _flat(v)
     # A plan for the portable kernel has the same tiles where its block is 128 too.
-    if tiles is None or block != BLOCK_M:
-        tiles = plan_tiles(cu_seqlens_q, tokens, BLOCK_M)
+    if tiles is None or call.block != BLOCK_M:
+        tiles = plan_tiles(call.cu_seqlens_q, tokens, BLOCK_M)
     items = tiles.shape[0] * heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     hopper_attention_kernel[(min(items, processors),)](
@@ -352,12 +339,12 @@ def run(
         out,
         lse,
         tiles,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
         items,
         heads,
-        scale * math.log2(math.e),
-        HAS_LSE=return_lse,
+        call.scale * math.log2(math.e),
+        HAS_LSE=call.return_lse,
         WIDTH=head_dim,
         num_warps=WARPS,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels import csrc
+from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
 
 
@@ -19,25 +20,11 @@ def unsupported(case: Case) -> str | None:
     return csrc.unsupported(case)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
-    spans = torch.ones(cu_seqlens_q.shape[0] - 1, 6, dtype=torch.int64)
-    for column, offsets in ((0, cu_seqlens_q), (3, cu_seqlens_k)):
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    spans = torch.ones(call.cu_seqlens_q.shape[0] - 1, 6, dtype=torch.int64)
+    for column, offsets in ((0, call.cu_seqlens_q), (3, call.cu_seqlens_k)):
         spans[:, column] = offsets[:-1]
         spans[:, column + 2] = offsets.diff()
-    out, lse = torch.ops.sora.native_short_attention(q, k, v, spans, scale, return_lse)
-    return out, lse if return_lse else lse.new_empty(0)
+    return torch.ops.sora.native_short_attention(
+        call.q, call.k, call.v, spans, call.scale, call.return_lse
+    )

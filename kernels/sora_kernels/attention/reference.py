@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
-from sora_kernels.segments import batched, equal_runs, offsets_of
+from sora_kernels.segments import batched, equal_runs
 
 
 def unsupported(case: Case) -> str | None:
@@ -30,26 +31,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return weights.to(v.dtype) @ v, lse
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    q, k, v, scale = call.q, call.k, call.v, call.scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
-    k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets
-    runs = equal_runs(q_offsets, k_offsets)
+    runs = equal_runs(*call.offsets())
     # Split rather than sliced: a slice's gradient is as large as the whole tensor.
     q_parts = q.split([part.q_len * part.segments for part in runs])
     kv_sizes = [part.k_len * part.segments for part in runs]
@@ -74,6 +59,4 @@ def run(
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.transpose(1, 2).flatten(0, 1))
     out = torch.cat(outs) if outs else q.new_empty(q.shape)
-    if not return_lse:
-        return out, q.new_empty(0, dtype=wide)
-    return out, torch.cat(lses) if lses else q.new_empty(q.shape[:2], dtype=wide)
+    return out, torch.cat(lses) if lses and call.return_lse else call.lse(wide)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
-from sora_kernels.segments import batched, equal_runs, offsets_of
+from sora_kernels.segments import batched, equal_runs
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,28 +38,12 @@ def _dense(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
-    q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
-    k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    q, k, v, scale, return_lse = call.q, call.k, call.v, call.scale, call.return_lse
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    lse = q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
-    parts = [part for part in equal_runs(q_offsets, k_offsets) if part.q_len > 0]
+    lse = call.lse()
+    parts = [part for part in equal_runs(*call.offsets()) if part.q_len > 0]
     if len(parts) == 1 and parts[0].k_len > 0 and not return_lse:
         part = parts[0]
         dense, _ = _dense(

@@ -3,6 +3,9 @@
 A program is one tile of queries of one head; the tile table names its segment. The main loop runs
 over whole blocks of keys without a mask, and one masked block takes the rest. Loads go through host
 tensor descriptors where the architecture has TMA, and through pointers elsewhere.
+
+fp32 queries wider than 64 do not fit the registers in the two halves that tf32x3 takes: their
+scores are a sum over parts of the width, for which queries are read again at every block of keys.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sora_kernels.attention.operands import Operands
 from sora_kernels.attention.plan import padded_width, plan_tiles
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, find, find_or_raise, has_tma
@@ -24,6 +28,12 @@ from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
 TAKES_PLAN = True
+PART = 64  # channels of fp32 that scores are summed over at a time
+
+
+def parts_of(dtype: torch.dtype, width: int) -> int:
+    """Over how many parts of the width the scores are summed."""
+    return max(1, width // PART) if dtype == torch.float32 else 1
 
 
 def unsupported(case: Case) -> str | None:
@@ -39,19 +49,20 @@ def unsupported(case: Case) -> str | None:
 @triton.jit
 def _rows(
     source, stride, head_stride, first, last, head, head_dim, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, START: tl.constexpr = 0,
 ):  # fmt: skip
-    """[BLOCK, WIDTH] from row `first` of one head; rows from `last` on are zero where MASKED.
+    """[BLOCK, WIDTH] from row `first` and column START of one head; rows from `last` on are zero
+    where MASKED.
 
     A descriptor reads on into the next segment, whose values (or NaN) must not count.
     """
     row = first + tl.arange(0, BLOCK)
     if TMA:
-        tile = source.load([first, head, 0]).reshape(BLOCK, WIDTH)
+        tile = source.load([first, head, START]).reshape(BLOCK, WIDTH)
         if MASKED:
             tile = tl.where((row < last)[:, None], tile, 0.0)
     else:
-        column = tl.arange(0, WIDTH)
+        column = START + tl.arange(0, WIDTH)
         inside = column[None, :] < head_dim
         if MASKED:
             inside = inside & (row < last)[:, None]
@@ -61,12 +72,33 @@ def _rows(
 
 
 @triton.jit
+def _scores_by_parts(
+    q_source, k_source, q_stride, k_stride, q_head_stride, k_head_stride, q_first, q_last, at,
+    k_last, head, head_dim, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N], with queries and keys brought in PARTS pieces of their width."""
+    PIECE: tl.constexpr = WIDTH // PARTS
+    scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for part in tl.static_range(PARTS):
+        q = _rows(
+            q_source, q_stride, q_head_stride, q_first, q_last, head, head_dim, BLOCK_M, PIECE,
+            TMA, not TMA, part * PIECE,
+        )  # fmt: skip
+        k = _rows(
+            k_source, k_stride, k_head_stride, at, k_last, head, head_dim, BLOCK_N, PIECE, TMA,
+            MASKED, part * PIECE,
+        )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
 def _attend_block(
-    acc, total, top, q, k, v, keys, scale2, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc, total, top, scores, v, keys, scale2, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax. `top` and `scale2` are in powers of two."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where((tl.arange(0, BLOCK_N) < keys)[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale2)
@@ -104,6 +136,7 @@ def packed_attention_kernel(
     HAS_LSE: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -129,55 +162,62 @@ def packed_attention_kernel(
         k_last = tl.load(cu_k_ptr + segment + 1).to(tl.int32)
     q_first += start
     # Queries past the segment's end are not stored, so only pointers need to be kept in bounds.
-    q = _rows(
-        q_source, q_stride, q_head_stride, q_first, q_last, head, head_dim, BLOCK_M, WIDTH, TMA,
-        not TMA,
-    )  # fmt: skip
+    if PARTS == 1:
+        q = _rows(
+            q_source, q_stride, q_head_stride, q_first, q_last, head, head_dim, BLOCK_M, WIDTH,
+            TMA, not TMA,
+        )  # fmt: skip
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     whole = k_first + (k_last - k_first) // BLOCK_N * BLOCK_N
     for at in tl.range(k_first, whole, BLOCK_N):
-        k = _rows(
-            k_source,
-            k_stride,
-            k_head_stride,
-            at,
-            k_last,
-            head,
-            head_dim,
-            BLOCK_N,
-            WIDTH,
-            TMA,
-            False,
-        )
-        v = _rows(
-            v_source,
-            v_stride,
-            v_head_stride,
-            at,
-            k_last,
-            head,
-            head_dim,
-            BLOCK_N,
-            WIDTH,
-            TMA,
-            False,
-        )
+        if PARTS == 1:
+            k = _rows(
+                k_source, k_stride, k_head_stride, at, k_last, head, head_dim, BLOCK_N, WIDTH,
+                TMA, False,
+            )  # fmt: skip
+            v = _rows(
+                v_source, v_stride, v_head_stride, at, k_last, head, head_dim, BLOCK_N, WIDTH,
+                TMA, False,
+            )  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        else:
+            scores = _scores_by_parts(
+                q_source, k_source, q_stride, k_stride, q_head_stride, k_head_stride, q_first,
+                q_last, at, k_last, head, head_dim, BLOCK_M, BLOCK_N, WIDTH, PARTS, TMA, False,
+                PRECISION,
+            )  # fmt: skip
+            v = _rows(
+                v_source, v_stride, v_head_stride, at, k_last, head, head_dim, BLOCK_N, WIDTH,
+                TMA, False,
+            )  # fmt: skip
         acc, total, top = _attend_block(
-            acc, total, top, q, k, v, BLOCK_N, scale2, BLOCK_N, False, PRECISION
+            acc, total, top, scores, v, BLOCK_N, scale2, BLOCK_N, False, PRECISION
         )
     if whole < k_last:
-        k = _rows(
-            k_source, k_stride, k_head_stride, whole, k_last, head, head_dim, BLOCK_N, WIDTH, TMA,
-            True,
-        )  # fmt: skip
-        v = _rows(
-            v_source, v_stride, v_head_stride, whole, k_last, head, head_dim, BLOCK_N, WIDTH, TMA,
-            True,
-        )  # fmt: skip
+        if PARTS == 1:
+            k = _rows(
+                k_source, k_stride, k_head_stride, whole, k_last, head, head_dim, BLOCK_N, WIDTH,
+                TMA, True,
+            )  # fmt: skip
+            v = _rows(
+                v_source, v_stride, v_head_stride, whole, k_last, head, head_dim, BLOCK_N, WIDTH,
+                TMA, True,
+            )  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        else:
+            scores = _scores_by_parts(
+                q_source, k_source, q_stride, k_stride, q_head_stride, k_head_stride, q_first,
+                q_last, whole, k_last, head, head_dim, BLOCK_M, BLOCK_N, WIDTH, PARTS, TMA, True,
+                PRECISION,
+            )  # fmt: skip
+            v = _rows(
+                v_source, v_stride, v_head_stride, whole, k_last, head, head_dim, BLOCK_N, WIDTH,
+                TMA, True,
+            )  # fmt: skip
         acc, total, top = _attend_block(
-            acc, total, top, q, k, v, k_last - whole, scale2, BLOCK_N, True, PRECISION
+            acc, total, top, scores, v, k_last - whole, scale2, BLOCK_N, True, PRECISION
         )
     # Without keys total is 0: the result is 0 and the log-sum-exp -inf.
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
@@ -205,52 +245,38 @@ def _source(tensor: Tensor, block: int, width: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block, 1, width])
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    q, k, v = dense_rows(call.q), dense_rows(call.k), dense_rows(call.v)
     tokens, heads, head_dim = q.shape
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((tokens, heads) if return_lse else (0,), dtype=torch.float32, device=q.device)
-    segments = cu_seqlens_q.shape[0] - 1
+    tiles, most_q, most_k = call.tiles, call.max_seqlen_q, call.max_seqlen_k
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), call.lse()
+    segments = call.cu_seqlens_q.shape[0] - 1
     if tokens == 0:
         return out, lse
     arch = architecture(q.device)
     width = padded_width(head_dim)
     launch = find_or_raise("packed_attention", arch, q.dtype, width)
     # No segment is longer than max_seqlen, so this says that none is shorter either.
-    uniform = segments * max_seqlen_q == tokens and segments * max_seqlen_k == k.shape[0]
+    uniform = segments * most_q == tokens and segments * most_k == k.shape[0]
     if uniform:
-        count = segments * triton.cdiv(max_seqlen_q, launch.block_m)
-        tiles = cu_seqlens_q
+        count = segments * triton.cdiv(most_q, launch.block_m)
+        tiles = call.cu_seqlens_q
     else:
         if tiles is None:
-            tiles = plan_tiles(cu_seqlens_q, tokens, launch.block_m)
-        elif block != launch.block_m:
+            tiles = plan_tiles(call.cu_seqlens_q, tokens, launch.block_m)
+        elif call.block != launch.block_m:
             raise ValueError(
-                f"packed_attention: the plan has tiles of {block} queries, this kernel "
+                f"packed_attention: the plan has tiles of {call.block} queries, this kernel "
                 f"{launch.block_m}; plan with this dtype, head_dim and device"
             )
         count = tiles.shape[0]
     tma = has_tma(arch) and k.shape[0] > 0 and all(describable(t) for t in (q, k, v))
+    parts = parts_of(q.dtype, width)
     sources: tuple[Any, Any, Any] = (q, k, v)
     if tma:
         sources = (
-            _source(q, launch.block_m, width),
-            _source(k, launch.block_n, width),
+            _source(q, launch.block_m, width // parts),
+            _source(k, launch.block_n, width // parts),
             _source(v, launch.block_n, width),
         )
     packed_attention_kernel[(count, heads)](
@@ -260,17 +286,18 @@ def run(
         *(t.stride(0) for t in (q, k, v)),
         *(t.stride(1) for t in (q, k, v)),
         tiles,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        most_q,
+        most_k,
         heads,
         head_dim,
-        scale * math.log2(math.e),
+        call.scale * math.log2(math.e),
         UNIFORM=uniform,
-        HAS_LSE=return_lse,
+        HAS_LSE=call.return_lse,
         TMA=tma,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        PARTS=parts,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         WIDTH=width,

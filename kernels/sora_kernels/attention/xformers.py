@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
-from sora_kernels.segments import offsets_of
 
 INSTALL = "pip install xformers"
 
@@ -41,38 +41,14 @@ def unsupported(case: Case) -> str | None:
     return None
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    return_lse: bool,
-    q_offsets: list[int] | None,
-    k_offsets: list[int] | None,
-    tiles: Tensor | None = None,
-    block: int = 0,
-) -> tuple[Tensor, Tensor]:
-    q_offsets = offsets_of(cu_seqlens_q) if q_offsets is None else q_offsets
-    k_offsets = offsets_of(cu_seqlens_k) if k_offsets is None else k_offsets
-    lse = torch.empty(0, dtype=torch.float32, device=q.device)
-    return call(_fmha(), q, k, v, q_offsets, k_offsets, scale), lse
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    return serve(_fmha(), call), call.lse()
 
 
-def call(
-    fmha: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: list[int],
-    k_offsets: list[int],
-    scale: float,
-) -> Tensor:
+def serve(fmha: Any, call: Operands) -> Tensor:
     """`fmha` is `xformers.ops.fmha`. Segments without queries or without keys are left out."""
+    q, k, v = call.q, call.k, call.v
+    q_offsets, k_offsets = call.offsets()
     lengths = [
         (q_offsets[i + 1] - q_offsets[i], k_offsets[i + 1] - k_offsets[i])
         for i in range(len(q_offsets) - 1)
@@ -95,7 +71,7 @@ def call(
         x if rows is None else x[rows] for x, rows in ((q, q_rows), (k, k_rows), (v, k_rows))
     )
     out = fmha.memory_efficient_attention_forward(
-        *(x[None] for x in operands), attn_bias=mask, scale=scale
+        *(x[None] for x in operands), attn_bias=mask, scale=call.scale
     )[0]
     if q_rows is None:
         return out

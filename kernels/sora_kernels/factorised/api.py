@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sora_kernels import checks
 from sora_kernels.attention.api import packed_attention
+from sora_kernels.attention.operands import check_heads, check_scale
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.grids import check_grids, check_tokens, flatten
 from sora_kernels.library import register
@@ -70,7 +71,8 @@ def spatial_attention(
         "spatial_attention", grids), None) for _ in range(t)]  # fmt: skip
     if sum(frames) != q.shape[0]:
         raise ValueError(f"spatial_attention: grids of {sum(frames)} tokens for {q.shape[0]}")
-    longest = max(frames, default=0)
+    frames = frames or [0]  # grids without a frame are a batch without a token
+    longest = max(frames)
     offsets = torch.tensor([0, *frames]).cumsum(0).to(torch.int32)
     # From pinned memory the copy does not wait for the device.
     if q.device.type == "cuda":
@@ -91,22 +93,19 @@ def spatial_attention(
 def check(q: Tensor, k: Tensor, v: Tensor, flat: Sequence[int], scale: float) -> None:
     """Everything that metadata can tell."""
     op = OP.name
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.check_packed_heads(op, name, tensor)
-        checks.check_float(op, name, tensor, like=q)
-        if tensor.shape != q.shape:
-            raise ValueError(f"{op}: {name} {[*tensor.shape]}, q {[*q.shape]}; they must be equal")
+    check_heads(op, q, k, v)
+    if k.shape != q.shape:
+        raise ValueError(f"{op}: q {[*q.shape]}, k {[*k.shape]}; they must be equal")
     checks.check_device(op, q, k=k, v=v)
     check_tokens(op, check_grids(op, "grids", flat, None), q)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"{op}: scale {scale}; a positive number is due")
+    check_scale(op, scale)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, flat: Sequence[int], scale: float, backend: str) -> Tensor:
     """Validate, dispatch, run."""
     check(q, k, v, flat, scale)
     grids = check_grids(OP.name, "grids", flat, None)
-    longest = max((t for t, _, _ in grids), default=0)
+    longest = max(t for t, _, _ in grids)
     module = OP.resolve(backend, Case.of(q, "short" if longest <= SHORT else ""))
     return module.run(q, k, v, grids, scale=scale)
 

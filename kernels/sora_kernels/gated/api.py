@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from sora_kernels import checks
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.library import register
+from sora_kernels.modulate.operands import Operands
 
 OP = declare(
     "gate_residual_norm_modulate",
@@ -53,80 +55,26 @@ def gate_residual_norm_modulate(
     return call(x, residual, gate, scale, shift, index, kind, weight, bias, eps, backend)
 
 
-def check(
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Everything that metadata can tell."""
-    op = OP.name
-    checks.check_packed_channels(op, "x", x)
-    checks.check_float(op, "x", x)
-    checks.check_float(op, "residual", residual)
-    if residual.shape != x.shape:
-        raise ValueError(f"{op}: residual has shape {[*residual.shape]}, x {[*x.shape]}")
-    checks.check_kind(op, kind, bias)
-    checks.check_vector(op, "weight", weight, x.shape[1])
-    checks.check_vector(op, "bias", bias, x.shape[1])
-    checks.check_rows(op, x, index, gate=gate, scale=scale, shift=shift)
-    checks.check_device(
-        op,
-        x,
-        residual=residual,
-        gate=gate,
-        scale=scale,
-        shift=shift,
-        index=index,
-        weight=weight,
-        bias=bias,
-    )
+def _checked(x: Tensor, residual: Tensor, gate: Tensor | None, *others: Any) -> Operands:
+    """The call of the schema's arguments, the backend's name aside."""
+    call = Operands(x, *others, residual=residual, gate=gate)
+    call.check(OP.name)
+    return call
 
 
-def run(
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Validate, dispatch, run."""
-    check(x, residual, gate, scale, shift, index, kind, weight, bias)
-    checks.check_row_values(OP.name, index, gate, scale, shift)
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Validate, dispatch, run: what the schema takes, the backend's name last."""
+    x, residual, *_, kind, _, _, _, backend = arguments
+    call = _checked(*arguments[:-1])
+    call.check_values(OP.name)
     wide_residual = residual.dtype != x.dtype
     case = Case.of(x, kind, f"residual {residual.dtype}" if wide_residual else "")
-    module = OP.resolve(backend, case)
-    return module.run(
-        x, residual, gate, scale, shift, index, kind=kind, weight=weight, bias=bias, eps=eps
-    )
+    return OP.resolve(backend, case).run(call)
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    check(x, residual, gate, scale, shift, index, kind, weight, bias)
-    return residual.new_empty(residual.shape), x.new_empty(x.shape)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _checked(*arguments[:-1])
+    return arguments[1].new_empty(call.x.shape), call.x.new_empty(call.x.shape)
 
 
 _op = register(

@@ -1,4 +1,5 @@
-"""Gated residual, normalisation and modulation by csrc/cpu: one pass over memory."""
+"""Gated residual, normalisation and modulation by csrc: one pass over memory. On the CPU,
+csrc/cpu."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from sora_kernels import csrc
 from sora_kernels.dispatch import Case
+from sora_kernels.modulate.operands import Operands
 
 
 def unsupported(case: Case) -> str | None:
@@ -15,19 +17,16 @@ def unsupported(case: Case) -> str | None:
     return csrc.unsupported(case)
 
 
-def run(
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    *,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def run(call: Operands) -> tuple[Tensor, Tensor]:
     return torch.ops.sora.native_gate_residual_norm_modulate(
-        x, residual, gate, scale, shift, index, kind, weight, bias, eps
+        call.x,
+        call.residual,
+        call.gate,
+        call.scale,
+        call.shift,
+        call.index,
+        call.kind,
+        call.weight,
+        call.bias,
+        call.eps,
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
+from sora_kernels.modulate.operands import Operands
 from sora_kernels.modulate.reference import modulate, normalise, rows_of
 
 
@@ -13,23 +14,13 @@ def unsupported(case: Case) -> str | None:
     return None
 
 
-def run(
-    x: Tensor,
-    residual: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    *,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    x, residual = call.x, call.residual
+    assert residual is not None
     wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
     branch = x.to(wide)
-    if gate is not None:
-        branch = branch * rows_of(gate, index, wide)
+    if call.gate is not None:
+        branch = branch * rows_of(call.gate, call.index, wide)
     residual = (residual.to(wide) + branch).to(residual.dtype)
-    y = normalise(residual.to(wide), kind, weight, bias, eps)
-    return residual, modulate(y, scale, shift, index).to(x.dtype)
+    y = normalise(residual.to(wide), call.kind, call.weight, call.bias, call.eps)
+    return residual, modulate(y, call.scale, call.shift, call.index).to(x.dtype)

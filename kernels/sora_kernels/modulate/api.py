@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from sora_kernels import checks
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.library import register
+from sora_kernels.modulate.operands import Operands
 
 OP = declare(
     "norm_modulate",
@@ -48,57 +50,19 @@ def norm_modulate(
     return _op(x, scale, shift, index, kind, weight, bias, eps, backend)
 
 
-def check(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Everything that metadata can tell."""
-    op = OP.name
-    checks.check_packed_channels(op, "x", x)
-    checks.check_float(op, "x", x)
-    checks.check_kind(op, kind, bias)
-    checks.check_vector(op, "weight", weight, x.shape[1])
-    checks.check_vector(op, "bias", bias, x.shape[1])
-    checks.check_rows(op, x, index, scale=scale, shift=shift)
-    checks.check_device(op, x, scale=scale, shift=shift, index=index, weight=weight, bias=bias)
+def run(*arguments: Any) -> Tensor:
+    """Validate, dispatch, run: what the schema takes, the backend's name last."""
+    *operands, backend = arguments
+    call = Operands(*operands)
+    call.check(OP.name)
+    call.check_values(OP.name)
+    return OP.resolve(backend, Case.of(call.x, call.kind)).run(call)
 
 
-def run(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    backend: str,
-) -> Tensor:
-    """Validate, dispatch, run."""
-    check(x, scale, shift, index, kind, weight, bias)
-    checks.check_row_values(OP.name, index, scale, shift)
-    module = OP.resolve(backend, Case.of(x, kind))
-    return module.run(x, scale, shift, index, kind=kind, weight=weight, bias=bias, eps=eps)
-
-
-def _fake(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    backend: str,
-) -> Tensor:
-    check(x, scale, shift, index, kind, weight, bias)
-    return x.new_empty(x.shape)
+def _fake(*arguments: Any) -> Tensor:
+    call = Operands(*arguments[:-1])
+    call.check(OP.name)
+    return call.x.new_empty(call.x.shape)
 
 
 _op = register(

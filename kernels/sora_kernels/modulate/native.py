@@ -1,4 +1,4 @@
-"""Normalisation and modulation by csrc/cpu: one pass over memory."""
+"""Normalisation and modulation by csrc: one pass over memory. On the CPU, csrc/cpu."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from torch import Tensor
 
 from sora_kernels import csrc
 from sora_kernels.dispatch import Case
+from sora_kernels.modulate.operands import Operands
 
 
 def unsupported(case: Case) -> str | None:
     return csrc.unsupported(case)
 
 
-def run(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    *,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    return torch.ops.sora.native_norm_modulate(x, scale, shift, index, kind, weight, bias, eps)
+def run(call: Operands) -> Tensor:
+    return torch.ops.sora.native_norm_modulate(
+        call.x, call.scale, call.shift, call.index, call.kind, call.weight, call.bias, call.eps
+    )

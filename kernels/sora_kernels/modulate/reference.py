@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
+from sora_kernels.modulate.operands import Operands
 
 
 def unsupported(case: Case) -> str | None:
@@ -39,17 +40,8 @@ def modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None, index: Tenso
     return x
 
 
-def run(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    *,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
+def run(call: Operands) -> Tensor:
+    x = call.x
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = normalise(x.to(wide), kind, weight, bias, eps)
-    return modulate(y, scale, shift, index).to(x.dtype)
+    y = normalise(x.to(wide), call.kind, call.weight, call.bias, call.eps)
+    return modulate(y, call.scale, call.shift, call.index).to(x.dtype)

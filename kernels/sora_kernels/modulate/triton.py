@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, norm_block, row_warps
+from sora_kernels.modulate.operands import Operands
 from sora_kernels.triton_support import dense_rows, unsupported_row
 
 
@@ -106,20 +107,9 @@ def norm_rows(
     tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(
-    x: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def launch(call: Operands) -> tuple[Tensor, Tensor]:
     """Returns the new residual (x itself when there is none) and y."""
-    x = dense_rows(x)
+    x, residual, index = dense_rows(call.x), call.residual, call.index
     tokens, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gated = residual is not None
@@ -127,7 +117,10 @@ def launch(
     out = torch.empty(stream.shape, dtype=stream.dtype, device=x.device) if gated else x
     if tokens == 0:
         return out, y
-    tables = [None if table is None else dense_rows(table) for table in (gate, scale, shift)]
+    tables = [
+        None if table is None else dense_rows(table)
+        for table in (call.gate, call.scale, call.shift)
+    ]
     present = [table for table in tables if table is not None]
     rows = present[0].shape[0] if present else 1
     # An absent operand is passed as x and never read.
@@ -145,20 +138,20 @@ def launch(
         *operands,
         x if index is None else index.contiguous(),
         rows,
-        x if weight is None else weight.contiguous(),
-        x if bias is None else bias.contiguous(),
+        x if call.weight is None else call.weight.contiguous(),
+        x if call.bias is None else call.bias.contiguous(),
         tokens,
         channels,
-        eps,
+        call.eps,
         GATED=gated,
-        HAS_GATE=gate is not None,
-        HAS_SCALE=scale is not None,
-        HAS_SHIFT=shift is not None,
+        HAS_GATE=call.gate is not None,
+        HAS_SCALE=call.scale is not None,
+        HAS_SHIFT=call.shift is not None,
         HAS_INDEX=index is not None and bool(present),
         PER_TOKEN=rows > 1,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        RMS=kind == "rms",
+        HAS_WEIGHT=call.weight is not None,
+        HAS_BIAS=call.bias is not None,
+        RMS=call.kind == "rms",
         ROWS=rows_each,
         BLOCK=block,
         num_warps=row_warps("norm_modulate", architecture(x.device), rows_each * block),
@@ -166,15 +159,5 @@ def launch(
     return out, y
 
 
-def run(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    index: Tensor | None,
-    *,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    return launch(x, None, None, scale, shift, index, kind, weight, bias, eps)[1]
+def run(call: Operands) -> Tensor:
+    return launch(call)[1]

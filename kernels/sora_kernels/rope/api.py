@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from sora_kernels import checks
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.library import register
+from sora_kernels.rope.operands import Operands
 
 OP = declare(
     "qk_norm_rope",
@@ -54,92 +55,21 @@ def qk_norm_rope(
     return q_out, None if k is None else k_out
 
 
-def check(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    across_heads: bool,
-) -> None:
-    """Everything that metadata can tell."""
-    op = OP.name
-    checks.check_packed_heads(op, "q", q)
-    checks.check_float(op, "q", q)
-    head_dim = q.shape[2]
-    checks.check_vector(op, "q_weight", q_weight, head_dim * (q.shape[1] if across_heads else 1))
-    if k is None:
-        if k_weight is not None:
-            raise ValueError(f"{op}: k_weight without k")
-    else:
-        checks.check_packed_heads(op, "k", k)
-        checks.check_float(op, "k", k, like=q)
-        if k.shape[0] != q.shape[0] or k.shape[2] != head_dim:
-            raise ValueError(
-                f"{op}: q {[*q.shape]}, k {[*k.shape]}; tokens and head_dim must be equal"
-            )
-        checks.check_vector(
-            op, "k_weight", k_weight, head_dim * (k.shape[1] if across_heads else 1)
-        )
-    if (cos is None) != (sin is None):
-        raise ValueError(f"{op}: cos and sin come together or not at all")
-    if cos is not None and sin is not None:
-        if head_dim % 2:
-            raise ValueError(f"{op}: head_dim {head_dim} is odd; rotation pairs channels")
-        for name, table in (("cos", cos), ("sin", sin)):
-            if table.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"{op}: {name} is {table.dtype}; float32 is due")
-            if table.dim() != 2 or tuple(table.shape) != (q.shape[0], head_dim // 2):
-                raise ValueError(
-                    f"{op}: {name} has shape {[*table.shape]}; "
-                    f"[{q.shape[0]}, {head_dim // 2}] is due"
-                )
-    checks.check_device(op, q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
-
-
-def run(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    across_heads: bool,
-    interleaved: bool,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Validate, dispatch, run. Returns an empty k when there is none."""
-    check(q, k, q_weight, k_weight, cos, sin, across_heads)
-    module = OP.resolve(backend, Case.of(q, "across heads" if across_heads else ""))
-    return module.run(
-        q,
-        k,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        across_heads=across_heads,
-        interleaved=interleaved,
-        eps=eps,
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Validate, dispatch, run: what the schema takes, the backend's name last. Returns an empty k
+    when there is none."""
+    *operands, backend = arguments
+    call = Operands(*operands)
+    call.check(OP.name)
+    return OP.resolve(backend, Case.of(call.q, "across heads" if call.across_heads else "")).run(
+        call
     )
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    across_heads: bool,
-    interleaved: bool,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    check(q, k, q_weight, k_weight, cos, sin, across_heads)
-    return q.new_empty(q.shape), q.new_empty((0,) if k is None else k.shape)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = Operands(*arguments[:-1])
+    call.check(OP.name)
+    return call.each(lambda x, _: x.new_empty(x.shape))
 
 
 _op = register(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
+from sora_kernels.rope.operands import Operands
 
 
 def unsupported(case: Case) -> str | None:
@@ -45,19 +46,6 @@ def _norm_rope(
     return y.to(x.dtype).contiguous()
 
 
-def run(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    across_heads: bool,
-    interleaved: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    q_out = _norm_rope(q, q_weight, cos, sin, across_heads, interleaved, eps)
-    if k is None:
-        return q_out, q.new_empty(0)
-    return q_out, _norm_rope(k, k_weight, cos, sin, across_heads, interleaved, eps)
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    rotation = call.cos, call.sin, call.across_heads, call.interleaved, call.eps
+    return call.each(lambda x, weight: _norm_rope(x, weight, *rotation))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, row_warps
+from sora_kernels.rope.operands import Operands
 from sora_kernels.triton_support import MAX_CHANNELS, dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
@@ -147,19 +148,6 @@ def _norm_rope(
     return y
 
 
-def run(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    across_heads: bool,
-    interleaved: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    q_out = _norm_rope(q, q_weight, cos, sin, across_heads, interleaved, eps)
-    if k is None:
-        return q_out, q.new_empty(0)
-    return q_out, _norm_rope(k, k_weight, cos, sin, across_heads, interleaved, eps)
+def run(call: Operands) -> tuple[Tensor, Tensor]:
+    rotation = call.cos, call.sin, call.across_heads, call.interleaved, call.eps
+    return call.each(lambda x, weight: _norm_rope(x, weight, *rotation))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from sora_kernels import checks
+from sora_kernels.attention.operands import check_heads, check_scale
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.grids import check_grids, check_tokens, flatten
 from sora_kernels.library import register
 from sora_kernels.segments import offsets_of
+from sora_kernels.windowed.operands import Operands
 from sora_kernels.windowed.plan import BlockPlan, check_window
 
 OP = declare(
@@ -92,14 +95,7 @@ def check(
 ) -> None:
     """Everything that metadata can tell."""
     op = OP.name
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.check_packed_heads(op, name, tensor)
-        checks.check_float(op, name, tensor, like=q)
-    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
-        raise ValueError(
-            f"{op}: q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}; "
-            "k and v must be equal in shape, and equal to q in heads and head_dim"
-        )
+    check_heads(op, q, k, v)
     checks.check_cu_seqlens(op, "cu_seqlens", cu_seqlens)
     checks.check_device(op, q, k=k, v=v, cu_seqlens=cu_seqlens)
     check_window(op, window)
@@ -110,26 +106,14 @@ def check(
             f"{op}: {len(flat) // 3} grids, {len(flat_keys) // 3} key_grids, "
             f"{len(flat_origins) // 3} origins; they must be as many"
         )
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"{op}: scale {scale}; a positive number is due")
+    check_scale(op, scale)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    flat: Sequence[int],
-    flat_keys: Sequence[int],
-    flat_origins: Sequence[int],
-    window: Sequence[int],
-    scale: float,
-    tables: Sequence[Tensor],
-    shape: Sequence[int],
-    backend: str,
-) -> Tensor:
-    """Validate, dispatch, run."""
-    check(q, k, v, cu_seqlens, flat, flat_keys, flat_origins, window, scale)
+def run(*arguments: Any) -> Tensor:
+    """Validate, dispatch, run: what the schema takes, the backend's name last."""
+    q, k, v, cu_seqlens, flat, flat_keys, flat_origins, window, scale = arguments[:9]
+    tables, shape, backend = arguments[9:]
+    check(*arguments[:9])
     offsets = offsets_of(cu_seqlens) if q.device.type == "cpu" else None
     if offsets is not None:
         checks.check_offsets(OP.name, "cu_seqlens", offsets, q.shape[0], q.shape[0])
@@ -146,24 +130,12 @@ def run(
         checks.check_device(OP.name, q, plan=segments)
         plan = BlockPlan(segments, tiles, blocks, mask, patterns, bits, (t, h, w), *place, reach)
     module = OP.resolve(backend, Case.of(q, "mask" if plan and plan.mask.numel() else ""))
-    return module.run(q, k, v, *place, reach, scale=scale, plan=plan)
+    return module.run(Operands(q, k, v, *place, reach, scale, plan))
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    flat: Sequence[int],
-    flat_keys: Sequence[int],
-    flat_origins: Sequence[int],
-    window: Sequence[int],
-    scale: float,
-    tables: Sequence[Tensor],
-    shape: Sequence[int],
-    backend: str,
-) -> Tensor:
-    check(q, k, v, cu_seqlens, flat, flat_keys, flat_origins, window, scale)
+def _fake(*arguments: Any) -> Tensor:
+    check(*arguments[:9])
+    q: Tensor = arguments[0]
     return q.new_empty(q.shape)
 
 

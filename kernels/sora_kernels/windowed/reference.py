@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
-from sora_kernels.grids import Grid, starts_of
-from sora_kernels.windowed.plan import BlockPlan, SegmentMask, cell_index, masks_of, radii
+from sora_kernels.grids import Grid
+from sora_kernels.windowed.operands import Operands
+from sora_kernels.windowed.plan import SegmentMask, cell_index, masks_of, radii
 
 PAIRS = 1 << 22  # of the mask at a time
 
@@ -52,35 +53,22 @@ def visibility(
     return masked
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grids: tuple[Grid, ...],
-    key_grids: tuple[Grid, ...],
-    origins: tuple[Grid, ...],
-    window: Grid,
-    *,
-    scale: float,
-    plan: BlockPlan | None,
-) -> Tensor:
+def run(call: Operands) -> Tensor:
+    q, reach, masks = call.q, radii(call.window), masks_of(call.plan)
     wide = torch.promote_types(q.dtype, torch.float32)
-    reach = radii(window)
-    masks = masks_of(plan)
     parts = [q.new_empty(0, *q.shape[1:])]
-    q_starts, k_starts = starts_of(grids), starts_of(key_grids)
-    for i, (grid, key_grid, origin) in enumerate(zip(grids, key_grids, origins, strict=True)):
-        keys = k[k_starts[i] : k_starts[i + 1]].permute(1, 2, 0)
-        values = v[k_starts[i] : k_starts[i + 1]].transpose(0, 1)
+    for i, rows, keys_here, grid, key_grid, origin in call.segments():
+        keys = call.k[keys_here].permute(1, 2, 0)
+        values = call.v[keys_here].transpose(0, 1)
         seen_by = visibility(grid, key_grid, origin, reach, masks[i] if masks else None, q.device)
-        queries_here = q_starts[i + 1] - q_starts[i]
+        queries_here = rows.stop - rows.start
         some = max(1, PAIRS // max(1, keys.shape[-1]))
         for first in range(0, queries_here, some):
             last = min(first + some, queries_here)
             seen = seen_by(first, last)
-            queries = q[q_starts[i] + first : q_starts[i] + last].transpose(0, 1)
-            scores = ((queries * scale) @ keys).to(wide).masked_fill(~seen, float("-inf"))
+            queries = q[rows][first:last].transpose(0, 1)
+            scores = ((queries * call.scale) @ keys).to(wide).masked_fill(~seen, float("-inf"))
             # A query without keys has no finite score: 0, and not 0 / 0.
             weights = torch.softmax(scores, dim=-1).masked_fill(~seen.any(-1)[:, None], 0.0)
-            parts.append((weights.to(v.dtype) @ values).transpose(0, 1))
+            parts.append((weights.to(values.dtype) @ values).transpose(0, 1))
     return torch.cat(parts)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sora_kernels.dispatch import Case
-from sora_kernels.grids import Grid, starts_of
-from sora_kernels.windowed.plan import WHOLE, BlockPlan, SegmentMask, masks_of, radii
+from sora_kernels.grids import Grid
+from sora_kernels.windowed.operands import Operands
+from sora_kernels.windowed.plan import WHOLE, SegmentMask, masks_of, radii
 from sora_kernels.windowed.reference import coordinates, visibility
 
 BLOCK = 256  # queries at a time under a fine mask
@@ -96,26 +97,12 @@ def _by_blocks(
         out[rows] = part.masked_fill(blind[:, None, None], 0.0)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grids: tuple[Grid, ...],
-    key_grids: tuple[Grid, ...],
-    origins: tuple[Grid, ...],
-    window: Grid,
-    *,
-    scale: float,
-    plan: BlockPlan | None,
-) -> Tensor:
-    reach = radii(window)
+def run(call: Operands) -> Tensor:
+    q, k, v, window, scale = call.q, call.k, call.v, call.window, call.scale
+    reach, masks = radii(window), masks_of(call.plan)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    q_starts, k_starts = starts_of(grids), starts_of(key_grids)
-    masks = masks_of(plan)
-    for i, (grid, key_grid, origin) in enumerate(zip(grids, key_grids, origins, strict=True)):
+    for i, rows, keys, grid, key_grid, origin in call.segments():
         if masks is not None:
-            rows = slice(q_starts[i], q_starts[i + 1])
-            keys = slice(k_starts[i], k_starts[i + 1])
             parts = q[rows], k[keys], v[keys], out[rows]
             if masks[i].grid[1] == 1 and window[1:] == (-1, -1) and masks[i].cell[2] == WHOLE:
                 _by_frames(*parts, masks[i], origin[0], reach[0], scale)
@@ -134,9 +121,9 @@ def run(
             last = min(key_grid[0], origin[0] + frame + reach[0] + 1)
             if first >= last:
                 continue
-            rows = slice(q_starts[i] + frame * q_frame, q_starts[i] + (frame + 1) * q_frame)
-            keys = slice(k_starts[i] + first * k_frame, k_starts[i] + last * k_frame)
+            seeing = slice(rows.start + frame * q_frame, rows.start + (frame + 1) * q_frame)
+            seen = slice(keys.start + first * k_frame, keys.start + last * k_frame)
             wide_mask = None if whole else mask.repeat(1, last - first)
-            part = _attend(q[rows], k[keys], v[keys], wide_mask, scale)
-            out[rows] = part if whole else part.masked_fill(blind[:, None, None], 0.0)
+            part = _attend(q[seeing], k[seen], v[seen], wide_mask, scale)
+            out[seeing] = part if whole else part.masked_fill(blind[:, None, None], 0.0)
     return out

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from sora_kernels.attention.plan import padded_width
 from sora_kernels.dispatch import Case
-from sora_kernels.grids import Grid
 from sora_kernels.launch import architecture, find, find_or_raise
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
-from sora_kernels.windowed.plan import BlockPlan, build_cached, radii
+from sora_kernels.windowed.operands import Operands
+from sora_kernels.windowed.plan import build_cached, radii
 
 
 def unsupported(case: Case) -> str | None:
@@ -166,26 +166,16 @@ def windowed_attention_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grids: tuple[Grid, ...],
-    key_grids: tuple[Grid, ...],
-    origins: tuple[Grid, ...],
-    window: Grid,
-    *,
-    scale: float,
-    plan: BlockPlan | None,
-) -> Tensor:
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+def run(call: Operands) -> Tensor:
+    q, k, v, plan = dense_rows(call.q), dense_rows(call.k), dense_rows(call.v), call.plan
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _, heads, head_dim = q.shape
     width = padded_width(head_dim)
     arch = architecture(q.device)
     launch = find_or_raise("windowed_attention", arch, q.dtype, width)
     if plan is None:
-        plan = build_cached(grids, key_grids, origins, window, launch.tokens, q.device)
+        place = call.grids, call.key_grids, call.origins, call.window
+        plan = build_cached(*place, launch.tokens, q.device)
     elif math.prod(plan.shape) != launch.tokens:
         raise ValueError(
             f"windowed_attention: the plan has tiles of {math.prod(plan.shape)} tokens, this "
@@ -193,7 +183,7 @@ def run(
         )
     if plan.tiles.shape[0] == 0:
         return out
-    reach = radii(window)
+    reach = radii(call.window)
     windowed_attention_kernel[(plan.tiles.shape[0], heads)](
         q,
         k,
@@ -208,7 +198,7 @@ def run(
         plan.bits,
         heads,
         head_dim,
-        scale * math.log2(math.e),
+        call.scale * math.log2(math.e),
         *reach,
         HAS_MASK=plan.mask.numel() > 0,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",

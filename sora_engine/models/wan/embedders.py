@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sora_engine.models.linear import steady
 from sora_engine.models.wan.blocks import FeedForward
 from sora_engine.models.wan.config import WanConfig
+from sora_kernels import norm_modulate
 
 ROPE_THETA = 10_000.0
 
@@ -80,7 +81,7 @@ class ImageEmbedder(nn.Module):
                     f"(first and last frame), got {len(tokens)}"
                 )
             tokens = tokens + self.pos_embed[0]
-        return _norm_in_fp32(self.norm2, self.ff(_norm_in_fp32(self.norm1, tokens)))
+        return _layer_norm(self.norm2, self.ff(_layer_norm(self.norm1, tokens)))
 
 
 def rope_tables(coords: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
@@ -105,6 +106,6 @@ def embed_patches(tokens: Tensor, patch: nn.Conv3d) -> Tensor:
     return steady(lambda x: F.linear(x, weight, patch.bias), tokens)
 
 
-def _norm_in_fp32(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm in fp32, as diffusers has it."""
+    return norm_modulate(x, None, None, weight=norm.weight, bias=norm.bias, eps=norm.eps)
