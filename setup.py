@@ -1,8 +1,9 @@
 """Maps `kernels/sora_kernels` to the package `sora_kernels` and builds csrc where it can.
 
 The native library is optional: without torch, a C++ compiler or the right platform it is left out
-with a message, and the other backends serve. Nothing here probes a GPU. All else is in
-pyproject.toml.
+with a message, and the other backends serve. Its CUDA kernels are built where there are nvcc and a
+CUDA build of torch of the same major version (SORA_CUDA=0 leaves them out, SORA_CUDA=1 builds them
+for any torch). Nothing here probes a GPU. All else is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
+import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -36,12 +41,49 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
         "-mprefer-vector-width=512",
     ]
+CUDA = ["csrc/cuda/norm.cu", "csrc/cuda/rope.cu"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Machine code of these, and PTX of the first for what is between and after them.
+CUDA_ARCHITECTURES = ("80", "90a", "100")
 
 
 def torch_folder() -> Path | None:
     """Where torch lies, found without importing it (its C++ extension helpers look for a GPU)."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+class Toolkit(NamedTuple):
+    """Where CUDA's compiler is, and its headers and libraries."""
+
+    nvcc: str
+    home: Path
+
+
+def toolkit(torch: Path) -> Toolkit | str:
+    """The CUDA toolkit to build with, or why there is none."""
+    wanted = os.environ.get("SORA_CUDA")
+    if wanted == "0":
+        return "SORA_CUDA=0"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    on_path = shutil.which("nvcc")
+    if on_path is not None:
+        homes.insert(2, str(Path(on_path).resolve().parents[1]))
+    for home in map(Path, filter(None, homes)):
+        nvcc = shutil.which("nvcc", path=str(home / "bin"))
+        if nvcc is not None and (home / "include/cuda_runtime_api.h").exists():
+            break
+    else:
+        return "no nvcc with its headers; CUDA_HOME names the toolkit's folder"
+    if wanted != "1":
+        of_torch = re.search(r"^cuda\b.*= '(\d+)\.", (torch / "version.py").read_text(), re.M)
+        if of_torch is None:
+            return "torch is a CPU build"
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+        release = re.search(r"release (\d+)\.", said.stdout)
+        if release is None or release[1] != of_torch[1]:
+            return f"nvcc is of CUDA {release and release[1]}, torch of CUDA {of_torch[1]}"
+    return Toolkit(nvcc, home)
 
 
 class BuildNative(build_ext):
@@ -68,7 +110,9 @@ class BuildNative(build_ext):
         if sys.platform == "win32":
             return self.leave_out("the sources need GCC or Clang")
         includes = [str(torch / "include"), str(torch / "include/torch/csrc/api/include")]
-        defines = [("SORA_X86", "1")] if len(ISAS) > 1 else []
+        digest = runpy.run_path(str(ROOT / "kernels/sora_kernels/sources.py"))["digest"]
+        defines = [("SORA_SOURCES", f'"{digest(ROOT / "csrc")}"')]
+        defines += [("SORA_X86", "1")] if len(ISAS) > 1 else []
         objects: list[str] = []
         for isa, flags in ISAS.items():
             objects += self.compiler.compile(
@@ -78,6 +122,22 @@ class BuildNative(build_ext):
                 extra_postargs=[*FLAGS, *flags],
                 depends=ext.depends,
             )
+        libraries, folders = ["c10", "torch_cpu"], [torch / "lib"]
+        cuda = toolkit(torch)
+        if isinstance(cuda, Toolkit):
+            try:
+                objects += self.compile_cuda(cuda)
+            except Exception as error:
+                cuda = str(error)
+        if isinstance(cuda, Toolkit):
+            defines.append(("SORA_CUDA", "1"))
+            includes.append(str(cuda.home / "include"))
+            libraries.append("cudart")
+            folders.append(cuda.home / "lib64")
+        elif os.environ.get("SORA_CUDA") == "1":
+            return self.leave_out(cuda)
+        else:
+            print(f"sora_kernels: without CUDA kernels ({cuda})", file=sys.stderr)
         objects += self.compiler.compile(
             ONCE,
             output_dir=self.build_temp,
@@ -87,16 +147,29 @@ class BuildNative(build_ext):
             extra_postargs=[*FLAGS, "-O1", "-g0"],
             depends=ext.depends,
         )
-        rpath = [] if sys.platform == "darwin" else [f"-Wl,-rpath,{torch / 'lib'}"]
+        rpath = [] if sys.platform == "darwin" else [f"-Wl,-rpath,{folder}" for folder in folders]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            libraries=["c10", "torch_cpu"],
-            library_dirs=[str(torch / "lib")],
+            libraries=libraries,
+            library_dirs=[str(folder) for folder in folders],
             extra_postargs=rpath,
             target_lang="c++",
         )
         return None
+
+    def compile_cuda(self, cuda: Toolkit) -> list[str]:
+        """Objects of csrc/cuda. These files see no header of PyTorch."""
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+        oldest = CUDA_ARCHITECTURES[0]
+        codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+        objects = []
+        for source in CUDA:
+            target = Path(self.build_temp) / "cuda" / f"{Path(source).stem}.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn([cuda.nvcc, *CUDA_FLAGS, *codes, "-c", source, "-o", str(target)])
+            objects.append(str(target))
+        return objects
 
 
 setup(
@@ -109,7 +182,9 @@ setup(
         Extension(
             "sora_kernels._native",
             sources=[*PER_ISA, *ONCE],
-            depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.h")),
+            depends=sorted(
+                str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix != ".cpp"
+            ),
             optional=True,
         )
     ],

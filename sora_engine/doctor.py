@@ -134,7 +134,8 @@ def _csrc() -> str:
     csrc = importlib.import_module("sora_kernels.csrc")
     why = csrc.problem()
     if why is None:
-        return f"built, running its {csrc.instruction_set()} kernels"
+        cuda = "with" if csrc.has_cuda() else "without"
+        return f"built, running its {csrc.instruction_set()} kernels; {cuda} CUDA kernels"
     return f"not in use: {why}"
 
 

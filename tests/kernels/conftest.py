@@ -6,17 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 # Triton reads this when a kernel is decorated, so it stands before any kernel is imported. Tests
 # that compile kernels run in processes of their own.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "kernels" / "sora_kernels"
 
 hypothesis.settings.register_profile(
     "quick", max_examples=25, deadline=None, derandomize=True, database=None
@@ -25,16 +26,13 @@ hypothesis.settings.register_profile("thorough", max_examples=400, deadline=None
 hypothesis.settings.load_profile(os.environ.get("SORA_HYPOTHESIS", "quick"))
 
 
-def native_is_stale() -> bool:
-    built = [path.stat().st_mtime for path in PACKAGE.glob("_native*.so")]
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*")]
-    return not built or max(built) < max(path.stat().st_mtime for path in sources)
-
-
 @pytest.fixture(scope="session")
 def native_library() -> None:
-    """The library from csrc, built first if need be (20 s). Skips where there is no compiler."""
-    if native_is_stale():
+    """The library from csrc, built first where it is missing or stale (20 s); skips where there is
+    no compiler."""
+    from sora_kernels import csrc
+
+    if csrc.problem() is not None:
         if shutil.which("c++") is None and shutil.which("g++") is None:
             pytest.skip("no C++ compiler to build the native library")
         subprocess.run(
@@ -44,10 +42,18 @@ def native_library() -> None:
             env={**os.environ, "SORA_REQUIRE_NATIVE": "1"},
             capture_output=True,
         )
-    from sora_kernels import csrc
-
     csrc.problem.cache_clear()
     assert csrc.problem() is None
+
+
+@pytest.fixture(scope="module")
+def poisoned_outputs() -> Iterator[None]:
+    """New tensors are full of NaN, in Python and in C++: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    assert torch.empty(2, 2, dtype=torch.bfloat16).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

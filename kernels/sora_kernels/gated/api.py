@@ -16,6 +16,7 @@ OP = declare(
         "reference": "sora_kernels.gated.reference",
         "native": "sora_kernels.gated.native",
         "triton": "sora_kernels.gated.triton",
+        "cuda": "sora_kernels.gated.cuda",
     },
     order={"cpu": ("native",), "cuda": ("triton",)},
 )
@@ -57,7 +58,7 @@ def gate_residual_norm_modulate(
 
 def _checked(x: Tensor, residual: Tensor, gate: Tensor | None, *others: Any) -> Operands:
     """The call of the schema's arguments, the backend's name aside."""
-    call = Operands(x, *others, residual=residual, gate=gate)
+    call = Operands(x, *others, residual, gate)
     call.check(OP.name)
     return call
 

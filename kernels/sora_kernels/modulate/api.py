@@ -16,6 +16,7 @@ OP = declare(
         "reference": "sora_kernels.modulate.reference",
         "native": "sora_kernels.modulate.native",
         "triton": "sora_kernels.modulate.triton",
+        "cuda": "sora_kernels.modulate.cuda",
     },
     order={"cpu": ("native",), "cuda": ("triton",)},
 )

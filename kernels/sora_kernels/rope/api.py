@@ -16,6 +16,7 @@ OP = declare(
         "reference": "sora_kernels.rope.reference",
         "native": "sora_kernels.rope.native",
         "triton": "sora_kernels.rope.triton",
+        "cuda": "sora_kernels.rope.cuda",
     },
     order={"cpu": ("native",), "cuda": ("triton",)},
 )
