@@ -17,12 +17,24 @@ seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(["dense", "rows", "gaps"])
 magnitudes = st.sampled_from([1.0, 1.0, 1e-3, 30.0])
+# Where norms follow, values may be far from 1.
+far_magnitudes = st.sampled_from([1.0, 1.0, 1e-6, 30.0, 1e3])
 # One less and one more than the vectors and blocks of kernels.
 lengths = st.one_of(st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 37, 63]), st.integers(0, 70))
 
 
 def clone_dense(tensor):
     return None if tensor is None else tensor.clone()
+
+
+def turned(tensor, counts):
+    """The segments of a packed tensor in reverse order."""
+    return torch.cat(tensor.split(list(counts))[::-1])
+
+
+def order_of(count):
+    """An order that leaves few in their places."""
+    return torch.randperm(count, generator=generator(count))
 
 
 def wide(tensor):
@@ -83,11 +95,19 @@ def check_attention(case, backend, slack=None):
     again, again_lse = sk.packed_attention(q, k, v, cu_q, cu_k, backend=backend, **kwargs)
     assert torch.equal(out, again)
     assert torch.equal(lse, again_lse)
-    # Without the log-sum-exp another path may serve; it must say the same.
+    # Without the log-sum-exp another path may serve; and segments may come in another order.
+    q_lens, k_lens = case["q_lens"], case["k_lens"]
     alone = sk.packed_attention(
-        q, k, v, cu_q, cu_k, backend=backend, **{**kwargs, "return_lse": False}
+        turned(q, q_lens),
+        turned(k, k_lens),
+        turned(v, k_lens),
+        offsets(q_lens[::-1]),
+        offsets(k_lens[::-1]),
+        backend=backend,
+        **{**kwargs, "return_lse": False},
     )
-    check_within_budget("out without lse", alone, ref, low, slack)
+    expected = turned(ref, q_lens), turned(low, q_lens)
+    check_within_budget("out without lse, segments turned", alone, *expected, slack)
 
 
 @st.composite
@@ -104,7 +124,7 @@ def modulation_cases(draw, max_tokens=40, channels=(1, 7, 16, 33, 64, 200, 384))
         "seed": draw(seeds),
         "layout": draw(layouts),
         "table_layout": draw(layouts),
-        "magnitude": draw(magnitudes),
+        "magnitude": draw(far_magnitudes),
         "index_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
     }
 
@@ -136,10 +156,20 @@ def modulation_inputs(case):
     return x, residual, tables, index, norm
 
 
-def check_norm_modulate(case, backend):
-    x, _, tables, index, norm = modulation_inputs(case)
+def shuffled_tokens(case, order, inputs):
+    """`modulation_inputs` with their tokens in another order."""
+    x, residual, tables, index, norm = inputs
+    if case["rows"] == "token":
+        tables = {name: None if t is None else t[order] for name, t in tables.items()}
+    return x[order], residual[order], tables, None if index is None else index[order], norm
 
-    def call(backend, cast=lambda t: t):
+
+def check_norm_modulate(case, backend):
+    inputs = modulation_inputs(case)
+    x = inputs[0]
+
+    def call(backend, cast=lambda t: t, inputs=inputs):
+        x, _, tables, index, norm = inputs
         return sk.norm_modulate(
             cast(x),
             cast(tables["scale"]),
@@ -152,12 +182,17 @@ def check_norm_modulate(case, backend):
     out = call(backend)
     check_within_budget("y", out, call("reference", wide), call("reference"), SLACK[case["dtype"]])
     assert torch.equal(out, call(backend))
+    order = order_of(len(x))
+    shuffled = call(backend, inputs=shuffled_tokens(case, order, inputs))
+    assert torch.equal(shuffled, out[order])
 
 
 def check_gated(case, backend):
-    x, residual, tables, index, norm = modulation_inputs(case)
+    inputs = modulation_inputs(case)
+    x, _, tables, index, norm = inputs
 
-    def call(backend, cast=lambda t: t):
+    def call(backend, cast=lambda t: t, inputs=inputs):
+        x, residual, tables, index, norm = inputs
         return sk.gate_residual_norm_modulate(
             cast(x),
             cast(residual),
@@ -189,6 +224,9 @@ def check_gated(case, backend):
     again, y_again = call(backend)
     assert torch.equal(out, again)
     assert torch.equal(y, y_again)
+    order = order_of(len(x))
+    shuffled = call(backend, inputs=shuffled_tokens(case, order, inputs))
+    assert all(map(torch.equal, shuffled, (out[order], y[order])))
 
 
 @st.composite
@@ -202,7 +240,7 @@ def causal_cases(draw, max_pixels=12, channels=(1, 7, 16, 33, 64, 96, 200)):
         "dtype": draw(dtypes),
         "seed": draw(seeds),
         "layout": draw(layouts),
-        "magnitude": draw(magnitudes),
+        "magnitude": draw(far_magnitudes),
     }
 
 
@@ -214,7 +252,7 @@ def check_causal(case, backend):
     past = guarded((case["batch"], case["kept"], *inside), case["dtype"], rng, **made)
     weight = guarded((case["channels"],), torch.float32, rng)
 
-    def call(backend, cast=lambda t: t):
+    def call(backend, cast=lambda t: t, x=x, past=past):
         return sk.causal_norm_silu(cast(x), cast(past), cast(weight), backend=backend)
 
     outs, lows, refs = call(backend), call("reference"), call("reference", wide)
@@ -224,6 +262,9 @@ def check_causal(case, backend):
     assert torch.equal(outs[0][:, : case["kept"]], past)
     assert torch.equal(outs[0][:, case["frames"] :], outs[1])
     assert all(map(torch.equal, outs, call(backend)))
+    order = order_of(case["pixels"])
+    shuffled = call(backend, x=x[:, :, order], past=past[:, :, order])
+    assert all(map(torch.equal, shuffled, (out[:, :, order] for out in outs)))
 
 
 @st.composite
@@ -240,7 +281,7 @@ def rope_cases(draw, max_tokens=30, head_dims=(2, 8, 16, 40, 64, 72, 128)):
         "dtype": draw(dtypes),
         "seed": draw(seeds),
         "layout": draw(layouts),
-        "magnitude": draw(magnitudes),
+        "magnitude": draw(far_magnitudes),
     }
 
 
@@ -261,22 +302,29 @@ def check_rope(case, backend):
         angle = torch.randn(tokens, head_dim // 2, generator=rng)
         cos, sin = angle.cos(), angle.sin()
 
-    def call(backend, cast=lambda t: t):
+    def call(backend, cast=lambda t: t, order=slice(None)):
+        q_here, k_here, cos_here, sin_here = (
+            None if t is None else t[order] for t in (q, k, cos, sin)
+        )
         return sk.qk_norm_rope(
-            *(cast(t) for t in (q, k, q_weight, k_weight, cos, sin)),
+            *(cast(t) for t in (q_here, k_here, q_weight, k_weight, cos_here, sin_here)),
             across_heads=case["across_heads"],
             interleaved=case["interleaved"],
             backend=backend,
         )
 
     outs, lows, refs = call(backend), call("reference"), call("reference", wide)
-    again = call(backend)
-    for name, out, low, ref, same in zip("qk", outs, lows, refs, again, strict=True):
+    order = order_of(tokens)
+    again, shuffled = call(backend), call(backend, order=order)
+    for name, out, low, ref, same, moved in zip(
+        "qk", outs, lows, refs, again, shuffled, strict=True
+    ):
         if out is None:
             assert ref is None
             continue
         check_within_budget(name, out, ref, low, SLACK[case["dtype"]])
         assert torch.equal(out, same)
+        assert torch.equal(out[order], moved)
 
 
 @st.composite
@@ -312,46 +360,69 @@ def tokens_of(grids):
 
 
 def check_temporal(case, backend):
-    q, k, v = grid_inputs(case, [sum(tokens_of(case["grids"]))] * 3)
+    counts = tokens_of(case["grids"])
+    inputs = grid_inputs(case, [sum(counts)] * 3)
 
-    def call(backend, cast=lambda t: t):
-        return sk.temporal_attention(cast(q), cast(k), cast(v), case["grids"], backend=backend)
+    def call(backend, cast=lambda t: t, inputs=inputs, grids=case["grids"]):
+        return sk.temporal_attention(*map(cast, inputs), grids, backend=backend)
 
-    out = call(backend)
-    check_within_budget(
-        "out", out, call("reference", wide), call("reference"), SLACK[case["dtype"]]
-    )
+    out, slack = call(backend), SLACK[case["dtype"]]
+    low, ref = call("reference"), call("reference", wide)
+    check_within_budget("out", out, ref, low, slack)
     assert torch.equal(out, call(backend))
+    other = call(backend, inputs=[turned(x, counts) for x in inputs], grids=case["grids"][::-1])
+    check_within_budget("segments turned", turned(other, counts[::-1]), ref, low, slack)
 
 
 def check_windowed(case, backend):
     grids = case["grids"]
-    queries, origins = grids, None
+    queries, origins = grids, [(0, 0, 0)] * len(grids)
     if case["shard"]:
         origins = [(t // 2, 0, 0) for t, _, _ in grids]
         queries = [(t - t // 2, h, w) for t, h, w in grids]
-    q_count, k_count = sum(tokens_of(queries)), sum(tokens_of(grids))
-    q, k, v = grid_inputs(case, [q_count, k_count, k_count])
-    cu = offsets(tokens_of(queries))
+    q_counts, k_counts = tokens_of(queries), tokens_of(grids)
+    counts = q_counts, k_counts, k_counts
+    inputs = grid_inputs(case, map(sum, counts))
 
-    def call(backend, cast=lambda t: t):
+    def call(backend, cast=lambda t: t, inputs=inputs, step=1):
         return sk.windowed_attention(
-            cast(q),
-            cast(k),
-            cast(v),
-            cu,
-            queries,
+            *map(cast, inputs),
+            offsets(q_counts[::step]),
+            queries[::step],
             case["window"],
-            key_grids=grids,
-            origins=origins,
+            key_grids=grids[::step],
+            origins=origins[::step],
             backend=backend,
         )
 
-    out = call(backend)
-    check_within_budget(
-        "out", out, call("reference", wide), call("reference"), SLACK[case["dtype"]]
-    )
+    out, slack = call(backend), SLACK[case["dtype"]]
+    low, ref = call("reference"), call("reference", wide)
+    check_within_budget("out", out, ref, low, slack)
     assert torch.equal(out, call(backend))
+    other = call(backend, inputs=list(map(turned, inputs, counts)), step=-1)
+    check_within_budget("segments turned", turned(other, q_counts[::-1]), ref, low, slack)
+
+
+def check_a_thousand_segments(backend, heads=2, longest=6, filled=1.0):
+    """Of few tokens or none, in another order than the reference has them. filled: the share of
+    them that is drawn; the others are empty."""
+    rng = generator(0)
+    lens = torch.randint(0, longest + 1, (1000,), generator=rng)
+    lens = (lens * (torch.rand(1000, generator=rng) < filled)).tolist()
+    parts = [torch.randn(3, n, heads, 16, generator=rng) for n in lens]
+    order = torch.randperm(1000, generator=rng).tolist()
+
+    def run(backend, parts):
+        q, k, v = torch.cat(parts, 1)
+        counts = [part.shape[1] for part in parts]
+        cu = offsets(counts)
+        lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        return sk.packed_attention(q, k, v, cu, cu, backend=backend, **lengths).split(counts)
+
+    expected = run("reference", [part.double() for part in parts])
+    shuffled = run(backend, [parts[i] for i in order])
+    for one, i in zip(shuffled, order, strict=True):
+        torch.testing.assert_close(one, expected[i].float(), rtol=1e-5, atol=1e-6)
 
 
 def check_neighbours_do_not_leak(backend, q_lens, k_lens, head_dim=16):

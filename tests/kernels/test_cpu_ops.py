@@ -12,6 +12,7 @@ import torch
 from cases import (
     attention_cases,
     causal_cases,
+    check_a_thousand_segments,
     check_attention,
     check_causal,
     check_gated,
@@ -31,6 +32,8 @@ from sora_kernels import csrc
 from sora_kernels.testing import check_within_budget, generator, guarded, offsets
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.mark.usefixtures("native_library")
@@ -139,21 +142,7 @@ BACKENDS = ["reference", "sdpa", "native"]
 @pytest.mark.usefixtures("native_library")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_thousand_segments_in_any_order(backend):
-    """Shuffling segments shuffles the result and changes nothing else."""
-    rng = generator(0)
-    lens = torch.randint(0, 7, (1000,), generator=rng).tolist()
-    parts = [torch.randn(3, n, 2, 16, generator=rng) for n in lens]
-    order = torch.randperm(1000, generator=rng).tolist()
-
-    def run(parts):
-        q, k, v = torch.cat(parts, 1)
-        cu = offsets([part.shape[1] for part in parts])
-        out = sk.packed_attention(q, k, v, cu, cu, max_seqlen_q=6, max_seqlen_k=6, backend=backend)
-        return out.split([part.shape[1] for part in parts])
-
-    straight, shuffled = run(parts), run([parts[i] for i in order])
-    for place, i in enumerate(order):
-        torch.testing.assert_close(shuffled[place], straight[i], rtol=1e-5, atol=1e-6)
+    check_a_thousand_segments(backend)
 
 
 @pytest.mark.usefixtures("native_library")

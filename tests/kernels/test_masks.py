@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import sora_kernels as sk
 from sora_kernels.testing import check_within_budget, generator, offsets
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 
 def cells(grid, cell):
     """The cell of each token of a grid, from the words of the definition."""

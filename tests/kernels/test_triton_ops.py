@@ -8,6 +8,7 @@ import torch
 from cases import (
     attention_cases,
     causal_cases,
+    check_a_thousand_segments,
     check_attention,
     check_causal,
     check_gated,
@@ -28,7 +29,7 @@ from sora_kernels.testing import generator, offsets
 # The interpreter takes about 10 ms for each tile of an attention kernel.
 FEW = settings().max_examples // 2
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_outputs")
 
 
 def test_the_mended_casts_round_as_pytorch_does():
@@ -96,6 +97,10 @@ def test_temporal_attention_over_several_tiles_of_frames():
 @given(grid_cases(max_segments=2, head_dims=(16, 40)))
 def test_windowed_attention(case):
     check_windowed(case, "triton")
+
+
+def test_a_thousand_segments_in_any_order():
+    check_a_thousand_segments("triton", heads=1, longest=2, filled=0.1)
 
 
 # A batch of unequal segments, and one of equal segments that takes the dense path.
