@@ -52,6 +52,31 @@ def check_norm(backend: str, device: str, dtype: torch.dtype) -> None:
         check_within_budget(f"gated {backend} {name}", result, expected, plain, slack=4.0)
 
 
+def check_plain_norm(backend: str, device: str, dtype: torch.dtype) -> None:
+    rng = generator(5)
+    x = torch.randn(333, 1536, generator=rng).to(device, dtype)
+    table = torch.randn(333, 1536, generator=rng).to(device)
+
+    def call(backend: str, cast: torch.dtype) -> torch.Tensor:
+        return sk.norm_modulate(x.to(cast), table, table, kind="rms", backend=backend)
+
+    low, ref = call("reference", dtype), call("reference", torch.float64)
+    check_within_budget(f"norm {backend}", call(backend, dtype), ref, low, slack=4.0)
+
+
+def check_causal(backend: str, device: str, dtype: torch.dtype) -> None:
+    rng = generator(6)
+    x, past = (torch.randn(1, n, 77, 384, generator=rng).to(device, dtype) for n in (3, 2))
+    weight = torch.randn(384, generator=rng).to(device)
+
+    def call(backend: str, cast: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return sk.causal_norm_silu(x.to(cast), past.to(cast), weight, backend=backend)
+
+    low, ref, out = call("reference", dtype), call("reference", torch.float64), call(backend, dtype)
+    for name, result, expected, plain in zip(("joined", "cache"), out, ref, low, strict=True):
+        check_within_budget(f"causal {backend} {name}", result, expected, plain, slack=4.0)
+
+
 def check_rope(backend: str, device: str, dtype: torch.dtype) -> None:
     rng = generator(2)
     q, k = (torch.randn(333, 12, 128, generator=rng).to(device, dtype) for _ in range(2))
@@ -125,6 +150,10 @@ def numerics(device: str) -> None:
             continue  # compiling it takes a minute; tests/kernels hold it to the budget
         for lengths in batches:
             check_attention(backend, device, dtype, lengths)
+    for backend in served("norm_modulate"):
+        check_plain_norm(backend, device, dtype)
+    for backend in served("causal_norm_silu"):
+        check_causal(backend, device, dtype)
     for backend in served("gate_residual_norm_modulate"):
         check_norm(backend, device, dtype)
     for backend in served("qk_norm_rope"):
