@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +59,7 @@ def gate_residual_norm_modulate(
 
 def _checked(x: Tensor, residual: Tensor, gate: Tensor | None, *others: Any) -> Operands:
     """The call of the schema's arguments, the backend's name aside."""
-    call = Operands(x, *others, residual, gate)
+    call = replace(Operands(x, *others), residual=residual, gate=gate)
     call.check(OP.name)
     return call
 

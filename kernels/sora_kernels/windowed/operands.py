@@ -15,7 +15,7 @@ from sora_kernels.windowed.plan import BlockPlan
 class Segment(NamedTuple):
     """One segment: rows of the queries and of the keys, their grids, and the queries' origin."""
 
-    index: int
+    number: int
     rows: slice
     keys: slice
     grid: Grid
