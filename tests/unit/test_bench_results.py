@@ -166,3 +166,26 @@ def test_the_tables_are_what_the_results_say(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- bench: " in text
     assert fill(text, ROOT / "benchmarks" / "results") == text
+
+
+def test_the_autoencoders_table_is_what_its_results_say():
+    text = (ROOT / "docs" / "vae.md").read_text(encoding="utf-8")
+    records = json.loads((ROOT / "benchmarks" / "results" / "vae.json").read_text())
+    timed = memory = 0
+    for found in (entry for record in records for entry in record["results"]):
+        if "wall_ratio" in found:
+            shape = found["name"].removeprefix("decode ").partition(" ")[0]
+            wall, cpu = found["wall_ratio"], found["cpu_ratio"]
+            timed += 1
+            assert (
+                f"| {shape} | {found['diffusers_s']:.2f} s | {found['ours_s']:.2f} s | "
+                f"{wall['median']:.2f} ({min(wall['all']):.2f} to {max(wall['all']):.2f}) | "
+                f"{cpu['median']:.2f} |"
+            ) in text
+        else:
+            sides = (found["peak_bytes"][side].values() for side in ("diffusers", "ours"))
+            theirs, ours = (", ".join(f"{n / 2**20:.1f}" for n in side) for side in sides)
+            memory += 1
+            assert f"| {theirs} | {ours} |" in text
+    assert timed == 2
+    assert memory >= 1
