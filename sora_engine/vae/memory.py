@@ -140,8 +140,8 @@ def encode_peak_bytes(
     *,
     offload: bool = False,
 ) -> int:
-    """As `decode_peak_bytes`, of encoding frames into latents of that shape; the frames that are
-    put in are not counted."""
+    """As `decode_peak_bytes`, of encoding frames into latents of that shape. The frames of three
+    latents that are put in are counted too."""
     height, width = latent_shape[-2:]
     return _peak(encode_memory, config, height, width, dtype, tiles, offload, False)
 

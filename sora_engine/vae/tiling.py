@@ -113,8 +113,8 @@ class TiledCoder(ChunkCoder[TiledState[S]], Generic[S]):
         tops = starts(height, tile_h, self.plan.overlap)
         lefts = starts(width, tile_w, self.plan.overlap)
         if len(tops) == len(lefts) == 1:
-            out, new = run(x, state.tiles[0] if state else None, consume=consume)
-            return out, TiledState([new])
+            out, only = run(x, state.tiles[0] if state else None, consume=consume)
+            return out, TiledState([only])
         rows = blend_weights(height * unit_out, tile_h * unit_out, [t * unit_out for t in tops])
         columns = blend_weights(width * unit_out, tile_w * unit_out, [t * unit_out for t in lefts])
         total: Tensor | None = None
@@ -126,8 +126,10 @@ class TiledCoder(ChunkCoder[TiledState[S]], Generic[S]):
                 old: Any = state.tiles[len(states)] if state else None
                 if self.offload and old is not None:
                     old = old.to(x.device)
+                new: Any
                 part, new = run(x[..., ys, xs], old, consume=consume or self.offload)
-                del old
+                states.append(new.to("cpu") if self.offload else new)
+                del old, new  # the device holds them no longer while the next tile is at work
                 if total is None:
                     size = (height * unit_out, width * unit_out)
                     total = part.new_zeros((*part.shape[:3], *size))
@@ -135,7 +137,5 @@ class TiledCoder(ChunkCoder[TiledState[S]], Generic[S]):
                 ys = slice(top * unit_out, (top + tile_h) * unit_out)
                 xs = slice(left * unit_out, (left + tile_w) * unit_out)
                 total[..., ys, xs] += part * weight
-                kept: Any = new
-                states.append(kept.to("cpu") if self.offload else kept)
         assert total is not None
         return total, TiledState(states)

@@ -15,6 +15,8 @@ from sora_engine.errors import RequestError
 from sora_engine.vae import TiledCoder, TilePlan, VAEConfig, WanVAE
 from sora_engine.vae.fit import FittedCoder, free_bytes
 from sora_engine.vae.memory import (
+    NoScores,
+    StorageMeter,
     decode_memory,
     decode_peak_bytes,
     encode_memory,
@@ -22,6 +24,8 @@ from sora_engine.vae.memory import (
     plan_tiles,
     surely_fits,
 )
+from sora_engine.vae.state import VAEState
+from sora_engine.vae.tiling import starts
 from tests.parity.oracles import tiny_pipeline
 from tests.parity.vae_models import LAYOUTS, make_pair
 
@@ -41,7 +45,7 @@ def fitted(vae: WanVAE, budget: int | None = None) -> FittedCoder:
 @pytest.mark.parametrize(("pixels_h", "pixels_w"), [(1088, 1920), (2048, 2048)])
 def test_large_frames_fit_a_small_card(config, side, pixels_h, pixels_w):
     height, width = pixels_h // config.factor_spatial, pixels_w // config.factor_spatial
-    budget = 6 << 30
+    budget = 4 << 30
     options = {"dtype": torch.bfloat16, "offload": True}
     plan = plan_tiles(config, height, width, budget, encode=side == "encode", **options)
     peak_bytes = encode_peak_bytes if side == "encode" else decode_peak_bytes
@@ -51,6 +55,50 @@ def test_large_frames_fit_a_small_card(config, side, pixels_h, pixels_w):
     assert peak_bytes(config, (height, width), dtype, plan, offload=True) <= budget
     # Waiting tiles' caches are all that tiles without offloading hold more.
     assert peak_bytes(config, (height, width), dtype, plan) > budget
+
+
+@pytest.mark.parametrize(
+    ("config", "pixels_h", "pixels_w"), [(WAN21, 2048, 2048), (WAN22, 1088, 1920)]
+)
+def test_tiles_of_large_frames_hold_what_was_planned(config, pixels_h, pixels_w, monkeypatch):
+    # All tiles of three latent frames, on meta tensors: the host's memory is a place not counted.
+    def to(state, device):
+        if str(device) == "cpu":
+            moved = [None if cache is None else cache.shape for cache in state.caches]
+        else:
+            moved = [None if s is None else latent.new_empty(s) for s in state.caches]
+        return VAEState(tuple(moved), state.latent_frames)
+
+    height, width = pixels_h // config.factor_spatial, pixels_w // config.factor_spatial
+    budget, dtype = 4 << 30, torch.bfloat16
+    plan = plan_tiles(config, height, width, budget, dtype=dtype, offload=True)
+    promised = decode_peak_bytes(config, (height, width), dtype, plan, offload=True)
+    monkeypatch.setattr(VAEState, "to", to)
+    with torch.device("meta"):
+        vae = WanVAE(config).to(dtype).requires_grad_(False).prepare(onednn=False)
+    tiled = TiledCoder(vae, plan, offload=True)
+    calls, peaks, state = [], [], None
+    latent = torch.empty(1, config.z_dim, 1, height, width, dtype=dtype, device="meta")
+    plain = vae.decode_chunk
+    monkeypatch.setattr(
+        vae, "decode_chunk", lambda x, *a, **kw: calls.append(x.shape[3:]) or plain(x, *a, **kw)
+    )
+    with torch.no_grad(), NoScores():
+        for _ in range(3):
+            with StorageMeter() as meter:
+                frames, state = tiled.decode_chunk(latent, state, consume=True)
+            peaks.append(meter.peak)
+    assert frames.shape == (1, 3, 4, pixels_h, pixels_w)
+    tops, lefts = (
+        starts(side, tile, plan.overlap)
+        for side, tile in ((height, plan.height), (width, plan.width))
+    )
+    assert calls == [(plan.height, plan.width)] * (3 * len(tops) * len(lefts))
+    assert len(calls) > 3
+    assert plan.overlap == 8
+    # The largest tiles that fit: half as much again would not.
+    assert promised > budget / 2
+    assert 0.9 * promised < max(peaks) <= promised <= budget
 
 
 def test_the_promise_is_that_of_the_layers():
