@@ -77,6 +77,7 @@ class Engine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         vae_backend: str = "auto",
+        vae_cuda_graphs: str = "auto",
         attention_backend: str = "auto",
         components: str | PathLike[str] | None = None,
         parallel: ParallelConfig | Literal["auto"] | None = None,
@@ -93,6 +94,8 @@ class Engine:
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
                 (engines that `sora export-vae` has built); `"auto"` is torch.
+            vae_cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady
+                step as a CUDA graph; `"auto"` does so on a GPU, and logs where it cannot.
             attention_backend: a backend of `sora_kernels.packed_attention`.
             components: folder with VAE, text encoder and tokenizer for a single-file checkpoint.
             parallel: over how many ranks; the engine starts and owns them, on this machine.
@@ -112,6 +115,7 @@ class Engine:
                 device=device,
                 dtype=dtype,
                 vae_backend=vae_backend,
+                vae_cuda_graphs=vae_cuda_graphs,
                 attention_backend=attention_backend,
                 components=components,
             )
@@ -122,6 +126,7 @@ class Engine:
             device=device,
             dtype=dtype,
             vae_backend=vae_backend,
+            vae_cuda_graphs=vae_cuda_graphs,
             attention_backend=attention_backend,
             components=components,
         )

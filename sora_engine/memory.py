@@ -314,10 +314,13 @@ class MemoryPlanner:
             measure = encode_peak_bytes if side == "encode" else decode_peak_bytes
             peak = measure(config, size, dtype, tiles, offload=model.device.type != "cpu")
             return CodingMemory(cache=peak, peak=peak)  # tiles that wait hold most of it
-        length = model.grid.latent_frames(request.num_frames, loop=request.loop)
+        length = min(REHEARSED, model.grid.latent_frames(request.num_frames, loop=request.loop))
         if side == "encode":
-            return encoding_memory(config, dtype, *size, min(REHEARSED, length))
-        return decoding_memory(config, dtype, *size, min(REHEARSED, length), request.loop)
+            coder = encoding_memory(config, dtype, *size, length)
+        else:
+            coder = decoding_memory(config, dtype, *size, length, request.loop)
+        # Where steps are CUDA graphs, what they work in stays reserved between two of them.
+        return CodingMemory(coder.peak, coder.peak) if model.vae.replays else coder
 
     def _on_meta(self) -> VideoModel:
         """The model with transformers that have no weights."""

@@ -66,7 +66,10 @@ def export_vae(
     sizes: Annotated[
         str, typer.Option(help="HEIGHTxWIDTH,... in pixels, for TensorRT: 480x832,720x1280.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32, float16 or bfloat16 (TensorRT); auto is the engine's."),
+    ] = "auto",
     device: Device = "auto",
 ) -> None:
     """Export a VAE to ONNX graphs, or build TensorRT engines from them."""
@@ -74,15 +77,16 @@ def export_vae(
     from sora_engine.models.video_model import load_video_decoder, resolve_device, resolve_dtype
     from sora_engine.vae.backend import export_vae as export
     from sora_engine.vae.fit import FittedCoder
-    from sora_engine.vae.wan import WanVAE
 
     pixels = [parse_size(size) for size in sizes.split(",") if size.strip()]
     try:
         target = resolve_device(device)
-        fitted = load_video_decoder(model, device=target, dtype="float32").vae
+        fitted = load_video_decoder(model, device="cpu").vae
         assert isinstance(fitted, FittedCoder)
-        vae = fitted.coder
-        assert isinstance(vae, WanVAE)
+        vae = fitted.layers
+        assert vae is not None
+        if dtype == "auto" and backend != "tensorrt":
+            dtype = "float32"
         folder = export(
             vae,
             backend,

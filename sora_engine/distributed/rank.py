@@ -40,7 +40,6 @@ from sora_engine.models.video_model import VideoDecoder, VideoModel, load_video_
 from sora_engine.packing import Packer
 from sora_engine.receipt import backends_of
 from sora_engine.savepoint import Savepoint, tensors_of
-from sora_engine.vae.wan import WanVAE
 
 BEAT_S = 1.0
 STORE_TIMEOUT = timedelta(minutes=10)  # ranks of several nodes may start minutes apart
@@ -158,9 +157,9 @@ class _Rank:
         self._jobs: dict[int, RankJob] = {}
         self._split: SplitVAE | None = None
         model.vae.limit(_NO_LIMIT)
-        if mesh.replica.size > 1 and isinstance(model.vae.coder, WanVAE):
+        if mesh.replica.size > 1 and model.vae.layers is not None:
             # The hooks must not be in the way of one rank that decodes alone: a copy, same weights.
-            self._split = SplitVAE(shared_copy(model.vae.coder), mesh.replica)
+            self._split = SplitVAE(shared_copy(model.vae.layers), mesh.replica)
         self._does = {
             "prepare": self._prepare,
             "resume": self._resume,

@@ -279,6 +279,7 @@ def start_replicas(
     device: str | torch.device,
     dtype: str | torch.dtype,
     vae_backend: str,
+    vae_cuda_graphs: str,
     attention_backend: str,
     components: str | PathLike[str] | None,
 ) -> list[RemoteStages]:
@@ -300,6 +301,7 @@ def start_replicas(
         "path": os.fspath(paths[0]) if len(paths) == 1 else [os.fspath(p) for p in paths],
         "dtype": str(resolve_dtype(dtype, target)).removeprefix("torch."),
         "vae_backend": vae_backend,
+        "vae_cuda_graphs": vae_cuda_graphs,
         "attention_backend": attention_backend,
         "components": None if components is None else os.fspath(components),
     }

@@ -150,6 +150,7 @@ def load_video_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vae_backend: str = "auto",
+    vae_cuda_graphs: str = "auto",
     attention_backend: str = "auto",
     components: str | PathLike[str] | None = None,
     shards: WeightShards | None = None,
@@ -164,7 +165,7 @@ def load_video_model(
     checkpoint, folder, name = find_checkpoint(path, components)
     settings = read_generation_config(folder)
     text_tokens = int(settings.get("text_tokens", TEXT_TOKENS))
-    decoder = _open_decoder(checkpoint, target, weights_dtype, vae_backend)
+    decoder = _open_decoder(checkpoint, target, weights_dtype, vae_backend, vae_cuda_graphs)
     vae = decoder.vae
     assert isinstance(vae, FittedCoder)
     sources = [checkpoint.transformer]
@@ -253,12 +254,15 @@ def load_video_decoder(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vae_backend: str = "auto",
+    vae_cuda_graphs: str = "auto",
     components: str | PathLike[str] | None = None,
 ) -> VideoDecoder:
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
     target = resolve_device(device)
     checkpoint, _, _ = find_checkpoint(path, components)
-    return _open_decoder(checkpoint, target, resolve_dtype(dtype, target), vae_backend)
+    return _open_decoder(
+        checkpoint, target, resolve_dtype(dtype, target), vae_backend, vae_cuda_graphs
+    )
 
 
 def find_checkpoint(
@@ -282,14 +286,21 @@ def find_checkpoint(
 
 
 def _open_decoder(
-    checkpoint: WanCheckpoint, device: torch.device, dtype: torch.dtype, backend: str
+    checkpoint: WanCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    cuda_graphs: str,
 ) -> VideoDecoder:
     # A VAE in half precision is slow on a CPU; elsewhere it shares the transformer's dtype. The
-    # graphs of ONNX are exported in float32.
+    # graphs of ONNX Runtime are in float32.
     if device.type == "cpu" or backend == "onnx":
         dtype = torch.float32
-    vae = load_vae(checkpoint.vae, device, dtype)
-    coder = open_coder(backend, vae, device=device)
+    if backend in ("onnx", "tensorrt"):  # the weights are but exported, or looked up
+        vae = load_vae(checkpoint.vae, torch.device("cpu"), torch.float32)
+    else:
+        vae = load_vae(checkpoint.vae, device, dtype)
+    coder = open_coder(backend, vae, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
     return VideoDecoder(FittedCoder(coder, dtype=dtype, device=device), dtype, device)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from sora_engine.errors import BackendError, RequestError
 from sora_engine.vae.coder import VideoCoder
+from sora_engine.vae.cuda_graph import graphed
 from sora_engine.vae.graphs import SPEC_FILE, GraphSet
 from sora_engine.vae.wan import WanVAE
 
@@ -27,26 +28,39 @@ def default_cache() -> Path:
 
 
 def open_coder(
-    backend: str, vae: WanVAE, *, device: str | torch.device, cache: str | Path | None = None
+    backend: str,
+    vae: WanVAE,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    cuda_graphs: str = "auto",
+    cache: str | Path | None = None,
 ) -> VideoCoder[Any]:
     """The backend of that name for `vae`, ready to code on `device`.
 
-    "auto" and "torch" give `vae` itself. "onnx" exports it, once, into the cache. "tensorrt" takes
-    engines that `export_vae` has built and builds none. Raises BackendError.
+    "auto" and "torch" give `vae` itself, on a GPU with its steady steps as CUDA graphs (see
+    `vae.cuda_graph`; `cuda_graphs` is auto, on or off). The others want `vae` in float32. "onnx"
+    exports it, once, into the cache. "tensorrt" takes engines of `dtype` that `export_vae` has
+    built and builds none. Raises BackendError.
     """
+    device = torch.device(device)
     if backend not in BACKENDS:
         raise BackendError(f"vae_backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend in ("auto", "torch"):
-        return vae
-    folder = (Path(cache) if cache is not None else default_cache()) / _key(vae)
+        return graphed(vae, cuda_graphs, device)
+    if cuda_graphs == "on":
+        raise BackendError(f"CUDA graphs are of vae_backend 'torch', not of {backend!r}")
+    cache = Path(cache) if cache is not None else default_cache()
     if backend == "onnx":
         from sora_engine.vae.onnx_run import OnnxVAE
 
-        _export_once(vae, folder)
-        return OnnxVAE(folder, device)
-    from sora_engine.vae.tensorrt_run import TensorRTVAE, require_tensorrt
+        return OnnxVAE(_export_once(vae, cache / _key(vae, torch.float32), torch.float32), device)
+    from sora_engine.vae.tensorrt_run import TensorRTVAE, missing, require_tensorrt
 
     require_tensorrt()
+    folder = cache / _key(vae, dtype)
+    if not (folder / SPEC_FILE).is_file():
+        raise missing("this VAE", dtype)
     return TensorRTVAE(folder, folder / "engines", device=device)
 
 
@@ -59,8 +73,8 @@ def export_vae(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cuda",
 ) -> Path:
-    """Export `vae` to ONNX graphs in `output`; for "tensorrt" build engines from them too, in its
-    subfolder `engines`, for the pixel `sizes` (height, width).
+    """Export `vae` (in float32) to ONNX graphs of `dtype` in `output`; for "tensorrt" build engines
+    from them too, in its subfolder `engines`, for the pixel `sizes` (height, width).
 
     Without `output` it all goes into the cache, where `open_coder` finds it. Returns the folder.
     """
@@ -73,13 +87,12 @@ def export_vae(
         require_tensorrt()
         if not latents:
             raise BackendError("TensorRT engines are built for sizes: --sizes 480x832,720x1280")
-    folder = Path(output) if output is not None else default_cache() / _key(vae)
-    if output is None and dtype == torch.float32:
-        _export_once(vae, folder)
+    if output is None:
+        folder = _export_once(vae, default_cache() / _key(vae, dtype), dtype)
     else:
         from sora_engine.vae.onnx_export import export_onnx
 
-        export_onnx(vae, folder, dtype=dtype)
+        folder = export_onnx(vae, output, dtype=dtype).folder
     if backend == "tensorrt":
         build_engines(GraphSet.load(folder), folder / "engines", latents, device=device)
     return folder
@@ -98,26 +111,28 @@ def latent_sizes(vae: WanVAE, sizes: Sequence[tuple[int, int]]) -> list[tuple[in
     return [(height // factor, width // factor) for height, width in sizes]
 
 
-def _export_once(vae: WanVAE, folder: Path) -> None:
+def _export_once(vae: WanVAE, folder: Path, dtype: torch.dtype) -> Path:
     """Export unless it has been done. Whole or not at all: another process may be at it too."""
     if (folder / SPEC_FILE).is_file():
-        return
+        return folder
     from sora_engine.vae.onnx_export import export_onnx
 
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="export-") as scratch:
         ready = Path(scratch) / "graphs"
-        export_onnx(vae, ready)
+        export_onnx(vae, ready, dtype=dtype)
         try:
             ready.rename(folder)
         except OSError:
             if not (folder / SPEC_FILE).is_file():
                 raise
+    return folder
 
 
-def _key(vae: WanVAE) -> str:
-    """A name for this autoencoder with these weights."""
+def _key(vae: WanVAE, dtype: torch.dtype) -> str:
+    """A name for the graphs of this autoencoder with these weights."""
     digest = hashlib.sha256(json.dumps(vae.config.to_dict(), sort_keys=True).encode())
+    digest.update(str(dtype).encode())
     for name, tensor in vae.state_dict().items():
         flat = tensor.detach().float().cpu().contiguous().view(torch.uint8)
         digest.update(name.encode())

@@ -227,11 +227,10 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         past = tape.take()
-        first = tape.first
+        joined = None if past is None else torch.cat([past, x], dim=2)
         tape.leave(x, 1)
-        if not first:
-            assert past is not None
-            return self.time_conv.valid(torch.cat([past, x], dim=2))
+        if joined is not None:
+            return self.time_conv.valid(joined)
         if x.shape[2] == 1:
             return x
         return torch.cat([x[:, :, :1], self.time_conv.valid(x)], dim=2)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from sora_engine.vae.coder import ChunkCoder, VideoCoder
 from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.cuda_graph import GraphedVAE
 from sora_engine.vae.memory import plan_tiles
 from sora_engine.vae.tiling import TiledCoder, TilePlan
+from sora_engine.vae.wan import WanVAE
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,17 @@ class FittedCoder(ChunkCoder[Any]):
     @property
     def config(self) -> VAEConfig:
         return self.coder.config
+
+    @property
+    def layers(self) -> WanVAE | None:
+        """The PyTorch layers that do the work, where it is they."""
+        coder = self.coder.vae if isinstance(self.coder, GraphedVAE) else self.coder
+        return coder if isinstance(coder, WanVAE) else None
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps are CUDA graphs: what they work in then stays reserved between them."""
+        return isinstance(self.coder, GraphedVAE)
 
     def limit(self, budget_bytes: int | None) -> None:
         """Keep to this many bytes beside the weights from now on; None: to what is free."""
@@ -87,7 +100,10 @@ class FittedCoder(ChunkCoder[Any]):
         if key not in self._chosen:
             budget = self._budget
             if budget is None:
-                budget = int(_SHARE * free_bytes(self._device))
+                free = free_bytes(self._device)
+                if isinstance(self.coder, GraphedVAE):
+                    free -= self.coder.workspace_bytes
+                budget = int(_SHARE * free)
             offload = self._device.type != "cpu"
             plan = plan_tiles(
                 self.config, height, width, budget,

@@ -24,6 +24,10 @@ from sora_engine.vae.state import VAEState
 
 SPEC_FILE = "graphs.json"
 _VERSION = 1
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class GraphSet:
                     f"version {record['version']!r}; this engine reads {_VERSION}: export again",
                     path=path,
                 )
-            dtype = {"float32": torch.float32, "float16": torch.float16}[record["dtype"]]
+            dtype = _DTYPES[record["dtype"]]
             graphs = {name: _graph(values) for name, values in record["graphs"].items()}
             config = VAEConfig.from_dict(record["config"], path=path)
         except (KeyError, TypeError) as error:

@@ -20,7 +20,8 @@ from sora_engine.vae.state import VAEState
 from sora_engine.vae.wan import WanVAE
 
 INSTALL = 'pip install "sora_engine[onnx]"'
-OPSET = 18
+# What the exporter writes by itself, and the first opset whose convolutions take bf16.
+_OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
 # Latents of one side for which the graphs are declared; 512 of them are 4096 pixels at 8x.
 _LEAST, _MOST = 2, 512
 _EXAMPLE = (3, 4)
@@ -45,7 +46,7 @@ class _Step(nn.Module):
 
 
 def export_onnx(vae: WanVAE, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> GraphSet:
-    """Write the graphs of `vae` (a copy of it at `dtype`, fp32 or fp16) into `folder`.
+    """Write the graphs of `vae` (a copy of it at `dtype`: fp32, fp16 or bf16) into `folder`.
 
     Returns the set; `GraphSet.load` finds it again. Raises BackendError where onnx and onnxscript
     are not installed.
@@ -55,8 +56,8 @@ def export_onnx(vae: WanVAE, folder: str | Path, *, dtype: torch.dtype = torch.f
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise BackendError(f"exporting to ONNX needs onnx and onnxscript: {INSTALL}") from error
-    if dtype not in (torch.float32, torch.float16):
-        raise BackendError(f"ONNX graphs are exported as float32 or float16, not {dtype}")
+    if dtype not in _OPSETS:
+        raise BackendError(f"ONNX graphs are float32, float16 or bfloat16, not {dtype}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     copy = WanVAE(vae.config).eval().requires_grad_(False)
@@ -130,7 +131,7 @@ def _export_graph(
             step,
             (x, [cache.contiguous() for cache in caches]),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=_OPSETS[x.dtype],
             dynamic_shapes=shapes,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],

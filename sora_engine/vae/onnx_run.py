@@ -14,7 +14,7 @@ from sora_engine.vae.onnx_export import INSTALL
 
 
 class OnnxVAE(GraphCoder):
-    """A `VideoCoder` on ONNX Runtime's CPU or CUDA provider.
+    """A `VideoCoder` on ONNX Runtime's CPU or CUDA provider, for graphs in fp32 or fp16.
 
     Inputs and outputs are bound to torch tensors by address: nothing is copied.
     """
@@ -22,6 +22,10 @@ class OnnxVAE(GraphCoder):
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu", *, threads: int = 0):
         device = torch.device(device)
         super().__init__(GraphSet.load(folder), device)
+        if self.graphs.dtype == torch.bfloat16:
+            raise BackendError(
+                f"{folder}: bfloat16 graphs are for TensorRT; export float32 or float16"
+            )
         try:
             import onnxruntime
         except ImportError as error:

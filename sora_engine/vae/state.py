@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,13 @@ class VAEState:
     next one finds an empty past (diffusers marks this with the word "Rep").
 
     `latent_frames` counts the latent frames that went through. Layers never write to a cache, so
-    one state can be continued in several ways, until `release` gives it away.
+    one state can be continued in several ways, until `release` gives it away. Only a CUDA graph
+    writes to caches in place: `home` is the graph that a state came from, and keeps it alive.
     """
 
     caches: tuple[Tensor | None, ...]
     latent_frames: int
+    home: object = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -33,13 +35,19 @@ class VAEState:
     def release(self) -> list[Tensor | None]:
         """The caches, which this state then no longer holds: for a pass that frees each one as soon
         as its layer has run, rather than keep two generations of all of them."""
-        caches, self.caches = list(self.caches), ()
+        caches, self.caches, self.home = list(self.caches), (), None
         return caches
 
+    def move_out(self) -> None:
+        """Copy the caches into memory of this state's own, before others take their place."""
+        self.caches = tuple(cache if cache is None else cache.clone() for cache in self.caches)
+
     def to(self, device: torch.device | str) -> VAEState:
-        """The same state with its caches on another device."""
+        """The same state with its caches on another device; itself where they are there."""
         moved = tuple(cache if cache is None else cache.to(device) for cache in self.caches)
-        return VAEState(moved, self.latent_frames)
+        if all(new is old for new, old in zip(moved, self.caches, strict=True)):
+            return self
+        return VAEState(moved, self.latent_frames, self.home)
 
 
 class Tape:
@@ -86,3 +94,25 @@ class Tape:
             self.new.append(F.pad(inputs, (0, 0, 0, 0, missing, 0)))
         else:
             self.new.append(inputs[:, :, -frames:].clone())
+
+
+class FixedTape(Tape):
+    """A pass whose caches stay at one place: what a layer leaves is written over what it took.
+
+    For a step that is recorded once and replayed. All caches must be there, so it is a steady step.
+    Layers read what they took before they leave anything.
+    """
+
+    def __init__(self, caches: tuple[Tensor, ...]):
+        super().__init__(caches)
+        self._places = caches
+
+    def put(self, cache: Tensor) -> None:
+        """As `Tape.put`, by copying."""
+        place = self._places[len(self.new)]
+        self.new.append(place.copy_(cache))
+
+    def leave(self, inputs: Tensor | None, frames: int = 0) -> None:
+        """As `Tape.leave`; `inputs` has at least so many frames."""
+        assert inputs is not None
+        self.put(inputs[:, :, -frames:])

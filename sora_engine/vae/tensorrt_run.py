@@ -24,7 +24,7 @@ from sora_engine.errors import BackendError
 from sora_engine.vae.graphs import GraphCoder, GraphSet, GraphSpec
 
 INSTALL = 'pip install "sora_engine[tensorrt]"'
-_BUILD = "sora export-vae MODEL --backend tensorrt --sizes HEIGHTxWIDTH,..."
+_BUILD = "sora export-vae MODEL --backend tensorrt --dtype {dtype} --sizes HEIGHTxWIDTH,..."
 _WORKSPACE = 4 << 30
 
 
@@ -128,6 +128,12 @@ def require_tensorrt() -> Any:
     return tensorrt
 
 
+def missing(what: str, dtype: torch.dtype) -> BackendError:
+    """The error for an engine that is not there, with the command that builds it."""
+    build = _BUILD.format(dtype=str(dtype).removeprefix("torch."))
+    return BackendError(f"no TensorRT engine for {what} in {dtype}; build it first: {build}")
+
+
 def _gpu(device: torch.device) -> str:
     if device.type != "cuda" or not torch.cuda.is_available():
         raise BackendError(f"vae_backend 'tensorrt' runs on NVIDIA GPUs, not on {device}")
@@ -145,7 +151,8 @@ def build_engines(
 ) -> list[Path]:
     """Build the engines of `graphs` for these latent sizes `(h, w)`; those in the cache stay.
 
-    Takes minutes a graph. Precision is the graphs' own (fp32 or fp16): networks are strongly typed.
+    Takes minutes a graph. Precision is the graphs' own (fp32, fp16 or bf16): networks are strongly
+    typed.
     """
     trt = require_tensorrt()
     device = torch.device(device)
@@ -221,9 +228,9 @@ class TensorRTVAE(GraphCoder):
             file = self._cache / f"{key}.engine"
             ranges = read_ranges(file)
             if not file.exists() or not ranges:
-                raise BackendError(
-                    f"no engine for {path.name} on {self._gpu_name} with TensorRT "
-                    f"{self._trt.__version__}; build it first: {_BUILD}"
+                raise missing(
+                    f"{path.name} on {self._gpu_name} with version {self._trt.__version__}",
+                    self.graphs.dtype,
                 )
             engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
             if engine is None:
@@ -256,9 +263,7 @@ class TensorRTVAE(GraphCoder):
         profile = pick_profile(self._ranges[name], height, width)
         if profile is None:
             known = ", ".join(f"{r.best[0]}x{r.best[1]}" for r in self._ranges[name])
-            raise BackendError(
-                f"no engine holds {height}x{width} latents, only {known}; build one: {_BUILD}"
-            )
+            raise missing(f"{height}x{width} latents (there are {known})", self.graphs.dtype)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
             context = self._context(name, profile, stream)

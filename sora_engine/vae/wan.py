@@ -151,15 +151,19 @@ class WanVAE(nn.Module):
             low = 0 if done == 0 else head + (done - head) * factor
             high = head + (end - head) * factor
             tape = Tape(caches, keep=keep or end < latents)
-            x = fold_patches(frames[:, :, low:high], self.config.patch_size or 1)
-            x = x.contiguous(memory_format=torch.channels_last_3d)
-            parts.append(self.quant_conv.valid(self.encoder(x, tape)))
+            parts.append(self.encode_step(frames[:, :, low:high], tape))
             done, caches = end, tape.new
         moments = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:
             return moments, None
         before = 0 if state is None else state.latent_frames
         return moments, VAEState(tuple(caches or ()), before + latents)
+
+    def encode_step(self, frames: Tensor, tape: Tape) -> Tensor:
+        """One pass through the layers: frames to the moments of raw latents `[B, 2z, t, h, w]`."""
+        x = fold_patches(frames, self.config.patch_size or 1)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return self.quant_conv.valid(self.encoder(x, tape))
 
     # -- decoding --------------------------------------------------------------------------------
 
@@ -205,16 +209,19 @@ class WanVAE(nn.Module):
         for low in range(0, count, step):
             high = min(low + step, count)
             tape = Tape(caches, keep=keep or high < count)
-            x = self.denormalise(latents[:, :, low:high])
-            x = self.post_quant_conv.valid(x.contiguous(memory_format=torch.channels_last_3d))
-            x = unfold_patches(self.decoder(x, tape), self.config.patch_size or 1)
-            parts.append(x.clamp(-1.0, 1.0) if self.config.clip_output else x)
+            parts.append(self.decode_step(self.denormalise(latents[:, :, low:high]), tape))
             caches = tape.new
         frames = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:
             return frames, None
         before = 0 if state is None else state.latent_frames
         return frames, VAEState(tuple(caches or ()), before + count)
+
+    def decode_step(self, raw: Tensor, tape: Tape) -> Tensor:
+        """One pass through the layers: raw (not normalised) latents to their frames."""
+        x = self.post_quant_conv.valid(raw.contiguous(memory_format=torch.channels_last_3d))
+        x = unfold_patches(self.decoder(x, tape), self.config.patch_size or 1)
+        return x.clamp(-1.0, 1.0) if self.config.clip_output else x
 
 
 def _open(state: VAEState | None, consume: bool) -> Sequence[Tensor | None] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from sora_engine.errors import BackendError, RequestError
 from sora_engine.vae import backend as backends
 from sora_engine.vae.backend import export_vae, latent_sizes, open_coder
+from sora_engine.vae.graphs import GraphSet
 from tests.parity.vae_models import make_pair
 
 SHORT = {
@@ -52,20 +52,38 @@ def test_tensorrt_says_what_to_install_before_any_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensorrt_takes_engines_of_the_engines_dtype(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("sora_engine.vae.tensorrt_run.require_tensorrt", lambda: None)
+    monkeypatch.setattr(
+        "sora_engine.vae.tensorrt_run.TensorRTVAE",
+        lambda folder, engines, *, device: opened.append((folder, engines)),
+    )
+    monkeypatch.setattr(backends, "default_cache", lambda: tmp_path)
+    _, vae = make_pair(SHORT)
+    with pytest.raises(BackendError, match="--backend tensorrt --dtype bfloat16 --sizes"):
+        open_coder("tensorrt", vae, device="cuda", dtype=torch.bfloat16)
+    folder = tmp_path / backends._key(vae, torch.bfloat16)
+    folder.mkdir()
+    GraphSet(folder, vae.config, torch.bfloat16, {}).save()
+    open_coder("tensorrt", vae, device="cuda", dtype=torch.bfloat16)
+    assert opened == [(folder, folder / "engines")]
+    with pytest.raises(BackendError, match="--dtype float16"):
+        open_coder("tensorrt", vae, device="cuda", dtype=torch.float16)
+    with pytest.raises(BackendError, match="of vae_backend 'torch'"):
+        open_coder("tensorrt", vae, device="cuda", cuda_graphs="on")
+
+
 def test_onnx_is_exported_once_for_each_set_of_weights(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     calls = []
 
-    def export(vae, folder, **_):
+    def export(vae, folder, *, dtype):
         # The export itself has its own tests; here only when and where it happens counts.
-        calls.append(folder)
+        calls.append(dtype)
         folder.mkdir(parents=True)
-        (folder / "graphs.json").write_text(
-            json.dumps(
-                {"version": 1, "dtype": "float32", "config": vae.config.to_dict(), "graphs": {}}
-            )
-        )
+        GraphSet(folder, vae.config, dtype, {}).save()
 
     monkeypatch.setattr("sora_engine.vae.onnx_export.export_onnx", export)
     monkeypatch.setattr(backends, "default_cache", lambda: tmp_path)
@@ -79,4 +97,9 @@ def test_onnx_is_exported_once_for_each_set_of_weights(tmp_path, monkeypatch):
     assert open_coder("onnx", other, device="cpu").graphs.folder != first.graphs.folder
     assert len(calls) == 2
     assert len(list(tmp_path.iterdir())) == 2  # nothing half done is left
+    # Another dtype has a place of its own, so that neither is taken for the other.
+    half = export_vae(vae, "onnx", dtype=torch.float16)
+    assert export_vae(vae, "onnx", dtype=torch.float16) == half != first.graphs.folder
+    assert calls == [torch.float32, torch.float32, torch.float16]
+    assert open_coder("onnx", vae, device="cpu").graphs.dtype == torch.float32
     assert torch.equal(first.denormalise(torch.ones(1, 16)), vae.denormalise(torch.ones(1, 16)))

@@ -1,0 +1,239 @@
+"""The steady step that is recorded once and replayed. Here the recorder is a stand-in that keeps to
+the rules of a CUDA graph: it does not run what it records, and replays on the same memory."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sora_engine.errors import BackendError
+from sora_engine.vae import TiledCoder, TilePlan, VAEConfig, WanVAE, stream_decode, stream_encode
+from sora_engine.vae.cuda_graph import EAGER_LATENTS, GraphedVAE, graphed
+from sora_engine.vae.fit import FittedCoder
+from sora_engine.vae.memory import NoScores, StorageMeter, decode_memory, encode_memory
+from sora_engine.vae.state import FixedTape, VAEState
+from tests.parity.vae_models import make_pair, relative
+
+WORKSPACE = 1000
+
+
+class Recording(TorchDispatchMode):
+    """All operations of a step with the tensors that they read and wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.made, self.before = [], set(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        writes = func._schema.is_mutable
+        if writes and id(args[0]) not in self.before and id(args[0]) not in self.made:
+            self.before[id(args[0])] = args[0], args[0].clone()
+        out = func(*args, **(kwargs or {}))
+        outs = list(out) if isinstance(out, tuple | list) else [out]
+        self.made.update(map(id, outs))
+        self.operations.append((func, args, kwargs or {}, outs, writes))
+        return out
+
+    def undo(self):
+        for tensor, before in self.before.values():
+            tensor.copy_(before)
+
+    @torch.inference_mode()
+    def replay(self):
+        for func, args, kwargs, outs, writes in self.operations:
+            again = func(*args, **kwargs)
+            if not writes:
+                again = again if isinstance(again, tuple | list) else [again]
+                for old, new in zip(outs, again, strict=True):
+                    if old.data_ptr() != new.data_ptr():  # else it is a view of what is there
+                        old.copy_(new)
+
+
+class Recorder:
+    def __init__(self):
+        self.recordings, self.replays = 0, 0
+
+    def __call__(self, step, device):
+        with Recording() as recording:
+            step()
+        recording.undo()
+        self.recordings += 1
+
+        def replay():
+            self.replays += 1
+            recording.replay()
+
+        return replay, WORKSPACE
+
+
+@pytest.fixture(params=["wan21", "wan22"])
+def vae(request) -> WanVAE:
+    return make_pair(request.param)[1]
+
+
+def latents_of(vae: WanVAE, count: int, seed: int = 0, size: tuple[int, int] = (3, 2)):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, vae.z_dim, count, *size, generator=generator)
+
+
+def test_replayed_videos_are_the_same_bits(vae):
+    recorder = Recorder()
+    coder = GraphedVAE(vae, recorder=recorder)
+    latents = latents_of(vae, 8)
+    want = vae.decode(latents)
+    assert torch.equal(torch.cat(list(stream_decode(coder, latents)), dim=2), want)
+    assert (recorder.recordings, recorder.replays) == (1, 8 - EAGER_LATENTS)
+    encoded = torch.cat(list(stream_encode(coder, [want])), dim=2)
+    assert torch.equal(encoded, vae.encode(want))
+    assert (recorder.recordings, recorder.replays) == (2, 2 * (8 - EAGER_LATENTS))
+    # In any chunking.
+    state, parts = None, []
+    for chunk in latents.split([1, 5, 2], dim=2):
+        frames, state = coder.decode_chunk(chunk, state)
+        parts.append(frames)
+    assert state.latent_frames == 8
+    assert torch.equal(torch.cat(parts, dim=2), want)
+
+
+def test_videos_that_take_turns_share_a_graph_and_nothing_else(vae):
+    recorder = Recorder()
+    coder = GraphedVAE(vae, recorder=recorder)
+    videos = [latents_of(vae, 7, seed) for seed in range(3)]
+    streams = [stream_decode(coder, video) for video in videos]
+    turns = list(zip(*streams, strict=True))
+    for video, frames in zip(videos, zip(*turns, strict=True), strict=True):
+        assert torch.equal(torch.cat(frames, dim=2), vae.decode(video))
+    assert recorder.recordings == 1
+
+
+def test_a_state_that_is_kept_stays_what_it_was(vae):
+    coder = GraphedVAE(vae, recorder=Recorder())
+    latents = latents_of(vae, 7)
+    want = vae.decode(latents)
+    _, state = coder.decode_chunk(latents[:, :, :5])
+    assert state.home is not None
+    last = 1 + 4 * vae.scale_factor_temporal
+    for _ in range(2):
+        assert torch.equal(coder.decode_chunk(latents[:, :, 5:], state)[0], want[:, :, last:])
+    assert torch.equal(vae.decode_chunk(latents[:, :, 5:], state)[0], want[:, :, last:])
+    assert torch.equal(coder.decode_chunk(latents[:, :, 5:], state.to("cpu"))[0], want[:, :, last:])
+    coder.decode_chunk(latents[:, :, 5:6], state, consume=True)
+    with pytest.raises(ValueError, match="consumed"):
+        coder.decode_chunk(latents[:, :, 5:6], state)
+
+
+def test_a_graph_lives_as_long_as_its_videos(vae):
+    recorder = Recorder()
+    coder = GraphedVAE(vae, recorder=recorder)
+    fitted = FittedCoder(coder, dtype=torch.float32, device=torch.device("cpu"))
+    assert fitted.layers is vae
+    assert fitted.replays
+    streams = [stream_decode(fitted, latents_of(vae, 7, size=size)) for size in ((3, 2), (2, 2))]
+    for stream in streams:
+        for _ in range(5):
+            next(stream)
+    assert recorder.recordings == 2
+    assert coder.workspace_bytes == 2 * WORKSPACE
+    streams[0].close()
+    assert coder.workspace_bytes == WORKSPACE
+    list(streams[1])
+    assert coder.workspace_bytes == 0
+
+
+def test_tiles_whose_caches_wait_elsewhere_share_a_graph(vae, monkeypatch):
+    # As on a GPU, where the caches of waiting tiles are moved to the host.
+    def to(state, device):
+        return VAEState(tuple(c.clone() for c in state.caches), state.latent_frames, state.home)
+
+    latents = latents_of(vae, 7, size=(16, 20))
+    plan = TilePlan(16, 16, 8)
+    want = torch.cat(list(stream_decode(TiledCoder(vae, plan), latents)), dim=2)
+    monkeypatch.setattr(VAEState, "to", lambda s, d: to(s, d) if None not in s.caches else s)
+    recorder = Recorder()
+    tiled = TiledCoder(GraphedVAE(vae, recorder=recorder), plan, offload=True)
+    assert torch.equal(torch.cat(list(stream_decode(tiled, latents)), dim=2), want)
+    assert (recorder.recordings, recorder.replays) == (1, 2 * (7 - EAGER_LATENTS))
+
+
+def test_a_step_that_cannot_be_recorded_is_named(vae, caplog):
+    tried = []
+
+    def refuse(step, device):
+        tried.append(device)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    latents = latents_of(vae, 7)
+    coder = GraphedVAE(vae, recorder=refuse)
+    with caplog.at_level(logging.WARNING):
+        got = [coder.decode(latents) for _ in range(2)]
+    assert torch.equal(got[0], vae.decode(latents))
+    assert torch.equal(got[1], got[0])
+    assert len(tried) == 1
+    assert caplog.text.count("cannot be a CUDA graph: operation not permitted") == 1
+    with pytest.raises(BackendError, match="cannot be a CUDA graph"):
+        GraphedVAE(vae, recorder=refuse, required=True).decode(latents)
+
+
+def test_the_setting(vae):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert graphed(vae, "auto", cpu) is graphed(vae, "off", cpu) is graphed(vae, "off", cuda) is vae
+    assert isinstance(graphed(vae, "auto", cuda), GraphedVAE)
+    with pytest.raises(BackendError, match="need a CUDA device, not cpu"):
+        graphed(vae, "on", cpu)
+    with pytest.raises(BackendError, match="auto, on, off, not 'always'"):
+        graphed(vae, "always", cuda)
+
+
+@pytest.mark.parametrize("side", ["decode", "encode"])
+def test_a_step_in_place_takes_no_more_than_was_promised(side):
+    # On meta tensors, so to the byte; the caches of a layer are there twice for a moment.
+    config = VAEConfig()
+    with torch.device("meta"):
+        vae = WanVAE(config).requires_grad_(False).prepare(onednn=False)
+    measure, run, step = {
+        "decode": (decode_memory, vae.decode_chunk, vae.decode_step),
+        "encode": (encode_memory, vae.encode_chunk, vae.encode_step),
+    }[side]
+    size = (12, 20) if side == "decode" else (96, 160)
+    first, later = (
+        torch.empty(1, 16 if side == "decode" else 3, n, *size, device="meta")
+        for n in (1, 1 if side == "decode" else 4)
+    )
+    with torch.no_grad(), NoScores():
+        _, state = run(first)
+        for _ in range(2):
+            _, state = run(later, state)
+        with StorageMeter() as meter:
+            meter.count([later, *vae.parameters()])
+            begin = meter.now
+            meter.count(state.caches)
+            held = meter.now - begin
+            output = step(later, FixedTape(state.caches))
+            assert meter.now == begin + held + output.nbytes
+    promised = measure(config, 12, 20)
+    assert held == promised.cache
+    assert 0.9 * promised.peak < meter.peak - begin < 1.05 * promised.peak
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_equal_the_steps_they_record(vae, dtype):
+    vae = vae.to("cuda", dtype).prepare()
+    coder = GraphedVAE(vae, required=True)
+    videos = [latents_of(vae, 9, seed).to("cuda", dtype) for seed in range(2)]
+    wants = [vae.decode(video) for video in videos]
+    streams = [stream_decode(coder, video) for video in videos]
+    turns = []
+    for frames in zip(*streams, strict=True):
+        turns.append(frames)
+        if len(turns) > EAGER_LATENTS:
+            assert coder.workspace_bytes > 0
+    for got, want in zip(zip(*turns, strict=True), wants, strict=True):
+        assert relative(torch.cat(got, dim=2).cpu(), want.cpu()) < 1e-5
+    encoded = torch.cat(list(stream_encode(coder, [wants[0]])), dim=2)
+    assert relative(encoded.cpu(), vae.encode(wants[0]).cpu()) < 1e-5
+    assert coder.workspace_bytes == 0
