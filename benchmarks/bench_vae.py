@@ -132,10 +132,9 @@ def alive(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
         for name, run in runs.items():
             with torch.no_grad(), NoScores():
                 run(z[:, :, :3])  # weights are laid out on the first run
-                with StorageMeter() as meter:
+                with StorageMeter([z, *oracle.parameters(), *ours.parameters()]) as meter:
                     run(z)
-            # The first view of the latents counts them whole.
-            peak_bytes = found[name][latents] = meter.peak - z.nbytes
+            peak_bytes = found[name][latents] = meter.peak
             print(f"{name}, {latents} latents of {size}x{size}, base_dim {base_dim}: "
                   f"{peak_bytes / 2**20:.2f} MiB of live tensors", flush=True)  # fmt: skip
     return {**memory_of(base_dim, size, lengths), "measure": "live tensors", "peak_bytes": found}

@@ -88,7 +88,7 @@ def test_tiles_of_large_frames_hold_what_was_planned(config, pixels_h, pixels_w,
     )
     with torch.no_grad(), NoScores():
         for _ in range(3):
-            with StorageMeter() as meter:
+            with StorageMeter(vae.parameters()) as meter:
                 frames, state = tiled.decode_chunk(latent, state, consume=True)
             peaks.append(meter.peak)
     assert frames.shape == (1, 3, 4, pixels_h, pixels_w)
