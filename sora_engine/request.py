@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
-import operator
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+from sora_engine.checks import finite, integer, positive, several
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
 from sora_engine.guidance import Guidance
@@ -231,7 +230,7 @@ def resolve_request(
     nearest = bool(request.round_to_grid)
     height = _on_grid("height", given["height"], defaults.height, grid.multiple[0], 0, nearest)
     width = _on_grid("width", given["width"], defaults.width, grid.multiple[1], 0, nearest)
-    shots: tuple[Shot, ...] = _several("shots", request.shots, "Shot(prompt, num_frames)")
+    shots: tuple[Shot, ...] = several("shots", request.shots, "Shot(prompt, num_frames)")
     default_frames = sum(_shot_frames(shot) for shot in shots) or defaults.num_frames
     if loop and given["num_frames"] is None and not shots:
         default_frames = max(grid.time, default_frames // grid.time * grid.time)
@@ -249,7 +248,7 @@ def resolve_request(
             f"the shots have {sum(shot.num_frames for shot in shots)} frames together; "
             f"they must fill num_frames = {num_frames}"
         )
-    steps = _integer(
+    steps = integer(
         "num_inference_steps", given["num_inference_steps"], defaults.num_inference_steps
     )
     if not 1 <= steps <= limits.max_inference_steps:
@@ -258,8 +257,8 @@ def resolve_request(
         )
     sigmas = None
     if request.sigmas is not None:
-        levels = _several("sigmas", request.sigmas, "noise levels")
-        sigmas = tuple(_finite("sigmas", s, None) for s in levels)
+        levels = several("sigmas", request.sigmas, "noise levels")
+        sigmas = tuple(finite("sigmas", s, None) for s in levels)
         falling = all(a > b for a, b in itertools.pairwise(sigmas))
         if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
             raise RequestError(f"sigmas must fall strictly, within (0, 1], got {list(sigmas)}")
@@ -270,26 +269,26 @@ def resolve_request(
     scale = given["guidance_scale"]
     if scale is None and request.guidance is not None:
         scale = guidance.scale
-    guidance_scale = _finite("guidance_scale", scale, defaults.guidance_scale)
+    guidance_scale = finite("guidance_scale", scale, defaults.guidance_scale)
     # As in diffusers, a scale that a caller gives holds for both experts.
     second = guidance_scale if scale is not None else defaults.guidance_scale_2
-    guidance_scale_2 = _finite(
+    guidance_scale_2 = finite(
         "guidance_scale_2",
         given["guidance_scale_2"],
         guidance_scale if second is None else second,
     )
-    shift = None if request.shift is None else _positive("shift", request.shift)
-    fps = _positive("fps", defaults.fps if request.fps is None else request.fps)
+    shift = None if request.shift is None else positive("shift", request.shift)
+    fps = positive("fps", defaults.fps if request.fps is None else request.fps)
     if request.solver is not None and solvers and request.solver not in solvers:
         raise RequestError(f"solver must be one of {list(solvers)}, got {request.solver!r}")
-    seed = secrets.randbelow(2**32) if request.seed is None else _integer("seed", request.seed, 0)
+    seed = secrets.randbelow(2**32) if request.seed is None else integer("seed", request.seed, 0)
     if not 0 <= seed <= MAX_SEED:
         raise RequestError(f"seed must be from 0 to 2**63 - 1, got {seed}")
     strength = None
     if request.init is None and request.strength is not None:
         raise RequestError("strength says how far back `init` is taken: give an `init` video too")
     if request.init is not None:
-        strength = _finite("strength", request.strength, 0.6)
+        strength = finite("strength", request.strength, 0.6)
         if not 0 < strength <= 1:
             raise RequestError(f"strength must lie in (0, 1], got {strength}")
     window = request.window
@@ -297,7 +296,7 @@ def resolve_request(
         raise RequestError(
             f"window must be a WindowPlan or a SparsePlan, got {type(window).__name__} {window!r}"
         )
-    resample = _integer("resample", request.resample, 1)
+    resample = integer("resample", request.resample, 1)
     if not 1 <= resample <= MAX_RESAMPLE:
         raise RequestError(f"resample must be from 1 to {MAX_RESAMPLE}, got {resample}")
     if request.latents is not None:
@@ -317,7 +316,7 @@ def resolve_request(
         sigmas=sigmas,
         solver=request.solver,
         seed=seed,
-        clips=_checked_clips(_several("clips", request.clips, "Clip(frames, at)"), num_frames),
+        clips=_checked_clips(several("clips", request.clips, "Clip(frames, at)"), num_frames),
         init=request.init,
         strength=strength,
         loop=loop,
@@ -340,7 +339,7 @@ def nearest_on_grid(value: int, multiple: int, remainder: int = 0) -> tuple[int,
 def _on_grid(
     name: str, value: object, default: int, multiple: int, remainder: int, nearest: bool
 ) -> int:
-    number = _integer(name, value, default)
+    number = integer(name, value, default)
     if number < 1:
         raise RequestError(f"{name} must be at least {remainder or multiple}, got {number}")
     below, above = nearest_on_grid(number, multiple, remainder)
@@ -353,50 +352,12 @@ def _on_grid(
     raise RequestError(f"{name} must be {rule}, got {number}; the nearest are {choice}")
 
 
-def _integer(name: str, value: object, default: int) -> int:
-    if value is None:
-        return default
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise RequestError(f"{name} must be an integer, got {value!r}") from None
-
-
-def _finite(name: str, value: object, default: float | None) -> float:
-    value = default if value is None else value
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise RequestError(f"{name} must be a number, got {value!r}") from None
-    if not math.isfinite(number):
-        raise RequestError(f"{name} must be finite, got {number}")
-    return number
-
-
-def _positive(name: str, value: object) -> float:
-    number = _finite(name, value, None)
-    if number <= 0:
-        raise RequestError(f"{name} must be over 0, got {number}")
-    return number
-
-
-def _several(name: str, values: object, each: str) -> tuple[Any, ...]:
-    """The members of a list or a tuple, which one value alone is not."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise RequestError(f"{name} must be a list of {each}, got {type(values).__name__}")
-    return tuple(values)
-
-
 def _shot_frames(shot: Shot) -> int:
     if not isinstance(shot, Shot):
         raise RequestError(f"shots must be Shot objects, got {type(shot).__name__}")
     if not isinstance(shot.prompt, str):
         raise RequestError(f"a shot's prompt must be a string, got {type(shot.prompt).__name__}")
-    frames = _integer("a shot's num_frames", shot.num_frames, 0)
+    frames = integer("a shot's num_frames", shot.num_frames, 0)
     if frames < 1:
         raise RequestError(f"a shot's num_frames must be at least 1, got {frames}")
     return frames
@@ -407,7 +368,7 @@ def _checked_clips(clips: Sequence[Clip], num_frames: int) -> tuple[Clip, ...]:
     for clip in clips:
         if not isinstance(clip, Clip):
             raise RequestError(f"clips must be Clip objects, got {type(clip).__name__}")
-        at = _integer("a clip's `at`", clip.at, 0)
+        at = integer("a clip's `at`", clip.at, 0)
         if not 0 <= at < num_frames:
             raise RequestError(
                 f"a clip begins at frame {at}; frames run from 0 to {num_frames - 1}"

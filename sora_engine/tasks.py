@@ -30,6 +30,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from sora_engine.checks import finite, integer, positive, several
 from sora_engine.errors import RequestError
 from sora_engine.request import (
     Clip,
@@ -149,10 +150,11 @@ def fill(
 
     source, total = _whole(model, clip, settings)
     known = np.ones(total, bool)
-    for stretch in missing:
+    for stretch in several("missing", missing, "ranges of frames, such as [range(4, 8)]"):
         if not isinstance(stretch, range) or stretch.step != 1:
             raise RequestError(
-                f"missing is ranges of frames, such as [range(4, 8)], and {stretch!r} is none"
+                f"missing must be a list of ranges of frames, such as [range(4, 8)]; {stretch!r} "
+                "is none"
             )
         if not 0 <= stretch.start < stretch.stop <= total:
             raise RequestError(
@@ -217,10 +219,10 @@ def upscale(
     **settings: Any,
 ) -> VideoRequest:
     """A clip at a larger size, with its detail drawn anew: twice each side unless told."""
-    if scale is not None and not scale > 1:
+    scale = finite("scale", scale, 2.0)
+    if not scale > 1:
         raise RequestError(f"scale {scale:g}: it must be over 1; 2 is twice each side")
     source = _measure(model, clip, settings)
-    scale = 2.0 if scale is None else scale
     rows, columns = model.grid.multiple
     larger = {
         "height": _near(source.height * scale, rows),
@@ -231,13 +233,17 @@ def upscale(
 
 def draft(model: ModelFacts, request: VideoRequest) -> VideoRequest:
     """The small, short-step version of a request, whose result `refine` takes to the full size."""
-    height, width = request.height or model.defaults.height, request.width or model.defaults.width
-    steps = request.num_inference_steps or model.defaults.num_inference_steps
+    defaults = model.defaults
+    height = integer("height", request.height, defaults.height)
+    width = integer("width", request.width, defaults.width)
+    steps = integer(
+        "num_inference_steps", request.num_inference_steps, defaults.num_inference_steps
+    )
     return replace(
         request,
         height=_near(height * DRAFT_SCALE, model.grid.multiple[0]),
         width=_near(width * DRAFT_SCALE, model.grid.multiple[1]),
-        num_inference_steps=None if request.sigmas else max(1, math.ceil(steps * DRAFT_STEPS)),
+        num_inference_steps=None if request.sigmas else math.ceil(steps * DRAFT_STEPS),
     )
 
 
@@ -283,11 +289,13 @@ def _measure(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> _Sour
     from sora_engine.io.provenance import read_provenance
     from sora_engine.io.video_reader import measure_video
 
-    fps = settings.get("fps") or model.defaults.fps
+    given = settings.get("fps")
+    fps = positive("fps", model.defaults.fps if given is None else given)
     start, stop = 0, None
     whole = clip
     if isinstance(clip, Footage):
-        whole, start, stop = clip.frames, clip.start, clip.stop
+        whole, start = clip.frames, integer("a clip's start", clip.start, 0)
+        stop = None if clip.stop is None else integer("a clip's stop", clip.stop, 0)
     provenance = getattr(whole, "provenance", None)
     if isinstance(whole, (str, PathLike)):
         path = Path(whole)
@@ -348,6 +356,8 @@ def _size(
 ) -> tuple[int, int]:
     """By the module's rule; one side alone given sets the other by the clip's shape."""
     rows, columns = model.grid.multiple
+    height = None if height is None else integer("height", height, 0)
+    width = None if width is None else integer("width", width, 0)
     if height is not None and width is not None:
         return height, width
     if height is not None:
@@ -370,9 +380,10 @@ def _up(value: int, multiple: int, remainder: int) -> int:
 
 
 def _frames(name: str, seconds: float, fps: float) -> int:
-    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < 0:
-        raise RequestError(f"{name} must be 0 or more seconds, got {seconds!r}")
-    return round(seconds * fps)
+    number = finite(name, seconds, 0.0)
+    if number < 0:
+        raise RequestError(f"{name} must be 0 or more seconds, got {number:g}")
+    return round(finite(f"{name} {number:g} in frames", number * fps, 0.0))
 
 
 def _gap(gap_s: float, fps: float, grid: LatentGrid) -> int:

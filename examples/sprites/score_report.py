@@ -81,7 +81,8 @@ def remarks(scores: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"the seam's change over that of the frames round about is {s['seam_ratio']} on "
             f"average (median {s['seam_ratio_median']}; true clips {s['true_seam_ratio']}); under "
             f"1.2 in {percent(s['seams_under_1.2'])} of loops (true clips: "
-            f"{percent(s['true_seams_under_1.2'])})",
+            f"{percent(s['true_seams_under_1.2'])}). At the borders of its other latents it is "
+            f"{s['other_borders_ratio']}, and under 1.2 at {percent(s['other_borders_under_1.2'])}",
         )
     if "shots" in scores:
         other = scores["shots"]["other shot's prompt"]

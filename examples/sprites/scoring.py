@@ -116,11 +116,12 @@ class Bench:
     def round_trips(self, seed: int) -> list[np.ndarray]:
         """The autoencoder's own frames of the true clips."""
         if seed not in self._trips:
-            self._trips[seed] = [self._round_trip(clip.frames) for clip in self.truth(seed)]
+            self._trips[seed] = [self.round_trip(clip.frames) for clip in self.truth(seed)]
         return self._trips[seed]
 
     @torch.inference_mode()
-    def _round_trip(self, frames: np.ndarray) -> np.ndarray:
+    def round_trip(self, frames: np.ndarray) -> np.ndarray:
+        """What the autoencoder alone makes of a clip."""
         latents = self.model.vae.encode(to_unit_range(frames))[0].float()
         return torch.cat(list(decode(latents, self.model, wraps=False))).numpy()
 

@@ -174,19 +174,24 @@ def fill(bench: Bench) -> Score:
 
 def inpaint(bench: Bench) -> Score:
     """The sprite's way is taken out, and a sprite of another colour asked for."""
-    scenes, true = bench.scenes(INPAINT), bench.truth(INPAINT)
+    unit = bench.model.grid.multiple[0]
+    scenes, true, masks = [], [], []
+    for scene in bench.scenes(INPAINT, 10 * bench.count):
+        clip = rendered(scene, bench.num_frames)
+        mask = way(scene, clip, unit)
+        if len(scenes) < bench.count and not mask.all():  # something is left to be kept
+            scenes, true, masks = [*scenes, scene], [*true, Clip(clip)], [*masks, mask]
     others = [recoloured(scene) for scene in scenes]
-    masks = [
-        way(s, t.frames, bench.model.grid.multiple[0]) for s, t in zip(scenes, true, strict=True)
-    ]
     made = bench.make(
         [
             tasks.inpaint(bench.model, clip.frames, mask, **asked(other))
             for clip, mask, other in zip(true, masks, others, strict=True)
         ]
     )
-    trips = zip(made, bench.round_trips(INPAINT), masks, strict=True)
-    kept = [psnr(m.frames[:, ~mask], t[:, ~mask]) for m, t, mask in trips]
+    trips = [bench.round_trip(clip.frames) for clip in true]
+    kept = [
+        psnr(m.frames[:, ~mask], t[:, ~mask]) for m, t, mask in zip(made, trips, masks, strict=True)
+    ]
     bench.sheets.draw("inpaint", pairs(true[:2], made[:2]))
     goals = [Clip(rendered(s, bench.num_frames)) for s in others]
     ours = [
@@ -198,16 +203,17 @@ def inpaint(bench: Bench) -> Score:
 
 
 def way(scene: world.Scene, clip: np.ndarray, unit: int) -> np.ndarray:
-    """All that the sprite ever touches, grown by a token each way: bool `[height, width]`."""
+    """All that the sprite ever touches, in whole tokens: bool `[height, width]`.
+
+    Grown by a token each way where that leaves anything over.
+    """
     backdrop = np.array(world.BACKGROUNDS[scene.background])
     touched = (np.abs(clip.astype(int) - backdrop).sum(-1) > 30).any(axis=0)
     tokens = touched.reshape(scene.height // unit, unit, scene.width // unit, unit).any((1, 3))
+    grown = tokens
     for axis in (0, 1):
-        tokens = tokens | np.roll(tokens, 1, axis) | np.roll(tokens, -1, axis)
-    mask = tokens.repeat(unit, 0).repeat(unit, 1)
-    if mask.all():  # it leaves nothing to keep: an edge stays
-        mask[:, :unit] = mask[:unit] = False
-    return mask
+        grown = grown | np.roll(grown, 1, axis) | np.roll(grown, -1, axis)
+    return (tokens if grown.all() else grown).repeat(unit, 0).repeat(unit, 1)
 
 
 def edit(bench: Bench, strength: float) -> Score:
@@ -278,7 +284,9 @@ def loop(bench: Bench) -> Score:
     )
     true = [Clip(rendered(s, n)) for s, n in zip(scenes, lengths, strict=True)]
     reach = bench.model.grid.time
-    seams = np.array([seam(clip.frames, reach) for clip in made])
+    borders = [latent_borders(clip.frames, reach) for clip in made]
+    seams = np.array([ratios[0] for ratios in borders])
+    elsewhere = np.concatenate([ratios[1:] for ratios in borders])
     true_seams = np.array([seam(clip.frames, reach) for clip in true])
     bench.sheets.draw("loop", [np.concatenate([c.frames] * 2) for c in made[:4]], columns=12)
     return {
@@ -286,6 +294,8 @@ def loop(bench: Bench) -> Score:
         "seam_ratio": mean(seams),
         "seam_ratio_median": round(float(np.median(seams)), 3),
         "seams_under_1.2": mean(seams < 1.2),
+        "other_borders_ratio": mean(elsewhere),
+        "other_borders_under_1.2": mean(elsewhere < 1.2),
         "true_seam_ratio": mean(true_seams),
         "true_seams_under_1.2": mean(true_seams < 1.2),
     }
@@ -317,6 +327,12 @@ def seam(frames: np.ndarray, reach: int) -> float:
     near = np.concatenate([inner[:reach], inner[-reach:]]).mean()
     across = changes(frames[[-1, 0]])[0]
     return float(max(across, STILL) / max(near, STILL))
+
+
+def latent_borders(frames: np.ndarray, time: int) -> np.ndarray:
+    """`seam` at every border of two latents of a loop; first at its seam."""
+    turns = range(0, len(frames), time)
+    return np.array([seam(np.roll(frames, -turn, axis=0), time) for turn in turns])
 
 
 def shots(bench: Bench) -> Score:

@@ -24,7 +24,7 @@ def _drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = rendered(world.Scene("white", (sprite,), 64, 64), 16)
 
     def sora(arguments: list[str]) -> int:
-        assert arguments[:2] == ["loop", pictures.PROMPTS[int(arguments[-5])]]
+        assert arguments[:2] == ["loop", pictures.PROMPTS[int(arguments[-3])]]
         write_video(arguments[-1], frames, 8)
         return 0
 
@@ -32,7 +32,7 @@ def _drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_loops_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gif, stills = tmp_path / "a.gif", tmp_path / "sheets" / "a.png"
+    gif, stills = tmp_path / "a.gif", tmp_path / "a.png"
     monkeypatch.setattr(sys, "argv", ["pictures.py", "--gif", str(gif), "--stills", str(stills)])
     pictures.main()
     frames, fps = read_video(gif)
@@ -43,9 +43,15 @@ def test_loops_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_gif_over_the_budget_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gif = tmp_path / "a.gif"
-    arguments = ["--gif", str(gif), "--stills", str(tmp_path / "a.png")]
-    monkeypatch.setattr(sys, "argv", ["pictures.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--gif", str(gif)])
     monkeypatch.setattr(pictures, "BUDGET_KB", 1)
     with pytest.raises(SystemExit, match=r"over 1: fewer --frames would do"):
         pictures.main()
     assert not gif.exists()
+
+
+def test_the_readme_shows_the_picture_beside_its_prompts() -> None:
+    top = (Path(__file__).parents[2] / "README.md").read_text()[:3000]
+    assert "docs/sprites.gif" in top
+    for prompt in pictures.PROMPTS:
+        assert prompt in top

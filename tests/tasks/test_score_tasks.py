@@ -79,6 +79,9 @@ def test_true_scenes_close_after_as_many_frames_as_are_made_of_them() -> None:
     # A jump is seen, and so is a frame that stands still where all others move.
     moves = rendered(world.Scene("white", (_mover(),), 64, 64), 32)
     assert task_scores.seam(moves[:-4], 4) > 1.5
+    seams = task_scores.latent_borders(moves[:-4], 4)
+    assert len(seams) == 7
+    assert seams[0] == task_scores.seam(moves[:-4], 4) == max(seams)
 
 
 def test_joints_and_drift_of_a_clip() -> None:

@@ -11,7 +11,7 @@ from sora_engine import tasks
 from sora_engine.errors import MediaError, RequestError
 from sora_engine.io.provenance import Provenance
 from sora_engine.io.video_writer import write_video
-from sora_engine.request import Clip, Footage, GenerationDefaults, LatentGrid
+from sora_engine.request import Clip, Footage, GenerationDefaults, LatentGrid, VideoRequest
 
 
 class Facts(NamedTuple):
@@ -172,15 +172,27 @@ def broken(tmp_path, kind: str) -> str:
     [
         (lambda c: tasks.extend(MODEL, c), "come to no frame at 8 fps; 0.125 s is one"),
         (lambda c: tasks.extend(MODEL, c, after_s=-1), "after_s must be 0 or more seconds, got -1"),
-        (lambda c: tasks.extend(MODEL, c, before_s=float("nan")), "before_s must be"),
+        (
+            lambda c: tasks.extend(MODEL, c, before_s=float("nan")),
+            "before_s must be finite, got nan",
+        ),
         (lambda c: tasks.loop(MODEL, c, gap_s=0), "gap_s 0 is no frame.*shortest.*0.5 s"),
         (lambda c: tasks.connect(MODEL, c, c, gap_s=0.01), "gap_s 0.01 is no frame"),
         (lambda c: tasks.fill(MODEL, c, [range(7, 10)]), "frames 7-9: the video has frames 0 to 8"),
-        (lambda c: tasks.fill(MODEL, c, [4, 5]), r"such as \[range\(4, 8\)\], and 4 is none"),
+        (lambda c: tasks.fill(MODEL, c, [4, 5]), r"such as \[range\(4, 8\)\]; 4 is none"),
         (lambda c: tasks.fill(MODEL, c, [range(0, 9, 2)]), "9, 2\\) is none"),
+        (lambda c: tasks.fill(MODEL, c, 4), "missing must be a list of ranges.*got int"),
+        (lambda c: tasks.extend(MODEL, c, after_s="1"), "after_s must be a number, got '1'"),
+        (lambda c: tasks.extend(MODEL, c, after_s=1e308), r"after_s 1e\+308 in frames must be fin"),
+        (lambda c: tasks.extend(MODEL, c, after_s=1, fps="8"), "fps must be a number, got '8'"),
+        (lambda c: tasks.extend(MODEL, c, after_s=1, fps=0), "fps must be over 0, got 0"),
+        (lambda c: tasks.edit(MODEL, c, height="64"), "height must be an integer, got '64'"),
+        (lambda c: tasks.upscale(MODEL, c, scale=float("inf")), "scale must be finite, got inf"),
+        (lambda c: tasks.upscale(MODEL, c, scale="2"), "scale must be a number, got '2'"),
+        (lambda c: tasks.edit(MODEL, Footage(c, 1.5)), "clip's start must be an integer, got 1.5"),
         (
-            lambda c: tasks.extend(MODEL, c, after_s="1"),
-            "after_s must be 0 or more seconds, got '1'",
+            lambda _: tasks.draft(MODEL, VideoRequest("a", num_inference_steps="4")),
+            "num_inference_steps must be an integer, got '4'",
         ),
         (lambda c: tasks.fill(MODEL, c, [range(0, 9)]), "all 9 frames are missing"),
         (lambda c: tasks.fill(MODEL, c, []), "no frame is missing; name some of frames 0 to 8"),
