@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sora_engine.canvas import Known, KnownMode
+from sora_engine.checks import integer
 from sora_engine.errors import RequestError
 from sora_engine.io.images import fit
 from sora_engine.io.video_reader import read_video
@@ -85,13 +86,14 @@ def as_array(frames: object, what: str = "clip") -> np.ndarray:
 
 def _part_of(part: Footage, height: int, width: int, fps: float | None, what: str) -> np.ndarray:
     frames = load_frames(part.frames, height, width, fps, what)
-    stop = len(frames) if part.stop is None else part.stop
-    if not 0 <= part.start < stop <= len(frames):
+    start = integer(f"a {what}'s start", part.start, 0)
+    stop = integer(f"a {what}'s stop", part.stop, len(frames))
+    if not 0 <= start < stop <= len(frames):
         raise RequestError(
-            f"frames {part.start} to {stop} of a {what} were asked for; it has {len(frames)}, so "
+            f"frames {start} to {stop} of a {what} were asked for; it has {len(frames)}, so "
             f"from 0 to {len(frames)} would work"
         )
-    return frames[part.start : stop]
+    return frames[start:stop]
 
 
 def to_unit_range(frames: np.ndarray) -> Tensor:

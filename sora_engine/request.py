@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -239,10 +240,15 @@ def resolve_request(
     )
     if height * width > limits.max_pixels:
         raise RequestError(
-            f"{width}x{height} is {height * width} pixels; at most {limits.max_pixels}"
+            f"{width}x{height} is {height * width} pixels; at most {limits.max_pixels}, so "
+            f"{_size_within(limits.max_pixels, height, width, grid)} would work"
         )
     if num_frames > limits.max_frames:
-        raise RequestError(f"num_frames is {num_frames}; at most {limits.max_frames}")
+        time = math.lcm(grid.time, 4)
+        longest, _ = nearest_on_grid(limits.max_frames, time, 0 if loop else 1)
+        raise RequestError(
+            f"num_frames is {num_frames}; at most {limits.max_frames}, so {longest} would work"
+        )
     if shots and sum(shot.num_frames for shot in shots) != num_frames:
         raise RequestError(
             f"the shots have {sum(shot.num_frames for shot in shots)} frames together; "
@@ -350,6 +356,17 @@ def _on_grid(
     rule = f"a multiple of {multiple}" + (f" plus {remainder}" if remainder else "")
     choice = f"{below} or {above}" if below < number else f"{below}"
     raise RequestError(f"{name} must be {rule}, got {number}; the nearest are {choice}")
+
+
+def _size_within(max_pixels: int, height: int, width: int, grid: LatentGrid) -> str:
+    """About the largest WIDTHxHEIGHT of this shape that the model and the limit allow.
+
+    Of the coarsest grid of all models, for checks that are made before the model is known.
+    """
+    rows, columns = (math.lcm(multiple, 32) for multiple in grid.multiple)
+    shorter = math.isqrt(max_pixels * height // width)
+    height = max(rows, shorter // rows * rows)
+    return f"{max(columns, max_pixels // height // columns * columns)}x{height}"
 
 
 def _shot_frames(shot: Shot) -> int:

@@ -1,8 +1,8 @@
-"""The scores as Markdown, for docs/tasks.md."""
+"""The scores as a page of Markdown: docs/scores.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from size_table import NAMES, SIDES
@@ -18,16 +18,28 @@ MEASURES = {
 }
 
 
-def report(scores: dict[str, Any]) -> str:
-    """Tables of what has been scored so far."""
-    parts = [task_table(dict(_lines(scores)))]
+HEAD = """# Scores of the tasks
+
+By `examples/sprites/score_tasks.py`: what the reader finds in clips that the engine makes, over
+what it finds in true ones (`made / true`, shares of clips). A task is held to 80% of the true
+clips' share."""
+
+
+def report(scores: dict[str, Any], sheets: Sequence[str] = ()) -> str:
+    """Tables of what has been scored so far, and pictures: sheets by their paths from the page."""
+    parts = [HEAD, task_table(dict(_lines(scores)))]
     parts += [f"{name.capitalize()}: {text}." for name, text in remarks(scores)]
     if "minute" in scores:
-        parts.append(minute_table(scores["minute"]))
+        parts += ["## A minute", minute_table(scores["minute"])]
     if "memory" in scores:
         parts.append(memory_line(scores["memory"]))
     if "sizes" in scores:
-        parts.append(size_table(scores["sizes"]))
+        parts += ["## Sizes", size_table(scores["sizes"])]
+    if sheets:
+        parts.append(
+            "## Sheets\n\nWhere a task is given a clip, that one stands above what is made."
+        )
+        parts += [f"{path.split('/')[-1].removesuffix('.png')}\n\n![]({path})" for path in sheets]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,18 +1,19 @@
 """Score every task on a sprites checkpoint by the reader, beside the same score of true clips.
 
-    python examples/sprites/score_tasks.py --json scores.json --sheets docs/sheets
+    python examples/sprites/score_tasks.py --json docs/scores.json --sheets docs/sheets
 
 Scenes are combinations of colour, shape, motion and background that training never shows. `made`
 is what the engine made, `true` the same measurement of rendered clips, and `share` the one over the
 other. `kept_db` is the PSNR of known frames against the autoencoder's own round trip of them.
-Scores in the JSON file stay when other tasks are scored; beside it lies the report for
-docs/tasks.md, in Markdown.
+Scores in the JSON file stay when other tasks are scored; the page beside it, in Markdown, has the
+tables of all and the sheets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,14 @@ LONG = ("minute", "memory", "sizes")
 def size(text: str) -> Size:
     width, height = text.split("x")
     return int(height), int(width)
+
+
+def pages(args: argparse.Namespace) -> list[str]:
+    """The sheets so far, by their paths from the report's folder."""
+    if args.sheets is None:
+        return []
+    folder = args.json.parent.resolve()
+    return [os.path.relpath(path.resolve(), folder) for path in sorted(args.sheets.glob("*.png"))]
 
 
 def main() -> None:
@@ -103,7 +112,7 @@ def main() -> None:
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
             if args.json is not None:
                 args.json.write_text(json.dumps(scores, indent=1) + "\n")
-                args.json.with_suffix(".md").write_text(report(scores))
+                args.json.with_suffix(".md").write_text(report(scores, pages(args)))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def test_every_task_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "| edit, strength 0.45 |",
         "Loop: the seam's",
         "| 0-10 s |",
+        "![](sheets/extend-before.png)",
     ):
         assert words in told
 

@@ -113,8 +113,8 @@ def test_limits_are_checked():
     fits = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4}
     resolve(limits=small, **fits)
     for change, message in [
-        ({"width": 80}, "80x64 is 5120 pixels; at most 4096"),
-        ({"num_frames": 13}, "num_frames is 13; at most 9"),
+        ({"width": 80}, "80x64 is 5120 pixels; at most 4096, so 128x32 would work"),
+        ({"num_frames": 13}, "num_frames is 13; at most 9, so 9 would work"),
         ({"num_inference_steps": 5}, "from 1 to 4, got 5"),
         ({"prompt": "a cat sat"}, "prompt has 9 characters; at most 5"),
     ]:
@@ -138,3 +138,14 @@ def test_latent_frames_and_the_frames_they_hold():
 def test_unknown_arguments_raise():
     with pytest.raises(TypeError, match="num_steps"):
         VideoRequest("a cat", num_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [((4096, 4096), "2048x2048"), ((4320, 7680), "2720x1536"), ((16, 10**6), "131072x32")],
+)
+def test_sizes_over_the_limit_name_one_that_works(size, nearest):
+    with pytest.raises(RequestError, match=f"at most 4194304, so {nearest} would work"):
+        resolve(height=size[0], width=size[1])
+    width, height = map(int, nearest.split("x"))
+    assert resolve(height=height, width=width).width == width
