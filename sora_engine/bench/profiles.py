@@ -15,7 +15,7 @@ Group = Callable[[], list[Measurement]]
 def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     """Ops, block, end to end (with step and decode) and serving: under 5 minutes on 2 cores.
 
-    long: 20 steps end to end and longer traces, under 4 minutes each, and peak memory.
+    long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
     tiny: everything once, at sizes that show no more than that it runs.
     """
     from dataclasses import replace
@@ -34,7 +34,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
             "block": lambda: block(shape, (1, 2, 2), rounds=1),
             "end-to-end": lambda: end_to_end(shape, Run(32, 32, 1, 3, 16)),
             "serving": lambda: [
-                *serving.serving(kinds=kinds, trace_s=0.0, rounds=1),
+                *serving.serving(kinds=kinds, count=4, rounds=1),
                 serving.burst(kinds=kinds, count=2, rounds=1),
             ],
         }
@@ -46,8 +46,8 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
         "block": lambda: block(WAN_1_3B, (4, 12, 16)),
         "end-to-end": lambda: end_to_end(four, run),
         "serving": lambda: [
-            *serving.serving(trace_s=15.0, rounds=1),
-            serving.burst(rounds=1),
+            *serving.serving(rounds=1),
+            serving.burst(rounds=2),
         ],
     }
     if long:
