@@ -192,8 +192,14 @@ Tensor norm_rope(const Tensor& x_in, const MaybeTensor& weight, const MaybeTenso
   return y;
 }
 
+// Queries of a sequence that are one task. Shares begin at multiples of it, whatever else there is:
+// a sequence's result does not depend on its company.
+constexpr int64_t kShare = 256;
+
+int64_t shares_of(int64_t queries) { return (queries + kShare - 1) / kShare; }
+
 // Sequences are (q first, q step, q count, k first, k step, k count), int64 [sequences, 6].
-std::tuple<Tensor, Tensor> short_attention(const Tensor& q_in, const Tensor& k_in,
+std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in,
                                            const Tensor& v_in, const Tensor& sequences_in,
                                            double scale, bool return_lse) {
   const Tensor q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
@@ -226,33 +232,52 @@ std::tuple<Tensor, Tensor> short_attention(const Tensor& q_in, const Tensor& k_i
     return span.count == 0 || (span.count > 0 && span.first >= 0 && span.step >= 1 &&
                                span.first + (span.count - 1) * span.step < tokens);
   };
+  // The first item of each sequence. An item is a share of the queries of one head.
+  std::vector<int64_t> first_item(count + 1);
   for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK(inside(spans[2 * i], q.size(0)) && inside(spans[2 * i + 1], k.size(0)),
+    const sora::Span &qs = spans[2 * i], &ks = spans[2 * i + 1];
+    TORCH_CHECK(inside(qs, q.size(0)) && inside(ks, k.size(0)),
                 "sora: sequence ", i, " reads past the tokens");
-    most_q = std::max(most_q, spans[2 * i].count);
-    most_k = std::max(most_k, spans[2 * i + 1].count);
-    work += spans[2 * i].count * spans[2 * i + 1].count;
+    most_q = std::max(most_q, std::min(qs.count, kShare));
+    most_k = std::max(most_k, ks.count);
+    work += qs.count * ks.count;
+    first_item[i + 1] = first_item[i] + args.heads * shares_of(qs.count);
   }
-  const int64_t items = count * args.heads;
-  const int64_t cost = std::max<int64_t>(1, work / std::max<int64_t>(1, count)) * args.head_dim;
+  const int64_t items = first_item[count];
+  const int64_t cost = std::max<int64_t>(
+      1, work * args.heads / std::max<int64_t>(1, items) * args.head_dim / 8);
   const auto& kernels = sora::kernels();
   const bool half = args.type != sora::Type::f32;
-  at::parallel_for(0, items, grain(cost / 8), [&](int64_t begin, int64_t end) {
+  // Sequences differ in length, so that threads take what is next and not equal numbers of items.
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items / grain(cost) + 1);
+  const int64_t taken = std::clamp<int64_t>(items / (8 * threads), 1, grain(cost));
+  std::atomic<int64_t> next{0};
+  const auto attend = [&](int64_t item, int64_t sequence, float* scratch) {
+    const sora::Span &whole = spans[2 * sequence], &ks = spans[2 * sequence + 1];
+    const int64_t shares = shares_of(whole.count);
+    const int64_t head = (item - first_item[sequence]) / shares;
+    const int64_t share = (item - first_item[sequence]) % shares;
+    const int64_t start = share * kShare;
+    const sora::Span qs{whole.first + start * whole.step, whole.step,
+                        std::min(whole.count - start, kShare)};
+    if (ks.count > 0) return kernels.attention(args, qs, ks, head, scratch);
+    for (int64_t i = 0; i < qs.count; ++i) {
+      const int64_t row = (qs.first + i * qs.step) * args.heads + head;
+      const int64_t bytes = args.head_dim * (half ? 2 : 4);
+      std::memset(static_cast<char*>(args.out) + row * bytes, 0, bytes);
+      if (args.lse) args.lse[row] = -std::numeric_limits<float>::infinity();
+    }
+  };
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     std::vector<float> scratch(kernels.attention_scratch(most_q, most_k, args.head_dim));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t head = item % args.heads;
-      const sora::Span qs = spans[2 * (item / args.heads)];
-      const sora::Span ks = spans[2 * (item / args.heads) + 1];
-      if (qs.count == 0) continue;
-      if (ks.count > 0) {
-        kernels.attention(args, qs, ks, head, scratch.data());
-        continue;
-      }
-      for (int64_t i = 0; i < qs.count; ++i) {
-        const int64_t row = (qs.first + i * qs.step) * args.heads + head;
-        const int64_t bytes = args.head_dim * (half ? 2 : 4);
-        std::memset(static_cast<char*>(args.out) + row * bytes, 0, bytes);
-        if (args.lse) args.lse[row] = -std::numeric_limits<float>::infinity();
+    for (int64_t begin = next.fetch_add(taken); begin < items; begin = next.fetch_add(taken)) {
+      const int64_t end = std::min(begin + taken, items);
+      // Sequences without queries have no items: the last that begins here is the one.
+      int64_t sequence =
+          std::upper_bound(first_item.begin(), first_item.end(), begin) - first_item.begin() - 1;
+      for (int64_t item = begin; item < end; ++item) {
+        while (item >= first_item[sequence + 1]) ++sequence;
+        attend(item, sequence, scratch.data());
       }
     }
     // Results that went past the caches are there before other threads are told.
@@ -461,7 +486,7 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
         "float eps) -> (Tensor, Tensor)");
   m.def("native_norm_rope(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, bool across_heads, "
         "bool interleaved, float eps) -> Tensor");
-  m.def("native_short_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, float scale, "
+  m.def("native_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, float scale, "
         "bool return_lse) -> (Tensor, Tensor)");
   m.def("native_causal_norm_silu(Tensor x, Tensor past, Tensor weight, float eps) "
         "-> (Tensor, Tensor)");
@@ -473,7 +498,7 @@ TORCH_LIBRARY_IMPL(sora, CPU, m) {
   m.impl("native_norm_modulate", norm_modulate);
   m.impl("native_gate_residual_norm_modulate", gate_residual_norm_modulate);
   m.impl("native_norm_rope", norm_rope);
-  m.impl("native_short_attention", short_attention);
+  m.impl("native_attention", attention);
   m.impl("native_causal_norm_silu", causal_norm_silu);
   m.impl("native_plan_tiles", plan_tiles);
 }

@@ -132,10 +132,10 @@ def packed_attention() -> tuple[Work, float]:
     """An uneven batch, beside dense SDPA on its longest segment alone; and the FLOPs of that."""
     heads, head_dim = 12, 128
     (q, k, v), lengths = packed(LENGTHS, heads, head_dim)
-    longest = randn(1, heads, max(LENGTHS), head_dim)
+    longest = [randn(1, heads, max(LENGTHS), head_dim) for _ in range(3)]
     work = Work(
         lambda backend: lambda: sk.packed_attention(q, k, v, **lengths, backend=backend),
-        lambda: F.scaled_dot_product_attention(longest, longest, longest),
+        lambda: F.scaled_dot_product_attention(*longest),
         flops=4 * heads * head_dim * sum(n * n for n in LENGTHS),
     )
     return work, 4 * heads * head_dim * max(LENGTHS) ** 2

@@ -1,9 +1,9 @@
-// Attention over short sequences: one (sequence, head) at a time, all of it in the cache.
+// Attention of some queries of one (sequence, head), on blocks of keys that stay in the cache.
 //
-// Temporal attention of a video transformer has thousands of sequences of a few frames each, where
-// a blocked kernel spends its time on set-up. Here a vector holds as many queries as it has lanes:
-// those are transposed once into a small buffer, scores are key by key, and the softmax runs over
-// queries side by side, with nothing to reduce inside a vector.
+// A vector holds as many queries as it has lanes: those are transposed once into a small buffer,
+// scores are key by key, and the softmax runs over queries side by side, with nothing to reduce
+// inside a vector. So it costs no set-up, which is what temporal attention of a video transformer
+// needs: it has thousands of sequences of a few frames each.
 #include "kernels.h"
 #include "vec.h"
 
@@ -11,6 +11,7 @@ namespace SORA_ISA {
 namespace {
 
 constexpr int kRows = 8;  // 8 accumulators hide the latency of two FMA ports
+constexpr int64_t kKeys = 512;  // with their values 512 KiB at head_dim 128, of the second cache
 
 // C[kRows, kLanes] = sum over i < n of A[r, i] B[i], where A[r, i] lies at a[r * row + i * step].
 SORA_INLINE void tile(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb,
@@ -65,92 +66,119 @@ SORA_INLINE void fetch(const T* base, int64_t stride, int64_t rows, int64_t d) {
     for (int64_t i = 0; i < d; i += kLine) __builtin_prefetch(base + r * stride + i, kToWrite, 2);
 }
 
-// Rows of a sequence as fp32, [rows, round_up(d)]; those from `rows` to `padded` are zero. Where the
+// Rows of a sequence as fp32; those from `rows` to `padded` are zero. Element (r, i) goes to
+// to[r * row + i * column], where i is a multiple of kLanes and the lanes lie side by side. Where the
 // frames of a video lie a multiple of 4 KiB apart, its rows would push one another out of the cache.
 template <typename T>
 SORA_INLINE void gather(const T* base, int64_t stride, int64_t rows, int64_t padded, int64_t d,
-                        float* to) {
-  const int64_t wide_d = round_up(d, kLanes);
+                        float* to, int64_t row, int64_t column) {
   for (int64_t r = 0; r < padded; ++r)
     for (int64_t i = 0; i < d; i += kLanes)
-      store(floats(to + r * wide_d + i), r < rows ? load(base + r * stride + i, d - i) : Vec{});
+      store(floats(to + r * row + i * column),
+            r < rows ? load(base + r * stride + i, d - i) : Vec{});
 }
 
+// Keys come in blocks, which a running softmax joins (FlashAttention, arXiv 2205.14135): what is
+// known of the queries so far, their greatest score, the sum of weights and the weighted sum of
+// values, waits in `state` for the next block.
 template <typename T>
 void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head, float* scratch) {
-  const int64_t d = a.head_dim, wide_d = round_up(d, kLanes), keys = round_up(k.count, kRows);
-  float* rows_of_k = scratch;                     // [keys, wide_d]
-  float* rows_of_v = rows_of_k + keys * wide_d;   // [k.count, wide_d]
-  float* q_turned = rows_of_v + keys * wide_d;    // [wide_d, kLanes]
-  float* weights = q_turned + wide_d * kLanes;    // [keys, kLanes]
+  const int64_t d = a.head_dim, wide_d = round_up(d, kLanes);
+  const int64_t most = round_up(k.count < kKeys ? k.count : kKeys, kRows);
+  float* rows_of_k = scratch;                     // [most, wide_d]
+  float* panels_of_v = rows_of_k + most * wide_d; // [wide_d / kLanes, most, kLanes]
+  float* q_turned = panels_of_v + most * wide_d;  // [wide_d, kLanes]
+  float* weights = q_turned + wide_d * kLanes;    // [most, kLanes]
+  float* state = weights + most * kLanes;         // [queries / kLanes, 2 + wide_d, kLanes]
 
   const T* k_base = (const T*)a.k + k.first * a.k_stride + head * a.k_head_stride;
   const T* v_base = (const T*)a.v + k.first * a.v_stride + head * a.v_head_stride;
   const T* q_base = (const T*)a.q + q.first * a.q_stride + head * a.q_head_stride;
-  gather(k_base, k.step * a.k_stride, k.count, keys, d, rows_of_k);
-  gather(v_base, k.step * a.v_stride, k.count, k.count, d, rows_of_v);
-
+  const int64_t k_step = k.step * a.k_stride, v_step = k.step * a.v_stride;
   // The next head is most often computed next.
-  const bool ahead = head + 1 < a.heads;
-  if (ahead) fetch<false>(k_base + a.k_head_stride, k.step * a.k_stride, k.count, d);
+  const bool ahead = head + 1 < a.heads && k.count <= kKeys;
   bool streams = false;
   if constexpr (sizeof(T) == 4)
     streams = a.past_caches && d % kLanes == 0 && aligned(a.out);
-  if (!streams) {
-    const int64_t step = q.step * a.heads * d;
-    fetch<true>((T*)a.out + (q.first * a.heads + head) * d, step, q.count, d);
-  }
-  for (int64_t start = 0; start < q.count; start += kLanes) {
-    const int64_t rows = q.count - start < kLanes ? q.count - start : kLanes;
-    const T* q_rows = q_base + start * q.step * a.q_stride;
-    for (int64_t i = 0; i < d; i += kLanes) {
-      Vec block[kLanes];
-      for (int r = 0; r < kLanes; ++r)
-        block[r] = r < rows ? load(q_rows + r * q.step * a.q_stride + i, d - i) * a.scale : Vec{};
-      transpose(block);
-      for (int r = 0; r < kLanes; ++r) store(floats(q_turned + (i + r) * kLanes), block[r]);
+
+  for (int64_t begin = 0; begin < k.count; begin += kKeys) {
+    const int64_t keys = k.count - begin < kKeys ? k.count - begin : kKeys;
+    const bool is_first = begin == 0, is_last = begin + keys == k.count;
+    gather(k_base + begin * k_step, k_step, keys, round_up(keys, kRows), d, rows_of_k, wide_d, 1);
+    gather(v_base + begin * v_step, v_step, keys, keys, d, panels_of_v, kLanes, most);
+    if (ahead) fetch<false>(k_base + a.k_head_stride, k_step, keys, d);
+    if (is_last && !streams) {
+      const int64_t step = q.step * a.heads * d;
+      fetch<true>((T*)a.out + (q.first * a.heads + head) * d, step, q.count, d);
     }
-    Vec top = splat(-__builtin_inff());
-    for (int64_t j = 0; j < k.count; j += kRows) {
-      Vec scores[kRows];
-      tile(rows_of_k + j * wide_d, wide_d, 1, q_turned, kLanes, d, scores);
-      for (int r = 0; r < kRows; ++r) {
-        if (j + r < k.count) top = maximum(top, scores[r]);
-        store(floats(weights + (j + r) * kLanes), scores[r]);
-      }
-    }
-    if (ahead && start == 0) fetch<false>(v_base + a.v_head_stride, k.step * a.v_stride, k.count, d);
-    Vec total = {};
-    for (int64_t j = 0; j < k.count; ++j) {
-      const Vec weight = exp_nonpositive(load(floats(weights + j * kLanes)) - top);
-      store(floats(weights + j * kLanes), weight);
-      total += weight;
-    }
-    const Vec inverse = 1.0f / total;
-    if (a.lse)
-      for (int64_t r = 0; r < rows; ++r)
-        a.lse[(q.first + (start + r) * q.step) * a.heads + head] =
-            top[r] + __builtin_logf(total[r]);
-    if (ahead) {
-      const int64_t step = q.step * a.q_stride;
-      fetch<false>(q_rows + a.q_head_stride, step, rows, d);
-    }
-    // Lanes past the last query hold weights of zero queries, which are not stored.
-    for (int64_t first = 0; first < rows; first += kRows) {
+    for (int64_t start = 0; start < q.count; start += kLanes) {
+      const int64_t rows = q.count - start < kLanes ? q.count - start : kLanes;
+      const T* q_rows = q_base + start * q.step * a.q_stride;
       for (int64_t i = 0; i < d; i += kLanes) {
-        Vec result[kRows];
-        tile(weights + first, 1, kLanes, rows_of_v + i, wide_d, k.count, result);
-        for (int64_t r = 0; r < kRows && first + r < rows; ++r) {
-          const int64_t token = q.first + (start + first + r) * q.step;
-          T* to = (T*)a.out + (token * a.heads + head) * d + i;
-          const Vec value = result[r] * inverse[first + r];
-          if constexpr (sizeof(T) == 4) {
-            if (streams) {
-              stream(to, value);
+        Vec block[kLanes];
+        for (int r = 0; r < kLanes; ++r)
+          block[r] = r < rows ? load(q_rows + r * q.step * a.q_stride + i, d - i) * a.scale : Vec{};
+        transpose(block);
+        for (int r = 0; r < kLanes; ++r) store(floats(q_turned + (i + r) * kLanes), block[r]);
+      }
+      float* tops = state + start * (2 + wide_d);
+      float* totals = tops + kLanes;
+      float* sums = totals + kLanes;  // [kLanes, wide_d]
+      const Vec before = is_first ? splat(-3.4028235e38f) : load(floats(tops));
+      Vec top = before;
+      for (int64_t j = 0; j < keys; j += kRows) {
+        Vec scores[kRows];
+        tile(rows_of_k + j * wide_d, wide_d, 1, q_turned, kLanes, d, scores);
+        for (int r = 0; r < kRows; ++r) {
+          if (j + r < keys) top = maximum(top, scores[r]);
+          store(floats(weights + (j + r) * kLanes), scores[r]);
+        }
+      }
+      if (ahead && start == 0) fetch<false>(v_base + a.v_head_stride, v_step, keys, d);
+      Vec total = {};
+      for (int64_t j = 0; j < keys; ++j) {
+        const Vec weight = exp_nonpositive(load(floats(weights + j * kLanes)) - top);
+        store(floats(weights + j * kLanes), weight);
+        total += weight;
+      }
+      Vec shrunk = {};  // how much less the blocks before weigh under the new greatest score
+      if (!is_first) {
+        shrunk = exp_nonpositive(before - top);
+        total += shrunk * load(floats(totals));
+      }
+      const Vec inverse = 1.0f / total;
+      if (!is_last) {
+        store(floats(tops), top);
+        store(floats(totals), total);
+      } else if (a.lse) {
+        for (int64_t r = 0; r < rows; ++r)
+          a.lse[(q.first + (start + r) * q.step) * a.heads + head] =
+              top[r] + __builtin_logf(total[r]);
+      }
+      if (ahead) fetch<false>(q_rows + a.q_head_stride, q.step * a.q_stride, rows, d);
+      // Lanes past the last query hold weights of zero queries, which are not stored.
+      for (int64_t first = 0; first < rows; first += kRows) {
+        for (int64_t i = 0; i < d; i += kLanes) {
+          Vec result[kRows];
+          tile(weights + first, 1, kLanes, panels_of_v + i * most, kLanes, keys, result);
+          for (int64_t r = 0; r < kRows && first + r < rows; ++r) {
+            float* sum = sums + (first + r) * wide_d + i;
+            if (!is_first) result[r] += load(floats(sum)) * shrunk[first + r];
+            if (!is_last) {
+              store(floats(sum), result[r]);
               continue;
             }
+            const int64_t token = q.first + (start + first + r) * q.step;
+            T* to = (T*)a.out + (token * a.heads + head) * d + i;
+            const Vec value = result[r] * inverse[first + r];
+            if constexpr (sizeof(T) == 4) {
+              if (streams) {
+                stream(to, value);
+                continue;
+              }
+            }
+            store(to, value, d - i);
           }
-          store(to, value, d - i);
         }
       }
     }
@@ -160,9 +188,10 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
 }  // namespace
 
 int64_t attention_scratch(int64_t queries, int64_t keys, int64_t head_dim) {
-  (void)queries;
-  const int64_t wide_d = round_up(head_dim, kLanes), padded = round_up(keys, kRows);
-  return 2 * wide_d * padded + kLanes * (wide_d + padded) + kRows;
+  const int64_t wide_d = round_up(head_dim, kLanes);
+  const int64_t most = round_up(keys < kKeys ? keys : kKeys, kRows);
+  const int64_t state = keys > kKeys ? round_up(queries, kLanes) * (2 + wide_d) : 0;
+  return 2 * wide_d * most + kLanes * (wide_d + most) + state;
 }
 
 void attention(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head,

@@ -42,7 +42,10 @@ class Case:
 
 
 class Backend(Protocol):
-    """A backend module: `run`, and `unsupported`, which says why it cannot serve a case."""
+    """A backend module: `run`, and `unsupported`, which says why it cannot serve a case.
+
+    It may have `outrun` as well, which says where another is faster: `auto` goes on to the next.
+    """
 
     run: Callable[..., Any]
 
@@ -102,6 +105,8 @@ class Op:
         for name in (*self.order.get(case.device_type, ()), "reference"):
             module = self.load(name)
             reason = module.unsupported(case)
+            if reason is None and hasattr(module, "outrun"):
+                reason = module.outrun(case)
             if reason is None:
                 logger.info("%s on %s: %s", self.name, case, name)
                 return module

@@ -257,6 +257,21 @@ def test_auto_is_resolved_once_and_logged(caplog):
         op.resolve("a", case)
 
 
+def test_auto_goes_on_where_another_is_faster_and_a_name_does_not():
+    class Outrun:
+        unsupported = staticmethod(lambda case: None)
+        outrun = staticmethod(lambda case: "b is faster" if case.width > 8 else None)
+
+    class Other:
+        unsupported = staticmethod(lambda case: None)
+
+    op = Op("toy", {"a": "", "b": "", "reference": ""}, {"cpu": ("a", "b")})
+    object.__setattr__(op, "load", lambda name: {"a": Outrun, "b": Other}[name])
+    assert op.resolve("auto", Case.of(torch.zeros(2, 8))) is Outrun
+    assert op.resolve("auto", Case.of(torch.zeros(2, 9))) is Other
+    assert op.resolve("a", Case.of(torch.zeros(2, 9))) is Outrun
+
+
 def test_a_named_backend_never_falls_back():
     q, k, v, cu_q, cu_k = attention_inputs()
     with pytest.raises(sk.KernelUnavailableError, match="float64"):

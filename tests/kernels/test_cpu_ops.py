@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import (
+    SLACK,
     attention_cases,
     causal_cases,
     check_a_thousand_segments,
@@ -25,7 +26,7 @@ from cases import (
     modulation_cases,
     rope_cases,
 )
-from hypothesis import given
+from hypothesis import given, settings
 
 import sora_kernels as sk
 from sora_kernels import csrc
@@ -55,6 +56,35 @@ def test_sdpa_attention(case):
 @given(attention_cases(max_length=64))
 def test_native_attention(case):
     check_attention(case, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@settings(max_examples=settings().max_examples // 4)
+@given(attention_cases(max_length=700, max_segments=2))
+def test_native_attention_in_shares_and_blocks(case):
+    """256 queries are a share, 512 keys a block."""
+    check_attention(case, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("keys", [511, 512, 513, 1024, 1031])
+@pytest.mark.parametrize("queries", [255, 257])
+def test_native_attention_at_the_edges_of_blocks(queries, keys):
+    """Greatest scores in the first block, in the last, and falling or rising over all of them."""
+    rng = generator(keys)
+    q = torch.randn(queries, 2, 24, generator=rng)
+    k, v = (torch.randn(keys, 2, 24, generator=rng) for _ in range(2))
+    cu = offsets([queries]), offsets([keys])
+    kwargs = {"max_seqlen_q": queries, "max_seqlen_k": keys, "return_lse": True}
+    rising = torch.linspace(0.1, 8, keys)[:, None, None]
+    for size in (rising, rising.flip(0)):
+        args = q, k * size, v
+        out, lse = sk.packed_attention(*args, *cu, backend="native", **kwargs)
+        low, _ = sk.packed_attention(*args, *cu, backend="reference", **kwargs)
+        wide = (t.double() for t in args)
+        ref, ref_lse = sk.packed_attention(*wide, *cu, backend="reference", **kwargs)
+        check_within_budget("out", out, ref, low, SLACK[torch.float32])
+        torch.testing.assert_close(lse, ref_lse.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("native_library")
@@ -198,7 +228,7 @@ def test_native_refuses_what_would_read_past_the_tokens():
     q = torch.randn(4, 1, 16)
     for spans in ([[0, 1, 5, 0, 1, 4]], [[0, 2, 3, 0, 1, 4]], [[-1, 1, 2, 0, 1, 4]]):
         with pytest.raises(RuntimeError, match="past the tokens"):
-            torch.ops.sora.native_short_attention(q, q, q, torch.tensor(spans), 1.0, False)
+            torch.ops.sora.native_attention(q, q, q, torch.tensor(spans), 1.0, False)
 
 
 @pytest.mark.usefixtures("native_library")

@@ -1,7 +1,7 @@
-"""Packed attention over short segments by csrc/cpu: one (segment, head) at a time in the cache.
+"""Packed attention by csrc/cpu: a share of the queries of one (segment, head) at a time.
 
-SDPA spends its time on set-up where segments are a few tokens long; above `api.SHORT` tokens
-its blocked kernel wins and this one does not serve.
+SDPA spends its time on set-up where segments are a few tokens long. Of longer ones see
+`csrc.outrun_by_sdpa`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from sora_kernels.dispatch import Case
 
 
 def unsupported(case: Case) -> str | None:
-    if "short" not in case.traits:
-        return "it serves short segments alone (64 tokens)"
     return csrc.unsupported(case)
+
+
+def outrun(case: Case) -> str | None:
+    return csrc.outrun_by_sdpa(case)
 
 
 def run(call: Operands) -> tuple[Tensor, Tensor]:
@@ -25,6 +27,6 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
     for column, offsets in ((0, call.cu_seqlens_q), (3, call.cu_seqlens_k)):
         spans[:, column] = offsets[:-1]
         spans[:, column + 2] = offsets.diff()
-    return torch.ops.sora.native_short_attention(
+    return torch.ops.sora.native_attention(
         call.q, call.k, call.v, spans, call.scale, call.return_lse
     )

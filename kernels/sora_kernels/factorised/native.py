@@ -11,9 +11,11 @@ from sora_kernels.grids import Grid, starts_of
 
 
 def unsupported(case: Case) -> str | None:
-    if "short" not in case.traits:
-        return "it serves short videos alone (64 frames)"
     return csrc.unsupported(case)
+
+
+def outrun(case: Case) -> str | None:
+    return csrc.outrun_by_sdpa(case)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> Tensor:
@@ -25,4 +27,4 @@ def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> 
         part[:, 2] = part[:, 5] = t
         parts.append(part)
     spans = torch.cat(parts) if parts else torch.empty(0, 6, dtype=torch.int64)
-    return torch.ops.sora.native_short_attention(q, k, v, spans, scale, False)[0]
+    return torch.ops.sora.native_attention(q, k, v, spans, scale, False)[0]
