@@ -1,16 +1,17 @@
 """The autoencoder against diffusers' `AutoencoderKLWan`, on the CPU, interleaved.
 
     python benchmarks/bench_vae.py [--base-dim 96] [--sizes 16,32] [--latents 3] [--rounds 5]
-                                   [--threads 2] [--encode] [--memory] [--json FILE]
+                                   [--threads 2] [--encode] [--json FILE]
+    python benchmarks/bench_vae.py --memory [--resident] [--lengths 5,21,81] ...
 
 Both have the same random weights and threads and take turns round by round, each time in the other
 order; the ratio of a round is paired, so that a machine that slows down slows both. CPU time is
-reported beside wall time: it hardly notices who else is on the machine. `--memory` measures a
-decode at 5, 21 and 81 latents: the most bytes of tensors that are alive at a time, beside weights
-and latents, on meta tensors (so at any size), and with `--resident` how far the resident size rises
-too, each in a process of its own. diffusers returns the whole video, so what it has to hold for
-that is told apart. `--json` adds the measurements to FILE, with the machine, the versions and the
-commit; results/ holds such files.
+reported beside wall time: it hardly notices who else is on the machine. `--memory` measures
+decodes of these lengths, in latents: the most bytes of tensors that are alive at a time, beside
+weights and latents, on meta tensors (so at any size), and with `--resident` how far the resident
+size rises too, each in a process of its own, with the model and without. diffusers returns the
+whole video, so what it has to hold for that is told apart. `--json` adds the measurements to FILE,
+with the machine, the versions and the commit; results/ holds such files.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ from diffusers import AutoencoderKLWan
 from sora_engine.vae import VAEConfig, WanVAE, stream_decode
 from sora_engine.vae.memory import NoScores, StorageMeter, decode_memory
 from sora_kernels import csrc
-
-LENGTHS = [5, 21, 81]
 
 
 def make(base_dim: int) -> tuple[AutoencoderKLWan, WanVAE]:
@@ -90,24 +89,29 @@ def resident(kind: str) -> int:
 
 
 def peak(side: str, base_dim: int, size: int, latents: int) -> None:
-    """Prints how far a decode of `latents` latent frames raises the resident size."""
-    oracle, ours = make(base_dim)
-    video = torch.randn(1, 16, latents, size, size)
-    with torch.inference_mode():
-        if side == "diffusers":
-            oracle.decode(video[:, :, :1, :2, :2])
-        else:
-            list(stream_decode(ours, video[:, :, :3, :2, :2]))
-    before = resident("VmRSS")
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-    with torch.inference_mode():
-        if side == "diffusers":
-            oracle.decode(video)
-        else:
+    """Prints how far a decode of `latents` latent frames raises the resident size, and how far
+    the model and the decode together do."""
+    bare = resident("VmRSS")
+    decode: Callable[[torch.Tensor], object]
+    if side == "diffusers":
+        oracle = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
+        decode = oracle.decode
+    else:
+        ours = WanVAE(VAEConfig(base_dim=base_dim)).eval().requires_grad_(False).prepare()
+
+        def decode(video: torch.Tensor) -> None:
             for _ in stream_decode(ours, video):
                 pass
-    print(resident("VmHWM") - before)
+
+    video = torch.randn(1, 16, latents, size, size)
+    with torch.inference_mode():
+        decode(video[:, :, :3, :2, :2])  # weights are laid out on the first run
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+        decode(video)
+    high = resident("VmHWM")
+    print(high - before, high - bare)
 
 
 def alive(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
@@ -140,20 +144,30 @@ def alive(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
     return {**memory_of(base_dim, size, lengths), "measure": "live tensors", "peak_bytes": found}
 
 
-def resident_peak(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
+def resident_peak(
+    base_dim: int, size: int, lengths: list[int], threads: int
+) -> list[dict[str, object]]:
     """How far the resident size rises, of both at several lengths, each in a fresh process."""
     # Freed blocks go back to the system at once, so that the resident size is what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    found: dict[str, dict[int, int]] = {"diffusers": {}, "ours": {}}
-    for side in found:
-        for latents in lengths:
+    measures = "VmHWM of the decode", "VmHWM of the model and the decode"
+    found: list[dict[str, dict[int, int]]] = [{"diffusers": {}, "ours": {}} for _ in measures]
+    for latents in lengths:
+        for side in ("diffusers", "ours"):
             command = [sys.executable, __file__, "--peak", side, "--base-dim", str(base_dim)]
-            command += ["--sizes", str(size), "--latents", str(latents)]
+            command += ["--sizes", str(size), "--latents", str(latents), "--threads", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-            found[side][latents] = int(done.stdout.split()[-1])
-            print(f"{side}, {latents} latents of {size}x{size}, base_dim {base_dim}: "
-                  f"{found[side][latents] / 2**20:.1f} MiB", flush=True)  # fmt: skip
-    return {**memory_of(base_dim, size, lengths), "measure": "VmHWM", "peak_bytes": found}
+            rises = [int(word) for word in done.stdout.split()[-2:]]
+            for peaks, rise in zip(found, rises, strict=True):
+                peaks[side][latents] = rise
+            print(f"{side}, {latents} latents of {size}x{size}, base_dim {base_dim}: resident "
+                  f"{rises[0] / 2**20:.1f} MiB, with the model {rises[1] / 2**20:.1f} MiB",
+                  flush=True)  # fmt: skip
+    about = memory_of(base_dim, size, lengths)
+    return [
+        {**about, "measure": measure, "peak_bytes": peaks}
+        for measure, peaks in zip(measures, found, strict=True)
+    ]
 
 
 def memory_of(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
@@ -207,6 +221,7 @@ def main() -> None:
     parser.add_argument("--encode", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--resident", action="store_true")
+    parser.add_argument("--lengths", default="5,21,81")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", choices=["diffusers", "ours"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -217,9 +232,10 @@ def main() -> None:
         return
     results: list[object] = []
     if args.memory:
-        results.append(alive(args.base_dim, sizes[0], LENGTHS))
+        lengths = [int(length) for length in args.lengths.split(",")]
+        results.append(alive(args.base_dim, sizes[0], lengths))
         if args.resident:
-            results.append(resident_peak(args.base_dim, sizes[0], LENGTHS))
+            results += resident_peak(args.base_dim, sizes[0], lengths, args.threads)
     else:
         oracle, ours = make(args.base_dim)
         with torch.inference_mode():
