@@ -144,7 +144,7 @@ class BuildNative(build_ext):
             macros=defines,
             include_dirs=includes,
             # The headers are most of the time; the kernels are elsewhere, so do not optimise long.
-            extra_postargs=[*FLAGS, "-O1", "-g0"],
+            extra_postargs=[*FLAGS, *self.threads(), "-O1", "-g0"],
             depends=ext.depends,
         )
         rpath = [] if sys.platform == "darwin" else [f"-Wl,-rpath,{folder}" for folder in folders]
@@ -157,6 +157,17 @@ class BuildNative(build_ext):
             target_lang="c++",
         )
         return None
+
+    def threads(self) -> list[str]:
+        """What makes `at::parallel_for` run on several threads: PyTorch has it in a header, as
+        OpenMP. GCC's runtime is PyTorch's own on Linux, through which it is found on loading;
+        Clang's is another, so that Clang's code stays on one thread."""
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        said = subprocess.run([compiler[0], "--version"], capture_output=True, text=True)
+        if sys.platform.startswith("linux") and "clang" not in said.stdout.lower():
+            return ["-fopenmp"]
+        print("sora_kernels: the C++ kernels will run on one thread", file=sys.stderr)
+        return []
 
     def compile_cuda(self, cuda: Toolkit) -> list[str]:
         """Objects of csrc/cuda. These files see no header of PyTorch."""

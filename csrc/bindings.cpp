@@ -341,6 +341,13 @@ Tensor plan_tiles(const Tensor& offsets_in, int64_t block) {
 
 std::string native_isa() { return sora::kernels().name; }
 
+// On how many threads the kernels run: 1 where this file was compiled without OpenMP.
+int64_t native_threads() {
+  std::atomic<int64_t> found{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++found; });
+  return found;
+}
+
 #ifdef SORA_CUDA
 
 // The CUDA kernels read and write 16 bytes at a time: the base and every row start at a multiple
@@ -492,6 +499,7 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
         "-> (Tensor, Tensor)");
   m.def("native_plan_tiles(Tensor offsets, int block) -> Tensor");
   m.def("native_isa() -> str", native_isa);
+  m.def("native_threads() -> int", native_threads);
 }
 
 TORCH_LIBRARY_IMPL(sora, CPU, m) {

@@ -135,7 +135,12 @@ def _csrc() -> str:
     why = csrc.problem()
     if why is None:
         cuda = "with" if csrc.has_cuda() else "without"
-        return f"built, running its {csrc.instruction_set()} kernels; {cuda} CUDA kernels"
+        threads = csrc.num_threads()
+        plural = "" if threads == 1 else "s"
+        return (
+            f"built, running its {csrc.instruction_set()} kernels on {threads} thread{plural}; "
+            f"{cuda} CUDA kernels"
+        )
     return f"not in use: {why}"
 
 

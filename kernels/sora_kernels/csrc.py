@@ -96,3 +96,8 @@ def has_cuda() -> bool:
 def instruction_set() -> str | None:
     """The instruction set that the native kernels use here: baseline, avx2 or avx512."""
     return torch.ops.sora.native_isa() if problem() is None else None
+
+
+def num_threads() -> int:
+    """On how many threads the native kernels run, of those that PyTorch has; 0 without them."""
+    return torch.ops.sora.native_threads() if problem() is None else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -101,3 +102,15 @@ def test_the_library_here_is_of_the_sources_here():
     assert csrc.SOURCES.is_dir()
     assert not csrc.is_stale(library, csrc.SOURCES)
     assert csrc.problem() is None
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.skipif(sys.platform != "linux", reason="built without OpenMP elsewhere")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_kernels_run_on_the_threads_that_pytorch_has(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert csrc.num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
