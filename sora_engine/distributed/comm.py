@@ -50,19 +50,23 @@ def exchange_error(error: BaseException) -> ExchangeError | None:
 class Traffic:
     """What one rank sent to others, by purpose, and whether it waits for them now.
 
-    exchanges: how many it has begun; waiting_since: on the monotonic clock, None while it works.
+    exchanges: how many it has begun; waiting_since: on the monotonic clock, None while it works;
+    waited_s: in all so far.
     Written by the rank's own thread, read by the one that reports to the engine.
     """
 
     sent_bytes: Counter[str] = field(default_factory=Counter)
     exchanges: int = 0
     waiting_since: float | None = None
+    waited_s: float = 0.0
 
     def __enter__(self) -> None:
         self.exchanges += 1
         self.waiting_since = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
+        if self.waiting_since is not None:
+            self.waited_s += time.monotonic() - self.waiting_since
         self.waiting_since = None
 
 

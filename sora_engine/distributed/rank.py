@@ -237,7 +237,7 @@ class _Rank:
 
     def _step(self, command: Message) -> Message:
         jobs = [self._jobs[number] for number in command.fields["jobs"]]
-        before = dict(self.mesh.traffic.sent_bytes)
+        before, waited_s = dict(self.mesh.traffic.sent_bytes), self.mesh.traffic.waited_s
         limit = command.fields["max_tokens"]
         failures = denoise_step(
             cast("list[Job]", jobs), self.model, self._packer, limit, self._ranks
@@ -248,7 +248,8 @@ class _Rank:
         numbers = {cast("Job", job): number for number, job in self._jobs.items()}
         failed = {str(numbers[job]): f"{type(e).__name__}: {e}" for job, e in failures.items()}
         sent = {k: n - before.get(k, 0) for k, n in self.mesh.traffic.sent_bytes.items()}
-        return Message("done", {"sent": sent, "failed": failed})
+        waited_s = self.mesh.traffic.waited_s - waited_s
+        return Message("done", {"sent": sent, "waited_s": waited_s, "failed": failed})
 
     def _latents(self, command: Message) -> Message:
         if self.mesh.rank > 0:

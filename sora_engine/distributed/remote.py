@@ -141,6 +141,8 @@ class RemoteStages:
     numbers: Iterator[int] = field(default_factory=itertools.count)
     sent_bytes: list[dict[str, int]] = field(default_factory=list)
     """What each rank sent to others in the last step, by purpose."""
+    waited_s: list[float] = field(default_factory=list)
+    """How long each rank waited for others in it."""
 
     @classmethod
     def started(cls, start: Callable[[], RankPool]) -> RemoteStages:
@@ -194,6 +196,7 @@ class RemoteStages:
         message = Message("step", {"jobs": numbers, "max_tokens": max_tokens})
         replies = _pool_of(canvases).call(message)
         self.sent_bytes = [reply.fields["sent"] for reply in replies]
+        self.waited_s = [reply.fields["waited_s"] for reply in replies]
         failed: dict[str, str] = replies[0].fields["failed"]
         failures: dict[Job, Exception] = {}
         for job, canvas in zip(jobs, canvases, strict=True):

@@ -60,13 +60,22 @@ def test_videos_are_those_of_one_process(engine, alone):
     assert first.progress.steps_done == 3
     assert first.result().receipt.solver == alone[0].receipt.solver
     assert first.result().receipt.ops["packed_attention"]
+    waited_s = engine._workers[0].stages.waited_s
+    assert len(waited_s) == 4
+    assert min(waited_s) > 0
 
 
-def test_ranks_that_share_the_weights_out_make_the_same_video(alone):
-    parallel = sora.ParallelConfig(ulysses=2, shard_weights=True)
-    with sora.Engine.from_pretrained("sprites", device="cpu", parallel=parallel) as sharing:
-        made = sharing.generate(REQUESTS[0]).latents
-    assert (made - alone[0].latents).abs().max() / alone[0].latents.abs().max() < 1e-5
+def test_two_replicas_whose_ranks_share_the_weights_out(alone):
+    """Each serves a request of its own, and makes the same video."""
+    parallel = sora.ParallelConfig(ulysses=2, data=2, shard_weights=True)
+    with sora.Engine.from_pretrained("sprites", device="cpu", parallel=parallel) as replicas:
+        jobs = [replicas.submit(request) for request in REQUESTS[:2]]
+        for job, expected in zip(jobs, alone, strict=False):
+            made = job.result(300).latents
+            assert (made - expected.latents).abs().max() / expected.latents.abs().max() < 1e-5
+        served = [worker.stages.sent_bytes for worker in replicas._workers]
+    assert len(served) == 2
+    assert all(sent[0]["ulysses"] > 0 and sent[0]["weights"] > 0 for sent in served)
 
 
 def test_refused_requests_leave_the_ranks_as_they_were(engine):

@@ -17,6 +17,7 @@ from sora_engine.distributed.planner import (
     with_link,
 )
 from sora_engine.distributed.planning import describe
+from sora_engine.distributed.remote import settle_layout
 from sora_engine.errors import LayoutError
 
 TINY = Transformer(
@@ -114,3 +115,14 @@ def test_a_checkpoint_is_described_from_its_configuration():
         sum(video.tokens(length) for _, length in video.spans()) == 2 * 5 * 16
         or len(video.spans()) > 1
     )
+
+
+def test_auto_is_the_planners_choice(monkeypatch):
+    """For all ranks of torchrun; by itself it starts none on a CPU."""
+    assert settle_layout("auto", "sprites", None, "cpu") is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model, video = describe("sprites", None, None, None, None, None)
+    chosen = settle_layout("auto", "sprites", None, "cpu")
+    assert chosen == plan(4, model, video)[0].layout
+    assert chosen.num_ranks == 4

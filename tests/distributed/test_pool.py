@@ -69,6 +69,7 @@ class Ranks:
 @pytest.fixture
 def ranks(monkeypatch):
     monkeypatch.setattr(pool_module, "CAUSE_S", 30.0)  # a loaded machine may take its time
+    monkeypatch.setattr(pool_module, "ABORT_S", 30.0)
     monkeypatch.setattr(pool_module, "SILENCE_S", 60.0)
     made = []
 

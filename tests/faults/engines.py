@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,6 +31,17 @@ def engine(dtype: str = "float32", hooks: sora.Hooks | None = None, **limits: in
     """A new engine on the shared weights. The saturation point is given: nothing is measured."""
     bounds = sora.Limits(**{"pack_tokens": PACK, **limits})
     return sora.Engine(sprites(dtype), limits=bounds, hooks=hooks)
+
+
+def comes_true(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+    """Whether it does in time. A caller that is told of its job's end may be ahead of the engine's
+    own tidying, which on a loaded machine takes a moment."""
+    until = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def difference(video: sora.Video, want: sora.Video | torch.Tensor) -> float:

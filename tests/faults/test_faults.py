@@ -17,7 +17,7 @@ from sora_engine import worker as worker_module
 from sora_engine.canvas import Canvas
 from sora_engine.models.wan.model import WanTransformer
 from sora_engine.samplers import UniPCSolver
-from tests.faults.engines import difference, engine
+from tests.faults.engines import comes_true, difference, engine
 
 SMALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4}
 
@@ -241,7 +241,11 @@ def test_nothing_is_left_after_200_jobs():
                     job.result(300)
                 alive.append(weakref.ref(job))
             del job, jobs
-        gc.collect()
-        assert not [ref for ref in alive if ref() is not None]
+
+        def gone():
+            gc.collect()
+            return not [ref for ref in alive if ref() is not None]
+
+        assert comes_true(gone)
         assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= tensors
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads

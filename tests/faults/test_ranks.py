@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import sora_engine as sora
+from sora_engine.distributed import pool as pool_module
 from tests.faults.processes import descendants, parents, wait_gone
 
 BOUND_S = 30.0
@@ -67,6 +68,13 @@ SABOTAGE = """
 
     os.waitpid = late
 """
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Ranks that other work keeps from answering that they were told have longer; with what comes
+    before it is still under the bound."""
+    monkeypatch.setattr(pool_module, "ABORT_S", 15.0)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sora_engine as sora
-from tests.faults.engines import difference, engine, random_request
+from tests.faults.engines import comes_true, difference, engine, random_request
 
 CONCURRENCY = 16
 BAD = (
@@ -133,8 +133,7 @@ def soak(pool: int, count: int | None, seconds: float | None) -> Soak:
         idle = tensor_bytes()
         run.run(more)
         assert made.num_queued == made.num_running == 0
-        # A caller that was told of its job's end may be ahead of the engine's own tidying.
-        assert tensor_bytes() <= idle + (1 << 16)
+        assert comes_true(lambda: tensor_bytes() <= idle + (1 << 16))
     assert set(threading.enumerate()) == before
     assert not run.wrong, run.wrong[:3]
     print({name: run.ended.count(name) for name in sorted(set(run.ended))}, f"{run.worst:.1e}")
