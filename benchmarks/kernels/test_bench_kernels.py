@@ -56,7 +56,7 @@ def test_op(benchmark, machine, op: str, shape: Shape, backend: str):
     measure(benchmark, machine, BY_SHAPE[op](shape), backend)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS["packed_attention"] if b != "native"])
+@pytest.mark.parametrize("backend", BACKENDS["packed_attention"])
 def test_packed_attention(benchmark, machine, backend: str):
     """Useful FLOP/s of an uneven batch, beside dense SDPA on its longest segment alone."""
     work, dense_flops = packed_attention()

@@ -6,6 +6,7 @@ they are called with and answer with the reference, so what comes back is checke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from cases import attention_cases, attention_inputs, check_attention
 from hypothesis import given, settings
 
 import sora_kernels as sk
-from sora_kernels.attention import flash, flex
+from sora_kernels.attention import api, flash, flex
 from sora_kernels.attention import xformers as xf
 from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
@@ -30,15 +31,30 @@ def test_flex(case):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "compiled", lambda: flex_attention)
+        # Which runs on a CPU.
+        patch.setattr(flex, "unsupported", lambda case: None)
+        patch.setattr(api, "OP", replace(api.OP, _chosen={}))
         check_attention(case, "flex")
 
 
-@pytest.mark.slow
+def test_flex_is_not_served_on_a_cpu():
+    q, cu = torch.randn(4, 1, 16), offsets([4])
+    with pytest.raises(sk.KernelUnavailableError, match="on CUDA, not on cpu"):
+        sk.packed_attention(q, q, q, cu, cu, max_seqlen_q=4, max_seqlen_k=4, backend="flex")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_flex_compiled():
     case = {"q_lens": [3, 200, 0, 64], "k_lens": [7, 130, 5, 0], "heads": 2, "head_dim": 64,
             "dtype": torch.float32, "seed": 4, "layout": "dense", "magnitude": 1.0,
             "scale": None}  # fmt: skip
-    check_attention(case, "flex")
+    inputs = [x.cuda() for x in attention_inputs(case)]
+    lengths = {"max_seqlen_q": 200, "max_seqlen_k": 130, "return_lse": True}
+    out, lse = sk.packed_attention(*inputs, **lengths, backend="flex")
+    expected, expected_lse = reference(*inputs, None)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
 
 
 def reference(q, k, v, cu_q, cu_k, scale):
