@@ -9,9 +9,10 @@ order; the ratio of a round is paired, so that a machine that slows down slows b
 reported beside wall time: it hardly notices who else is on the machine. `--memory` measures
 decodes of these lengths, in latents: the most bytes of tensors that are alive at a time, beside
 weights and latents, on meta tensors (so at any size), and with `--resident` how far the resident
-size rises too, each in a process of its own, with the model and without. diffusers returns the
-whole video, so what it has to hold for that is told apart. `--json` adds the measurements to FILE,
-with the machine, the versions and the commit; results/ holds such files.
+size rises too, each in a process of its own, with the model and without, and what the whole process
+takes. diffusers returns the whole video, so what it has to hold for that is told apart. `--json`
+adds the measurements to FILE, with the machine, the versions and the commit; results/ holds such
+files.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def resident(kind: str) -> int:
 
 
 def peak(side: str, base_dim: int, size: int, latents: int) -> None:
-    """Prints how far a decode of `latents` latent frames raises the resident size, and how far
-    the model and the decode together do."""
+    """Prints how far a decode of `latents` latent frames raises the resident size, how far the
+    model and the decode together do, and the most that the whole process takes."""
     bare = resident("VmRSS")
     decode: Callable[[torch.Tensor], object]
     if side == "diffusers":
@@ -106,12 +107,12 @@ def peak(side: str, base_dim: int, size: int, latents: int) -> None:
     video = torch.randn(1, 16, latents, size, size)
     with torch.inference_mode():
         decode(video[:, :, :3, :2, :2])  # weights are laid out on the first run
-        before = resident("VmRSS")
+        before, loading = resident("VmRSS"), resident("VmHWM")
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
         decode(video)
     high = resident("VmHWM")
-    print(high - before, high - bare)
+    print(high - before, high - bare, max(high, loading))
 
 
 def alive(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
@@ -150,19 +151,21 @@ def resident_peak(
     """How far the resident size rises, of both at several lengths, each in a fresh process."""
     # Freed blocks go back to the system at once, so that the resident size is what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    measures = "VmHWM of the decode", "VmHWM of the model and the decode"
+    measures = (
+        "VmHWM of the decode", "VmHWM of the model and the decode", "VmHWM of the process"
+    )  # fmt: skip
     found: list[dict[str, dict[int, int]]] = [{"diffusers": {}, "ours": {}} for _ in measures]
     for latents in lengths:
         for side in ("diffusers", "ours"):
             command = [sys.executable, __file__, "--peak", side, "--base-dim", str(base_dim)]
             command += ["--sizes", str(size), "--latents", str(latents), "--threads", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-            rises = [int(word) for word in done.stdout.split()[-2:]]
+            rises = [int(word) for word in done.stdout.split()[-3:]]
             for peaks, rise in zip(found, rises, strict=True):
                 peaks[side][latents] = rise
             print(f"{side}, {latents} latents of {size}x{size}, base_dim {base_dim}: resident "
-                  f"{rises[0] / 2**20:.1f} MiB, with the model {rises[1] / 2**20:.1f} MiB",
-                  flush=True)  # fmt: skip
+                  f"{rises[0] / 2**20:.1f} MiB, with the model {rises[1] / 2**20:.1f} MiB, "
+                  f"the process {rises[2] / 2**20:.1f} MiB", flush=True)  # fmt: skip
     about = memory_of(base_dim, size, lengths)
     return [
         {**about, "measure": measure, "peak_bytes": peaks}

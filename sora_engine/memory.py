@@ -49,6 +49,7 @@ from sora_engine.vae.memory import (
     decode_peak_bytes,
     encode_peak_bytes,
 )
+from sora_engine.vae.native import PackableConv3d
 from sora_engine.vae.wan import WanVAE
 from sora_engine.windows import SparsePlan
 
@@ -369,6 +370,9 @@ class HollowCoder:
     def __init__(self, config: VAEConfig, dtype: torch.dtype) -> None:
         with META:
             self.vae = WanVAE(config).to(dtype).requires_grad_(False).prepare(onednn=False)
+        for module in self.vae.modules():
+            if isinstance(module, PackableConv3d):
+                module.packed()  # as earlier requests have left it
         self.decode_chunk, self.encode_chunk = self.vae.decode_chunk, self.vae.encode_chunk
 
     def same_state(self, a: Any, b: Any) -> bool:

@@ -15,37 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_engine.vae.native import Layouts, PackedConv, native_kernels
+from sora_engine.vae.native import Layouts, PackableConv3d, PackedConv, native_kernels
 from sora_engine.vae.state import Tape
 from sora_kernels import causal_norm_silu, norm_modulate
 from sora_kernels.triton_support import problem as triton_problem
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(PackableConv3d):
     """A convolution that sees the present and the past: in time, all its padding comes before."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], stride_t: int = 1):
         super().__init__(c_in, c_out, kernel, stride=(stride_t, 1, 1))
-        self.spatial_padding = (0, kernel[1] // 2, kernel[2] // 2)
-        self.layouts = Layouts()
 
     def valid(self, x: Tensor) -> Tensor:
         """`[B, c_in, T, H, W] -> [B, c_out, (T - k) // stride + 1, H, W]`, no padding in time."""
         if self.layouts.wanted:
-            packed = self.layouts.get("whole", lambda: self._pack(self.weight, self.stride))
-            return packed(x)
+            return self.packed()(x)
         return F.conv3d(x, self.weight, self.bias, self.stride, self.spatial_padding)
 
     def _last_tap(self, x: Tensor) -> Tensor:
         if self.layouts.wanted:
-            packed = self.layouts.get("last", lambda: self._pack(self.weight[:, :, -1:], (1, 1, 1)))
-            return packed(x)
+            return self.packed_last_tap()(x)
         return F.conv3d(x, self.weight[:, :, -1:], self.bias, 1, self.spatial_padding)
-
-    def _pack(self, weight: Tensor, stride: tuple[int, ...]) -> PackedConv:
-        return PackedConv(
-            weight, self.bias, stride, self.spatial_padding, onednn=self.layouts.onednn
-        )
 
     def forward(  # type: ignore[override]
         self, x: Tensor, tape: Tape, norm: RMSNorm | None = None

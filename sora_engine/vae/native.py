@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sora_kernels import csrc
 
@@ -19,18 +20,35 @@ def native_kernels() -> bool:
     return csrc.problem() is None
 
 
+_laying_out = threading.RLock()
+"""Held while weights change their layout: threads may meet at a layer's first run."""
+
+
 class Layouts:
-    """A layer's weights as the processor likes them best, made when they are first asked for."""
+    """A layer's weights as the processor likes them best, made when they are first asked for.
+
+    A copy or a pickle of it has made none yet.
+    """
 
     def __init__(self, wanted: bool = False, *, onednn: bool = True):
         self.wanted, self.onednn = wanted, onednn
         self._made: dict[str, Any] = {}
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        if name not in self._made:
-            with torch.inference_mode(False), torch.no_grad():
+        made = self._made.get(name)
+        if made is not None:
+            return made
+        with _laying_out, torch.inference_mode(False), torch.no_grad():
+            if name not in self._made:
                 self._made[name] = make()
-        return self._made[name]
+            return self._made[name]
+
+    def forget(self, name: str) -> None:
+        """Let go of what was made under this name, if anything was."""
+        self._made.pop(name, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Layouts, self.wanted, onednn=self.onednn), ()
 
 
 class PackedConv:
@@ -53,28 +71,139 @@ class PackedConv:
     ):
         self.bias = None if bias is None else bias.detach()
         self.stride, self.padding = tuple(stride), tuple(padding)
-        self.weight = weight.detach().contiguous(memory_format=torch.channels_last_3d)
-        self.blocked: Tensor | None = None
-        if onednn and _onednn_takes(self.weight):
+        self.blocked = onednn and _onednn_takes(weight)
+        if self.blocked:
             # The layout depends on the kernel and the channels; the size is a hint.
-            self.blocked = torch._C._nn.mkldnn_reorder_conv3d_weight(  # type: ignore[attr-defined, call-arg]
-                self.weight.contiguous().to_mkldnn(),
+            self.weight: Tensor = torch._C._nn.mkldnn_reorder_conv3d_weight(  # type: ignore[attr-defined, call-arg]
+                weight.detach().contiguous().to_mkldnn(),
                 list(self.padding),
                 list(self.stride),
                 [1, 1, 1],
                 1,
                 [1, weight.shape[1], 4, 32, 32],
             )
-            self.weight = weight.detach()  # only the blocked copy is read
+        else:
+            self.weight = weight.detach().contiguous(memory_format=torch.channels_last_3d)
+
+    def plain_weight(self) -> Tensor:
+        """A copy of the weight `[c_out, c_in, kT, kH, kW]` that went in, bit for bit."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.weight.to_dense() if self.blocked else self.weight.clone()
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[B, c_in, T, H, W] -> [B, c_out, T', H', W']`."""
-        if self.blocked is None:
+        if not self.blocked:
             return F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
         ones = (1, 1, 1)
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.blocked, self.bias, self.padding, self.stride, ones, 1, "none", [], ""
+            x, self.weight, self.bias, self.padding, self.stride, ones, 1, "none", [], ""
         )
+
+
+class PackableConv3d(nn.Conv3d):
+    """A 3-D convolution whose weight is laid out on its first run, and if it is frozen, held once.
+
+    Where oneDNN takes it, its blocks are all there is from the first run of the whole kernel on,
+    and `parameters()` gives a stand-in of the weight's shape, dtype and device whose values are
+    NaN. Whoever reads `weight`, loads, moves or casts the layer has it put together again, bit for
+    bit, and blocks are made anew on the next run; `state_dict` and copies have it without that.
+    Several threads may run a layer, and read it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.spatial_padding = (0, *(side // 2 for side in self.kernel_size[1:]))
+        self.layouts = Layouts()
+        self._holder: PackedConv | None = None  # of the weight, where that is let go
+
+    def packed(self) -> PackedConv:
+        """The convolution, laid out."""
+        made: PackedConv = self.layouts.get("whole", self._pack_whole)
+        return made
+
+    def packed_last_tap(self) -> PackedConv:
+        """The convolution of the last frame of the kernel, laid out.
+
+        A video's first latent frame needs it, and all others the whole kernel: what has been laid
+        out for that one is let go with the weight, and made for a single use then.
+        """
+        with _laying_out:
+            holder = self._holder
+            if holder is None:
+                made: PackedConv = self.layouts.get("last", lambda: self._pack_last(self.weight))
+                return made
+        with torch.inference_mode(False), torch.no_grad():
+            return self._pack_last(holder.plain_weight())
+
+    def lay_out(self, wanted: bool, *, onednn: bool) -> None:
+        """Have the weight laid out, or not, from the next run on."""
+        with _laying_out:
+            self.bring_back()
+            self.layouts = Layouts(wanted, onednn=onednn)
+
+    def bring_back(self) -> None:
+        """Hold the weight as a plain parameter again."""
+        with _laying_out:
+            if self._holder is None:
+                return
+            plain, stand_in = self._holder.plain_weight(), self._parameters["weight"]
+            assert stand_in is not None
+            self._parameters["weight"] = nn.Parameter(plain, requires_grad=stand_in.requires_grad)
+            self._holder = None
+            self.layouts.forget("whole")
+
+    def _pack_whole(self) -> PackedConv:
+        weight = self.weight
+        made = PackedConv(
+            weight, self.bias, self.stride, self.spatial_padding, onednn=self.layouts.onednn
+        )
+        # Meta tensors do as a CPU's: what a decode needs is rehearsed on them.
+        if (made.blocked or weight.is_meta) and not weight.requires_grad:
+            # Another parameter, since modules that share their tensors go on using this one.
+            stand_in = weight.new_full((1,), float("nan")).expand(weight.shape)
+            self._parameters["weight"] = nn.Parameter(stand_in, requires_grad=False)
+            self._holder = made
+            self.layouts.forget("last")
+        return made
+
+    def _pack_last(self, weight: Tensor) -> PackedConv:
+        return PackedConv(
+            weight[:, :, -1:], self.bias, (1, 1, 1), self.spatial_padding,
+            onednn=self.layouts.onednn,
+        )  # fmt: skip
+
+    # What modules do with their parameters.
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "weight" or self.__dict__.get("_holder") is None:
+            return super().__getattr__(name)
+        with _laying_out:
+            self.bring_back()
+            return super().__getattr__(name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.bring_back()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.bring_back()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        with _laying_out:
+            if keep_vars:  # the parameter itself is wanted
+                self.bring_back()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            if self._holder is not None:
+                destination[prefix + "weight"] = self._holder.plain_weight()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with _laying_out:
+            state = {**self.__dict__, "_holder": None}
+            if self._holder is not None:
+                weight = nn.Parameter(self._holder.plain_weight(), requires_grad=False)
+                state["_parameters"] = {**self._parameters, "weight": weight}
+            return state
 
 
 def _onednn_takes(weight: Tensor) -> bool:

@@ -59,10 +59,14 @@ class WanVAE(nn.Module):
 
         The layers then run on copies, without gradients: weights that are changed afterwards need
         another `prepare`, and `train()`, `to()` and `load_state_dict` undo it. `onednn=False`
-        leaves weights plain on a CPU, for a graph that is to run elsewhere.
+        leaves weights plain on a CPU, for a graph that is to run elsewhere. Frozen weights that lie
+        in oneDNN's blocks lie nowhere else: `state_dict`, `weight`, copies and `prepare(False)`
+        give their values, `parameters()` gives stand-ins (see `PackableConv3d`).
         """
         for module in self.modules():
-            if isinstance(module, CausalConv3d | Downsample | Upsample):
+            if isinstance(module, CausalConv3d):
+                module.lay_out(wanted, onednn=onednn)
+            elif isinstance(module, Downsample | Upsample):
                 module.layouts = Layouts(wanted, onednn=onednn)
         return self
 
