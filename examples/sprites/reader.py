@@ -144,15 +144,10 @@ def _motion(path: np.ndarray, radius: np.ndarray, seen: np.ndarray) -> str:
     part = np.mod((t + np.arange(0, world.BOUNCE_PERIOD, 0.25)[:, None]) / world.BOUNCE_PERIOD, 1)
     jump = -4 * part * (1 - part)
     jump = np.stack([np.zeros_like(jump), jump], axis=2)
-    errors["bounces"] = min(
-        _fit(path, seen, jump * height)
-        for height in (world.BOUNCE_HEIGHT, world.BOUNCE_HEIGHT_LANE)
-    )
+    errors["bounces"] = _fit(path, seen, jump * world.BOUNCE_HEIGHT)
     turn = 2 * np.pi * (t + np.arange(0, world.ORBIT_PERIOD, 0.25)[:, None]) / world.ORBIT_PERIOD
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=2)
-    errors["orbits"] = min(
-        _fit(path, seen, circle * reach) for reach in (world.ORBIT_RADIUS, world.ORBIT_RADIUS_LANE)
-    )
+    errors["orbits"] = _fit(path, seen, circle * world.ORBIT_RADIUS)
     return min(errors, key=errors.__getitem__)
 
 

@@ -4,7 +4,7 @@ The world is stationary: any stretch of an endless clip fits its caption. Straig
 round the frame's edges, ``bounces`` and ``orbits`` go on for ever, ``grows`` pulses, and a clip
 starts at a random phase. Sprites are as large and as fast in a wide frame as in a small one, and
 start on a grid of 8 pixels: what a model learns of a sprite in a small frame holds in every other,
-and straight motion covers 16 pixels, a token's width, in the 4 frames of a latent.
+and straight motion covers one step of the grid in the 4 frames of a latent.
 Shapes are signed distance functions, so edges are anti-aliased analytically.
 
 With two sprites each keeps to its own half of the frame: one above the other where something moves
@@ -41,7 +41,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "yellow": (255, 225, 0),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star")
-SIZES: dict[str, float] = {"small": 8.0, "large": 13.0}  # radii
+SIZES: dict[str, float] = {"small": 10.0, "large": 14.0}  # radii
 MOTIONS: dict[str, str] = {
     "left": "moves left",
     "right": "moves right",
@@ -56,10 +56,10 @@ STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 # Pixels and frames.
 GRID, PHASES = 8, 2  # places and phases are multiples of these
-SPEED = 4.0
-BOUNCE_PERIOD, BOUNCE_HEIGHT, BOUNCE_HEIGHT_LANE = 16, 20.0, 14.0
-ORBIT_PERIOD, ORBIT_RADIUS, ORBIT_RADIUS_LANE = 16, 13.0, 8.0
-GROW_PERIOD, GROW_RADII = 16, (7.0, 13.0)
+SPEED = 2.0
+BOUNCE_PERIOD, BOUNCE_HEIGHT = 16, 14.0
+ORBIT_PERIOD, ORBIT_RADIUS = 16, 8.0
+GROW_PERIOD, GROW_RADII = 16, (8.0, 14.0)
 
 # For each shape: the farthest point from its centroid and its area, in units of the radius and of
 # its square. Areas are near a circle's, so that "small" and "large" mean one thing for all.
@@ -85,7 +85,6 @@ class Sprite:
     x: float
     y: float
     phase: float
-    lane: bool = False
 
     def path(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Centre x, y and radius in pixels at each of `frames` (float [n])."""
@@ -97,12 +96,10 @@ class Sprite:
             x, y = x + dx * SPEED * t, y + dy * SPEED * t
         elif self.motion == "bounces":
             part = torch.remainder(t / BOUNCE_PERIOD, 1.0)
-            height = BOUNCE_HEIGHT_LANE if self.lane else BOUNCE_HEIGHT
-            y = y + height * (0.5 - 4 * part * (1 - part))
+            y = y + BOUNCE_HEIGHT * (0.5 - 4 * part * (1 - part))
         elif self.motion == "orbits":
             turn = 2 * math.pi * t / ORBIT_PERIOD
-            reach = ORBIT_RADIUS_LANE if self.lane else ORBIT_RADIUS
-            x, y = x + reach * torch.cos(turn), y + reach * torch.sin(turn)
+            x, y = x + ORBIT_RADIUS * torch.cos(turn), y + ORBIT_RADIUS * torch.sin(turn)
         elif self.motion == "grows":
             low, high = GROW_RADII
             pulse = 0.5 - 0.5 * torch.cos(2 * math.pi * t / GROW_PERIOD)
@@ -237,7 +234,7 @@ def _sample(rng: random.Random, height: int, width: int, count: int) -> Scene | 
     sprites = []
     for i in range(count):
         motion, shape, size = motions[i], shapes[i], sizes[i]
-        if motion == "grows" or (lane and motion in ("bounces", "orbits")):
+        if motion == "grows":
             size = "small"
         box_x, box_y = [0.0, float(width)], [0.0, float(height)]
         if lane:
@@ -250,28 +247,32 @@ def _sample(rng: random.Random, height: int, width: int, count: int) -> Scene | 
         if shape == "triangle":
             side, bottom = top * math.cos(math.pi / 6), top / 2
         if motion == "bounces":
-            rise = 0.5 * (BOUNCE_HEIGHT_LANE if lane else BOUNCE_HEIGHT)
-            top, bottom = top + rise, bottom + rise
+            top, bottom = top + BOUNCE_HEIGHT / 2, bottom + BOUNCE_HEIGHT / 2
         elif motion == "orbits":
-            turn = ORBIT_RADIUS_LANE if lane else ORBIT_RADIUS
-            top, bottom, side = top + turn, bottom + turn, side + turn
-        x = _between(rng, box_x[0] + side, box_x[1] - side)
-        y = _between(rng, box_y[0] + top, box_y[1] - bottom)
-        if motion in ("left", "right"):
-            x = _between(rng, 0, width - GRID)
-        if motion in ("up", "down"):
-            y = _between(rng, 0, height - GRID)
+            top, bottom, side = top + ORBIT_RADIUS, bottom + ORBIT_RADIUS, side + ORBIT_RADIUS
+        # Straight motion goes all round the frame.
+        x = (
+            _between(rng, 0, width - GRID)
+            if motion in ("left", "right")
+            else _between(rng, box_x[0] + side, box_x[1] - side)
+        )
+        y = (
+            _between(rng, 0, height - GRID)
+            if motion in ("up", "down")
+            else _between(rng, box_y[0] + top, box_y[1] - bottom)
+        )
+        if x is None or y is None:
+            return None
         # Straight motion starts anywhere by its place alone.
         phase = 0.0 if motion in STEPS else float(rng.randrange(0, ORBIT_PERIOD, PHASES))
-        sprites.append(Sprite(colours[i], shape, size, motion, x, y, phase, lane))
+        sprites.append(Sprite(colours[i], shape, size, motion, x, y, phase))
     return Scene(background, tuple(sprites), height, width)
 
 
-def _between(rng: random.Random, low: float, high: float) -> float:
-    """A place on the grid in [low, high], or the one nearest the middle where none is."""
+def _between(rng: random.Random, low: float, high: float) -> float | None:
+    """A place on the grid in [low, high]; None where there is none."""
     first, last = math.ceil(low / GRID), math.floor(high / GRID)
-    step = rng.randint(first, last) if first <= last else round((low + high) / 2 / GRID)
-    return float(GRID * step)
+    return float(GRID * rng.randint(first, last)) if first <= last else None
 
 
 def _wrap(offset: Tensor, period: int) -> Tensor:

@@ -117,8 +117,8 @@ def test_an_edge_pixel_is_covered_as_far_as_the_shape_covers_it() -> None:
 
 def test_captions_say_what_is_shown_and_leave_things_out_at_times() -> None:
     sprites = (
-        world.Sprite("orange", "circle", "large", "right", 20.0, 16.0, 0.0, True),
-        world.Sprite("blue", "square", "small", "grows", 20.0, 48.0, 0.0, True),
+        world.Sprite("orange", "circle", "large", "right", 20.0, 16.0, 0.0),
+        world.Sprite("blue", "square", "small", "grows", 20.0, 48.0, 0.0),
     )
     scene = world.Scene("white", sprites, 64, 64)
     assert scene.caption() == (
