@@ -82,7 +82,7 @@ class VideoRequest:
         guidance_scale_2: the same for the low-noise expert of a two-expert checkpoint.
         shift: shift of the flow schedule, `s' = k s / (1 + (k - 1) s)`.
         sigmas: explicit noise levels, decreasing, in place of the schedule's.
-        solver: `"euler"`, `"unipc"`, ...; the checkpoint's scheduler by default.
+        solver: `"euler"`, `"unipc"`, ...; by default the checkpoint's own.
         seed: of the initial noise; drawn at random where it is None, and told with the result.
         clips: known frames.
         init: a start video of `num_frames` frames (SDEdit, arXiv 2108.01073), as `Clip.frames`.
@@ -143,6 +143,8 @@ class GenerationDefaults:
     negative_prompt: str = ""
     max_window: int | None = None
     """Latent frames that the model was trained on; longer videos are denoised in windows."""
+    solver: str | None = None
+    """None is the checkpoint's scheduler."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +322,7 @@ def resolve_request(
         guidance=guidance,
         shift=shift,
         sigmas=sigmas,
-        solver=request.solver,
+        solver=request.solver or defaults.solver,
         seed=seed,
         clips=_checked_clips(several("clips", request.clips, "Clip(frames, at)"), num_frames),
         init=request.init,

@@ -14,6 +14,7 @@ from training import save
 
 from sora_engine.vae import WanVAE
 
+HARD = ("bounces", "orbits", "star", "diamond")
 SHIFT = 5.0  # of the noise levels, in training and in the exported scheduler
 
 
@@ -66,6 +67,14 @@ class Pool:
             self.clips[self.next % self.size] = clip
             self.next += 1
 
+    def draw(self) -> Clip:
+        """A clip to train on: hard ones, which take longest to learn, about twice as often."""
+        while True:
+            clip = self.rng.choice(self.clips)
+            hard = any(s.motion in HARD or s.shape in HARD for s in clip.scene.sprites)
+            if hard or self.rng.random() < 0.5:
+                return clip
+
     def save(self) -> None:
         save(self.path, self.clips)
 
@@ -92,7 +101,7 @@ def to_latents(vae: WanVAE, frames: Tensor) -> Tensor:
 
 def known_frames(rng: random.Random, t: int) -> list[bool]:
     """Which latents of a training clip are given: as the engine's tasks give them, or at random."""
-    kind = rng.choice(("first", "first", "head", "tail", "ends", "every", "some"))
+    kind = rng.choice(("first", "first", "head", "tail", "tail", "ends", "every", "some"))
     part = rng.randrange(1, t) if t > 1 else 0
     known = {
         "first": [i == 0 for i in range(t)],
@@ -118,7 +127,7 @@ def noise_levels(rng: random.Random, clip: Clip) -> Tensor:
         return shift * u / (1 + (shift - 1) * u)
 
     levels = torch.full((t,), level())
-    if t > 1 and rng.random() < 0.25:
+    if t > 1 and rng.random() < 0.3:
         levels[torch.tensor(known_frames(rng, t))] = 0.0
     elif t > 1 and rng.random() < 0.08:
         levels = torch.tensor([level() for _ in range(t)])

@@ -34,7 +34,8 @@ SETTINGS = {
     "width": 64,
     "num_frames": 17,
     "fps": 8,
-    "num_inference_steps": 20,
+    "num_inference_steps": 40,
+    "solver": "renoise",  # corrects on its way what the last step got wrong
     "guidance_scale": 3.0,
     "max_window": 5,
     "text_tokens": 512,

@@ -135,7 +135,7 @@ def main() -> None:
             pool.add()
         clips: list[Clip] = []
         while sum(clip.latents[0].numel() // 4 for clip in clips) < args.tokens:
-            clips.append(rng.choice(pool.clips))
+            clips.append(pool.draw())
         loss = loss_of(model, packer, clips, rng)
         loss.backward()
         optimiser.step(rate)

@@ -24,7 +24,7 @@ from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer
 from sora_engine.packing import Context
 from sora_engine.preview import LatentPreview
 from sora_engine.request import GenerationDefaults, LatentGrid
-from sora_engine.samplers import SamplerConfig, read_config
+from sora_engine.samplers import SOLVERS, SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, TextEncoder
 from sora_engine.vae.backend import open_coder
 from sora_engine.vae.coder import ChunkCoder
@@ -434,6 +434,10 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
     strange = sorted(key for key in settings if key not in known and not key.startswith("_"))
     if strange:
         raise CheckpointError(f"unknown keys {strange}; known are {sorted(known)}", path=path)
+    if settings.get("solver") not in (None, *SOLVERS):
+        raise CheckpointError(
+            f"solver must be one of {list(SOLVERS)}, got {settings['solver']!r}", path=path
+        )
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
