@@ -76,26 +76,31 @@ def test_equals_diffusers_own_pipeline() -> None:
     assert -10 * np.log10(error + 1e-12) > 40
 
 
-def test_prompts_decide_background_colour_and_motion() -> None:
-    """What the transformer can do so far: of 16 chance is 2 or 3 for each of the three."""
-    wanted = [("red", "white"), ("blue", "white"), ("yellow", "blue"), ("white", "black")] * 4
-    motions = ["moves right", "moves up", "stays still", "bounces"]
+def test_prompts_decide_what_clips_show() -> None:
+    """Large sprites, 16 of them: chance is 2 to 4 for each of the four."""
+    colours = [("red", "white"), ("blue", "white"), ("yellow", "blue"), ("white", "black")] * 4
+    motions = {"moves right": "right", "moves up": "up", "stays still": "still"}
+    motions["bounces"] = "bounces"
+    shapes = ["circle", "square", "triangle", "star"]
+    wanted = [
+        (background, colour, shapes[i // 4], list(motions)[i % 4])
+        for i, (colour, background) in enumerate(colours)
+    ]
     requests = [
-        sora.VideoRequest(f"a large {colour} circle {motion} on a {background} background", seed=i)
-        for i, ((colour, background), motion) in enumerate(
-            zip(wanted, [motion for motion in motions for _ in range(4)], strict=True)
-        )
+        sora.VideoRequest(f"a large {colour} {shape} {motion} on a {background} background", seed=i)
+        for i, (background, colour, shape, motion) in enumerate(wanted)
     ]
     with sora.Engine.from_pretrained("sprites", device="cpu") as engine:
         videos = engine.generate(requests)
-    readings = [reader.read(video.frames) for video in videos]
-    names = {"moves right": "right", "moves up": "up", "stays still": "still", "bounces": "bounces"}
-    right = {"background": 0, "colour": 0, "motion": 0}
-    for i, (reading, (colour, background)) in enumerate(zip(readings, wanted, strict=True)):
+    right = dict.fromkeys(("background", "colour", "shape", "motion"), 0)
+    for video, (background, colour, shape, motion) in zip(videos, wanted, strict=True):
+        reading = reader.read(video.frames)
         first = reading.sprites[0] if reading.sprites else None
         right["background"] += reading.background == background
         right["colour"] += first is not None and first.colour == colour
-        right["motion"] += first is not None and first.motion == names[motions[i // 4]]
-    assert right["background"] >= 14, right
-    assert right["colour"] >= 12, right
-    assert right["motion"] >= 9, right
+        right["shape"] += first is not None and first.shape == shape
+        right["motion"] += first is not None and first.motion == motions[motion]
+    assert right["background"] >= 15, right
+    assert right["colour"] >= 15, right
+    assert right["shape"] >= 13, right
+    assert right["motion"] >= 11, right

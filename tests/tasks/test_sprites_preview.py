@@ -33,7 +33,7 @@ def test_latents_of_unseen_clips_look_like_their_frames() -> None:
         seen = preview.frames(latents).astype(float) / 255
         want = colours.permute(1, 2, 3, 0).numpy()
         error = off_by(seen, want)
-        assert error < 0.12
+        assert error < 0.14
         assert error < 0.8 * want.std()
         assert error < 0.8 * off_by(seen, np.roll(want, want.shape[2] // 2, axis=2))
 

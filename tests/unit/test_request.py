@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -149,3 +151,13 @@ def test_sizes_over_the_limit_name_one_that_works(size, nearest):
         resolve(height=size[0], width=size[1])
     width, height = map(int, nearest.split("x"))
     assert resolve(height=height, width=width).width == width
+
+
+def test_the_checkpoint_may_name_a_solver():
+    named = dataclasses.replace(DEFAULTS, solver="renoise")
+    for request, defaults, solver in (
+        (VideoRequest("a cat"), DEFAULTS, None),
+        (VideoRequest("a cat"), named, "renoise"),
+        (VideoRequest("a cat", solver="euler"), named, "euler"),
+    ):
+        assert resolve_request(request, defaults, GRID, Limits()).solver == solver
