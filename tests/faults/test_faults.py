@@ -19,7 +19,13 @@ from sora_engine.models.wan.model import WanTransformer
 from sora_engine.samplers import UniPCSolver
 from tests.faults.engines import comes_true, difference, engine
 
-SMALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4}
+SMALL = {
+    "height": 16,
+    "width": 16,
+    "num_frames": 5,
+    "num_inference_steps": 4,
+    "solver": "unipc",
+}
 
 
 def small(seed=1, **more):
