@@ -84,6 +84,7 @@ def run(plan: Plan) -> None:
 
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
     output = common.output if common.output is not None else plan.output
+    output = output.rstrip("/") or output  # a folder of PNGs, whose latents lie beside it
     check_before_loading(plan, output)
     if common.model is None:
         say(

@@ -97,7 +97,7 @@ def test_words_become_pictures_loops_shots_and_drafts(tmp_path, capsys) -> None:
     run("loop", "a red circle", "--frames", "8", *SIZE, "-o", tmp_path / "loop")
     assert len(frames_of(tmp_path / "loop")) == 8
     shots = ["--shot", "a red circle", "--shot-frames", "5", "--shot", "a blue star"]
-    run("generate", *shots, "--shot-frames", "4", *SIZE, "-o", tmp_path / "shots")
+    run("generate", *shots, "--shot-frames", "4", *SIZE, "-o", f"{tmp_path}/shots/")
     assert len(frames_of(tmp_path / "shots")) == 9
     told = read_provenance(tmp_path / "shots").settings["shots"]
     assert told[1] == {"prompt": "a blue star", "num_frames": 4}
