@@ -84,7 +84,6 @@ def run(plan: Plan) -> None:
 
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
     output = common.output if common.output is not None else plan.output
-    output = output.rstrip("/") or output  # a folder of PNGs, whose latents lie beside it
     check_before_loading(plan, output)
     if common.model is None:
         say(
@@ -221,7 +220,7 @@ def make(
         )
     except MediaError as error:
         raise UsageError(in_options(error)) from error
-    kept = Path(output + SUFFIX)
+    kept = Path(output).with_name(Path(output).name + SUFFIX)
 
     def write(frames: np.ndarray) -> None:
         for frame in frames:
