@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from sora_engine.errors import CheckpointError
@@ -151,6 +152,13 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         x = self.conv_in(x, tape)
         x = self.mid_block(x, tape)
-        for stage in self.up_blocks:
+        for stage in self.up_blocks[:-1]:
             x = stage(x, tape)
+        if torch.compiler.is_compiling():  # a graph for elsewhere is not unrolled
+            return self._at_full_size(x, tape)
+        # Here activations are largest, and nothing changes the number of frames any more.
+        return tape.in_parts(self._at_full_size, x, 1)
+
+    def _at_full_size(self, x: Tensor, tape: Tape) -> Tensor:
+        x = self.up_blocks[-1](x, tape)
         return self.conv_out(x, tape, self.norm_out)

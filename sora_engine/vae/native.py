@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,17 @@ from sora_kernels import csrc
 def native_kernels() -> bool:
     """Whether the compiled CPU kernels are there."""
     return csrc.problem() is None
+
+
+def give_back() -> None:
+    """Have the C library return freed memory to the system, where it can (glibc).
+
+    It keeps blocks of up to 32 MiB for later use, and plain weights are just that large.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
 
 
 _laying_out = threading.RLock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +95,25 @@ class Tape:
         else:
             self.new.append(inputs[:, :, -frames:].clone())
 
+    def in_parts(self, run: Callable[[Tensor, Tape], Tensor], x: Tensor, frames: int) -> Tensor:
+        """`run(x, self)` of the layers that are left, over stretches of `frames` frames of x one
+        after the other: what those layers hold on their way is then that of one stretch."""
+        old = None if self._old is None else self._old[self._at :]
+        if isinstance(self._old, list):
+            self._old[self._at :] = [None] * (len(self._old) - self._at)
+        outputs, rest = [], list(x.split(frames, dim=2))
+        count = len(rest)
+        for i in range(count):
+            tape = Tape(old, keep=self._keep or i + 1 < count)
+            outputs.append(run(rest[i], tape))
+            old = tape.new
+        for cache in old or ():
+            if cache is None:
+                self.leave(None)
+            else:
+                self.put(cache)
+        return outputs[0] if count == 1 else torch.cat(outputs, dim=2)
+
 
 class FixedTape(Tape):
     """A pass whose caches stay at one place: what a layer leaves is written over what it took.
@@ -116,3 +135,10 @@ class FixedTape(Tape):
         """As `Tape.leave`; `inputs` has at least so many frames."""
         assert inputs is not None
         self.put(inputs[:, :, -frames:])
+
+    def in_parts(self, run: Callable[[Tensor, Tape], Tensor], x: Tensor, frames: int) -> Tensor:
+        """As `Tape.in_parts`, each stretch over the caches of the one before."""
+        places = self._places[len(self.new) :]
+        outputs = [run(part, FixedTape(places)) for part in x.split(frames, dim=2)]
+        self.new.extend(places)
+        return torch.cat(outputs, dim=2)

@@ -17,7 +17,7 @@ from sora_engine.vae.blocks import CausalConv3d, Downsample, Upsample, fold_patc
 from sora_engine.vae.coder import latent_statistics
 from sora_engine.vae.coders import Decoder, Encoder
 from sora_engine.vae.config import VAEConfig
-from sora_engine.vae.native import Layouts
+from sora_engine.vae.native import Layouts, give_back
 from sora_engine.vae.shapes import check_frames, check_latents
 from sora_engine.vae.state import Tape, VAEState
 
@@ -38,6 +38,7 @@ class WanVAE(nn.Module):
         self.quant_conv = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        self._laid_out: set[str] = set()
 
     @property
     def z_dim(self) -> int:
@@ -54,7 +55,7 @@ class WanVAE(nn.Module):
         return self.config.factor_spatial
 
     def prepare(self, wanted: bool = True, *, onednn: bool = True) -> WanVAE:
-        """Have the layers lay out their weights for inference, each when it first runs: channels
+        """Have the layers lay out their weights for inference, when they are first needed: channels
         last on a GPU, in oneDNN's blocks on a CPU, upsampling folded into kernels. Returns self.
 
         The layers then run on copies, without gradients: weights that are changed afterwards need
@@ -68,7 +69,19 @@ class WanVAE(nn.Module):
                 module.lay_out(wanted, onednn=onednn)
             elif isinstance(module, Downsample | Upsample):
                 module.layouts = Layouts(wanted, onednn=onednn)
+        self._laid_out.clear()
         return self
+
+    def _lay_out(self, part: str) -> None:
+        """Lay out the convolutions of `part` before they run: blocks that came to lie between
+        activations would keep the system from having back what the plain weights took."""
+        if part in self._laid_out:
+            return
+        for module in self.get_submodule(part).modules():
+            if isinstance(module, CausalConv3d) and module.layouts.wanted:
+                module.packed()
+        self._laid_out.add(part)
+        give_back()
 
     def train(self, mode: bool = True) -> WanVAE:
         if mode:
@@ -142,6 +155,7 @@ class WanVAE(nn.Module):
         consume: bool,
     ) -> tuple[Tensor, VAEState | None]:
         check_frames(self.config, frames, first=state is None)
+        self._lay_out("encoder")
         factor = self.scale_factor_temporal
         head = 1 if state is None else 0
         latents = head + (frames.shape[2] - head) // factor
@@ -206,6 +220,7 @@ class WanVAE(nn.Module):
         consume: bool,
     ) -> tuple[Tensor, VAEState | None]:
         check_latents(self.config, latents)
+        self._lay_out("decoder")
         count = latents.shape[2]
         step = count if latents_per_call is None else latents_per_call
         caches = _open(state, consume)

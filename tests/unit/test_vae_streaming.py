@@ -20,6 +20,7 @@ from sora_engine.vae.memory import (
     encode_memory,
     plan_tiles,
 )
+from sora_engine.vae.state import Tape
 from sora_engine.vae.tiling import TiledCoder, TilePlan, blend_weights, starts
 from tests.parity.vae_models import make_pair, relative
 
@@ -204,6 +205,19 @@ def test_memory_does_not_grow_with_the_length_and_keeps_the_promise():
     assert long < 1.1 * short
     # The convolutions' own workspaces come on top: a few MiB whatever the length.
     assert 0.7 * promised < short < 1.1 * promised + (16 << 20), (short, promised)
+
+
+def test_the_largest_stage_goes_a_frame_at_a_time(monkeypatch):
+    vae = make_pair("wan21")[1].requires_grad_(False).prepare()
+    latents = _latents(vae, 3, 3, 5)
+    frames = vae.decode(latents)
+    peak = decode_memory.__wrapped__(VAEConfig(), 16, 16).peak
+    whole = Tape.in_parts
+    monkeypatch.setattr(
+        Tape, "in_parts", lambda tape, run, x, count: whole(tape, run, x, x.shape[2])
+    )
+    torch.testing.assert_close(vae.decode(latents), frames, rtol=0, atol=1e-5)
+    assert peak < 0.8 * decode_memory.__wrapped__(VAEConfig(), 16, 16).peak
 
 
 @pytest.mark.parametrize("side", ["decode", "encode"])
