@@ -230,6 +230,8 @@ class WanVAE(nn.Module):
             tape = Tape(caches, keep=keep or high < count)
             parts.append(self.decode_step(self.denormalise(latents[:, :, low:high]), tape))
             caches = tape.new
+            if tape.first:
+                give_back()  # the first frame's blocks fit none of those that come later
         frames = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:
             return frames, None
