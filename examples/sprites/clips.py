@@ -14,7 +14,7 @@ from training import save
 
 from sora_engine.vae import WanVAE
 
-HARD = ("bounces", "orbits", "star", "diamond")
+HARD = ("bounces", "orbits", "grows", "star", "diamond")
 SHIFT = 5.0  # of the noise levels, in training and in the exported scheduler
 
 
@@ -30,11 +30,11 @@ class Stage:
 
 # One scale of pixels first: there a sprite's edge has the fewest forms to learn. Then all.
 STAGES = {
-    "small": Stage((64,), 96, (1, 5, 9, 9, 9, 17), 0.15),
+    "small": Stage((64,), 96, (1, 5, 9, 9, 17, 17), 0.15),
     "all": Stage(
-        (64, 64, 64, 64, 64, 80, 96, 96, 112, 128, 128, 160),
+        (64, 64, 64, 64, 64, 64, 64, 80, 96, 96, 112, 128, 160),
         160,
-        (1, 5, 9, 9, 17, 17, 33),
+        (1, 5, 9, 17, 17, 17, 33),
         0.25,
     ),
 }

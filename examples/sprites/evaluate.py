@@ -210,6 +210,7 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=200, help="clips for each line of `prompts`")
     parser.add_argument("--few", type=int, default=50, help="clips for each line of the others")
+    parser.add_argument("--solver", help="of the engine's, in place of the checkpoint's")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--together", type=int, default=8, help="requests in company")
@@ -219,6 +220,8 @@ def main() -> None:
     if args.model == "sprites":
         folder = Path(sora.__file__).parent / "checkpoints" / "sprites"
     options: dict[str, object] = {}
+    if args.solver is not None:
+        options["solver"] = args.solver
     if args.steps is not None:
         options["num_inference_steps"] = args.steps
     if args.guidance is not None:

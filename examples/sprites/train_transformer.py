@@ -7,7 +7,7 @@ Starting it again with the same `--out` resumes it. It writes `OUT/sprites`, a f
 layout, every few minutes and at the end.
 
 Flow matching: x_s = (1 - s) x0 + s noise, and the network says what x0 is. Every batch packs clips
-of many sizes and lengths; a quarter of them have known frames at noise level 0, as in animating,
+of many sizes and lengths; three in ten have known frames at noise level 0, as in animating,
 extending, connecting and filling; some have a level of their own for each frame; some are windows
 from the middle of a longer clip; a tenth have no caption, for guidance.
 """
@@ -148,7 +148,7 @@ def main() -> None:
             checkpoint()
             saved = clock.seconds
         if rank == 0 and clock.seconds - scored > 900:
-            say_scores(model, average, optimiser, vae, 16)
+            say_scores(model, average, optimiser, vae, 32)
             scored = clock.seconds
     checkpoint()
     if rank == 0:

@@ -1,10 +1,12 @@
 """The sprite world: plain shapes that move on plain backgrounds, with exact captions.
 
 The world is stationary: any stretch of an endless clip fits its caption. Straight motion wraps
-round the frame's edges, ``bounces`` and ``orbits`` go on for ever, ``grows`` pulses, and a clip
-starts at a random phase. Sprites are as large and as fast in a wide frame as in a small one, and
-start on a grid of 8 pixels: what a model learns of a sprite in a small frame holds in every other,
-and straight motion covers one step of the grid in the 4 frames of a latent.
+round the frame's edges, ``bounces`` and ``orbits`` go on for ever, ``grows`` pulses. A clip begins
+with a bouncing sprite on its ground and a growing one at its smallest: of several phases to begin
+with, a model that looks through much noise would see the mean, which stays still. Sprites are as
+large and as fast in a wide frame as in a small one, and start on a grid of 8 pixels: what a model
+learns of a sprite in a small frame holds in every other, and straight motion covers one step of the
+grid in the 4 frames of a latent.
 Shapes are signed distance functions, so edges are anti-aliased analytically.
 
 With two sprites each keeps to its own half of the frame: one above the other where something moves
@@ -55,11 +57,11 @@ MOTIONS: dict[str, str] = {
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 # Pixels and frames.
-GRID, PHASES = 8, 2  # places and phases are multiples of these
+GRID, PHASES = 8, 4  # places and phases are multiples of these
 SPEED = 2.0
-BOUNCE_PERIOD, BOUNCE_HEIGHT = 16, 14.0
+BOUNCE_PERIOD, BOUNCE_HEIGHT = 16, 16.0
 ORBIT_PERIOD, ORBIT_RADIUS = 16, 8.0
-GROW_PERIOD, GROW_RADII = 16, (8.0, 14.0)
+GROW_PERIOD, GROW_RADII = 8, (8.0, 15.0)
 
 # For each shape: the farthest point from its centroid and its area, in units of the radius and of
 # its square. Areas are near a circle's, so that "small" and "large" mean one thing for all.
@@ -264,7 +266,7 @@ def _sample(rng: random.Random, height: int, width: int, count: int) -> Scene | 
         if x is None or y is None:
             return None
         # Straight motion starts anywhere by its place alone.
-        phase = 0.0 if motion in STEPS else float(rng.randrange(0, ORBIT_PERIOD, PHASES))
+        phase = float(rng.randrange(0, ORBIT_PERIOD, PHASES)) if motion == "orbits" else 0.0
         sprites.append(Sprite(colours[i], shape, size, motion, x, y, phase))
     return Scene(background, tuple(sprites), height, width)
 

@@ -76,7 +76,9 @@ def test_true_scenes_close_after_as_many_frames_as_are_made_of_them() -> None:
         n = task_scores.closes(scene, 4)
         assert n % 4 == 0
         np.testing.assert_array_equal(rendered(scene, 1, start=n), rendered(scene, 1))
-        assert task_scores.seam(rendered(scene, n), 4) < 1.2
+        # What bounces begins on its ground, where it is fastest.
+        bound = 1.4 if scene.sprites[0].motion == "bounces" else 1.2
+        assert task_scores.seam(rendered(scene, n), 4) < bound
     # A jump is seen, and so is a frame that stands still where all others move.
     moves = rendered(world.Scene("white", (_mover(),), 64, 64), 32)
     assert task_scores.seam(moves[:-4], 4) > 1.5
