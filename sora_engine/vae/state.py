@@ -101,18 +101,13 @@ class Tape:
         old = None if self._old is None else self._old[self._at :]
         if isinstance(self._old, list):
             self._old[self._at :] = [None] * (len(self._old) - self._at)
-        outputs, rest = [], list(x.split(frames, dim=2))
-        count = len(rest)
-        for i in range(count):
-            tape = Tape(old, keep=self._keep or i + 1 < count)
-            outputs.append(run(rest[i], tape))
+        outputs, parts = [], x.split(frames, dim=2)
+        for i, part in enumerate(parts):
+            tape = Tape(old, keep=self._keep or i + 1 < len(parts))
+            outputs.append(run(part, tape))
             old = tape.new
-        for cache in old or ():
-            if cache is None:
-                self.leave(None)
-            else:
-                self.put(cache)
-        return outputs[0] if count == 1 else torch.cat(outputs, dim=2)
+        self.new.extend(old or ())
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 class FixedTape(Tape):
