@@ -146,38 +146,50 @@ def alive(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
 
 
 def resident_peak(
-    base_dim: int, size: int, lengths: list[int], threads: int
+    base_dim: int, size: int, lengths: list[int], threads: int, rounds: int
 ) -> list[dict[str, object]]:
-    """How far the resident size rises, of both at several lengths, each in a fresh process."""
-    # Freed blocks go back to the system at once, so that the resident size is what is in use; and
-    # once more with the allocator as it is, three times, for there blocks fall as they may.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    """How far the resident size rises, of both at several lengths, each in a fresh process.
+
+    Once where freed blocks go back to the system at once, so that the resident size is what is in
+    use; and in turns with the allocator as it is, `rounds` times: there blocks fall as they may.
+    """
+    tight = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    sides = ("diffusers", "ours")
+
+    def peaks_of(side: str, latents: int, env: dict[str, str]) -> list[int]:
+        command = [sys.executable, __file__, "--peak", side, "--base-dim", str(base_dim)]
+        command += ["--sizes", str(size), "--latents", str(latents), "--threads", str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        return [int(word) for word in done.stdout.split()[-3:]]
+
     measures = (
         "VmHWM of the decode", "VmHWM of the model and the decode", "VmHWM of the process",
-        "VmHWM of the process, glibc's allocator as it is, median of 3",
+        "VmHWM of the process, glibc's allocator as it is, median",
     )  # fmt: skip
-    found: list[dict[str, dict[int, int]]] = [{"diffusers": {}, "ours": {}} for _ in measures]
+    found: list[dict[str, dict[int, int]]] = [{side: {} for side in sides} for _ in measures]
+    all_peaks: dict[str, dict[int, list[int]]] = {side: {} for side in sides}
     for latents in lengths:
-        for side in ("diffusers", "ours"):
-            command = [sys.executable, __file__, "--peak", side, "--base-dim", str(base_dim)]
-            command += ["--sizes", str(size), "--latents", str(latents), "--threads", str(threads)]
-            runs = [
-                subprocess.run(command, capture_output=True, text=True, env=kind, check=True)
-                for kind in (env, *[dict(os.environ)] * 3)
-            ]
-            rises = [int(word) for word in runs[0].stdout.split()[-3:]]
-            rises.append(sorted(int(done.stdout.split()[-1]) for done in runs[1:])[1])
+        plain: dict[str, list[int]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side in sides:
+                plain[side].append(peaks_of(side, latents, dict(os.environ))[-1])
+        for side in sides:
+            rises = [*peaks_of(side, latents, tight), int(statistics.median(plain[side]))]
             for peaks, rise in zip(found, rises, strict=True):
                 peaks[side][latents] = rise
+            all_peaks[side][latents] = sorted(plain[side])
             print(f"{side}, {latents} latents of {size}x{size}, base_dim {base_dim}: resident "
                   f"{rises[0] / 2**20:.1f} MiB, with the model {rises[1] / 2**20:.1f} MiB, "
                   f"the process {rises[2] / 2**20:.1f} MiB, with freed blocks "
-                  f"{rises[3] / 2**20:.1f} MiB", flush=True)  # fmt: skip
+                  f"{rises[3] / 2**20:.1f} ({min(plain[side]) / 2**20:.1f} to "
+                  f"{max(plain[side]) / 2**20:.1f}) MiB", flush=True)  # fmt: skip
     about = memory_of(base_dim, size, lengths)
-    return [
+    results: list[dict[str, object]] = [
         {**about, "measure": measure, "peak_bytes": peaks}
         for measure, peaks in zip(measures, found, strict=True)
     ]
+    results[-1]["all_peak_bytes"] = all_peaks
+    return results
 
 
 def memory_of(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
@@ -245,7 +257,7 @@ def main() -> None:
         lengths = [int(length) for length in args.lengths.split(",")]
         results.append(alive(args.base_dim, sizes[0], lengths))
         if args.resident:
-            results += resident_peak(args.base_dim, sizes[0], lengths, args.threads)
+            results += resident_peak(args.base_dim, sizes[0], lengths, args.threads, args.rounds)
     else:
         oracle, ours = make(args.base_dim)
         with torch.inference_mode():

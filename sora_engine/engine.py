@@ -14,7 +14,7 @@ import torch
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise import step_tokens
 from sora_engine.distributed.remote import settle_layout, start_replicas
-from sora_engine.errors import RequestError
+from sora_engine.errors import LayoutError, RequestError
 from sora_engine.hooks import Hooks
 from sora_engine.job import (
     FramesCallback,
@@ -80,6 +80,7 @@ class Engine:
         vae_cuda_graphs: str = "auto",
         attention_backend: str = "auto",
         components: str | PathLike[str] | None = None,
+        offload: str = "auto",
         parallel: ParallelConfig | Literal["auto"] | None = None,
         limits: Limits | None = None,
         hooks: Hooks | None = None,
@@ -98,6 +99,10 @@ class Engine:
                 step as a CUDA graph; `"auto"` does so on a GPU, and logs where it cannot.
             attention_backend: a backend of `sora_kernels.packed_attention`.
             components: folder with VAE, text encoder and tokenizer for a single-file checkpoint.
+            offload: which weights wait in host memory and cross when they are needed: `"none"`;
+                `"text"`, the text and image encoders' layers; `"blocks"`, the transformers' too.
+                `"auto"`, on a GPU: the first of these with which a request of the checkpoint's
+                default size fits. The results are the same.
             parallel: over how many ranks; the engine starts and owns them, on this machine.
                 `"auto"`: over all GPUs, as the planner would.
             limits: bounds on requests and on what is done at a time.
@@ -109,6 +114,11 @@ class Engine:
         """
         layout = settle_layout(parallel, model, components, device)
         if layout is not None:
+            if offload not in ("auto", "none"):
+                raise LayoutError(
+                    f"offload={offload!r} is of one rank; over several, "
+                    "ParallelConfig.shard_weights shares the weights out"
+                )
             replicas = start_replicas(
                 model,
                 layout,
@@ -129,6 +139,8 @@ class Engine:
             vae_cuda_graphs=vae_cuda_graphs,
             attention_backend=attention_backend,
             components=components,
+            offload=offload,
+            needed=lambda hollow: _default_peak(hollow, limits or Limits()),
         )
         return cls(loaded, limits=limits, hooks=hooks)
 
@@ -275,6 +287,16 @@ class Engine:
         idlest = min(self._workers, key=lambda worker: worker.num_queued + worker.num_running)
         idlest.enqueue(job, steps + DECODE_STEPS)
         return job
+
+
+def _default_peak(model: VideoModel, limits: Limits) -> int:
+    """Bytes that a request of the checkpoint's default size takes, decoded in whole frames."""
+    request = resolve_request(
+        VideoRequest(prompt="a prompt"), model.defaults, model.grid, limits, solvers=SOLVERS
+    )
+    model.vae.limit(1 << 62)
+    planner = MemoryPlanner(model, limits.max_batch_tokens, None, limits.pack_tokens)
+    return planner.plan(request).peak
 
 
 def check_options(options: JobOptions) -> None:

@@ -131,9 +131,11 @@ class MemoryPlanner:
                 return plan
             fewer = self._fewer(request, batch_tokens)
             if fewer is None or plan.denoise <= self.limit:
+                waits = self.model.device.type == "cpu" or self.model.offload == "blocks"
+                more = "" if waits else ", or load the model with offload='blocks'"
                 raise MemoryLimitError(
                     f"the request needs {_mib(plan.peak)} ({plan}), and "
-                    f"{_mib(self.limit)} are to be had; make it smaller or shorter",
+                    f"{_mib(self.limit)} are to be had; make it smaller or shorter{more}",
                     needed=plan.peak,
                     limit=self.limit,
                 )

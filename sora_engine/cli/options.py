@@ -111,6 +111,13 @@ class Common:
     device: Device = "auto"
     dtype: Dtype = "auto"
     vae_backend: VAEBackend = "auto"
+    offload: Annotated[
+        str,
+        typer.Option(
+            help="Weights that wait in host memory: none, text (the encoders) or blocks (the "
+            "transformers' too); auto takes what makes the checkpoint's default size fit."
+        ),
+    ] = "auto"
     parallel: Annotated[
         str | None,
         typer.Option(

@@ -165,6 +165,7 @@ def load_engine(common: Common) -> Engine:
             device=common.device,
             dtype=common.dtype,
             vae_backend=common.vae_backend,
+            offload=common.offload,
         )
     except SoraError as error:
         raise UsageError(in_options(error)) from error

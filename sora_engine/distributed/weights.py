@@ -7,7 +7,7 @@ meanwhile. What lies outside the blocks is small, and whole at every rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from sora_engine.distributed.comm import Channel
 from sora_engine.distributed.mesh import Mesh
-
-SHARDED = ("attn1", "attn2", "norm2", "ffn")
-"""Parts of a block that only its own methods read. The modulation tables are read for all blocks at
-once, and stay whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,9 +30,12 @@ class WeightShards:
     def num_ranks(self) -> int:
         return self.mesh.weights.size
 
-    def cut(self, device: torch.device, transformer: nn.Module) -> dict[str, range]:
-        """Shard a transformer that is on the meta device; its own shares are then on `device`, not
-        filled. Returns the rows of them that this rank has, by the parameters' names."""
+    def cut(
+        self, device: torch.device, parts: Collection[str], transformer: nn.Module
+    ) -> dict[str, range]:
+        """Shard these parts of each block of a transformer that is on the meta device; its own
+        shares are then on `device`, not filled. Returns the rows of them that this rank has, by the
+        parameters' names."""
         channel = self.mesh.weights
         assert channel.group is not None
         mesh = DeviceMesh.from_group(channel.group, device.type, mesh_dim_names=("weights",))
@@ -46,7 +45,7 @@ class WeightShards:
             for i, block in enumerate(getattr(transformer, lists)):
                 whole = set()
                 for name, parameter in block.named_parameters():
-                    if name.partition(".")[0] in SHARDED:
+                    if name.partition(".")[0] in parts:
                         rows[f"{lists}.{i}.{name}"] = own_rows(len(parameter), channel)
                     else:
                         whole.add(parameter)

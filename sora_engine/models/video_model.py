@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 import sora_kernels
 from sora_engine.canvas import KnownMode, Prompts
@@ -19,8 +20,10 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
 from sora_engine.models.folder import Component
+from sora_engine.models.wan.blocks import OWN_PARTS
 from sora_engine.models.wan.checkpoint import TransformerSource, WanCheckpoint, resolve_model
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer
+from sora_engine.offload import check_level, level_that_fits, offload_blocks
 from sora_engine.packing import Context
 from sora_engine.preview import LatentPreview
 from sora_engine.request import GenerationDefaults, LatentGrid
@@ -72,6 +75,7 @@ class VideoModel:
     experts: by falling noise level; Wan 2.2 A14B has two, all others one.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to colours, where the checkpoint brings that.
+    offload: which weights wait in host memory: one of `sora_engine.offload.LEVELS`.
     """
 
     name: str
@@ -89,6 +93,7 @@ class VideoModel:
     defaults: GenerationDefaults
     weights_hash: str = ""
     preview: LatentPreview | None = None
+    offload: str = "none"
 
     @property
     def num_experts(self) -> int:
@@ -106,7 +111,7 @@ class VideoModel:
         expert = self.experts[index]
         if expert.transformer is None:
             for other in self.experts:
-                if other.transformer is not None and not self._fits(expert.size_bytes):
+                if other.transformer is not None and not self._fits(expert):
                     logger.info("letting go of one expert to load the other")
                     other.transformer = None
             expert.transformer = expert.load()
@@ -126,9 +131,10 @@ class VideoModel:
         texts = [text.to(self.device) for text in texts]
         return transformer.encode_contexts(texts, [prompts.image] * len(texts))
 
-    def _fits(self, size_bytes: int) -> bool:
-        free = free_memory(self.device)
-        return free is None or size_bytes < 0.8 * free
+    def _fits(self, expert: Expert) -> bool:
+        waits = self.offload == "blocks"
+        free = free_memory(torch.device("cpu") if waits else self.device)
+        return free is None or expert.size_bytes < 0.8 * free
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -153,12 +159,17 @@ def load_video_model(
     vae_cuda_graphs: str = "auto",
     attention_backend: str = "auto",
     components: str | PathLike[str] | None = None,
+    offload: str = "none",
+    needed: Callable[[VideoModel], int] | None = None,
     shards: WeightShards | None = None,
 ) -> VideoModel:
     """Load a checkpoint; the arguments are those of `Engine.from_pretrained`.
 
+    needed: what a usual request takes beside the weights, of a model whose transformers are on the
+        meta device: `"auto"` offloading keeps that free.
     shards: where this rank holds no more than its share of the transformer's weights.
     """
+    check_level(offload)
     target = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, target)
     check_attention_backend(attention_backend, target)
@@ -181,38 +192,19 @@ def load_video_model(
         time=vae.scale_factor_temporal,
     )
     known_mode = _known_mode(checkpoint, grid)
+    load_encoders = partial(_load_encoders, checkpoint, target, weights_dtype, text_tokens)
+    if offload == "auto" and target.type == "cpu":
+        offload = "none"
+    text_encoder, image_encoder = load_encoders(offload)
     model = VideoModel(
         name=name,
         device=target,
         dtype=weights_dtype,
-        experts=[
-            Expert(
-                load=partial(
-                    _load_transformer,
-                    source,
-                    target,
-                    weights_dtype,
-                    attention_backend,
-                    text_tokens,
-                    shards,
-                ),
-                from_timestep=boundary if i == 0 else 0.0,
-                size_bytes=source.num_parameters
-                * weights_dtype.itemsize
-                // (1 if shards is None else shards.num_ranks),
-            )
-            for i, source in enumerate(sources)
-        ],
+        experts=[],
         vae=vae,
         vae_dtype=decoder.vae_dtype,
-        text_encoder=TextEncoder.from_folders(
-            checkpoint.text_encoder.folder,
-            checkpoint.tokenizer.folder,
-            device=target,
-            dtype=weights_dtype,
-            max_tokens=text_tokens,
-        ),
-        image_encoder=_load_image_encoder(checkpoint, target, weights_dtype),
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
         takes_last_image=config.pos_embed_seq_len is not None,
         sampler_config=sampler_config,
         known_mode=known_mode,
@@ -227,8 +219,57 @@ def load_video_model(
         ),
         preview=LatentPreview.read(folder, grid.channels),
     )
+
+    def experts(load: Callable[[TransformerSource], Callable[[], WanTransformer]]) -> list[Expert]:
+        return [
+            Expert(
+                load=load(source),
+                from_timestep=boundary if i == 0 else 0.0,
+                size_bytes=source.num_parameters
+                * weights_dtype.itemsize
+                // (1 if shards is None else shards.num_ranks),
+            )
+            for i, source in enumerate(sources)
+        ]
+
+    if offload == "auto":
+        hollow = experts(
+            lambda source: partial(
+                _hollow_transformer, source, weights_dtype, attention_backend, text_tokens
+            )
+        )
+        offload = _level_for(replace(model, experts=hollow), needed)
+        model.text_encoder, model.image_encoder = load_encoders(offload)
+    model.offload = offload
+    model.experts = experts(
+        lambda source: partial(
+            _load_transformer,
+            source, target, weights_dtype, attention_backend, text_tokens, shards,
+            visiting=offload == "blocks",
+        )
+    )  # fmt: skip
     model.transformer(0)
     return model
+
+
+def _level_for(model: VideoModel, needed: Callable[[VideoModel], int] | None) -> str:
+    """The level of offloading with which a usual request fits; of `model` nothing has weights yet
+    but the VAE, which is on its device."""
+    free = free_memory(model.device)
+    if free is None:
+        return "none"
+    encoders = (model.text_encoder, model.image_encoder)
+    return level_that_fits(
+        int(0.9 * free),
+        text=sum(
+            weight.nbytes
+            for encoder in encoders
+            if encoder is not None
+            for weight in encoder.model.parameters()
+        ),
+        transformers=sum(expert.size_bytes for expert in model.experts),
+        rest=0 if needed is None else needed(model),
+    )
 
 
 def planning_facts(
@@ -360,6 +401,17 @@ def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> 
     return vae.eval().requires_grad_(False).prepare()
 
 
+def _hollow_transformer(
+    source: TransformerSource, dtype: torch.dtype, backend: str, text_tokens: int
+) -> WanTransformer:
+    """The transformer on the meta device: its shapes, without its weights."""
+    with torch.device("meta"):
+        transformer = WanTransformer(
+            source.config, text_tokens=text_tokens, attention_backend=backend
+        )
+    return transformer.to(dtype).eval().requires_grad_(False)
+
+
 def _load_transformer(
     source: TransformerSource,
     device: torch.device,
@@ -367,30 +419,58 @@ def _load_transformer(
     backend: str,
     text_tokens: int,
     shards: WeightShards | None,
+    *,
+    visiting: bool = False,
 ) -> WanTransformer:
-    with torch.device("meta"):
-        transformer = WanTransformer(
-            source.config, text_tokens=text_tokens, attention_backend=backend
-        )
-    transformer.eval().requires_grad_(False)
+    """visiting: the weights of the blocks are read into host memory and wait there."""
+    transformer = _hollow_transformer(source, dtype, backend, text_tokens)
     if shards is not None:
-        source.load(transformer, device=device, dtype=dtype, shard=partial(shards.cut, device))
+        source.load(
+            transformer, device=device, dtype=dtype, shard=partial(shards.cut, device, OWN_PARTS)
+        )
         return transformer
-    source.load(transformer, device=device, dtype=dtype)
-    return transformer.prepare()
+    source.load(transformer, device="cpu" if visiting else device, dtype=dtype)
+    if not visiting:
+        return transformer.prepare()
+    # In the order in which they run: VACE's come first.
+    blocks: list[nn.Module] = [*transformer.vace_blocks, *transformer.blocks]
+    offload_blocks(transformer, blocks, device, parts=OWN_PARTS, methods=("forward", "keys_values"))
+    return transformer
 
 
-def _load_image_encoder(
-    checkpoint: WanCheckpoint, device: torch.device, dtype: torch.dtype
-) -> ImageEncoder | None:
-    if checkpoint.image_encoder is None or checkpoint.image_processor is None:
-        return None
-    return ImageEncoder.from_folders(
-        checkpoint.image_encoder.folder,
-        checkpoint.image_processor.folder,
-        device=device,
+def _load_encoders(
+    checkpoint: WanCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    text_tokens: int,
+    offload: str,
+) -> tuple[TextEncoder, ImageEncoder | None]:
+    """The text encoder and, where there is one, the image encoder.
+
+    offload: whether they visit the device, from host memory; `"auto"`: not known yet, so they come
+    without their weights.
+    """
+    place = {"auto": torch.device("meta"), "none": device}.get(offload, torch.device("cpu"))
+    text = TextEncoder.from_folders(
+        checkpoint.text_encoder.folder,
+        checkpoint.tokenizer.folder,
+        device=place,
         dtype=dtype,
+        max_tokens=text_tokens,
     )
+    image = None
+    if checkpoint.image_encoder is not None and checkpoint.image_processor is not None:
+        image = ImageEncoder.from_folders(
+            checkpoint.image_encoder.folder,
+            checkpoint.image_processor.folder,
+            device=place,
+            dtype=dtype,
+        )
+    if offload in ("text", "blocks"):
+        text.offload(device)
+        if image is not None:
+            image.offload(device)
+    return text, image
 
 
 def _known_mode(checkpoint: WanCheckpoint, grid: LatentGrid) -> KnownMode:

@@ -15,6 +15,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
+from sora_engine.offload import Visits, offload_encoder
 from sora_engine.text.settings import read_settings
 
 _DEFAULTS: dict[str, Any] = {
@@ -63,6 +64,7 @@ class ImageEncoder:
     def __init__(self, model: nn.Module, processor: Any):
         self.model: Any = model
         self.processor = processor
+        self._visits: Visits | None = None
 
     @classmethod
     def from_folders(
@@ -87,7 +89,15 @@ class ImageEncoder:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
+        if self._visits is not None:
+            return self._visits.device
         return next(self.model.parameters()).device
+
+    def offload(self, device: torch.device) -> ImageEncoder:
+        """As `TextEncoder.offload`."""
+        self._visits = offload_encoder(self.model, device)
+        return self
 
     def to(self, device: torch.device | str) -> ImageEncoder:
         """Move the weights; returns self."""

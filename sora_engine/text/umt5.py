@@ -13,6 +13,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
+from sora_engine.offload import Visits, offload_encoder
 from sora_engine.text.prompt import clean_prompt
 from sora_engine.text.settings import read_settings
 
@@ -63,6 +64,7 @@ class TextEncoder:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self._visits: Visits | None = None
 
     @classmethod
     def from_folders(
@@ -96,7 +98,16 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
+        if self._visits is not None:
+            return self._visits.device
         return next(self.model.parameters()).device
+
+    def offload(self, device: torch.device) -> TextEncoder:
+        """Compute on `device` from here on, with the weights in host memory, where they have to
+        lie already (see `sora_engine.offload`); returns self."""
+        self._visits = offload_encoder(self.model, device)
+        return self
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; returns self."""

@@ -14,6 +14,10 @@ from sora_engine.models.wan.config import WanConfig
 from sora_engine.packing import ContextRuns, Stream
 from sora_kernels import gate_residual_norm_modulate, qk_norm_rope
 
+OWN_PARTS = ("attn1", "attn2", "norm2", "ffn")
+"""Parts of a block that only its own methods read. The modulation tables are read for all blocks at
+once, and VACE's projections by the model."""
+
 
 class Modulation(NamedTuple):
     """Scale and shift of one normalisation, `[rows, channels]` each."""
