@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -108,7 +110,9 @@ class Visits:
         self._copies = copies or (StreamCopies(device) if gpu else HostCopies())
         self._lock = threading.RLock()
         self._tensors = [_tensors(module, parts) for module in modules]
-        self._blocks = [_move_together(tensors, pin=gpu) for tensors in self._tensors]
+        whole, self._blocks = _move_together(self._tensors)
+        if gpu:
+            weakref.finalize(self, _unpin, _pin(whole))
         self._at_home = [[t.data for t in tensors] for tensors in self._tensors]
         most = max(block.nbytes for block in self._blocks)
         self._places = [
@@ -238,13 +242,34 @@ def _tensors(module: nn.Module, parts: Collection[str] | None) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in found}.values())
 
 
-def _move_together(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
-    """Have tensors lie in one block of host memory, which is returned."""
-    size = sum(_aligned(tensor.nbytes) for tensor in tensors)
-    block = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-    for tensor, view in zip(tensors, _views(block, tensors), strict=True):
-        tensor.data = view.copy_(tensor.data)
-    return block
+def _move_together(groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """Have tensors lie in host memory group by group; returns all of that memory, and each group's
+    block within it."""
+    sizes = [sum(_aligned(tensor.nbytes) for tensor in group) for group in groups]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8)
+    blocks = [whole[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    for group, block in zip(groups, blocks, strict=True):
+        for tensor, view in zip(group, _views(block, group), strict=True):
+            tensor.data = view.copy_(tensor.data)
+    return whole, blocks
+
+
+def _pin(memory: Tensor) -> Tensor | None:
+    """Have the driver keep host memory in place, so that copies from it need not wait; None, with a
+    warning, where it does not. (torch's own pinned memory comes in powers of two.)"""
+    failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if not failed:
+        return memory
+    logger.warning(
+        "%.2f GiB of host memory cannot be pinned (CUDA error %d): weights cross more slowly",
+        memory.nbytes / 2**30, failed,
+    )  # fmt: skip
+    return None
+
+
+def _unpin(memory: Tensor | None) -> None:
+    if memory is not None:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _views(block: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

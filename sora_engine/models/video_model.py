@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -114,6 +115,7 @@ class VideoModel:
                 if other.transformer is not None and not self._fits(expert):
                     logger.info("letting go of one expert to load the other")
                     other.transformer = None
+                    gc.collect()  # what visits a device and its methods refer to each other
             expert.transformer = expert.load()
         return expert.transformer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -177,6 +178,16 @@ def test_an_error_leaves_the_weights_at_home():
 def test_weights_that_are_trained_stay():
     with pytest.raises(ValueError, match="gradient"):
         Visits([nn.Linear(2, 2)], CPU)
+
+
+def test_an_expert_that_is_let_go_takes_no_memory(folders, monkeypatch):
+    monkeypatch.setattr(video_model.VideoModel, "_fits", lambda model, expert: False)
+    with sora.Engine.from_pretrained(folders("a14b-t2v"), offload="blocks") as engine:
+        first = engine.model.transformer(0)
+        weight = weakref.ref(first.blocks[0].ffn.get_submodule("net.2").weight)
+        del first
+        engine.model.transformer(1)
+        assert weight() is None
 
 
 def test_the_lowest_level_that_fits():
