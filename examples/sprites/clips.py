@@ -14,7 +14,7 @@ from training import save
 
 from sora_engine.vae import WanVAE
 
-# What takes longest to learn is drawn most: the chance that a clip which shows it is kept when drawn.
+# What takes longest to learn is drawn most: the chance to be kept of a drawn clip that shows it.
 HARD = {"grows": 1.0, "star": 1.0, "bounces": 0.6, "orbits": 0.6, "diamond": 0.6}
 EASY = 0.35
 SHIFT = 5.0  # of the noise levels, in training and in the exported scheduler

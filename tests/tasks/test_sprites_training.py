@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sprites"))
 
 import clips
 import condense
+import mean_of_states
 import model as sprites_model
 import train_text
 import train_transformer
@@ -187,6 +188,17 @@ def test_the_text_encoder_says_what_captions_say() -> None:
 
     assert score(plain=True, count=200) == 1.0
     assert score(plain=False, count=200) > 0.95
+
+
+def test_the_mean_of_states_is_of_their_averaged_weights(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.pt" for i in range(3)]
+    weights = [{"w": torch.randn(4, 3).half(), "b": torch.randn(5)} for _ in paths]
+    for path, average in zip(paths, weights, strict=True):
+        training.save(path, {"average": average, "optimiser": {}, "step": 1, "seconds": 1.0})
+    mean = mean_of_states.mean_weights(paths)
+    for name, value in mean.items():
+        want = sum(average[name].double() for average in weights) / 3
+        torch.testing.assert_close(value, want.float())
 
 
 def test_every_word_of_the_world_is_one_token() -> None:
