@@ -2,8 +2,8 @@
 
     python examples/sprites/pictures.py --gif docs/sprites.gif --stills stills.png
 
-Each prompt is one `sora loop`, so that the picture plays on for ever; loops stand side by side. A
-GIF over the budget is an error, and is not kept.
+Each prompt is one `sora generate` at the default settings; clips stand side by side. A GIF over the
+budget is an error, and is not kept.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ COLUMNS = 3
 BUDGET_KB = 600
 
 
-def loops(args: argparse.Namespace, folder: Path) -> list[np.ndarray]:
-    """One clip a prompt, by `sora loop`, each with its own seed."""
+def clips_of(args: argparse.Namespace, folder: Path) -> list[np.ndarray]:
+    """One clip a prompt, by `sora generate`, each with its own seed."""
     options = ["--model", args.model, "--size", args.size, "--frames", str(args.frames)]
     made = []
     for seed, prompt in enumerate(PROMPTS, start=args.seed):
         out = folder / str(seed)
         seeded = [*options, "--fps", str(args.fps), "--seed", str(seed)]
-        if code := sora(["loop", prompt, *seeded, "-o", str(out)]):
+        if code := sora(["generate", prompt, *seeded, "-o", str(out)]):
             raise SystemExit(code)
         made.append(read_video(out)[0])
     return made
@@ -57,15 +57,15 @@ def side_by_side(clips: list[np.ndarray], edge: int = 2) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="sprites", help="'sprites' or a folder")
-    parser.add_argument("--size", default="64x64", help="WIDTHxHEIGHT of each loop")
-    parser.add_argument("--frames", type=int, default=32, help="of each loop; all play together")
+    parser.add_argument("--size", default="64x64", help="WIDTHxHEIGHT of each clip")
+    parser.add_argument("--frames", type=int, default=17, help="of each clip; all play together")
     parser.add_argument("--fps", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of the first loop, then one more each")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip, then one more each")
     parser.add_argument("--gif", type=Path, default=Path("docs/sprites.gif"))
     parser.add_argument("--stills", type=Path, help="a sheet for the eye")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        clips = loops(args, Path(folder))
+        clips = clips_of(args, Path(folder))
     write_video(args.gif, side_by_side(clips), args.fps)
     size_kb = args.gif.stat().st_size / 1000
     if size_kb > BUDGET_KB:
@@ -75,7 +75,7 @@ def main() -> None:
         )
     print(f"{args.gif}: {size_kb:.0f} kB")
     if args.stills is not None:
-        sheet(clips, columns=8).save(args.stills, optimize=True)
+        sheet(clips, columns=9).save(args.stills, optimize=True)
 
 
 if __name__ == "__main__":

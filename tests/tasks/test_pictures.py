@@ -19,19 +19,19 @@ from scoring import rendered
 
 @pytest.fixture(autouse=True)
 def _drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sora loop` draws a square that goes once round."""
+    """`sora generate` draws a square that goes once round."""
     sprite = world.Sprite("red", "square", "large", "right", 20.0, 32.0, 0.0)
     frames = rendered(world.Scene("white", (sprite,), 64, 64), 16)
 
     def sora(arguments: list[str]) -> int:
-        assert arguments[:2] == ["loop", pictures.PROMPTS[int(arguments[-3])]]
+        assert arguments[:2] == ["generate", pictures.PROMPTS[int(arguments[-3])]]
         write_video(arguments[-1], frames, 8)
         return 0
 
     monkeypatch.setattr(pictures, "sora", sora)
 
 
-def test_loops_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gif, stills = tmp_path / "a.gif", tmp_path / "a.png"
     monkeypatch.setattr(sys, "argv", ["pictures.py", "--gif", str(gif), "--stills", str(stills)])
     pictures.main()
