@@ -64,10 +64,9 @@ class StreamCopies:
     def __init__(self, device: torch.device) -> None:
         self.device, self._stream = device, torch.cuda.Stream(device)
 
-    def start(self, target: Tensor, source: Tensor, after: torch.cuda.Event | None) -> Any:
+    def start(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> Any:
         """Copy once `after` has come; returns the event of its end."""
-        if after is not None:
-            self._stream.wait_event(after)
+        self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
         return self._stream.record_event()
@@ -124,7 +123,8 @@ class Visits:
         ]
         self._holds: list[int | None] = [None] * len(self._places)
         self._copied: list[Any] = [None] * len(self._places)
-        self._done: list[Any] = [None] * len(self._places)
+        # Nothing is copied to a place before what used its memory last is done.
+        self._done: list[Any] = [self._copies.so_far() for _ in self._places]
         self._visiting: int | None = None
         for i, module in enumerate(modules):
             for method in methods:
