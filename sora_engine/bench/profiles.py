@@ -46,7 +46,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
         "block": lambda: block(WAN_1_3B, (4, 12, 16)),
         "end-to-end": lambda: end_to_end(four, run),
         "serving": lambda: [
-            *serving.serving(rounds=1),
+            *serving.serving(count=60, rounds=1),
             serving.burst(rounds=2),
         ],
     }
