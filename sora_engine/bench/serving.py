@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -195,10 +195,10 @@ def serving(
             fifo.generate(kind.request(0))
         # What a batch may hold is measured when two requests meet for the first time on a machine.
         engine.generate([kinds[0].request(seed) for seed in (1, 2)])
-        mean_gap_s = _mean_service_s(fifo, kinds) / LOAD
         systems: dict[str, Serve] = {SUBJECT: by_engine(engine), FIFO: by_engine(fifo)}
         latencies: dict[str, list[tuple[Kind, float]]] = {}
         rates: dict[str, list[float]] = {}
+        gaps_s: list[float] = []
 
         def run(names: Sequence[str], trace: list[Arrival]) -> None:
             for name in names:
@@ -209,12 +209,15 @@ def serving(
                 ends = (a.at_s + s for a, s in zip(served, took, strict=True))
                 rates.setdefault(name, []).append(len(served) / max(ends))
 
-        if pipe is None:
-            _each_round(run, list(systems), kinds, count, mean_gap_s, rounds)
-        else:
-            with closing(OneAtATime(pipe)) as queue:
-                systems[DIFFUSERS] = queue
-                _each_round(run, list(systems), kinds, count, mean_gap_s, rounds)
+        with ExitStack() as stack:
+            if pipe is not None:
+                systems[DIFFUSERS] = stack.enter_context(closing(OneAtATime(pipe)))
+            names = list(systems)
+            for i in range(rounds):
+                # Before each round: what load the arrivals make hangs on the machine's speed then.
+                gaps_s.append(_mean_service_s(fifo, kinds, min(count, 20)) / LOAD)
+                run(names, arrivals(kinds, count, gaps_s[-1], seed=i + 1))
+                names.reverse()
     about = f"Poisson arrivals, one at a time {LOAD:.0%} busy"
     found = [
         Measurement(
@@ -222,7 +225,7 @@ def serving(
             "s",
             {name: [s for kind, s in pairs if kind.small] for name, pairs in latencies.items()},
             paired=False,
-            figures={"requests a round": count, "mean gap, s": mean_gap_s},
+            figures={"requests a round": count, "mean gap, s": statistics.mean(gaps_s)},
         ),
         Measurement(
             f"serving: latency of all requests, {about}",
@@ -246,27 +249,10 @@ def with_percentiles(measurement: Measurement) -> Measurement:
     return replace(measurement, figures=figures)
 
 
-def _each_round(
-    run: Callable[[Sequence[str], list[Arrival]], None],
-    names: list[str],
-    kinds: Sequence[Kind],
-    count: int,
-    mean_gap_s: float,
-    rounds: int,
-) -> None:
-    for i in range(rounds):
-        run(names, arrivals(kinds, count, mean_gap_s, seed=i + 1))
-        names.reverse()
-
-
-def _mean_service_s(engine: Engine, kinds: Sequence[Kind]) -> float:
-    """Mean seconds of a request alone, weighted by the kinds' shares."""
-    total = 0.0
-    for kind in kinds:
-        start = time.monotonic()
-        engine.generate(kind.request(1))
-        total += kind.share * (time.monotonic() - start)
-    return total / sum(kind.share for kind in kinds)
+def _mean_service_s(engine: Engine, kinds: Sequence[Kind], count: int) -> float:
+    """Seconds a request, of `count` in the kinds' shares that follow each other without a pause."""
+    trace = [replace(a, at_s=0.0) for a in arrivals(kinds, count, 1.0, seed=0)]
+    return max(replay(trace, by_engine(engine))) / count
 
 
 def burst(

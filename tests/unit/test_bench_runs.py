@@ -63,7 +63,7 @@ def test_two_runs_alternate_stretch_by_stretch(counts, fails, order):
 
 def test_arrivals_keep_their_shares_and_mean():
     trace = serving.arrivals(serving.MIXED, 1000, 0.5, seed=3)
-    assert sum(not a.kind.small for a in trace) == 200
+    assert sum(not a.kind.small for a in trace) == 100
     assert 0.45 < trace[-1].at_s / len(trace) < 0.55
     assert [a.at_s for a in trace] == sorted(a.at_s for a in trace)
     assert trace == serving.arrivals(serving.MIXED, 1000, 0.5, seed=3)
