@@ -87,6 +87,9 @@ Tensor result(at::IntArrayRef sizes, const at::TensorOptions& options) {
 
 Tensor result_like(const Tensor& tensor) { return result(tensor.sizes(), tensor.options()); }
 
+// A result that is larger than most processors' caches is gone from them before it is read.
+bool past_caches(const Tensor& result) { return result.nbytes() >= (32u << 20); }
+
 // About 32k elements a task: less than that and starting a thread costs more than it saves.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
 
@@ -133,6 +136,7 @@ Tensor norm_modulate(const Tensor& x_in, const MaybeTensor& scale, const MaybeTe
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.y = y.mutable_data_ptr();
+  args.past_caches = past_caches(y);
   run_norm(args, x, {}, scale, shift, index, kind, weight, bias, eps);
   return y;
 }
@@ -150,6 +154,7 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.y = y.mutable_data_ptr();
+  args.past_caches = past_caches(y);
   args.residual_type = type_of(residual);
   args.residual = residual.const_data_ptr();
   args.residual_stride = residual.stride(0);
@@ -169,6 +174,7 @@ Tensor norm_rope(const Tensor& x_in, const MaybeTensor& weight, const MaybeTenso
   args.token_stride = x.stride(0);
   args.head_stride = x.stride(1);
   args.y = y.mutable_data_ptr();
+  args.past_caches = past_caches(y);
   args.heads = x.size(1);
   args.head_dim = x.size(2);
   args.weight = data_of(weights);
@@ -223,7 +229,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in,
   args.heads = q.size(1);
   args.head_dim = q.size(2);
   args.scale = static_cast<float>(scale);
-  args.past_caches = out.nbytes() >= (32u << 20);
+  args.past_caches = past_caches(out);
 
   const int64_t count = sequences.size(0);
   const auto* spans = reinterpret_cast<const sora::Span*>(sequences.const_data_ptr<int64_t>());
@@ -425,6 +431,7 @@ Tensor cuda_norm_modulate(const Tensor& x_in, const MaybeTensor& scale, const Ma
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.y = y.mutable_data_ptr();
+  args.past_caches = past_caches(y);
   launch_norm(args, x, {}, scale, shift, index, kind, weight, bias, eps);
   return y;
 }
@@ -442,6 +449,7 @@ std::tuple<Tensor, Tensor> cuda_gate_residual_norm_modulate(
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.y = y.mutable_data_ptr();
+  args.past_caches = past_caches(y);
   args.residual_type = cuda_type_of(residual);
   args.residual = residual.const_data_ptr();
   args.residual_stride = residual.stride(0);
@@ -459,6 +467,7 @@ Tensor cuda_norm_rope(const Tensor& x_in, const MaybeTensor& weight, const Maybe
   args.type = cuda_type_of(x);
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
+  args.past_caches = past_caches(y);
   args.token_stride = x.stride(0);
   args.head_stride = x.stride(1);
   args.tokens = x.size(0);

@@ -1,6 +1,7 @@
 """The kernels' targets on a CPU, measured: what each aims at beside what it reaches.
 
     python benchmarks/kernels/targets.py -o benchmarks/results/kernels.json
+    python benchmarks/kernels/targets.py --keep-memory -o benchmarks/results/kernels-kept.json
 
 Rivals take turns (`sora_engine.bench.timing`), and a figure is the median of the ratios within a
 round: of wall time and of CPU time. The result is one of `sora bench`, whose figures name the
@@ -10,6 +11,7 @@ target. Under 4 minutes on 2 cores that do nothing else.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -107,12 +109,27 @@ def parts() -> Iterator[tuple[str, Part]]:
             yield f"{op}-{shape.name}", fused(op, shape)
 
 
+def keep_memory() -> None:
+    """Have glibc keep what is freed: results of 50 MB are then not new pages each time, whose
+    zeroing takes longer than the op."""
+    mmap_threshold, trim_threshold = -3, -1
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, 2**31 - 1)):
+        raise SystemExit("--keep-memory needs glibc's mallopt")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--output", type=Path, help="where the result goes (JSON)")
     parser.add_argument("--only", default="", metavar="REGEX", help="parts to measure")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="the allocator reuses what was freed"
+    )
     options = parser.parse_args()
+    if options.keep_memory:
+        keep_memory()
+    profile = "kernels-kept" if options.keep_memory else "kernels"
     found = []
     with torch.inference_mode():
         copy, gemm = copy_rate() / 1e9, gemm_rate() / 1e9
@@ -132,7 +149,7 @@ def main() -> int:
                         flush=True,
                     )
             if options.output:  # after every part, so that a stop loses one alone
-                Result.here("kernels", found).write(options.output)
+                Result.here(profile, found).write(options.output)
     return 0
 
 

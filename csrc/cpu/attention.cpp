@@ -171,18 +171,16 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
             const int64_t token = q.first + (start + first + r) * q.step;
             T* to = (T*)a.out + (token * a.heads + head) * d + i;
             const Vec value = result[r] * inverse[first + r];
-            if constexpr (sizeof(T) == 4) {
-              if (streams) {
-                stream(to, value);
-                continue;
-              }
-            }
-            store(to, value, d - i);
+            if (streams)
+              put<true>(to, value, d - i);
+            else
+              put<false>(to, value, d - i);
           }
         }
       }
     }
   }
+  if (streams) end_of_stream();
 }
 
 }  // namespace

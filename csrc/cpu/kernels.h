@@ -30,6 +30,7 @@ struct NormArgs {
   int64_t channels;
   bool rms;
   float eps;
+  bool past_caches = false;        // a result is too large to be found in the caches again
 };
 
 struct RopeArgs {
@@ -44,6 +45,7 @@ struct RopeArgs {
   int64_t cos_stride = 0, sin_stride = 0;
   bool across_heads, interleaved;
   float eps;
+  bool past_caches = false;  // as of NormArgs
 };
 
 struct AttentionArgs {
@@ -55,7 +57,7 @@ struct AttentionArgs {
   float* lse = nullptr;   // [tokens, heads]
   int64_t heads, head_dim;
   float scale;
-  bool past_caches = false;  // the result is too large to be found in the caches again
+  bool past_caches = false;  // as of NormArgs
 };
 
 struct CausalArgs {

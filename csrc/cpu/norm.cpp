@@ -8,7 +8,7 @@
 namespace SORA_ISA {
 namespace {
 
-template <typename T, typename R>
+template <typename T, typename R, bool kStreams>
 void norm_rows(const sora::NormArgs& a, int64_t begin, int64_t end, float* row) {
   const int64_t n = a.channels;
   for (int64_t token = begin; token < end; ++token) {
@@ -24,9 +24,9 @@ void norm_rows(const sora::NormArgs& a, int64_t begin, int64_t end, float* row) 
         Vec branch = load(x + i, left);
         if (gate) branch *= load(floats(gate + i), left);
         const Vec updated = load(residual + i, left) + branch;
-        store(residual_out + i, updated, left);
+        put<kStreams>(residual_out + i, updated, left);
         // The norm reads the residual as it was rounded.
-        const Vec rounded = load(residual_out + i, left);
+        const Vec rounded = sizeof(R) == 4 ? updated : load(residual_out + i, left);
         store(floats(row + i), rounded);
         total += rounded;
       }
@@ -38,9 +38,16 @@ void norm_rows(const sora::NormArgs& a, int64_t begin, int64_t end, float* row) 
       }
     }
     const float mean = a.rms ? 0.0f : sum(total) / n;
+    // The next row is fetched while this one is worked on in the cache.
+    const bool more = token + 1 < end;
+    const T* next = more ? x + a.x_stride : x;
+    const R* next_residual =
+        a.residual ? (const R*)a.residual + (token + more) * a.residual_stride : nullptr;
     Vec squares = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
+      __builtin_prefetch(next + i);
+      if (next_residual) __builtin_prefetch(next_residual + i);
       const Vec centred = load(floats(row + i)) - mean;
       squares += centred * centred;
     }
@@ -58,17 +65,29 @@ void norm_rows(const sora::NormArgs& a, int64_t begin, int64_t end, float* row) 
       if (a.bias) value += load(floats(a.bias + j), left);
       if (scale) value *= 1.0f + load(floats(scale + j), left);
       if (shift) value += load(floats(shift + j), left);
-      store(y + j, value, left);
+      put<kStreams>(y + j, value, left);
     }
   }
+}
+
+template <typename T, typename R>
+void norm_each(const sora::NormArgs& a, int64_t begin, int64_t end, float* scratch) {
+  if constexpr (sizeof(T) == 4 && sizeof(R) == 4) {
+    if (a.past_caches && a.channels % kLanes == 0 && aligned(a.y) && aligned(a.residual_out)) {
+      norm_rows<T, R, true>(a, begin, end, scratch);
+      end_of_stream();
+      return;
+    }
+  }
+  norm_rows<T, R, false>(a, begin, end, scratch);
 }
 
 template <typename T>
 void norm_typed(const sora::NormArgs& a, int64_t begin, int64_t end, float* scratch) {
   switch (a.residual_type) {
-    case sora::Type::f32: return norm_rows<T, Float>(a, begin, end, scratch);
-    case sora::Type::f16: return norm_rows<T, Half>(a, begin, end, scratch);
-    case sora::Type::bf16: return norm_rows<T, BFloat16>(a, begin, end, scratch);
+    case sora::Type::f32: return norm_each<T, Float>(a, begin, end, scratch);
+    case sora::Type::f16: return norm_each<T, Half>(a, begin, end, scratch);
+    case sora::Type::bf16: return norm_each<T, BFloat16>(a, begin, end, scratch);
   }
 }
 

@@ -28,7 +28,7 @@ float sum_of_squares(const float* row, int64_t n) {
   return total;
 }
 
-template <typename T>
+template <typename T, bool kStreams>
 void rope_rows(const sora::RopeArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t d = a.head_dim, half = d / 2;
   float* row = scratch;  // [heads, head_dim] and a vector of slack
@@ -71,11 +71,11 @@ void rope_rows(const sora::RopeArgs& a, int64_t begin, int64_t end, float* scrat
         Vec value = load(floats(values + i), left) * inverse;
         if (weight) value *= load(floats(weight + i), left);
         if (!a.cos) {
-          store(y + head * d + i, value, left);
+          put<kStreams>(y + head * d + i, value, left);
         } else if (a.interleaved) {
           const Vec turned =
               value * load(floats(cos + i)) + swap_pairs(value) * load(floats(sin + i));
-          store(y + head * d + i, turned, left);
+          put<kStreams>(y + head * d + i, turned, left);
         } else {
           store(floats(values + i), value, left);
         }
@@ -86,21 +86,35 @@ void rope_rows(const sora::RopeArgs& a, int64_t begin, int64_t end, float* scrat
           const Vec first = load(floats(values + i), left);
           const Vec second = load(floats(values + half + i), left);
           const Vec c = load(floats(cos + i), left), s = load(floats(sin + half + i), left);
-          store(y + head * d + i, first * c - second * s, left);
-          store(y + head * d + half + i, first * s + second * c, left);
+          put<kStreams>(y + head * d + i, first * c - second * s, left);
+          put<kStreams>(y + head * d + half + i, first * s + second * c, left);
         }
       }
     }
   }
 }
 
+template <typename T>
+void rope_each(const sora::RopeArgs& a, int64_t begin, int64_t end, float* scratch) {
+  if constexpr (sizeof(T) == 4) {
+    // Split pairs are written half a head at a time.
+    const int64_t run = a.cos && !a.interleaved ? a.head_dim / 2 : a.head_dim;
+    if (a.past_caches && run % kLanes == 0 && aligned(a.y)) {
+      rope_rows<T, true>(a, begin, end, scratch);
+      end_of_stream();
+      return;
+    }
+  }
+  rope_rows<T, false>(a, begin, end, scratch);
+}
+
 }  // namespace
 
 void rope(const sora::RopeArgs& a, int64_t begin, int64_t end, float* scratch) {
   switch (a.type) {
-    case sora::Type::f32: return rope_rows<Float>(a, begin, end, scratch);
-    case sora::Type::f16: return rope_rows<Half>(a, begin, end, scratch);
-    case sora::Type::bf16: return rope_rows<BFloat16>(a, begin, end, scratch);
+    case sora::Type::f32: return rope_each<Float>(a, begin, end, scratch);
+    case sora::Type::f16: return rope_each<Half>(a, begin, end, scratch);
+    case sora::Type::bf16: return rope_each<BFloat16>(a, begin, end, scratch);
   }
 }
 

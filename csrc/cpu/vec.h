@@ -184,6 +184,21 @@ SORA_INLINE void stream(Float* p, Vec v) {
 #endif
 }
 
+// After the last of them: what was streamed is seen by other threads before what is written next.
+SORA_INLINE void end_of_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+template <bool kStreams, typename T>
+SORA_INLINE void put(T* p, Vec v, int64_t n) {
+  if constexpr (kStreams && sizeof(T) == 4)
+    stream(p, v);
+  else
+    store(p, v, n);
+}
+
 SORA_INLINE bool aligned(const void* p) { return (uintptr_t)p % sizeof(Vec) == 0; }
 
 // e^x for x <= 0 (Cephes' polynomial after Cody-Waite reduction); below -87 it is 0.

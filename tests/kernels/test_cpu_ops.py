@@ -224,6 +224,48 @@ def test_native_rounds_every_half_as_pytorch_does(dtype):
 
 
 @pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 128), (15, 100)])
+@pytest.mark.parametrize("op", ["norm", "gated norm", "rope", "rope, split", "attention"])
+def test_native_results_past_the_caches_are_those_of_their_parts(op, heads, head_dim):
+    """From 32 MiB on, results are written past the caches: other stores, the same values. Widths
+    of whole vectors and of others; the parts go the way that every other test checks."""
+    tokens, channels = 5800, heads * head_dim
+    rng = generator(7)
+    x, residual = (torch.randn(tokens, channels, generator=rng) for _ in range(2))
+    scale, shift, gate = (torch.randn(1, channels, generator=rng) for _ in range(3))
+    angles = torch.randn(tokens, head_dim // 2, generator=rng)
+    lens = [tokens // 50] * 50
+
+    def run(rows):
+        heads_of = x[rows].view(-1, heads, head_dim)
+        if op == "norm":
+            return (sk.norm_modulate(x[rows], scale, shift, backend="native"),)
+        if op == "gated norm":
+            return sk.gate_residual_norm_modulate(
+                x[rows], residual[rows], gate, scale, shift, backend="native"
+            )
+        if op == "attention":
+            cu = offsets(lens[: len(heads_of) // lens[0]])
+            return (
+                sk.packed_attention(
+                    heads_of, heads_of, heads_of, cu, cu, max_seqlen_q=lens[0],
+                    max_seqlen_k=lens[0], backend="native",
+                ),
+            )  # fmt: skip
+        rotated, _ = sk.qk_norm_rope(
+            heads_of, None, scale[0], None, angles[rows].cos(), angles[rows].sin(),
+            across_heads=True, interleaved=op == "rope", backend="native",
+        )  # fmt: skip
+        return (rotated,)
+
+    whole = run(slice(None))
+    assert whole[0].nbytes >= 32 << 20
+    parts = [run(slice(i, i + tokens // 10)) for i in range(0, tokens, tokens // 10)]
+    for got, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(got, torch.cat(pieces))
+
+
+@pytest.mark.usefixtures("native_library")
 def test_native_refuses_what_would_read_past_the_tokens():
     q = torch.randn(4, 1, 16)
     for spans in ([[0, 1, 5, 0, 1, 4]], [[0, 2, 3, 0, 1, 4]], [[-1, 1, 2, 0, 1, 4]]):
