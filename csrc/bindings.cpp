@@ -431,7 +431,6 @@ Tensor cuda_norm_modulate(const Tensor& x_in, const MaybeTensor& scale, const Ma
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.y = y.mutable_data_ptr();
-  args.past_caches = past_caches(y);
   launch_norm(args, x, {}, scale, shift, index, kind, weight, bias, eps);
   return y;
 }
@@ -449,7 +448,6 @@ std::tuple<Tensor, Tensor> cuda_gate_residual_norm_modulate(
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.y = y.mutable_data_ptr();
-  args.past_caches = past_caches(y);
   args.residual_type = cuda_type_of(residual);
   args.residual = residual.const_data_ptr();
   args.residual_stride = residual.stride(0);
@@ -467,7 +465,6 @@ Tensor cuda_norm_rope(const Tensor& x_in, const MaybeTensor& weight, const Maybe
   args.type = cuda_type_of(x);
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
-  args.past_caches = past_caches(y);
   args.token_stride = x.stride(0);
   args.head_stride = x.stride(1);
   args.tokens = x.size(0);
