@@ -19,7 +19,7 @@ from torch import Tensor
 from sora_engine.guidance import Guidance
 from sora_engine.packing import Context, Segment
 from sora_engine.samplers import Solver, SolverState
-from sora_engine.windows import SparsePlan, Window, WindowPlan, plan_windows
+from sora_engine.windows import SparsePlan, Window, WindowPlan, chain_of, plan_windows
 
 
 class KnownMode(StrEnum):
@@ -77,6 +77,8 @@ class Canvas:
     guidances: one for each expert; guidance_memory: what theirs keeps from step to step.
     preview: what the last step makes of the video, uint8 `[T, H, W, 3]`, where the model can tell.
     contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
+    link: with chained windows, the number of them that are done; `chain` is all of them, in order.
+        Every one is taken through the whole schedule: `step` and `num_steps` count over all.
     """
 
     latents: Tensor
@@ -94,9 +96,25 @@ class Canvas:
     contexts: dict[int, list[Context]] = field(default_factory=dict)
     guidance_memory: Tensor | None = None
     preview: np.ndarray | None = None
+    link: int = 0
+    chain: tuple[Window, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        known = None
+        if self.known is not None and self.known.mask is not None:
+            known = self.known.mask.any(dim=2).any(dim=1)
+            known = None if known.is_meta else known.cpu()
+        total = self.latents.shape[1]
+        self.chain = chain_of(self.window_plan, total, known, wraps=self.wraps)
 
     @property
     def step(self) -> int:
+        """Steps taken."""
+        return self.link * len(self.solver.schedule) + self.level
+
+    @property
+    def level(self) -> int:
+        """The place on the schedule of the next step."""
         return self.solver_state.step
 
     @property
@@ -105,7 +123,7 @@ class Canvas:
 
     @property
     def num_steps(self) -> int:
-        return len(self.solver.schedule)
+        return len(self.solver.schedule) * max(1, len(self.chain))
 
     @property
     def finished(self) -> bool:
@@ -114,12 +132,12 @@ class Canvas:
     @property
     def timestep(self) -> float:
         """What the model is told of the noise level before the next step."""
-        return self.solver.schedule.timesteps[self.step]
+        return self.solver.schedule.timesteps[self.level]
 
     def guided_at(self, expert: int) -> bool:
         """Whether the next step takes an unconditional prediction."""
         guidance = self.guidances[expert]
-        wanted = guidance.needs_unconditional(self.step, self.num_steps)
+        wanted = guidance.needs_unconditional(self.level, len(self.solver.schedule))
         return wanted and self.prompts.negative is not None
 
     @property
@@ -132,15 +150,55 @@ class Canvas:
 
     def windows(self) -> list[Window]:
         """The windows of the next step."""
+        if self.chain:
+            return [self.chain[self.link]]
         total = self.latents.shape[1]
         return plan_windows(self.window_plan, total, wraps=self.wraps, step=self.step)
+
+    @property
+    def settled(self) -> Tensor:
+        """Latent frames that earlier windows of the chain have made: bool `[T]`, on the host."""
+        settled = torch.zeros(self.latents.shape[1], dtype=torch.bool)
+        for window in self.chain[: self.link]:
+            settled[window.indices()[window.lead :]] = True
+        return settled
+
+    def part(self, whole: Tensor) -> Tensor:
+        """What the next step is about of a tensor `[C, T, H, W]`: the chain's window, or all."""
+        return self.windows()[0].of(whole, 1) if self.chain else whole
+
+    def with_part(self, part: Tensor) -> Tensor:
+        """The latents with another `part`; what is settled stays as it is."""
+        if not self.chain:
+            return part
+        window = self.windows()[0]
+        settled = window.of(self.settled, 0).to(part.device)[:, None, None]
+        part = torch.where(settled, self.part(self.latents), part)
+        return self.latents.index_copy(1, window.indices().to(part.device), part)
+
+    def move(self, part: Tensor, state: SolverState) -> None:
+        """Take the solver's step; at the end of a chained window, turn to the next one."""
+        self.latents = self.with_part(part)
+        self.solver_state = state
+        if not self.chain or self.level < len(self.solver.schedule):
+            return
+        window = self.windows()[0]
+        self.link += 1
+        # A lead that no window before has made is made by a later one, from its own noise.
+        again = torch.zeros(window.total, dtype=torch.bool)
+        again[window.indices()[: window.lead]] = True
+        again &= ~self.settled
+        again = again.to(self.latents.device)[:, None, None]
+        self.latents = torch.where(again, self.noise, self.latents)
+        self.solver_state = self.solver.init()
+        self.guidance_memory = None
 
     def keep_latents_alone(self) -> None:
         """Denoising is over: let go of all that only steps need."""
         assert self.finished
         self.contexts.clear()
         self.noise = self.latents
-        self.solver_state = SolverState(step=self.step)
+        self.solver_state = SolverState(step=self.level)
         self.known = self.guidance_memory = None
 
     def impose_known(self) -> None:
@@ -150,7 +208,7 @@ class Canvas:
             return
         content = known.latents
         if known.mode is KnownMode.REPLACEMENT and not self.finished:
-            content = self.solver.schedule.add_noise(content, self.noise, self.step)
+            content = self.solver.schedule.add_noise(content, self.noise, self.level)
         self.latents = torch.where(known.mask, content, self.latents)
 
     def segment(self, window: Window, expert: int, *, conditional: bool) -> Segment:
@@ -178,10 +236,14 @@ class Canvas:
     def _timesteps(self, window: Window) -> Tensor:
         timesteps = torch.full((window.length,), self.timestep)
         known = self.known
-        if known is None or known.mode is not KnownMode.NOISE_LEVEL:
+        by_level = known is not None and known.mode is KnownMode.NOISE_LEVEL
+        if not by_level and not self.link:
             return timesteps
-        assert known.mask is not None
-        mask = window.of(known.mask, 0).cpu()
+        mask = window.of(self.settled, 0)[:, None, None].expand(-1, *self.latents.shape[2:])
+        if by_level:
+            assert known is not None
+            assert known.mask is not None
+            mask = mask | window.of(known.mask, 0).cpu()
         # Masks cover whole patches (see `prepare`), so the first latent of a patch speaks for it.
         per_token = mask[:, :: self.patch_size[1], :: self.patch_size[2]]
         return torch.where(per_token, 0.0, timesteps[:, None, None])

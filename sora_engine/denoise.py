@@ -36,6 +36,7 @@ from sora_engine.windows import (
     Window,
     WindowPlan,
     blend,
+    chain_of,
     default_overlap,
     plan_windows,
 )
@@ -112,7 +113,12 @@ def initial_latents(
     """The request's own noise, or that of its seed (float32, on the host)."""
     if request.latents is not None:
         return request.latents.detach().to("cpu", torch.float32)
-    if isinstance(plan, WindowPlan) and plan.free_noise and not plan.holds(shape[1]):
+    if (
+        isinstance(plan, WindowPlan)
+        and plan.free_noise
+        and plan.schedule != "chained"
+        and not plan.holds(shape[1])
+    ):
         return free_noise(
             request.seed, shape, window=plan.length, stride=plan.stride, wrap=request.loop
         )
@@ -150,13 +156,31 @@ def frame_texts_of(
 def window_plan(
     request: ResolvedRequest, model: VideoModel, latent_frames: int
 ) -> WindowPlan | SparsePlan | None:
-    """The request's windows, or those of the model's trained length where the video is longer."""
-    if request.window is not None:
-        return request.window
-    trained = model.defaults.max_window
-    if trained is None or latent_frames <= trained:
-        return None
-    return WindowPlan(trained, default_overlap(trained))
+    """The request's windows, or those of the model's trained length where the video is longer.
+
+    Raises RequestError for chained windows where none can be.
+    """
+    plan = request.window
+    if plan is None:
+        trained, schedule = model.defaults.max_window, model.defaults.window_schedule
+        if trained is None or latent_frames <= trained:
+            return None
+        # What a start video shows is handed on by itself.
+        schedule = "static" if request.init is not None else schedule
+        return WindowPlan(trained, default_overlap(trained), schedule=schedule)
+    if isinstance(plan, WindowPlan) and plan.schedule == "chained":
+        if model.known_mode is not KnownMode.NOISE_LEVEL:
+            raise RequestError(
+                "window schedule 'chained' needs a checkpoint that takes known frames at noise "
+                f"level 0; this one takes them by {model.known_mode.value}: 'static' or 'moving' "
+                "would work"
+            )
+        if request.init is not None:
+            raise RequestError(
+                "window schedule 'chained' starts every window from noise; with a start video "
+                "'static' or 'moving' would work"
+            )
+    return plan
 
 
 def step_tokens(request: ResolvedRequest, model: VideoModel) -> int:
@@ -164,10 +188,20 @@ def step_tokens(request: ResolvedRequest, model: VideoModel) -> int:
     _, frames, height, width = model.grid.shape(
         request.height, request.width, request.num_frames, loop=request.loop
     )
-    windows = plan_windows(window_plan(request, model, frames), frames, wraps=request.loop, step=0)
+    plan = window_plan(request, model, frames)
+    windows = plan_windows(plan, frames, wraps=request.loop, step=0)
+    if chain_of(plan, frames, None, wraps=request.loop):
+        del windows[1:]  # one at a time
     latents = sum(window.length for window in windows) * height * width
     branches = 2 if needs_unconditional(request.guidance_scale) else 1
     return latents // math.prod(model.grid.patch) * branches
+
+
+def num_links(request: ResolvedRequest, model: VideoModel) -> int:
+    """How many times the schedule is gone through: once a chained window."""
+    frames = model.grid.latent_frames(request.num_frames, loop=request.loop)
+    plan = window_plan(request, model, frames)
+    return max(1, len(chain_of(plan, frames, None, wraps=request.loop)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +237,9 @@ def denoise_step(
         try:
             fresh = None
             if canvas.solver.stochastic:
-                fresh = noise_for(canvas.seed, canvas.step, canvas.latents.shape).to(model.device)
-            step = canvas.step
+                shape = canvas.part(canvas.latents).shape
+                fresh = noise_for(canvas.seed, canvas.step, shape).to(model.device)
+            step = canvas.level
             advance(canvas, expert, predictions, fresh, model.preview)
             for visit in range(1, canvas.resample):
                 go_back(canvas, step, visit)
@@ -258,22 +293,21 @@ def advance(
     preview: LatentPreview | None = None,
 ) -> None:
     """Join the branches, and take the solver's step."""
+    schedule, level = canvas.solver.schedule, canvas.level
+    unconditional = predictions.get((id(canvas), False))
     prediction, canvas.guidance_memory = canvas.guidances[expert](
-        predictions[id(canvas), True],
-        predictions.get((id(canvas), False)),
-        canvas.step,
-        canvas.num_steps,
+        canvas.part(predictions[id(canvas), True]),
+        None if unconditional is None else canvas.part(unconditional),
+        level,
+        len(schedule),
         canvas.guidance_memory,
     )
+    sample = canvas.part(canvas.latents)
     if preview is not None:
-        schedule = canvas.solver.schedule
-        clean = to_x0(
-            schedule.prediction_type, canvas.latents, prediction, *schedule.level(canvas.step)
-        )
-        canvas.preview = preview.frames(clean)
-    canvas.latents, canvas.solver_state = canvas.solver.step(
-        canvas.solver_state, canvas.step, canvas.latents, prediction, noise=fresh
-    )
+        clean = to_x0(schedule.prediction_type, sample, prediction, *schedule.level(level))
+        canvas.preview = preview.frames(canvas.with_part(clean))
+    stepped, state = canvas.solver.step(canvas.solver_state, level, sample, prediction, noise=fresh)
+    canvas.move(stepped, state)
     if canvas.finished:
         canvas.impose_known()
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, overload
 import torch
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise import step_tokens
+from sora_engine.denoise import num_links, step_tokens
 from sora_engine.distributed.remote import settle_layout, start_replicas
 from sora_engine.errors import LayoutError, RequestError
 from sora_engine.hooks import Hooks
@@ -278,7 +278,7 @@ class Engine:
             job.plan = self._planner.plan(request)
             job.batch_tokens = job.plan.batch_tokens
         job.tokens = step_tokens(request, self.model)
-        steps = request.num_inference_steps
+        steps = job.planned_steps = request.num_inference_steps * num_links(request, self.model)
         if saved is not None:
             steps = max(0, steps - saved.step)
             job.resumed_at = saved.step

@@ -102,6 +102,7 @@ class Job:
         self.saved: Savepoint | None = None
         self.decoding: Iterator[int] | None = None
         self.tokens = 0
+        self.planned_steps = request.num_inference_steps
         self.batch_tokens = 1
         self.plan: MemoryPlan | None = None
         self.seconds_a_frame: float | None = None
@@ -135,7 +136,7 @@ class Job:
     def progress(self) -> Progress:
         """Finished steps and decoded frames, and how long the rest will take."""
         canvas = self.canvas_or_none
-        num_steps = self.request.num_inference_steps if canvas is None else canvas.num_steps
+        num_steps = self.planned_steps if canvas is None else canvas.num_steps
         return Progress(
             state=self._state,
             steps_done=self._steps_done,

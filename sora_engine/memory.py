@@ -221,12 +221,15 @@ class MemoryPlanner:
             meter.count([*tensors_of(canvas), known])
             begin = meter.now
             solver = canvas.solver
+            canvas.link = min(1, max(0, len(canvas.chain) - 1))  # with frames that are settled
             held = begin
             # Until the solver's history is as long as it gets.
-            for _ in range(min(canvas.num_steps, 4)):
+            for _ in range(min(len(solver.schedule), 4)):
                 expert = model.expert_at(canvas.timestep)
                 predictions = predict([canvas], expert, model, packer, batch_tokens)
-                fresh = torch.empty_like(canvas.latents) if solver.stochastic else None
+                sample = canvas.part(canvas.latents)
+                fresh = torch.empty_like(sample) if solver.stochastic else None
+                del sample
                 advance(canvas, expert, predictions, fresh, model.preview)
                 del predictions, fresh
                 held = max(held, meter.now)

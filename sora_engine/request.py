@@ -143,6 +143,8 @@ class GenerationDefaults:
     negative_prompt: str = ""
     max_window: int | None = None
     """Latent frames that the model was trained on; longer videos are denoised in windows."""
+    window_schedule: str = "static"
+    """How those follow each other: see `WindowPlan`."""
     solver: str | None = None
     """None is the checkpoint's scheduler."""
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sora_engine.canvas import Canvas, Known, Prompts
-from sora_engine.denoise import guidances_of, solver_of, window_plan
+from sora_engine.denoise import guidances_of, num_links, solver_of, window_plan
 from sora_engine.errors import CheckpointError
 from sora_engine.guidance import Guidance
 from sora_engine.io.atomic import write_atomically
@@ -29,7 +29,7 @@ from sora_engine.request import ResolvedRequest, Shot
 from sora_engine.samplers import SolverState
 from sora_engine.windows import SparsePlan, WindowPlan
 
-FORMAT = 1
+FORMAT = 2
 _PLAIN = (
     "prompt",
     "negative_prompt",
@@ -69,7 +69,7 @@ class Savepoint:
     @property
     def step(self) -> int:
         """How many steps were taken."""
-        return int(self.tensors["solver.step"])
+        return int(self.tensors["step"])
 
     def canvas(self, model: VideoModel) -> Canvas:
         """The canvas, on the model's device; CheckpointError for one that cannot be."""
@@ -88,6 +88,8 @@ def tensors_of(canvas: Canvas) -> dict[str, Tensor]:
     tensors = {
         "latents": canvas.latents,
         "noise": canvas.noise,
+        "step": torch.tensor(canvas.step),
+        "link": torch.tensor(canvas.link),
         **{f"texts.{i}": text for i, text in enumerate(canvas.prompts.texts)},
         **{f"solver.{k}": v for k, v in canvas.solver_state.to_dict().items()},
     }
@@ -158,8 +160,9 @@ def load_state(path: Path, model: VideoModel) -> Savepoint:
         )
     saved = Savepoint(told, tensors, path)
     try:
-        if saved.provenance is None or saved.request.num_inference_steps < saved.step:
-            raise ValueError(f"{saved.step} steps of {saved.request.num_inference_steps}")
+        most = saved.request.num_inference_steps * num_links(saved.request, model)
+        if saved.provenance is None or most < saved.step:
+            raise ValueError(f"{saved.step} steps of {most}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"is damaged as a saved job: {error!r}", path=path) from error
     return saved
@@ -219,6 +222,7 @@ def _canvas_of(
         resample=request.resample,
         solver_state=SolverState.from_dict(state),
         guidance_memory=get("guidance_memory"),
+        link=int(tensors["link"]),
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sora_engine.errors import RequestError
 
 WEIGHTS = ("flat", "pyramid", "overlap")
-SCHEDULES = ("static", "moving")
+SCHEDULES = ("static", "moving", "chained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,10 @@ class WindowPlan:
         blended; at 1 each frame is made in one window; at 0 there is no lead.
     weights: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where neighbours overlap), over
         the frames behind a lead, whose own weight is 0.
-    schedule: `static`, or `moving`: the joints shift at every step.
+    schedule: `static`; `moving`: the joints shift at every step; or `chained`: windows are denoised
+        one after the other, each to its last step, and what it shares with those before is known to
+        it. What the prompt leaves open is so handed on from window to window. For checkpoints that
+        are told of known frames by their noise level; weights and free_noise have no part in it.
     free_noise: windows start from the same frames of noise, shuffled (FreeNoise, arXiv 2310.15169),
         so that what the prompt leaves open is drawn once for the whole video. It has no part where
         a request brings its own noise.
@@ -52,6 +55,11 @@ class WindowPlan:
             raise RequestError(
                 f"window overlap must be from 0 to {self.length - 1} latent frames "
                 f"(the window has {self.length}), got {self.overlap}"
+            )
+        if self.schedule == "chained" and self.overlap < 2:
+            raise RequestError(
+                "chained windows share at least 2 latent frames, a lead and one that is handed on; "
+                f"got overlap {self.overlap}"
             )
         if self.weights not in WEIGHTS:
             raise RequestError(f"window weights must be one of {WEIGHTS}, got {self.weights!r}")
@@ -159,6 +167,28 @@ def plan_windows(
     return [Window(start, plan.length, total, lead if start else 0) for start in starts]
 
 
+def chain_of(
+    plan: WindowPlan | SparsePlan | None, total: int, known: Tensor | None, *, wraps: bool
+) -> tuple[Window, ...]:
+    """Chained windows in the order in which they are denoised; empty where none are.
+
+    known: bool `[total]` on the host, the latent frames of which anything is known. Windows that
+    hold such frames come first, then their neighbours, and so on: a video is led out of what is
+    known in both directions (in a loop forward), and is never made first and then to meet it. With
+    nothing known, the first window comes first.
+    """
+    if not isinstance(plan, WindowPlan) or plan.schedule != "chained" or plan.holds(total):
+        return ()
+    windows = plan_windows(plan, total, wraps=wraps, step=0)
+    n = len(windows)
+    holding = [i for i, w in enumerate(windows) if known is not None and known[w.indices()].any()]
+
+    def distance(i: int) -> int:
+        return min((i - j) % n if wraps else abs(i - j) for j in holding or [0])
+
+    return tuple(windows[i] for i in sorted(range(n), key=lambda i: (distance(i), i)))
+
+
 def _golden_offset(step: int, stride: int) -> int:
     """An offset within a stride that spreads evenly over the steps (golden-ratio sequence)."""
     return int((step * 0.6180339887498949) % 1.0 * stride)
@@ -168,6 +198,8 @@ def window_weights(plan: WindowPlan | SparsePlan | None, window: Window, *, wrap
     """Blend weights `[length]` (float32) of a window's frames: 0 for a lead, positive elsewhere."""
     n = window.length - window.lead
     weights = torch.ones(n)
+    if isinstance(plan, WindowPlan) and plan.schedule == "chained":
+        return torch.ones(window.length)  # one at a time: nothing is blended
     if isinstance(plan, WindowPlan) and n < window.total:
         position = torch.arange(n, dtype=torch.float32)
         if plan.weights == "pyramid":
@@ -195,7 +227,12 @@ def blend(
     if len(windows) == 1 and windows[0].covers_all:
         return predictions[0]
     weights = weight_sum(windows, plan, wraps=wraps).to(predictions[0])
-    return weighted_sum(predictions, windows, plan, wraps=wraps) / weights[:, None, None]
+    return divided(weighted_sum(predictions, windows, plan, wraps=wraps), weights)
+
+
+def divided(total: Tensor, weights: Tensor) -> Tensor:
+    """A sum `[C, T, H, W]` over its weights `[T]`; 0 where no window is."""
+    return total / torch.where(weights > 0, weights, 1)[:, None, None]
 
 
 def weighted_sum(

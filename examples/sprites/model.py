@@ -38,6 +38,7 @@ SETTINGS = {
     "solver": "renoise",  # corrects on its way what the last step got wrong
     "guidance_scale": 3.0,
     "max_window": 5,
+    "window_schedule": "chained",
     "text_tokens": 512,
 }
 

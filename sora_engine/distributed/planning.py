@@ -11,7 +11,13 @@ from sora_engine.config import Limits, ParallelConfig
 from sora_engine.distributed.planner import Transformer, Video, plan
 from sora_engine.models.video_model import find_checkpoint, planning_facts
 from sora_engine.models.wan.config import WanConfig
-from sora_engine.request import LatentGrid, ResolvedRequest, VideoRequest, resolve_request
+from sora_engine.request import (
+    GenerationDefaults,
+    LatentGrid,
+    ResolvedRequest,
+    VideoRequest,
+    resolve_request,
+)
 from sora_engine.windows import WindowPlan, default_overlap
 
 
@@ -36,7 +42,7 @@ def describe(
         Limits(),
     )
     shape = transformer_of(config, text_tokens=text_tokens)
-    return shape, video_of(request, grid, defaults.max_window)
+    return shape, video_of(request, grid, defaults)
 
 
 def transformer_of(config: WanConfig, *, text_tokens: int, bytes_each: int = 2) -> Transformer:
@@ -53,16 +59,19 @@ def transformer_of(config: WanConfig, *, text_tokens: int, bytes_each: int = 2) 
     )
 
 
-def video_of(request: ResolvedRequest, grid: LatentGrid, trained: int | None) -> Video:
-    """The planner's view of a request; `trained`: latent frames that the model was trained on."""
+def video_of(request: ResolvedRequest, grid: LatentGrid, defaults: GenerationDefaults) -> Video:
+    """The planner's view of a request: of chained windows, which wait for each other, one."""
+    trained, plan = defaults.max_window, request.window
     channels, frames, height, width = grid.shape(
         request.height, request.width, request.num_frames, loop=request.loop
     )
+    if plan is None and trained is not None and frames > trained:
+        plan = WindowPlan(trained, default_overlap(trained), schedule=defaults.window_schedule)
     window: dict[str, Any] = {}
-    if isinstance(request.window, WindowPlan):
-        window = {"window": request.window.length, "overlap": request.window.overlap}
-    elif request.window is None and trained is not None and frames > trained:
-        window = {"window": trained, "overlap": default_overlap(trained)}
+    if isinstance(plan, WindowPlan) and plan.schedule == "chained":
+        frames = min(frames, plan.length)
+    elif isinstance(plan, WindowPlan):
+        window = {"window": plan.length, "overlap": plan.overlap}
     return Video(
         frames=frames,
         height=height,

@@ -206,6 +206,7 @@ class _Rank:
             "defaults": asdict(model.defaults),
             "from_timesteps": [expert.from_timestep for expert in model.experts],
             "weights_hash": model.weights_hash,
+            "known_mode": model.known_mode,
             "vae": asdict(model.vae.config),
             "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         }
@@ -225,6 +226,7 @@ class _Rank:
     def _take(self, command: Message, canvas: Canvas) -> Message:
         self._jobs[command.fields["job"]] = RankJob(canvas)
         timesteps = [float(t) for t in canvas.solver.schedule.timesteps]
+        timesteps *= max(1, len(canvas.chain))
         told = {"solver": canvas.solver_name, "timesteps": timesteps, "step": canvas.step}
         return Message("done", told)
 

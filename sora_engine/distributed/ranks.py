@@ -19,7 +19,7 @@ from sora_engine.distributed.layout import share
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.shard import Sharder
 from sora_engine.packing import PackedBatch
-from sora_engine.windows import Window, weight_sum, weighted_sum
+from sora_engine.windows import Window, divided, weight_sum, weighted_sum
 
 
 class StepPart(Protocol):
@@ -106,7 +106,7 @@ class Ranks:
                 total.index_add_(1, frames, summed.view(len(total), -1, *total.shape[2:]))
             every = [p.window for p in group]
             weights = weight_sum(every, canvas.window_plan, wraps=canvas.wraps)
-            joined[branch] = total / weights.to(total)[:, None, None]
+            joined[branch] = divided(total, weights.to(total))
         return joined
 
     def _own_sum(

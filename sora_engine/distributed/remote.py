@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from sora_engine.canvas import Canvas
+from sora_engine.canvas import Canvas, KnownMode
 from sora_engine.config import ParallelConfig
 from sora_engine.distributed import torchrun
 from sora_engine.distributed.layout import check_devices, check_heads, check_world
@@ -62,6 +62,7 @@ class RemoteModel:
     vae_dtype: torch.dtype
     from_timesteps: tuple[float, ...]
     weights_hash: str
+    known_mode: KnownMode
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> RemoteModel:
@@ -77,6 +78,7 @@ class RemoteModel:
             vae_dtype=getattr(torch, fields["vae_dtype"]),
             from_timesteps=tuple(fields["from_timesteps"]),
             weights_hash=fields["weights_hash"],
+            known_mode=KnownMode(fields["known_mode"]),
         )
 
     @property

@@ -35,6 +35,7 @@ from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.wan import WanVAE
+from sora_engine.windows import SCHEDULES
 
 if TYPE_CHECKING:
     from sora_engine.distributed.weights import WeightShards
@@ -519,6 +520,12 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
     if settings.get("solver") not in (None, *SOLVERS):
         raise CheckpointError(
             f"solver must be one of {list(SOLVERS)}, got {settings['solver']!r}", path=path
+        )
+    if settings.get("window_schedule", SCHEDULES[0]) not in SCHEDULES:
+        raise CheckpointError(
+            f"window_schedule must be one of {list(SCHEDULES)}, got "
+            f"{settings['window_schedule']!r}",
+            path=path,
         )
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 

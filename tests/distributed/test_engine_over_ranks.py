@@ -24,6 +24,12 @@ REQUESTS = [
         window=sora.WindowPlan(2, 1),
         **SMALL,
     ),
+    sora.VideoRequest(
+        "a red circle",
+        window=sora.WindowPlan(3, 2, schedule="chained"),
+        solver="euler",
+        **{**SMALL, "num_frames": 17},
+    ),
 ]
 
 

@@ -62,7 +62,9 @@ def random_request(rng: random.Random, *, most: int = 64, steps: int = 5) -> sor
         frames = 1
     elif task == "long":
         frames = rng.choice([25, 33])
-        more["window"] = sora.WindowPlan(rng.choice([3, 4, 5]), rng.choice([1, 2]))
+        schedule = rng.choice(["static", "chained"])
+        overlap = 2 if schedule == "chained" else rng.choice([1, 2])
+        more["window"] = sora.WindowPlan(rng.choice([3, 4, 5]), overlap, schedule=schedule)
     elif task in ("clip", "both ends"):
         frames = max(9, frames)
         more["clips"] = [sora.Clip(_frames(rng, 5, height, width))]

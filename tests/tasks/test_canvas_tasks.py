@@ -5,6 +5,8 @@ On tiny random weights: the frames show nothing, but what must be equal is equal
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,86 @@ def test_one_window_is_the_plain_path_bit_for_bit(engines):
     for plan in (sora.WindowPlan(5, 2), sora.WindowPlan(9, 0, "flat", "moving")):
         windowed = engines["t2v"].generate(a_request(window=plan))
         assert torch.equal(windowed.latents, plain.latents)
+
+
+def by_hand(engine, request, plan, order):
+    """A chain out of canvases of one window each, `order`ed; latents as the sampler has them."""
+    from sora_engine import denoise
+    from sora_engine.canvas import Known
+    from sora_engine.packing import Packer
+    from sora_engine.samplers.noise import initial_noise
+
+    model = engine.model
+    resolved = engine.resolve(request)
+    shape = model.grid.shape(32, 32, resolved.num_frames, loop=False)
+    noise = initial_noise(resolved.seed, shape)
+    made, settled = noise.clone(), torch.zeros(shape[1], dtype=torch.bool)
+    whole = denoise.prepare(resolved, model)
+    if whole.known is not None:
+        made = torch.where(whole.known.mask, whole.known.latents, made)
+    for start in order:
+        window = slice(start, start + plan.length)
+        part = replace(
+            request, num_frames=4 * (plan.length - 1) + 1, window=None, clips=(), latents=None
+        )
+        canvas = denoise.prepare(engine.resolve(part), model)
+        canvas.latents = canvas.noise = noise[:, window]
+        mask = settled[window, None, None].expand(-1, *shape[2:])
+        if whole.known is not None:
+            mask = mask | whole.known.mask[window]
+        canvas.known = Known(model.known_mode, made[:, window], mask)
+        packer = Packer(model.grid.patch, model.device)
+        while not canvas.finished:
+            predictions = denoise.predict([canvas], 0, model, packer, 10_000)
+            denoise.advance(canvas, 0, predictions, None)
+        lead = 1 if start else 0
+        fresh = slice(start + lead, start + plan.length)
+        made[:, fresh] = torch.where(settled[fresh, None, None], made[:, fresh],
+                                     canvas.latents[:, lead:])  # fmt: skip
+        settled[fresh] = True
+    return made
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+@pytest.mark.parametrize(
+    ("at", "order"),
+    [(None, [0, 1, 2, 3, 4, 5]), (25, [5, 4, 3, 2, 1, 0]), (0, [0, 1, 2, 3, 4, 5])],
+    ids=["nothing known", "known at the end", "known at the beginning"],
+)
+@torch.inference_mode()
+def test_a_chained_window_knows_what_those_before_it_made(engines, solver, at, order):
+    """Step for step the canvases that one would make by hand: 8 latent frames in windows of 3."""
+    engine, plan = engines["ti2v-5b"], sora.WindowPlan(3, 2, schedule="chained")
+    clips = () if at is None else [sora.Clip(a_clip(4 if at else 1, seed=4), at=at)]
+    request = a_request(num_frames=29, window=plan, solver=solver, clips=clips)
+    job = engine.submit(request)
+    made = job.result(300).latents
+    assert job.progress.steps_done == job.progress.num_steps == 3 * 6
+    expected = by_hand(engine, request, plan, order)
+    expected = engine.model.vae.denormalise(expected[None])[0]
+    assert relative_error(made, expected) < 1e-5
+    static = engine.generate(replace(request, window=sora.WindowPlan(3, 2, free_noise=False)))
+    assert relative_error(static.latents, made) > 1e-2
+    whole = engine.generate(a_request(window=sora.WindowPlan(5, 2, schedule="chained")))
+    assert torch.equal(whole.latents, engine.generate(a_request()).latents)
+
+
+def test_a_chained_loop_closes(engines):
+    """Its first window's lead is made by its last one."""
+    plan = sora.WindowPlan(3, 2, schedule="chained")
+    request = a_request(num_frames=32, loop=True, window=plan, solver="renoise")
+    first, again = (engines["ti2v-5b"].generate(request) for _ in range(2))
+    assert first.frames.shape[0] == 32
+    assert torch.isfinite(first.latents).all()
+    assert torch.equal(first.latents, again.latents)
+
+
+def test_what_cannot_be_chained(engines):
+    plan = sora.WindowPlan(3, 2, schedule="chained")
+    with pytest.raises(sora.RequestError, match="by replacement: 'static' or 'moving' would work"):
+        engines["t2v"].generate(a_request(window=plan))
+    with pytest.raises(sora.RequestError, match="start video 'static' or 'moving' would work"):
+        engines["ti2v-5b"].generate(a_request(window=plan, init=a_clip(17), strength=0.5))
 
 
 @pytest.mark.parametrize("loop", [False, True])

@@ -16,6 +16,7 @@ from sora_engine.windows import (
     Window,
     WindowPlan,
     blend,
+    chain_of,
     default_overlap,
     plan_windows,
     window_weights,
@@ -140,8 +141,50 @@ def test_overlap_by_default(length, overlap):
         ((4, 4), "from 0 to 3 latent frames"),
         ((4, 1, "round"), "got 'round'"),
         ((4, 1, "flat", "random"), "got 'random'"),
+        ((4, 1, "flat", "chained"), "at least 2 latent frames.*got overlap 1"),
     ],
 )
 def test_bad_plans(arguments, message):
     with pytest.raises(RequestError, match=message):
         WindowPlan(*arguments)
+
+
+@given(
+    st.integers(3, 9), st.integers(2, 8), st.integers(1, 60), st.booleans(), st.sets(st.integers(0))
+)
+def test_a_chain_makes_every_frame_and_leads_out_of_what_is_known(
+    length, overlap, total, wraps, known_at
+):
+    """Every window but those that hold known frames (or the first) follows a neighbour of its."""
+    plan = WindowPlan(length, min(overlap, length - 1), schedule="chained")
+    known = torch.zeros(total, dtype=torch.bool)
+    known[[i % total for i in known_at]] = True
+    chain = chain_of(plan, total, known, wraps=wraps)
+    if plan.holds(total):
+        assert chain == ()
+        return
+    assert sorted(chain, key=lambda w: w.start) == sorted(
+        plan_windows(plan, total, wraps=wraps, step=0), key=lambda w: w.start
+    )
+    made = torch.zeros(total, dtype=torch.bool)
+    for i, window in enumerate(chain):
+        indices = window.indices()
+        if i and not known[indices].any():
+            assert made[indices].any()
+        made[indices[window.lead :]] = True
+    assert made.all()
+
+
+def test_a_chain_s_order():
+    plan = WindowPlan(4, 2, schedule="chained")
+    known = torch.zeros(10, dtype=torch.bool)
+
+    def starts(**options):
+        return [window.start for window in chain_of(plan, 10, known, wraps=False, **options)]
+
+    assert starts() == [0, 2, 4, 6]
+    known[9] = True  # extend backward
+    assert starts() == [6, 4, 2, 0]
+    known[1] = True  # connect: from both ends
+    assert starts() == [0, 6, 2, 4]
+    assert chain_of(WindowPlan(4, 2), 9, None, wraps=False) == ()
