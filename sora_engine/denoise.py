@@ -165,8 +165,10 @@ def window_plan(
         trained, schedule = model.defaults.max_window, model.defaults.window_schedule
         if trained is None or latent_frames <= trained:
             return None
-        # What a start video shows is handed on by itself.
-        schedule = "static" if request.init is not None else schedule
+        if request.init is not None or request.shots:
+            # What a start video shows is there in every window; and a shot that knew the one
+            # before it would go on with that one's scene.
+            schedule = "static"
         return WindowPlan(trained, default_overlap(trained), schedule=schedule)
     if isinstance(plan, WindowPlan) and plan.schedule == "chained":
         if model.known_mode is not KnownMode.NOISE_LEVEL:
