@@ -100,10 +100,8 @@ class Canvas:
     chain: tuple[Window, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        known = None
-        if self.known is not None and self.known.mask is not None:
-            known = self.known.mask.any(dim=2).any(dim=1)
-            known = None if known.is_meta else known.cpu()
+        mask = self._mask_by_level()
+        known = None if mask is None else mask.any(dim=2).any(dim=1).cpu()
         total = self.latents.shape[1]
         self.chain = chain_of(self.window_plan, total, known, wraps=self.wraps)
 
@@ -235,18 +233,20 @@ class Canvas:
 
     def _timesteps(self, window: Window) -> Tensor:
         timesteps = torch.full((window.length,), self.timestep)
-        known = self.known
-        by_level = known is not None and known.mode is KnownMode.NOISE_LEVEL
-        if not by_level and not self.link:
+        known = self._mask_by_level()
+        if known is None and not self.link:
             return timesteps
         mask = window.of(self.settled, 0)[:, None, None].expand(-1, *self.latents.shape[2:])
-        if by_level:
-            assert known is not None
-            assert known.mask is not None
-            mask = mask | window.of(known.mask, 0).cpu()
+        if known is not None:
+            mask = mask | window.of(known, 0).cpu()
         # Masks cover whole patches (see `prepare`), so the first latent of a patch speaks for it.
         per_token = mask[:, :: self.patch_size[1], :: self.patch_size[2]]
         return torch.where(per_token, 0.0, timesteps[:, None, None])
+
+    def _mask_by_level(self) -> Tensor | None:
+        """What the model is told is known by its noise level: bool `[T, H, W]`."""
+        known = self.known
+        return known.mask if known is not None and known.mode is KnownMode.NOISE_LEVEL else None
 
     def _contexts(
         self, window: Window, expert: int, *, conditional: bool

@@ -27,7 +27,7 @@ from sora_engine.job import Job
 from sora_engine.models.video_model import VideoDecoder, VideoModel
 from sora_engine.packing import Packer, Segment
 from sora_engine.preview import LatentPreview
-from sora_engine.request import ResolvedRequest
+from sora_engine.request import GenerationDefaults, ResolvedRequest
 from sora_engine.samplers import Solver, make_solver
 from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
 from sora_engine.samplers.prediction import to_x0
@@ -156,20 +156,8 @@ def frame_texts_of(
 def window_plan(
     request: ResolvedRequest, model: VideoModel, latent_frames: int
 ) -> WindowPlan | SparsePlan | None:
-    """The request's windows, or those of the model's trained length where the video is longer.
-
-    Raises RequestError for chained windows where none can be.
-    """
-    plan = request.window
-    if plan is None:
-        trained, schedule = model.defaults.max_window, model.defaults.window_schedule
-        if trained is None or latent_frames <= trained:
-            return None
-        if request.init is not None or request.shots:
-            # What a start video shows is there in every window; and a shot that knew the one
-            # before it would go on with that one's scene.
-            schedule = "static"
-        return WindowPlan(trained, default_overlap(trained), schedule=schedule)
+    """As `windows_of`; RequestError for chained windows where none can be."""
+    plan = windows_of(request, model.defaults, latent_frames)
     if isinstance(plan, WindowPlan) and plan.schedule == "chained":
         if model.known_mode is not KnownMode.NOISE_LEVEL:
             raise RequestError(
@@ -177,12 +165,31 @@ def window_plan(
                 f"level 0; this one takes them by {model.known_mode.value}: 'static' or 'moving' "
                 "would work"
             )
-        if request.init is not None:
+        if _has_start_video(request):
             raise RequestError(
                 "window schedule 'chained' starts every window from noise; with a start video "
                 "'static' or 'moving' would work"
             )
     return plan
+
+
+def windows_of(
+    request: ResolvedRequest, defaults: GenerationDefaults, latent_frames: int
+) -> WindowPlan | SparsePlan | None:
+    """The request's windows, or those of the model's trained length where the video is longer."""
+    trained, schedule = defaults.max_window, defaults.window_schedule
+    if request.window is not None or trained is None or latent_frames <= trained:
+        return request.window
+    if schedule == "chained" and (_has_start_video(request) or request.shots):
+        # What a start video shows is there in every window; and a shot that knew the one before it
+        # would go on with that one's scene.
+        schedule = "static"
+    return WindowPlan(trained, default_overlap(trained), schedule=schedule)
+
+
+def _has_start_video(request: ResolvedRequest) -> bool:
+    """Of a job that was saved, too: its start video is not kept, its strength is."""
+    return request.strength is not None
 
 
 def step_tokens(request: ResolvedRequest, model: VideoModel) -> int:
@@ -191,9 +198,8 @@ def step_tokens(request: ResolvedRequest, model: VideoModel) -> int:
         request.height, request.width, request.num_frames, loop=request.loop
     )
     plan = window_plan(request, model, frames)
-    windows = plan_windows(plan, frames, wraps=request.loop, step=0)
-    if chain_of(plan, frames, None, wraps=request.loop):
-        del windows[1:]  # one at a time
+    one_of_chain = chain_of(plan, frames, None, wraps=request.loop)[:1]
+    windows = one_of_chain or plan_windows(plan, frames, wraps=request.loop, step=0)
     latents = sum(window.length for window in windows) * height * width
     branches = 2 if needs_unconditional(request.guidance_scale) else 1
     return latents // math.prod(model.grid.patch) * branches

@@ -195,11 +195,14 @@ def _golden_offset(step: int, stride: int) -> int:
 
 
 def window_weights(plan: WindowPlan | SparsePlan | None, window: Window, *, wraps: bool) -> Tensor:
-    """Blend weights `[length]` (float32) of a window's frames: 0 for a lead, positive elsewhere."""
+    """Blend weights `[length]` (float32) of a window's frames: 0 for a lead, positive elsewhere.
+
+    A chained window is alone, and nothing of it is blended: its weights are 1.
+    """
+    if isinstance(plan, WindowPlan) and plan.schedule == "chained":
+        return torch.ones(window.length)
     n = window.length - window.lead
     weights = torch.ones(n)
-    if isinstance(plan, WindowPlan) and plan.schedule == "chained":
-        return torch.ones(window.length)  # one at a time: nothing is blended
     if isinstance(plan, WindowPlan) and n < window.total:
         position = torch.arange(n, dtype=torch.float32)
         if plan.weights == "pyramid":

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 from sora_engine.config import Limits, ParallelConfig
+from sora_engine.denoise import windows_of
 from sora_engine.distributed.planner import Transformer, Video, plan
 from sora_engine.models.video_model import find_checkpoint, planning_facts
 from sora_engine.models.wan.config import WanConfig
@@ -18,7 +19,7 @@ from sora_engine.request import (
     VideoRequest,
     resolve_request,
 )
-from sora_engine.windows import WindowPlan, default_overlap
+from sora_engine.windows import WindowPlan
 
 
 def describe(
@@ -61,12 +62,10 @@ def transformer_of(config: WanConfig, *, text_tokens: int, bytes_each: int = 2) 
 
 def video_of(request: ResolvedRequest, grid: LatentGrid, defaults: GenerationDefaults) -> Video:
     """The planner's view of a request: of chained windows, which wait for each other, one."""
-    trained, plan = defaults.max_window, request.window
     channels, frames, height, width = grid.shape(
         request.height, request.width, request.num_frames, loop=request.loop
     )
-    if plan is None and trained is not None and frames > trained:
-        plan = WindowPlan(trained, default_overlap(trained), schedule=defaults.window_schedule)
+    plan = windows_of(request, defaults, frames)
     window: dict[str, Any] = {}
     if isinstance(plan, WindowPlan) and plan.schedule == "chained":
         frames = min(frames, plan.length)

@@ -107,3 +107,31 @@ def test_what_is_no_saved_job_is_refused(tmp_path, monkeypatch):
             made.resume(path)
         with pytest.raises(OSError, match="No such file"):
             made.submit(sora.VideoRequest("x", **REQUEST)).save("/nowhere/x", timeout_s=60)
+
+
+@pytest.mark.parametrize("kind", ["text", "extended backward", "edit"])
+def test_a_long_video_is_resumed_in_the_windows_that_it_had(kind, tmp_path):
+    """Five windows of four steps, which blend an edit and are chained otherwise: at every step."""
+    frames = np.random.default_rng(1).integers(0, 256, (41, 32, 32, 3), dtype=np.uint8)
+    more = {
+        "text": {},
+        "extended backward": {"clips": [sora.Clip(frames[:8], at=33)]},
+        "edit": {"init": frames, "strength": 0.8},
+    }[kind]
+    request = sora.VideoRequest(
+        "a red circle", height=32, width=32, num_frames=41, num_inference_steps=4, seed=3, **more
+    )
+    path = tmp_path / "job.safetensors"
+    kept = []
+
+    def keep(progress):
+        if progress.steps_done > len(kept) and path.exists():
+            kept.append(shutil.copy(path, tmp_path / f"{len(kept)}.safetensors"))
+
+    with engine() as made:
+        whole = made.submit(request, save_to=path, on_progress=keep).result(300)
+        assert len(kept) >= (3 if kind == "edit" else 11)
+        for file in kept:
+            video = made.resume(file).result(300)
+            assert torch.equal(video.latents, whole.latents)
+            assert np.array_equal(video.frames, whole.frames)
