@@ -13,6 +13,7 @@ import torch
 
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise import num_links, step_tokens
+from sora_engine.device import free_memory
 from sora_engine.distributed.remote import settle_layout, start_replicas
 from sora_engine.errors import LayoutError, RequestError
 from sora_engine.hooks import Hooks
@@ -24,7 +25,8 @@ from sora_engine.job import (
     ProgressCallback,
 )
 from sora_engine.memory import MemoryPlan, MemoryPlanner
-from sora_engine.models.video_model import VideoModel, free_memory, load_video_model
+from sora_engine.models.loading import load_video_model
+from sora_engine.models.video_model import VideoModel
 from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
 from sora_engine.samplers import SOLVERS
 from sora_engine.savepoint import Savepoint, load_state

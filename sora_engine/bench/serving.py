@@ -26,7 +26,7 @@ from sora_engine.bench.timing import interleaved
 from sora_engine.config import Limits
 from sora_engine.engine import Engine
 from sora_engine.job import Job
-from sora_engine.models.video_model import BUNDLED
+from sora_engine.models.loading import BUNDLED
 from sora_engine.request import VideoRequest
 
 FIFO = "sora one at a time"

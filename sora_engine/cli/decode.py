@@ -39,7 +39,7 @@ def decode(
     say(f"sora_engine {version()}: loading the VAE of {name}")
     started = time.monotonic()
     from sora_engine.denoise import decode as decode_frames
-    from sora_engine.models.video_model import load_video_decoder
+    from sora_engine.models.loading import load_video_decoder
 
     try:
         decoder = load_video_decoder(name, device=device, dtype=dtype, vae_backend=vae_backend)
@@ -74,7 +74,8 @@ def export_vae(
 ) -> None:
     """Export a VAE to ONNX graphs, or build TensorRT engines from them."""
     say(f"sora_engine {version()}: loading the VAE of {model}")
-    from sora_engine.models.video_model import load_video_decoder, resolve_device, resolve_dtype
+    from sora_engine.device import resolve_device, resolve_dtype
+    from sora_engine.models.loading import load_video_decoder
     from sora_engine.vae.backend import export_vae as export
     from sora_engine.vae.fit import FittedCoder
 

@@ -10,7 +10,7 @@ from typing import Any
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise import windows_of
 from sora_engine.distributed.planner import Transformer, Video, plan
-from sora_engine.models.video_model import find_checkpoint, planning_facts
+from sora_engine.models.loading import find_checkpoint, planning_facts
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.request import (
     GenerationDefaults,

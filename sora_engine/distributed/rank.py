@@ -36,7 +36,8 @@ from sora_engine.distributed.vae import SplitVAE, shared_copy
 from sora_engine.distributed.wire import request_from_message
 from sora_engine.errors import RankFailedError, SoraError
 from sora_engine.job import Job
-from sora_engine.models.video_model import VideoDecoder, VideoModel, load_video_model
+from sora_engine.models.loading import load_video_model
+from sora_engine.models.video_model import VideoDecoder, VideoModel
 from sora_engine.packing import Packer
 from sora_engine.receipt import backends_of
 from sora_engine.savepoint import Savepoint, tensors_of

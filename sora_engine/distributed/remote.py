@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sora_engine.canvas import Canvas, KnownMode
 from sora_engine.config import ParallelConfig
+from sora_engine.device import resolve_device, resolve_dtype
 from sora_engine.distributed import torchrun
 from sora_engine.distributed.layout import check_devices, check_heads, check_world
 from sora_engine.distributed.message import Message
@@ -23,12 +24,8 @@ from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message
 from sora_engine.errors import EngineDeadError, JobFailedError, RankFailedError
 from sora_engine.job import Job
-from sora_engine.models.video_model import (
-    VideoModel,
-    find_checkpoint,
-    resolve_device,
-    resolve_dtype,
-)
+from sora_engine.models.loading import find_checkpoint
+from sora_engine.models.video_model import VideoModel
 from sora_engine.request import GenerationDefaults, LatentGrid, ResolvedRequest
 from sora_engine.savepoint import Savepoint
 from sora_engine.vae.coder import latent_statistics

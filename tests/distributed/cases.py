@@ -26,7 +26,8 @@ from sora_engine.distributed.vae import SplitVAE, shared_copy
 from sora_engine.distributed.weights import WeightShards
 from sora_engine.io.safetensors import SafetensorsFile
 from sora_engine.job import Job
-from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel, _load_transformer
+from sora_engine.models.loading import _load_transformer
+from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel
 from sora_engine.models.wan.checkpoint import TransformerSource
 from sora_engine.packing import Packer, Stream
 from sora_engine.request import Clip, Shot, VideoRequest, resolve_request

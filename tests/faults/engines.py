@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 import sora_engine as sora
-from sora_engine.models.video_model import VideoModel, load_video_model
+from sora_engine.models.loading import load_video_model
+from sora_engine.models.video_model import VideoModel
 
 PROMPTS = (
     "a red circle moves right on a white background",

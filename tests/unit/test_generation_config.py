@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import sora_engine as sora
 from sora_engine.errors import CheckpointError
-from sora_engine.models.video_model import read_generation_config
+from sora_engine.models.generation_config import read_generation_config
+from sora_engine.models.loading import find_checkpoint
 
 
 def test_no_file_sets_nothing(tmp_path: Path) -> None:
@@ -25,6 +28,7 @@ def test_what_stands_in_it_is_taken(tmp_path: Path) -> None:
     [
         ({"steps": 4}, r"unknown keys \['steps'\]; known are .*'num_inference_steps'"),
         ({"solver": "heun"}, "solver must be one of .*'unipc'.*, got 'heun'"),
+        ({"window_schedule": "x"}, "window_schedule must be one of .*'chained'.*, got 'x'"),
     ],
 )
 def test_what_is_not_known_is_named(
@@ -33,3 +37,23 @@ def test_what_is_not_known_is_named(
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=message):
         read_generation_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "index", "message"),
+    [
+        ({"max_window": 0}, {}, "window length must be at least 1 latent frame, got 0"),
+        ({"max_window": 2}, {}, "chained windows share at least 2 latent frames.*got overlap 1"),
+        ({}, {"expand_timesteps": False}, "'chained' takes a model .*expand_timesteps"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused_when_a_model_is_loaded(
+    tmp_path: Path, settings: dict[str, int], index: dict[str, bool], message: str
+) -> None:
+    shutil.copytree(find_checkpoint("sprites")[1], tmp_path, dirs_exist_ok=True)
+    for name, changes in (("generation_config.json", settings), ("model_index.json", index)):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message) as raised:
+        sora.Engine.from_pretrained(tmp_path)
+    assert "generation_config.json" in str(raised.value)

@@ -15,8 +15,8 @@ import sora_engine as sora
 from sora_engine import offload
 from sora_engine.engine import _default_peak
 from sora_engine.errors import BackendError, LayoutError
-from sora_engine.models import video_model
-from sora_engine.models.video_model import find_checkpoint
+from sora_engine.models import loading, video_model
+from sora_engine.models.loading import find_checkpoint
 from sora_engine.offload import Visits, level_that_fits
 from tests.parity.oracles import tiny_pipeline
 
@@ -216,8 +216,8 @@ def test_auto_keeps_a_usual_request_free(folders, monkeypatch):
             told.append(_default_peak(hollow, sora.Limits()))
             return told[-1]
 
-        monkeypatch.setattr(video_model, "free_memory", lambda device: free)
-        encoders = video_model._load_encoders(
+        monkeypatch.setattr(loading, "free_memory", lambda device: free)
+        encoders = loading._load_encoders(
             find_checkpoint(folders("t2v"))[0], CPU, torch.float32, 512, "auto"
         )
         hollow = replace(
@@ -228,7 +228,7 @@ def test_auto_keeps_a_usual_request_free(folders, monkeypatch):
                 for e in loaded.experts
             ],
         )
-        return video_model._level_for(hollow, plan), told[0]
+        return loading._level_for(hollow, plan), told[0]
 
     _, planned = chosen(0)
     assert 0.8 * needed < planned < 1.25 * needed

@@ -1,0 +1,77 @@
+"""A checkpoint's own defaults, from its `generation_config.json`, over those of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sora_engine.errors import CheckpointError
+from sora_engine.io.config_file import read_json_object
+from sora_engine.models.wan.checkpoint import WanCheckpoint
+from sora_engine.request import GenerationDefaults, LatentGrid
+from sora_engine.samplers import SOLVERS
+from sora_engine.windows import SCHEDULES, WindowPlan, default_overlap
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def read_generation_config(folder: Path) -> Mapping[str, Any]:
+    """The defaults that a checkpoint brings in `generation_config.json`; empty where it has none.
+
+    Raises CheckpointError for keys that this engine does not know.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return {}
+    settings = read_json_object(path)
+    known = {f.name for f in fields(GenerationDefaults)} | {"text_tokens"}
+    strange = sorted(key for key in settings if key not in known and not key.startswith("_"))
+    if strange:
+        raise CheckpointError(f"unknown keys {strange}; known are {sorted(known)}", path=path)
+    if settings.get("solver") not in (None, *SOLVERS):
+        raise CheckpointError(
+            f"solver must be one of {list(SOLVERS)}, got {settings['solver']!r}", path=path
+        )
+    if settings.get("window_schedule", SCHEDULES[0]) not in SCHEDULES:
+        raise CheckpointError(
+            f"window_schedule must be one of {list(SCHEDULES)}, got "
+            f"{settings['window_schedule']!r}",
+            path=path,
+        )
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def generation_defaults(
+    settings: Mapping[str, Any], checkpoint: WanCheckpoint, grid: LatentGrid, folder: Path
+) -> GenerationDefaults:
+    """The checkpoint's own defaults over those of its family's published pipelines."""
+    height, width, num_frames, fps = 480, 832, 81, 16.0
+    if checkpoint.expand_timesteps:  # TI2V-5B
+        height, width, num_frames, fps = 704, 1280, 121, 24.0
+    two = checkpoint.transformer_2 is not None
+    published = {
+        "height": height,
+        "width": width,
+        "num_frames": (num_frames - 1) // 4 * grid.time + 1,
+        "fps": fps,
+        "num_inference_steps": 40 if two else 50,
+        "guidance_scale": 4.0 if two else 5.0,
+        "guidance_scale_2": 3.0 if two else None,
+        "max_window": (num_frames - 1) // 4 + 1,
+    }
+    own = {key: value for key, value in settings.items() if key != "text_tokens"}
+    try:
+        defaults = GenerationDefaults(**{**published, **own})
+        if (length := defaults.max_window) is not None:  # what long videos will be made in
+            WindowPlan(length, default_overlap(length), schedule=defaults.window_schedule)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(str(error), path=folder / GENERATION_CONFIG) from error
+    if defaults.window_schedule == "chained" and not checkpoint.expand_timesteps:
+        raise CheckpointError(
+            "window_schedule 'chained' takes a model that is told of known frames by their noise "
+            "level (expand_timesteps in model_index.json); 'static' or 'moving' would work",
+            path=folder / GENERATION_CONFIG,
+        )
+    return defaults
