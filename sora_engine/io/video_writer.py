@@ -270,7 +270,9 @@ class _Mp4Writer:
                 "this build of PyAV has no libx264, so no .mp4 can be written"
             ) from error
         self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": str(H264_CRF), "preset": "medium"}
+        # x264's fast code for macroblock trees reads memory that nobody wrote, and the same frames
+        # would become other bytes from run to run.
+        self._stream.options = {"crf": str(H264_CRF), "preset": "medium", "mbtree": "0"}
         codec = self._stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _TV_RANGE

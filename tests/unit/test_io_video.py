@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -101,6 +103,25 @@ def test_mp4_pure_colours_come_back(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", clip, 8)
     frames, _ = av_frames(tmp_path / "a.mp4")
     assert np.abs(frames[:, 16, 16].astype(int) - colours).max() <= 4
+
+
+def test_the_same_frames_become_the_same_mp4_whatever_memory_held_before(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.npy"
+    np.save(
+        clip, np.concatenate([smooth_clip(12, 64, 96), np.tile(flat_clip(9, 32, 48), (2, 2, 1))])
+    )
+    code = (
+        "import sys, numpy; from pathlib import Path\n"
+        "from sora_engine.io.video_writer import write_video\n"
+        "write_video(Path(sys.argv[2]), numpy.load(sys.argv[1]), fps=8.0)\n"
+    )
+    files = []
+    for filled in (0, 1, 85, 170):  # what glibc fills new memory with
+        path = tmp_path / f"{filled}.mp4"
+        environment = {**os.environ, "MALLOC_PERTURB_": str(filled)}
+        subprocess.run([sys.executable, "-c", code, clip, path], env=environment, check=True)
+        files.append(path.read_bytes())
+    assert files[1:] == files[:1] * 3
 
 
 def test_odd_sides_of_an_mp4_gain_a_repeated_row_and_column(tmp_path: Path) -> None:
