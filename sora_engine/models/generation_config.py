@@ -20,7 +20,7 @@ GENERATION_CONFIG = "generation_config.json"
 def read_generation_config(folder: Path) -> Mapping[str, Any]:
     """The defaults that a checkpoint brings in `generation_config.json`; empty where it has none.
 
-    Raises CheckpointError for keys that this engine does not know.
+    Raises CheckpointError for keys, solvers and window schedules that this engine does not know.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
@@ -46,7 +46,11 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
 def generation_defaults(
     settings: Mapping[str, Any], checkpoint: WanCheckpoint, grid: LatentGrid, folder: Path
 ) -> GenerationDefaults:
-    """The checkpoint's own defaults over those of its family's published pipelines."""
+    """The checkpoint's own defaults over those of its family's published pipelines.
+
+    settings: of `read_generation_config(folder)`. Raises CheckpointError for values of the wrong
+    type, and for windows that cannot be or that the model is not made for.
+    """
     height, width, num_frames, fps = 480, 832, 81, 16.0
     if checkpoint.expand_timesteps:  # TI2V-5B
         height, width, num_frames, fps = 704, 1280, 121, 24.0
