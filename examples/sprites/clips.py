@@ -28,16 +28,23 @@ class Stage:
     longest_side: int
     lengths: tuple[int, ...]
     two_sprites: float
+    later: float = 0.2
+    """The chance that a clip is a window from the middle of a longer one."""
+    known: float = 0.3
+    """The chance that some frames are given of a clip that begins with them."""
+    known_later: float = 0.3
+    """The same of a window from the middle."""
 
 
-# One scale of pixels first: there a sprite's edge has the fewest forms to learn. Then all.
+ALL_SIDES = (64, 64, 64, 64, 64, 64, 64, 80, 96, 96, 112, 128, 160)
+
+# One scale of pixels first: there a sprite's edge has the fewest forms to learn. Then all. Then
+# what long videos are made of: windows that go on from what those before them made.
 STAGES = {
     "small": Stage((64,), 96, (1, 5, 9, 9, 17, 17), 0.15),
-    "all": Stage(
-        (64, 64, 64, 64, 64, 64, 64, 80, 96, 96, 112, 128, 160),
-        160,
-        (1, 5, 9, 17, 17, 17, 33),
-        0.25,
+    "all": Stage(ALL_SIDES, 160, (1, 5, 9, 17, 17, 17, 33), 0.25),
+    "long": Stage(
+        ALL_SIDES, 160, (1, 5, 9, 17, 17, 17, 33), 0.05, later=0.35, known=0.25, known_later=0.75
     ),
 }
 
@@ -90,7 +97,7 @@ class Pool:
         size = (short, long) if rng.random() < 0.5 else (long, short)
         scene = world.sample_scene(rng, *size, sprites=2 if rng.random() < stage.two_sprites else 1)
         num_frames = rng.choice(stage.lengths)
-        later = rng.randrange(1, 4) if num_frames > 1 and rng.random() < 0.2 else 0
+        later = rng.randrange(1, 4) if num_frames > 1 and rng.random() < stage.later else 0
         video = scene.render(num_frames + 4 * later)
         return Clip(scene, to_latents(self.vae, video)[:, later:].half(), later)
 
@@ -118,22 +125,26 @@ def known_frames(rng: random.Random, t: int) -> list[bool]:
     return known if not all(known) else [i == 0 for i in range(t)]
 
 
-def noise_levels(rng: random.Random, clip: Clip) -> Tensor:
+def noise_levels(rng: random.Random, clip: Clip, stage: Stage) -> Tensor:
     """The noise level of each latent frame, `[t]`; 0 where the frame is given."""
     t = clip.latents.shape[1]
+    given = t > 1 and rng.random() < (stage.known_later if clip.later else stage.known)
     # Half of the clips have milder levels: there a sprite's form and way can be seen, and learned.
     shift = rng.choice((1.5, SHIFT))
 
     def level() -> float:
         # A window from the middle looks like a clip's beginning while there is only noise: such
         # windows are shown where something can be seen, so that beginnings stay the rule.
-        u = rng.random() * (0.8 if clip.later else 1.0)
+        u = rng.random() * (0.8 if clip.later and not given else 1.0)
         return shift * u / (1 + (shift - 1) * u)
 
     levels = torch.full((t,), level())
-    if t > 1 and rng.random() < 0.3:
-        levels[torch.tensor(known_frames(rng, t))] = 0.0
-    elif t > 1 and rng.random() < 0.08:
+    if given:
+        if clip.later and t > 2 and rng.random() < 0.6:  # as windows go on
+            levels[: rng.randrange(1, min(t, 4))] = 0.0
+        else:
+            levels[torch.tensor(known_frames(rng, t))] = 0.0
+    elif t > 1 and rng.random() < 0.1:
         levels = torch.tensor([level() for _ in range(t)])
     return levels
 

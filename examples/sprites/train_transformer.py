@@ -9,7 +9,8 @@ layout, every few minutes and at the end.
 Flow matching: x_s = (1 - s) x0 + s noise, and the network says what x0 is. Every batch packs clips
 of many sizes and lengths; three in ten have known frames at noise level 0, as in animating,
 extending, connecting and filling; some have a level of their own for each frame; some are windows
-from the middle of a longer clip; a tenth have no caption, for guidance.
+from the middle of a longer clip, which in stage "long" go on from known frames; a tenth have no
+caption, for guidance.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import reader
 import torch
 import world
-from clips import STAGES, Clip, Pool, noise_levels, to_frames
+from clips import STAGES, Clip, Pool, Stage, noise_levels, to_frames
 from model import Sprites, as_targets, export, sample
 from torch import Tensor
 from train_vae import load_vae
@@ -30,20 +31,31 @@ from training import Average, Clock, Muon, save, say, start
 from sora_engine.packing import Packer
 from sora_engine.vae import WanVAE
 
+FLAW = 0.15
+"""The most noise, as a level, that is left on given frames."""
 BUNDLED = Path(__file__).parents[2] / "sora_engine" / "checkpoints" / "sprites"
 
 
-def loss_of(model: Sprites, packer: Packer, clips: list[Clip], rng: random.Random) -> Tensor:
+def loss_of(
+    model: Sprites, packer: Packer, clips: list[Clip], rng: random.Random, stage: Stage
+) -> Tensor:
     device = model.transformer.proj_out.weight.device
-    pairs = [("" if rng.random() < 0.1 else clip.scene.caption(rng), clip) for clip in clips]
+    shown = []
+    for clip in clips:
+        s = noise_levels(rng, clip, stage)
+        # What given frames show, a caption need not tell.
+        tells = 0.92 if bool((s > 0).all()) else 0.7
+        shown.append(("" if rng.random() < 0.1 else clip.scene.caption(rng, tells=tells), clip, s))
     # Neighbours of one size, and of captions of one length, are one dense attention call.
-    pairs.sort(key=lambda pair: (pair[1].latents.shape[1:], len(pair[0].split())))
-    captions, clips = [caption for caption, _ in pairs], [clip for _, clip in pairs]
-    levels = [noise_levels(rng, clip) for clip in clips]
-    clean = [clip.latents.to(device).float() for clip in clips]
+    shown.sort(key=lambda one: (one[1].latents.shape[1:], len(one[0].split())))
+    captions, levels = [caption for caption, _, _ in shown], [s for _, _, s in shown]
+    clean = [clip.latents.to(device).float() for _, clip, _ in shown]
     noisy = []
     for x, s in zip(clean, levels, strict=True):
         share = s.to(device)[None, :, None, None]
+        # What a window goes on from was made by the model too, and is never quite clean.
+        flaw = rng.choice((0.0, rng.random() * FLAW))
+        share = torch.where(share > 0, share, flaw)
         noisy.append((1 - share) * x + share * torch.randn_like(x))
     predicted = model(packer, noisy, levels, model.contexts(captions))
     target = torch.cat([as_targets(x) for x in clean])
@@ -114,7 +126,8 @@ def main() -> None:
         average.weights = state["average"]
         step, seconds = state["step"], state["seconds"]
     rng = random.Random(step * world_size + rank)
-    pool = Pool(vae, STAGES[args.stage], rng, args.out / f"pool-{args.stage}-{rank}.pt", args.pool)
+    stage = STAGES[args.stage]
+    pool = Pool(vae, stage, rng, args.out / f"pool-{args.stage}-{rank}.pt", args.pool)
     if not pool.clips:
         while len(pool.clips) < min(200, args.pool):
             pool.add()
@@ -136,7 +149,7 @@ def main() -> None:
         clips: list[Clip] = []
         while sum(clip.latents[0].numel() // 4 for clip in clips) < args.tokens:
             clips.append(pool.draw())
-        loss = loss_of(model, packer, clips, rng)
+        loss = loss_of(model, packer, clips, rng, stage)
         loss.backward()
         optimiser.step(rate)
         step += 1

@@ -145,8 +145,10 @@ class Scene:
             video = torch.lerp(video, paint.expand_as(video), cover[..., None])
         return video
 
-    def caption(self, rng: random.Random | None = None, *, size: bool = False) -> str:
-        """The scene in words. With `rng`, attributes are left out at times.
+    def caption(
+        self, rng: random.Random | None = None, *, size: bool = False, tells: float = 0.92
+    ) -> str:
+        """The scene in words. With `rng`, each attribute is told with a chance of `tells`.
 
         Without it, all but the sizes are said; `size` adds those.
         """
@@ -159,14 +161,14 @@ class Scene:
             words = []
             if sprite.motion != "grows" and (size if rng is None else rng.random() < 0.5):
                 words.append(sprite.size)
-            if said(0.92):
+            if said(tells):
                 words.append(sprite.colour)
-            words.append(sprite.shape if said(0.92) else "shape")
+            words.append(sprite.shape if said(tells) else "shape")
             article = "an" if words[0][0] in "aeiou" else "a"
-            motion = [MOTIONS[sprite.motion]] if said(0.92) else []
+            motion = [MOTIONS[sprite.motion]] if said(tells) else []
             phrases.append(" ".join([article, *words, *motion]))
         text = " and ".join(phrases)
-        return f"{text} on a {self.background} background" if said(0.9) else text
+        return f"{text} on a {self.background} background" if said(tells) else text
 
 
 def distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor | float) -> Tensor:
