@@ -142,7 +142,7 @@ class Canvas:
     def num_tokens(self) -> int:
         """Tokens of all windows and branches of one step."""
         _, _, H, W = self.latents.shape
-        frames = sum(window.length for window in self.windows())
+        frames = sum(window.length + len(self.anchors) for window in self.windows())
         branches = 1 if self.prompts.negative is None else 2
         return frames * H * W // math.prod(self.patch_size) * branches
 
@@ -160,6 +160,14 @@ class Canvas:
         for window in self.chain[: self.link]:
             settled[window.indices()[window.lead :]] = True
         return settled
+
+    @property
+    def anchors(self) -> Tensor:
+        """The latent frames that the next step's window sees beside its own: int64 `[a]`."""
+        if not self.link or not isinstance(self.window_plan, WindowPlan):
+            return torch.empty(0, dtype=torch.int64)
+        first = self.chain[0].indices()
+        return first[len(first) - self.window_plan.anchors :]
 
     def part(self, whole: Tensor) -> Tensor:
         """What the next step is about of a tensor `[C, T, H, W]`: the chain's window, or all."""
@@ -210,12 +218,13 @@ class Canvas:
         self.latents = torch.where(known.mask, content, self.latents)
 
     def segment(self, window: Window, expert: int, *, conditional: bool) -> Segment:
-        """The tokens of a window under one guidance branch."""
+        """The tokens of a window under one guidance branch, those of its anchors first."""
         return Segment(
             latents=self._model_input(window),
             timesteps=self._timesteps(window),
             contexts=self._contexts(window, expert, conditional=conditional),
             sees=self._sees(window),
+            anchors=len(self.anchors),
         )
 
     def _sees(self, window: Window) -> Tensor | None:
@@ -227,6 +236,9 @@ class Canvas:
 
     def _model_input(self, window: Window) -> Tensor:
         sample = window.of(self.latents, 1)
+        if len(self.anchors):
+            anchors = self.latents.index_select(1, self.anchors.to(sample.device))
+            sample = torch.cat([anchors, sample], dim=1)
         if self.known is None or self.known.channels is None:
             return sample
         return torch.cat([sample, window.of(self.known.channels, 1).to(sample)])
@@ -241,7 +253,8 @@ class Canvas:
             mask = mask | window.of(known, 0).cpu()
         # Masks cover whole patches (see `prepare`), so the first latent of a patch speaks for it.
         per_token = mask[:, :: self.patch_size[1], :: self.patch_size[2]]
-        return torch.where(per_token, 0.0, timesteps[:, None, None])
+        levels = torch.where(per_token, 0.0, timesteps[:, None, None])
+        return torch.cat([levels.new_zeros(len(self.anchors), *levels.shape[1:]), levels])
 
     def _mask_by_level(self) -> Tensor | None:
         """What the model is told is known by its noise level: bool `[T, H, W]`."""
@@ -252,7 +265,8 @@ class Canvas:
         self, window: Window, expert: int, *, conditional: bool
     ) -> tuple[tuple[Context, int], ...]:
         contexts = self.contexts[expert]
+        frames = torch.cat([self.anchors, window.indices()]).tolist()
         if not conditional:
-            return ((contexts[-1], window.length),)
-        texts = [self.prompts.frame_texts[i] for i in window.indices().tolist()]
+            return ((contexts[-1], len(frames)),)
+        texts = [self.prompts.frame_texts[i] for i in frames]
         return tuple((contexts[text], len(list(group))) for text, group in itertools.groupby(texts))

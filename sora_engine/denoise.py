@@ -184,7 +184,8 @@ def windows_of(
         # What a start video shows is there in every window; and a shot that knew the one before it
         # would go on with that one's scene.
         schedule = "static"
-    return WindowPlan(trained, default_overlap(trained), schedule=schedule)
+    anchors = defaults.window_anchors if schedule == "chained" else 0
+    return WindowPlan(trained, default_overlap(trained), schedule=schedule, anchors=anchors)
 
 
 def _has_start_video(request: ResolvedRequest) -> bool:
@@ -198,11 +199,13 @@ def step_tokens(request: ResolvedRequest, model: VideoModel) -> int:
         request.height, request.width, request.num_frames, loop=request.loop
     )
     plan = window_plan(request, model, frames)
-    one_of_chain = chain_of(plan, frames, None, wraps=request.loop)[:1]
-    windows = one_of_chain or plan_windows(plan, frames, wraps=request.loop, step=0)
-    latents = sum(window.length for window in windows) * height * width
+    if isinstance(plan, WindowPlan) and chain_of(plan, frames, None, wraps=request.loop):
+        seen = plan.span
+    else:
+        windows = plan_windows(plan, frames, wraps=request.loop, step=0)
+        seen = sum(window.length for window in windows)
     branches = 2 if needs_unconditional(request.guidance_scale) else 1
-    return latents // math.prod(model.grid.patch) * branches
+    return seen * height * width // math.prod(model.grid.patch) * branches
 
 
 def num_links(request: ResolvedRequest, model: VideoModel) -> int:
@@ -289,7 +292,8 @@ def predict(
         predicted = transformer(batch) if ranks is None else ranks.predict(transformer, batch)
         outputs = packer.unpack(predicted, batch, transformer.config.out_channels)
         for part, output in zip(group, outputs, strict=True):
-            predictions[id(part.canvas), part.window, part.conditional] = output.float()
+            made = output[:, part.segment.anchors :].float()
+            predictions[id(part.canvas), part.window, part.conditional] = made
     return join(parts, predictions) if ranks is None else ranks.join(parts, predictions)
 
 

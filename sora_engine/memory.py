@@ -197,7 +197,8 @@ class MemoryPlanner:
         """The next smaller batch: half of the parts of a step that it held; None at one part."""
         canvas = self._canvas(request, [TEXT_STEP] * len(prompts_of(request)))
         size = math.prod(canvas.latents.shape[2:]) // math.prod(self.model.grid.patch[1:])
-        part = canvas.windows()[0].length // self.model.grid.patch[0] * size
+        span = canvas.windows()[0].length + len(canvas.anchors)
+        part = span // self.model.grid.patch[0] * size
         parts = len(canvas.windows()) * (1 if canvas.prompts.negative is None else 2)
         held = min(parts, max(1, batch_tokens // part))
         return None if held == 1 else held // 2 * part
@@ -221,7 +222,6 @@ class MemoryPlanner:
             meter.count([*tensors_of(canvas), known])
             begin = meter.now
             solver = canvas.solver
-            canvas.link = min(1, max(0, len(canvas.chain) - 1))  # with frames that are settled
             held = begin
             # Until the solver's history is as long as it gets.
             for _ in range(min(len(solver.schedule), 4)):
@@ -270,7 +270,7 @@ class MemoryPlanner:
         elif request.clips:
             mask = torch.empty(shape[1:], dtype=torch.bool, device=META)
             known = Known(model.known_mode, torch.empty(shape, device=META), mask)
-        return Canvas(
+        canvas = Canvas(
             latents=latents,
             noise=torch.empty(shape, device=META),
             solver=solver_of(request, model),
@@ -283,6 +283,8 @@ class MemoryPlanner:
             wraps=request.loop,
             window_plan=window_plan(request, model, shape[1]),
         )
+        canvas.link = min(1, max(0, len(canvas.chain) - 1))  # with settled frames and anchors
+        return canvas
 
     def _encode(
         self, request: ResolvedRequest, lengths: Sequence[int], canvas: int, texts: int

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from sora_engine.distributed.sparse import SparseRing
 
 Grid = tuple[int, int, int]
+
+ANCHOR_GAP = 8
+"""Frames of tokens that are left free between anchors and the others, in RoPE's time."""
 # Plans of packed attention by head_dim and dtype, each beside the offsets that it is for.
 Plans = dict[tuple[int, torch.dtype], tuple[Tensor, AttentionPlan]]
 
@@ -62,12 +65,15 @@ class Segment:
     contexts: what stretches of its time read, in order, each with its number of latent frames:
         one for most requests, one a shot where there are several.
     sees: bool `[T, T]` on the host, which latent frames each one attends to; None: all.
+    anchors: how many latent frames at the beginning are of another time: they show what the others
+        are to look like, and stand `ANCHOR_GAP` before them, whenever they were. Whole patches.
     """
 
     latents: Tensor
     timesteps: Tensor
     contexts: tuple[tuple[Context, int], ...]
     sees: Tensor | None = None
+    anchors: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,7 @@ class Packer:
             raise ValueError("pack needs at least one segment, got none")
         layout = self._layout(segments)
         tokens = torch.cat([patchify(s.latents, self.patch_size) for s in segments])
-        timesteps, rows = _modulation_rows(segments, layout.grids)
+        timesteps, rows = _modulation_rows(segments, layout.grids, self.patch_size[0])
         stream = Stream(
             tokens=tokens,
             rows=None if len(timesteps) == 1 else rows.to(self.device),
@@ -198,12 +204,13 @@ class Packer:
     def _layout(self, segments: Sequence[Segment]) -> PackLayout:
         grids = tuple(_grid(s.latents, self.patch_size) for s in segments)
         contexts = [s.contexts for s in segments]
-        key = (grids, tuple((id(context), n) for spans in contexts for context, n in spans))
+        anchors = tuple(s.anchors for s in segments)
+        key = (grids, anchors, tuple((id(text), n) for spans in contexts for text, n in spans))
         if key not in self._layouts:
             while len(self._layouts) >= self.max_layouts:
                 self._layouts.pop(next(iter(self._layouts)))
             # The contexts are kept beside the layout, so that their ids are not used again.
-            layout = lay_out(grids, contexts, self.patch_size, self.device)
+            layout = lay_out(grids, contexts, anchors, self.patch_size, self.device)
             self._layouts[key] = (layout, contexts)
         return self._layouts[key][0]
 
@@ -233,12 +240,16 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid, channels: int) -> T
 def lay_out(
     grids: Sequence[Grid],
     contexts: Sequence[tuple[tuple[Context, int], ...]],
+    anchors: Sequence[int],
     patch_size: Grid,
     device: torch.device,
 ) -> PackLayout:
     """Coordinates and offsets of segments with these patch grids, and their joined contexts."""
     lengths = [math.prod(grid) for grid in grids]
-    axes = [torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij") for grid in grids]
+    axes = [
+        torch.meshgrid(_times(T, seen, patch_size[0]), *map(torch.arange, size), indexing="ij")
+        for (T, *size), seen in zip(grids, anchors, strict=True)
+    ]
     coords = torch.cat([torch.stack([a.flatten() for a in axis], dim=1) for axis in axes])
     spans: list[tuple[Context, int]] = []
     for (T, H, W), stretches in zip(grids, contexts, strict=True):
@@ -256,6 +267,18 @@ def lay_out(
             for name in spans[0][0].sources
         },
     )
+
+
+def _times(frames: int, anchors: int, patch_frames: int) -> Tensor:
+    """The place in time of each frame of tokens, anchors first."""
+    if anchors % patch_frames or not 0 <= anchors < frames * patch_frames:
+        raise ValueError(
+            f"anchors must be a multiple of {patch_frames} from 0 to below "
+            f"{frames * patch_frames} latent frames, got {anchors}"
+        )
+    times = torch.arange(frames)
+    times[anchors // patch_frames :] += ANCHOR_GAP if anchors else 0
+    return times
 
 
 def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) -> ContextRuns:
@@ -287,11 +310,16 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
     )
 
 
-def _modulation_rows(segments: Sequence[Segment], grids: Sequence[Grid]) -> tuple[Tensor, Tensor]:
-    """The distinct noise levels of all tokens, and for each token which of them it has."""
+def _modulation_rows(
+    segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int
+) -> tuple[Tensor, Tensor]:
+    """The distinct noise levels of all tokens, and for each token which of them it has.
+
+    A token of several latent frames has the first one's.
+    """
     levels = []
     for segment, (T, H, W) in zip(segments, grids, strict=True):
-        level = segment.timesteps.to(torch.float32)
+        level = segment.timesteps[::patch_frames].to(torch.float32)
         if level.ndim == 1:
             level = level[:, None, None]
         levels.append(level.expand(T, H, W).reshape(-1))

@@ -40,6 +40,11 @@ class WindowPlan:
     free_noise: windows start from the same frames of noise, shuffled (FreeNoise, arXiv 2310.15169),
         so that what the prompt leaves open is drawn once for the whole video. It has no part where
         a request brings its own noise.
+    anchors: with chained windows, how many latent frames of the first one every later one sees
+        beside its own, known: its last ones. What a window goes on from has passed through all
+        those before it, and what each loses is lost to the next; anchors are as they were at
+        first (frame sinks: arXiv 2309.17453 for tokens, 2509.22622 for video). They cost each
+        window their tokens.
     """
 
     length: int
@@ -47,6 +52,7 @@ class WindowPlan:
     weights: str = "pyramid"
     schedule: str = "static"
     free_noise: bool = True
+    anchors: int = 0
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -61,6 +67,16 @@ class WindowPlan:
                 "chained windows share at least 2 latent frames, a lead and one that is handed on; "
                 f"got overlap {self.overlap}"
             )
+        if not 0 <= self.anchors < self.length:
+            raise RequestError(
+                f"window anchors must be from 0 to {self.length - 1} latent frames "
+                f"(the window has {self.length}), got {self.anchors}"
+            )
+        if self.anchors and self.schedule != "chained":
+            raise RequestError(
+                f"window anchors are of chained windows, got {self.anchors} with schedule "
+                f"{self.schedule!r}; 0 anchors or schedule 'chained' would work"
+            )
         if self.weights not in WEIGHTS:
             raise RequestError(f"window weights must be one of {WEIGHTS}, got {self.weights!r}")
         if self.schedule not in SCHEDULES:
@@ -70,6 +86,11 @@ class WindowPlan:
     def stride(self) -> int:
         """Latent frames from one window's start to the next one's, at most."""
         return self.length - self.overlap
+
+    @property
+    def span(self) -> int:
+        """Latent frames that one window attends to at most: its own and the anchors."""
+        return self.length + self.anchors
 
     def holds(self, total: int) -> bool:
         """Whether one window holds all of `total` latent frames."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from sora_engine.vae import WanVAE
 
 # What takes longest to learn is drawn most: the chance to be kept of a drawn clip that shows it.
 HARD = {"grows": 1.0, "star": 1.0, "bounces": 0.6, "orbits": 0.6, "diamond": 0.6}
-EASY = 0.35
+EASY = 0.5
 SHIFT = 5.0  # of the noise levels, in training and in the exported scheduler
 
 
@@ -34,6 +34,8 @@ class Stage:
     """The chance that some frames are given of a clip that begins with them."""
     known_later: float = 0.3
     """The same of a window from the middle."""
+    anchored: float = 0.0
+    """The chance that a window from the middle sees anchors: latents from elsewhere in its clip."""
 
 
 ALL_SIDES = (64, 64, 64, 64, 64, 64, 64, 80, 96, 96, 112, 128, 160)
@@ -44,18 +46,35 @@ STAGES = {
     "small": Stage((64,), 96, (1, 5, 9, 9, 17, 17), 0.15),
     "all": Stage(ALL_SIDES, 160, (1, 5, 9, 17, 17, 17, 33), 0.25),
     "long": Stage(
-        ALL_SIDES, 160, (1, 5, 9, 17, 17, 17, 33), 0.05, later=0.35, known=0.25, known_later=0.75
+        ALL_SIDES,
+        160,
+        (1, 5, 9, 17, 17, 17, 33),
+        0.05,
+        later=0.45,
+        known=0.25,
+        known_later=0.75,
+        anchored=0.8,
     ),
 }
+ANCHORS = 2
+"""Latents of a clip that its later windows see beside their own."""
+STRAYED = 0.3
+"""How often what an anchored window goes on from has strayed from what the anchors show."""
 
 
 @dataclass
 class Clip:
-    """Latents `[24, t, h, w]` of a scene; `later` is how many latents of it came before them."""
+    """Latents `[24, t, h, w]` of a scene; `later` is how many latents of it came before them.
+
+    anchors: `[24, ANCHORS, h, w]`, latents of another time of the clip. strayed: like `latents`,
+    what a long video's windows have come to when something of it was lost on the way.
+    """
 
     scene: world.Scene
     latents: Tensor
     later: int
+    anchors: Tensor | None = None
+    strayed: Tensor | None = None
 
 
 class Pool:
@@ -98,8 +117,46 @@ class Pool:
         scene = world.sample_scene(rng, *size, sprites=2 if rng.random() < stage.two_sprites else 1)
         num_frames = rng.choice(stage.lengths)
         later = rng.randrange(1, 4) if num_frames > 1 and rng.random() < stage.later else 0
+        latents = self.encode(scene, num_frames, later)
+        if not later or rng.random() >= stage.anchored:
+            return Clip(scene, latents, later)
+        # From any time: where the sprite was then says nothing of where it is now.
+        shown = scene.render(1 + 4 * ANCHORS, start=4 * rng.randrange(16))
+        anchors = to_latents(self.vae, shown)[:, 1:].half()
+        if rng.random() >= STRAYED:
+            return Clip(scene, latents, later, anchors)
+        other, share = stray(rng, scene)
+        strayed = latents.lerp(self.encode(other, num_frames, later), share)
+        return Clip(scene, latents, later, anchors, strayed)
+
+    def encode(self, scene: world.Scene, num_frames: int, later: int) -> Tensor:
         video = scene.render(num_frames + 4 * later)
-        return Clip(scene, to_latents(self.vae, video)[:, later:].half(), later)
+        return to_latents(self.vae, video)[:, later:].half()
+
+
+def stray(rng: random.Random, scene: world.Scene) -> tuple[world.Scene, float]:
+    """A scene that a long video may drift to, and how far it went there, up to 1.
+
+    Shapes lose their corners, sizes and colours change, what swings comes to rest, sprites fade.
+    """
+    first, *others = scene.sprites
+    kinds = ["shape", "shape", "size", "colour", "fades"]
+    if first.motion in ("bounces", "orbits", "grows"):
+        kinds += ["swing", "swing"]
+    kind = rng.choice(kinds)
+    if kind == "fades":
+        return replace(scene, sprites=tuple(others)), 0.1 + 0.4 * rng.random()
+    if kind == "swing":
+        changed = replace(first, swing=0.2 + 0.7 * rng.random())
+        return replace(scene, sprites=(changed, *others)), 1.0
+    shapes = [s for s in world.SHAPES if s != first.shape]
+    colours = [c for c in world.COLOURS if c not in (first.colour, scene.background)]
+    changed = {
+        "shape": replace(first, shape=rng.choice(shapes)),
+        "size": replace(first, size="large" if first.size == "small" else "small"),
+        "colour": replace(first, colour=rng.choice(colours)),
+    }[kind]
+    return replace(scene, sprites=(changed, *others)), 0.3 + 0.7 * rng.random()
 
 
 @torch.no_grad()

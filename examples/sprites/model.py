@@ -99,13 +99,23 @@ class Sprites(nn.Module):
         return [done[caption] for caption in captions]
 
     def forward(
-        self, packer: Packer, latents: list[Tensor], levels: list[Tensor], contexts: list[Context]
+        self,
+        packer: Packer,
+        latents: list[Tensor],
+        levels: list[Tensor],
+        contexts: list[Context],
+        anchors: list[int] | None = None,
     ) -> Tensor:
-        """x0 of noisy `latents` (`[24, t, h, w]` each), as tokens `[N, 96]`, channel last."""
+        """x0 of noisy `latents` (`[24, t, h, w]` each), as tokens `[N, 96]`, channel last.
+
+        anchors: how many of the first latents of each are anchors.
+        """
         dtype = self.transformer.dtype
         segments = [
-            Segment(x.to(dtype), s * 1000.0, ((context, len(s)),))
-            for x, s, context in zip(latents, levels, contexts, strict=True)
+            Segment(x.to(dtype), s * 1000.0, ((context, len(s)),), anchors=seen)
+            for x, s, context, seen in zip(
+                latents, levels, contexts, anchors or [0] * len(latents), strict=True
+            )
         ]
         return self.transformer(packer.pack(segments)).float()
 

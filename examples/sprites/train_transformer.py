@@ -9,8 +9,8 @@ layout, every few minutes and at the end.
 Flow matching: x_s = (1 - s) x0 + s noise, and the network says what x0 is. Every batch packs clips
 of many sizes and lengths; three in ten have known frames at noise level 0, as in animating,
 extending, connecting and filling; some have a level of their own for each frame; some are windows
-from the middle of a longer clip, which in stage "long" go on from known frames; a tenth have no
-caption, for guidance.
+from the middle of a longer clip, which in stage "long" go on from known frames and see anchors,
+frames of another time of the clip; a tenth have no caption, for guidance.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import world
 from clips import STAGES, Clip, Pool, Stage, noise_levels, to_frames
 from model import Sprites, as_targets, export, sample
+from safetensors.torch import load_file
 from torch import Tensor
 from train_vae import load_vae
 from training import Average, Clock, Muon, save, say, start
@@ -31,8 +32,8 @@ from training import Average, Clock, Muon, save, say, start
 from sora_engine.packing import Packer
 from sora_engine.vae import WanVAE
 
-FLAW = 0.15
-"""The most noise, as a level, that is left on given frames."""
+FLAW, ANCHOR_FLAW = 0.2, 0.05
+"""The most noise, as a level, that is left on given frames, and on anchors."""
 BUNDLED = Path(__file__).parents[2] / "sora_engine" / "checkpoints" / "sprites"
 
 
@@ -43,21 +44,29 @@ def loss_of(
     shown = []
     for clip in clips:
         s = noise_levels(rng, clip, stage)
-        # What given frames show, a caption need not tell.
-        tells = 0.92 if bool((s > 0).all()) else 0.7
+        # What given frames and anchors show, a caption need not tell.
+        tells = 0.92 if bool((s > 0).all()) else 0.7 if clip.anchors is None else 0.4
         shown.append(("" if rng.random() < 0.1 else clip.scene.caption(rng, tells=tells), clip, s))
     # Neighbours of one size, and of captions of one length, are one dense attention call.
     shown.sort(key=lambda one: (one[1].latents.shape[1:], len(one[0].split())))
     captions, levels = [caption for caption, _, _ in shown], [s for _, _, s in shown]
-    clean = [clip.latents.to(device).float() for _, clip, _ in shown]
-    noisy = []
-    for x, s in zip(clean, levels, strict=True):
+    clean, noisy, anchors = [], [], []
+    for i, (_, clip, s) in enumerate(shown):
+        x = clip.latents.to(device).float()
         share = s.to(device)[None, :, None, None]
+        given = x if clip.strayed is None else clip.strayed.to(device).float()
         # What a window goes on from was made by the model too, and is never quite clean.
-        flaw = rng.choice((0.0, rng.random() * FLAW))
-        share = torch.where(share > 0, share, flaw)
-        noisy.append((1 - share) * x + share * torch.randn_like(x))
-    predicted = model(packer, noisy, levels, model.contexts(captions))
+        sample = torch.where(share > 0, noised(x, share), noised(given, flaw(rng, FLAW)))
+        anchors.append(0)
+        if clip.anchors is not None:
+            seen = clip.anchors.to(device).float()
+            anchors[i] = seen.shape[1]
+            x = torch.cat([seen, x], dim=1)
+            sample = torch.cat([noised(seen, flaw(rng, ANCHOR_FLAW)), sample], dim=1)
+            levels[i] = torch.cat([s.new_zeros(anchors[i]), s])
+        clean.append(x)
+        noisy.append(sample)
+    predicted = model(packer, noisy, levels, model.contexts(captions), anchors)
     target = torch.cat([as_targets(x) for x in clean])
     # Weighs errors as a velocity's would be, down to a level below which they are tiny anyway;
     # given frames do not count, and a long clip counts for more than a short one by its root.
@@ -69,6 +78,15 @@ def loss_of(
     weight = torch.cat(weights).to(device)
     error = (predicted - target).pow(2).mean(dim=1)
     return (weight * error).sum() / (weight > 0).float().mul(weight).sum().clamp(min=1e-6)
+
+
+def noised(x: Tensor, share: Tensor | float) -> Tensor:
+    return (1 - share) * x + share * torch.randn_like(x)
+
+
+def flaw(rng: random.Random, most: float) -> float:
+    """A level of noise up to `most`; none in half of all clips."""
+    return rng.choice((0.0, rng.random() * most))
 
 
 def score(model: Sprites, vae: WanVAE, count: int, seed: int) -> dict[str, float]:
@@ -102,6 +120,7 @@ def main() -> None:
         "--text", type=Path, default=BUNDLED / "text_encoder", help="a text encoder's folder"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
+    parser.add_argument("--begin", type=Path, help="a checkpoint whose transformer a new run takes")
     parser.add_argument("--stage", choices=STAGES, default="all", help="sizes and lengths shown")
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -116,6 +135,9 @@ def main() -> None:
     vae = load_vae(args.vae).to(args.device).eval()
     # Computes in bf16; the optimiser keeps the weights in fp32.
     model = Sprites(args.text).to(args.device)
+    if args.begin is not None:
+        weights = load_file(args.begin / "transformer" / "diffusion_pytorch_model.safetensors")
+        model.transformer.load_state_dict({name: w.float() for name, w in weights.items()})
     optimiser = Muon(dict(model.named_parameters()))
     model.transformer.to(torch.bfloat16)
     average = Average(optimiser.master, 250)

@@ -78,7 +78,10 @@ AREA = {
 
 @dataclass(frozen=True)
 class Sprite:
-    """One object. `x`, `y` are the centre of its path in pixels, `phase` is in frames."""
+    """One object. `x`, `y` are the centre of its path in pixels, `phase` is in frames.
+
+    `swing` is how far it bounces, orbits or grows, as a share of what the world's sprites do: 1.
+    """
 
     colour: str
     shape: str
@@ -87,6 +90,7 @@ class Sprite:
     x: float
     y: float
     phase: float
+    swing: float = 1.0
 
     def path(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Centre x, y and radius in pixels at each of `frames` (float [n])."""
@@ -98,14 +102,15 @@ class Sprite:
             x, y = x + dx * SPEED * t, y + dy * SPEED * t
         elif self.motion == "bounces":
             part = torch.remainder(t / BOUNCE_PERIOD, 1.0)
-            y = y + BOUNCE_HEIGHT * (0.5 - 4 * part * (1 - part))
+            y = y + BOUNCE_HEIGHT * (0.5 - self.swing * 4 * part * (1 - part))
         elif self.motion == "orbits":
             turn = 2 * math.pi * t / ORBIT_PERIOD
-            x, y = x + ORBIT_RADIUS * torch.cos(turn), y + ORBIT_RADIUS * torch.sin(turn)
+            reach = self.swing * ORBIT_RADIUS
+            x, y = x + reach * torch.cos(turn), y + reach * torch.sin(turn)
         elif self.motion == "grows":
             low, high = GROW_RADII
             pulse = 0.5 - 0.5 * torch.cos(2 * math.pi * t / GROW_PERIOD)
-            radius = low + (high - low) * pulse
+            radius = low + self.swing * (high - low) * pulse
         return x, y, radius
 
 

@@ -68,7 +68,7 @@ def video_of(request: ResolvedRequest, grid: LatentGrid, defaults: GenerationDef
     plan = windows_of(request, defaults, frames)
     window: dict[str, Any] = {}
     if isinstance(plan, WindowPlan) and plan.schedule == "chained":
-        frames = min(frames, plan.length)
+        frames = min(frames, plan.length) if plan.holds(frames) else plan.span
     elif isinstance(plan, WindowPlan):
         window = {"window": plan.length, "overlap": plan.overlap}
     return Video(

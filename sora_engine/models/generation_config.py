@@ -69,7 +69,12 @@ def generation_defaults(
     try:
         defaults = GenerationDefaults(**{**published, **own})
         if (length := defaults.max_window) is not None:  # what long videos will be made in
-            WindowPlan(length, default_overlap(length), schedule=defaults.window_schedule)
+            WindowPlan(
+                length,
+                default_overlap(length),
+                schedule=defaults.window_schedule,
+                anchors=defaults.window_anchors,
+            )
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error), path=folder / GENERATION_CONFIG) from error
     if defaults.window_schedule == "chained" and not checkpoint.expand_timesteps:

@@ -26,7 +26,7 @@ REQUESTS = [
     ),
     sora.VideoRequest(
         "a red circle",
-        window=sora.WindowPlan(3, 2, schedule="chained"),
+        window=sora.WindowPlan(3, 2, schedule="chained", anchors=1),
         solver="euler",
         **{**SMALL, "num_frames": 17},
     ),

@@ -65,7 +65,10 @@ def random_request(rng: random.Random, *, most: int = 64, steps: int = 5) -> sor
         frames = rng.choice([25, 33])
         schedule = rng.choice(["static", "chained"])
         overlap = 2 if schedule == "chained" else rng.choice([1, 2])
-        more["window"] = sora.WindowPlan(rng.choice([3, 4, 5]), overlap, schedule=schedule)
+        anchors = rng.choice([0, 2]) if schedule == "chained" else 0
+        more["window"] = sora.WindowPlan(
+            rng.choice([3, 4, 5]), overlap, schedule=schedule, anchors=anchors
+        )
     elif task in ("clip", "both ends"):
         frames = max(9, frames)
         more["clips"] = [sora.Clip(_frames(rng, 5, height, width))]

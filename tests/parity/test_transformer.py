@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.packing import Packer, Segment
+from sora_engine.packing import ANCHOR_GAP, Packer, Segment
 from tests.parity.oracles import TINY_TRANSFORMER, relative_error, tiny_transformer
 
 TEXT_TOKENS = 512
@@ -91,6 +92,51 @@ def test_equals_diffusers_with_a_noise_level_for_each_token():
     expected = oracle(latents[None], timesteps.flatten()[None], padded(text), return_dict=False)
     (actual,) = run_packed(model, [latents], [timesteps], [text])
     assert relative_error(actual, expected[0][0]) < 1e-5
+
+
+class Hiding(WanAttnProcessor):
+    """diffusers' self-attention to all keys but those that are `hidden`."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.seen = ~hidden[None, None, None]
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *more):
+        mask = self.seen if encoder_hidden_states is None else attention_mask
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, *more)
+
+
+@torch.no_grad()
+def test_anchors_are_the_beginning_of_a_longer_video_of_which_the_rest_is_hidden():
+    oracle, model = pair(7, in_channels=48, out_channels=48)
+    generator = torch.Generator().manual_seed(7)
+    anchors, frames, H, W = 2, 3, 4, 6
+    total, tokens = anchors + ANCHOR_GAP + frames, H * W // 4
+    latents = torch.randn(48, total, H, W, generator=generator)
+    text = torch.randn(9, 32, generator=generator)
+    timesteps = torch.full((total, H // 2, W // 2), 640.0)
+    timesteps[: anchors + ANCHOR_GAP + 1] = 0
+    hidden = torch.zeros(total, dtype=torch.bool)
+    hidden[anchors : anchors + ANCHOR_GAP] = True
+    for block in oracle.blocks:
+        block.attn1.set_processor(Hiding(hidden.repeat_interleave(tokens)))
+    expected = oracle(latents[None], timesteps.flatten()[None], padded(text), return_dict=False)
+    expected = expected[0][0][:, ~hidden]
+
+    (context,) = model.encode_contexts([text])
+    packer = Packer(model.config.patch_size, torch.device("cpu"))
+    segment = Segment(
+        latents[:, ~hidden], timesteps[~hidden], ((context, anchors + frames),), anchors=anchors
+    )
+    other = Segment(latents[:, :4], timesteps[:4], ((context, 4),))
+    batch = packer.pack([other, segment, other])
+    actual = packer.unpack(model(batch), batch, 48)
+    assert relative_error(actual[1], expected) < 1e-5
+    # The same frames are another input where they are no anchors, and to neighbours nothing.
+    (plain,) = run_packed(model, [segment.latents], [segment.timesteps], [text])
+    assert relative_error(plain, expected) > 1e-2
+    (alone,) = run_packed(model, [other.latents], [other.timesteps], [text])
+    assert relative_error(actual[0], alone) < 1e-5
 
 
 @torch.no_grad()

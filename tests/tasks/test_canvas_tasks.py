@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sora_engine as sora
+from sora_engine.packing import Segment
 from tests.parity.oracles import relative_error, tiny_pipeline
 
 
@@ -172,6 +173,21 @@ def test_one_window_is_the_plain_path_bit_for_bit(engines):
         assert torch.equal(windowed.latents, plain.latents)
 
 
+def beside(segment, anchors):
+    """The segment with `anchors` before its own frames, at noise level 0."""
+    count, levels = anchors.shape[1], segment.timesteps
+    if levels.ndim == 1:
+        _, _, H, W = anchors.shape
+        levels = levels[:, None, None].expand(-1, H // 2, W // 2)
+    ((context, frames),) = segment.contexts
+    return Segment(
+        torch.cat([anchors, segment.latents], dim=1),
+        torch.cat([torch.zeros(count, *levels.shape[1:]), levels]),
+        ((context, count + frames),),
+        anchors=count,
+    )
+
+
 def by_hand(engine, request, plan, order):
     """A chain out of canvases of one window each, `order`ed; latents as the sampler has them."""
     from sora_engine import denoise
@@ -199,9 +215,20 @@ def by_hand(engine, request, plan, order):
             mask = mask | whole.known.mask[window]
         canvas.known = Known(model.known_mode, made[:, window], mask)
         packer = Packer(model.grid.patch, model.device)
-        while not canvas.finished:
-            predictions = denoise.predict([canvas], 0, model, packer, 10_000)
-            denoise.advance(canvas, 0, predictions, None)
+        with pytest.MonkeyPatch.context() as patch:
+            if plan.anchors and settled.any():
+                ends = order[0] + plan.length
+                anchors = made[:, ends - plan.anchors : ends].clone()
+                patch.setattr(
+                    denoise,
+                    "split",
+                    lambda *of, split=denoise.split, anchors=anchors: [
+                        replace(part, segment=beside(part.segment, anchors)) for part in split(*of)
+                    ],
+                )
+            while not canvas.finished:
+                predictions = denoise.predict([canvas], 0, model, packer, 10_000)
+                denoise.advance(canvas, 0, predictions, None)
         lead = 1 if start else 0
         fresh = slice(start + lead, start + plan.length)
         made[:, fresh] = torch.where(settled[fresh, None, None], made[:, fresh],
@@ -216,10 +243,12 @@ def by_hand(engine, request, plan, order):
     [(None, [0, 1, 2, 3, 4, 5]), (25, [5, 4, 3, 2, 1, 0]), (0, [0, 1, 2, 3, 4, 5])],
     ids=["nothing known", "known at the end", "known at the beginning"],
 )
+@pytest.mark.parametrize("anchors", [0, 1, 2])
 @torch.inference_mode()
-def test_a_chained_window_knows_what_those_before_it_made(engines, solver, at, order):
+def test_a_chained_window_knows_what_those_before_it_made(engines, solver, at, order, anchors):
     """Step for step the canvases that one would make by hand: 8 latent frames in windows of 3."""
-    engine, plan = engines["ti2v-5b"], sora.WindowPlan(3, 2, schedule="chained")
+    engine = engines["ti2v-5b"]
+    plan = sora.WindowPlan(3, 2, schedule="chained", anchors=anchors)
     clips = () if at is None else [sora.Clip(a_clip(4 if at else 1, seed=4), at=at)]
     request = a_request(num_frames=29, window=plan, solver=solver, clips=clips)
     job = engine.submit(request)
@@ -232,6 +261,26 @@ def test_a_chained_window_knows_what_those_before_it_made(engines, solver, at, o
     assert relative_error(static.latents, made) > 1e-2
     whole = engine.generate(a_request(window=sora.WindowPlan(5, 2, schedule="chained")))
     assert torch.equal(whole.latents, engine.generate(a_request()).latents)
+
+
+@torch.inference_mode()
+def test_what_is_predicted_for_anchors_is_left_out(engines):
+    from sora_engine import denoise
+    from sora_engine.packing import Packer
+
+    engine, plan = engines["ti2v-5b"], sora.WindowPlan(3, 2, schedule="chained", anchors=2)
+    request = a_request(num_frames=29, window=plan, solver="euler", num_inference_steps=1)
+    model, packer = engine.model, Packer(engine.model.grid.patch, torch.device("cpu"))
+    canvas = denoise.prepare(engine.resolve(request), model)
+    while canvas.link < 3:
+        predictions = denoise.predict([canvas], 0, model, packer, 10_000)
+        denoise.advance(canvas, 0, predictions, None)
+    predicted = denoise.predict([canvas], 0, model, packer, 10_000)[id(canvas), True]
+    (window,) = canvas.windows()
+    batch = packer.pack([canvas.segment(window, 0, conditional=True)])
+    whole = packer.unpack(model.transformer(0)(batch), batch, 48)[0]
+    assert (window.start, whole.shape[1]) == (3, 2 + 3)
+    assert relative_error(predicted[:, 3:6], whole[:, 2:]) < 1e-6
 
 
 def test_a_chained_loop_closes(engines):

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from sora_engine.packing import Context, KeyValues, Packer, Segment, patchify, unpatchify
+from sora_engine.packing import (
+    ANCHOR_GAP,
+    Context,
+    KeyValues,
+    Packer,
+    Segment,
+    patchify,
+    unpatchify,
+)
 
 CPU = torch.device("cpu")
 
@@ -39,6 +47,24 @@ def test_unpatchify_puts_channel_last_tokens_in_their_place():
     assert latents.shape == (5, 2, 6, 8)
     # Token (t, h, w), place (i, j) within its patch, channel c.
     assert latents[3, 1, 2 * 2 + 1, 3 * 2] == tokens[(1 * 3 + 2) * 4 + 3].reshape(2, 2, 5)[1, 0, 3]
+
+
+def test_anchors_stand_apart_in_time():
+    context = a_context(3)
+    packer = Packer((2, 1, 1), CPU)
+    latents, levels = torch.randn(5, 6, 1, 2), torch.zeros(6)
+    plain, anchored, again = (
+        Segment(latents, levels, ((context, 6),), anchors=anchors) for anchors in (0, 2, 4)
+    )
+    coords = packer.pack([plain, anchored, again]).video.coords.view(3, 3, 2, 3)
+    gap = ANCHOR_GAP
+    assert coords[:, :, 0, 0].tolist() == [[0, 1, 2], [0, 1 + gap, 2 + gap], [0, 1, 2 + gap]]
+    assert coords[0, :, :, 1:].equal(coords[1, :, :, 1:])
+    # A layout that is kept is not another one's.
+    assert packer.pack([plain, again, anchored]).video.coords.view(3, -1)[1, 6] == 1
+    for bad in (1, 6, 8, -2):
+        with pytest.raises(ValueError, match=f"multiple of 2 from 0 to below 6 .*, got {bad}"):
+            packer.pack([Segment(latents, levels, ((context, 6),), anchors=bad)])
 
 
 def test_a_batch_of_segments():

@@ -142,6 +142,9 @@ def test_overlap_by_default(length, overlap):
         ((4, 1, "round"), "got 'round'"),
         ((4, 1, "flat", "random"), "got 'random'"),
         ((4, 1, "flat", "chained"), "at least 2 latent frames.*got overlap 1"),
+        ((4, 2, "flat", "chained", True, 4), "anchors must be from 0 to 3 latent frames.*got 4"),
+        ((4, 2, "flat", "chained", True, -1), "anchors must be from 0 to 3 .*got -1"),
+        ((4, 2, "flat", "static", True, 1), "got 1 with schedule 'static'; 0 anchors or"),
     ],
 )
 def test_bad_plans(arguments, message):
