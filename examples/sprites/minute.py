@@ -63,6 +63,10 @@ def minute(bench: Bench, plan: Plan) -> dict[str, Any]:
     right = [
         [facts(s, r)["motion"] for r in told] for s, told in zip(scenes, readings, strict=True)
     ]
+    kept = {
+        name: np.array([[as_first(told, i, name) for i in range(len(starts))] for told in readings])
+        for name in KEPT
+    }
     begins = joints(bench, long[0], n)
     borders = [border_ratios(frames, begins, bench.model.grid.time) for frames in made]
     bench.sheets.draw("minute", made[:4], columns=13)
@@ -73,12 +77,9 @@ def minute(bench: Bench, plan: Plan) -> dict[str, Any]:
         "motion of 4 s clips": mean(motions),
         "motion by stretch": np.mean(right, axis=0).round(3).tolist(),
         **{
-            f"{name} as in the first stretch": np.mean(
-                [[as_first(told, i, name) for i in range(len(starts))] for told in readings], axis=0
-            )
-            .round(3)
-            .tolist()
-            for name in KEPT
+            f"{name} as in the first stretch{where}": shares.mean(axis=0).round(3).tolist()
+            for name, every in kept.items()
+            for where, shares in (("", every), (", untold", every[1::2]))
         },
         "change at window borders over elsewhere": mean([b[0] for b in borders]),
         "change at window borders over other latents' borders": mean([b[1] for b in borders]),

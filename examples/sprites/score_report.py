@@ -113,7 +113,8 @@ def minute_table(score: dict[str, Any]) -> str:
     by_stretch = {
         "motion as asked": score["motion by stretch"],
         **{
-            f"{name} as at first": score[f"{name} as in the first stretch"]
+            f"{name} as at first{which}": score[f"{name} as in the first stretch{untold}"]
+            for which, untold in (("", ""), (", where no word tells it", ", untold"))
             for name in ("colour", "shape", "size")
         },
     }
