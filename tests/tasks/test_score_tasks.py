@@ -19,7 +19,7 @@ import score_tasks
 import size_table
 import task_scores
 import world
-from score_report import report
+from score_report import minute_table, report
 from scoring import Clip, rendered
 
 
@@ -107,6 +107,26 @@ def test_the_report_names_the_least_share() -> None:
         "| generate | 90% / 100% | 90% / 100% | 50% / 100% | 90% / 100% | 50% (shape) | 50 |"
         in (report({"generate": line}))
     )
+
+
+def test_the_table_of_a_minute_has_a_row_for_what_no_word_tells() -> None:
+    score = {
+        "videos": 2,
+        "frames": 481,
+        "motion of 4 s clips": 1.0,
+        "motion by stretch": [1.0, 0.5],
+        "change at window borders over elsewhere": 1.0,
+        "change at window borders over other latents' borders": 1.0,
+        "background drift, levels of 255": 0.0,
+        "sprite drift, levels of 255": 1.0,
+    }
+    for name in minute.KEPT:
+        score[f"{name} as in the first stretch"] = [1.0, 0.75]
+        score[f"{name} as in the first stretch, untold"] = [1.0, 0.25]
+    table = minute_table(score)
+    assert "|  | 0-10 s | 10-20 s |" in table
+    assert "| colour as at first | 100% | 75% |" in table
+    assert "| colour as at first, where no word tells it | 100% | 25% |" in table
 
 
 def _mover() -> world.Sprite:

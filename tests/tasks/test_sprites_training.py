@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import clips
 import condense
 import mean_of_states
 import model as sprites_model
+import reader
 import train_text
 import train_transformer
 import train_vae
@@ -113,6 +115,55 @@ def test_windows_from_the_middle_are_mere_noise_only_where_they_go_on_from_somet
     assert len([n for n in heads if n <= 3]) / len(given) > 0.6
 
 
+def test_anchors_show_the_scene_and_what_has_strayed_another(tmp_path: Path) -> None:
+    stage = dataclasses.replace(
+        clips.STAGES["long"], short_sides=(64,), lengths=(9,), two_sprites=0, later=1, anchored=1
+    )
+    vae = train_vae.load_vae(BUNDLED / "vae").eval()
+    pool = clips.Pool(vae, stage, random.Random(3), tmp_path / "none", 12)
+    made = [pool.make() for _ in range(12)]
+    for clip in made:
+        (sprite,) = clip.scene.sprites
+        assert clip.anchors.shape == (24, clips.ANCHORS, *clip.latents.shape[2:])
+        # They are from the midst of a clip: the decoder takes the first for a beginning.
+        shown = reader.read(clips.to_frames(vae, clip.anchors.float())[1:]).sprites[0]
+        assert (shown.colour, shown.shape) == (sprite.colour, sprite.shape)
+    strayed = [clip for clip in made if clip.strayed is not None]
+    assert 1 <= len(strayed) < 12
+    for clip in strayed:
+        assert clip.strayed.shape == clip.latents.shape
+        assert not torch.allclose(clip.strayed, clip.latents, atol=0.05)
+
+
+def test_what_strays_is_one_thing_at_a_time() -> None:
+    rng = random.Random(5)
+    kinds = set()
+    for _ in range(200):
+        scene = world.sample_scene(rng, 64, 64)
+        other, share = clips.stray(rng, scene)
+        assert 0.1 <= share <= 1
+        assert other.background == scene.background
+        if len(other.sprites) < len(scene.sprites):
+            kinds.add("fades")
+            assert share <= 0.5
+            continue
+        before, after = map(dataclasses.asdict, (scene.sprites[0], other.sprites[0]))
+        (changed,) = (name for name in before if before[name] != after[name])
+        assert after["colour"] != scene.background
+        kinds.add(changed)
+    assert kinds == {"fades", "shape", "size", "colour", "swing"}
+
+
+def test_a_sprite_that_swings_less_stays_on_its_way() -> None:
+    frames = torch.arange(16.0)
+    for motion in ("bounces", "orbits", "grows"):
+        whole = world.Sprite("red", "circle", "small", motion, 32.0, 32.0, 0.0)
+        half = dataclasses.replace(whole, swing=0.5)
+        for full, less in zip(whole.path(frames), half.path(frames), strict=True):
+            spread, smaller = float(full.max() - full.min()), float(less.max() - less.min())
+            assert smaller == pytest.approx(spread / 2, abs=1e-4)
+
+
 def test_a_caption_tells_of_a_scene_as_often_as_asked() -> None:
     rng = random.Random(2)
     scenes = [world.sample_scene(rng, 64, 64, sprites=1) for _ in range(400)]
@@ -175,6 +226,41 @@ def test_given_frames_carry_no_loss_and_all_parts_learn() -> None:
     silent = [n for n, p in learning if p.grad is None or not p.grad.abs().sum()]
     # Attention does not see a bias of all keys of a query (nor, then, the text keys' bias).
     assert [n for n in silent if "to_k.bias" not in n] == []
+
+
+def test_anchors_are_seen_as_such_and_carry_no_loss() -> None:
+    """What a window goes on from is what has strayed; what it is to make is the scene."""
+    seen = []
+
+    class Kept(Packer):
+        def pack(self, segments):
+            seen.extend(segments)
+            return super().pack(segments)
+
+    torch.manual_seed(0)
+    net = sprites_model.Sprites()  # whose predictions are 0 at first
+    packer = Kept((1, 2, 2), torch.device("cpu"), max_layouts=1)
+    scene = world.sample_scene(random.Random(2), 64, 64)
+    stage = clips.STAGES["long"]
+    for seed in range(12):
+        # In an anchor's or a given frame's place of the targets these would be felt.
+        clip = clips.Clip(
+            scene,
+            latents=torch.ones(24, 5, 4, 4),
+            later=2,
+            anchors=torch.full((24, 2, 4, 4), 300.0),
+            strayed=torch.full((24, 5, 4, 4), 200.0),
+        )
+        with torch.no_grad():
+            loss = train_transformer.loss_of(net, packer, [clip], random.Random(seed), stage)
+        assert float(loss) == pytest.approx(1, abs=1e-5)
+        segment = seen.pop()
+        levels = segment.timesteps
+        assert segment.anchors == 2
+        assert levels[:2].tolist() == [0, 0]
+        assert float((segment.latents[:, :2] - 300).abs().max()) < 60
+        given = segment.latents[:, 2:][:, levels[2:] == 0]
+        assert (given - 200).abs().lt(80).all()
 
 
 def test_cross_attention_starts_on_words_not_on_padding() -> None:
