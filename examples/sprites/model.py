@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import world
-from clips import SHIFT
+from clips import ANCHORS, SHIFT
 from safetensors.torch import load_file, save_file
 from text import TEXT_DIM, encode, new_text_encoder, new_tokenizer
 from torch import Tensor, nn
@@ -36,9 +36,10 @@ SETTINGS = {
     "fps": 8,
     "num_inference_steps": 40,
     "solver": "renoise",  # corrects on its way what the last step got wrong
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.5,
     "max_window": 5,
     "window_schedule": "chained",
+    "window_anchors": ANCHORS,
     "text_tokens": 512,
 }
 

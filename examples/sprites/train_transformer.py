@@ -47,7 +47,7 @@ def loss_of(
         # What given frames and anchors show, a caption need not tell; and some tell little.
         tells = 0.7 if clip.anchors is None else 0.4
         if bool((s > 0).all()):
-            tells = rng.choice((0.95, 0.95, 0.95, 0.5))
+            tells = rng.choice((0.95, 0.95, 0.95, 0.5, 0.5))
         shown.append(("" if rng.random() < 0.1 else clip.scene.caption(rng, tells=tells), clip, s))
     # Neighbours of one size, and of captions of one length, are one dense attention call.
     shown.sort(key=lambda one: (one[1].latents.shape[1:], len(one[0].split())))

@@ -109,10 +109,10 @@ def test_slow_links_and_small_memory_change_the_choice():
 def test_a_checkpoint_is_described_from_its_configuration():
     model, video = describe("sprites", None, 64, 64, 33, 1.0)
     assert (model.layers, model.heads, model.head_dim) == (6, 4, 48)
-    # Nine latent frames, in chained windows of five: a step is of one.
-    assert (video.frames, video.height, video.width) == (5, 8, 8)
+    # Nine latent frames, in chained windows of five beside two anchors: a step is of one.
+    assert (video.frames, video.height, video.width) == (7, 8, 8)
     assert (video.window, video.guided) == (None, False)
-    assert [length for _, length in video.spans()] == [5]
+    assert [length for _, length in video.spans()] == [7]
 
 
 def test_auto_is_the_planners_choice(monkeypatch):
