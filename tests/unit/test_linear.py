@@ -26,14 +26,15 @@ def test_it_equals_float64(rows, bias):
     x = torch.randn(rows, 200)
     expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     blocked = BlockedLinear(linear)
-    # 200 products of numbers to 4, summed in an order that the processor's kernels choose.
-    bound = 5e-6
     with torch.inference_mode():
-        assert (blocked(x) - expected).abs().max() < bound
+        assert (blocked(x) - expected).abs().max() < 2e-6
         for approximate in ("tanh", "none"):
             wanted = F.gelu(expected, approximate=approximate)
-            assert (linear_gelu(blocked, x, approximate) - wanted).abs().max() < bound
-            assert (linear_gelu(linear, x, approximate) - wanted).abs().max() < bound
+            # oneDNN's tanh is a polynomial.
+            assert (linear_gelu(blocked, x, approximate) - wanted).abs().max() < 5e-6
+            # A plain layer is PyTorch's own, to the bit; its sums' order is the processor's choice.
+            plain = F.gelu(linear(x), approximate=approximate)
+            assert torch.equal(linear_gelu(linear, x, approximate), plain)
 
 
 def test_company_changes_nothing():
