@@ -45,8 +45,13 @@ class Stages:
         return denoise_step(jobs, self.model, self._packer, max_tokens)
 
     def decoding(self, canvas: Canvas) -> Iterator[torch.Tensor | None]:
-        """See `denoise.decoding`."""
-        return decoding(canvas.latents, self.model, wraps=canvas.wraps)
+        """See `denoise.decoding`. Of what `Video.latents` keeps: `sora decode` makes the same bits.
+
+        The canvas stays as it is: saved now, the job is resumed from what was denoised.
+        """
+        kept = self.model.vae.denormalise(canvas.latents[None]).float().cpu()
+        latents = self.model.vae.normalise(kept)[0].to(canvas.latents)
+        return decoding(latents, self.model, wraps=canvas.wraps)
 
     def pack_limit(self, most: int) -> int:
         """Tokens a batch beyond which a larger one is no faster."""

@@ -294,10 +294,6 @@ class Worker:
         self.stages.clear()  # layouts hold the texts' keys
         # Kept on the job from here on: a decode that fails does not lose them.
         latents = self.model.vae.denormalise(canvas.latents[None])[0].float().cpu()
-        if isinstance(canvas, Canvas):
-            # What is kept is what is decoded: `sora decode` makes the same bits of it.
-            canvas.latents = self.model.vae.normalise(latents[None])[0].to(canvas.latents)
-            canvas.noise = canvas.latents
         if self.hooks.check_frames is None:
             job.latents = latents
             if job.options.on_latents is not None:

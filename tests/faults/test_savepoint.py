@@ -88,6 +88,31 @@ def test_every_kind_of_job_is_saved_by_its_caller_and_resumed(tmp_path):
             job.save(path)
 
 
+def test_a_job_that_is_being_decoded_is_saved_too(tmp_path):
+    """Latents to the last bit: those of a video went through the VAE's scale and back."""
+    with engine() as made:
+        for seed in range(6):
+            request = sora.VideoRequest("a red circle", **REQUEST | {"seed": seed})
+            decoding, ordered = threading.Event(), threading.Event()
+
+            def wait(_, decoding=decoding, ordered=ordered):
+                decoding.set()
+                ordered.wait(300)
+
+            job = made.submit(request, on_frames=wait)
+            assert decoding.wait(300)
+            with ThreadPoolExecutor(1) as pool:
+                saved = pool.submit(job.save, tmp_path / "job.safetensors", timeout_s=300)
+                while not job.save_orders:
+                    time.sleep(0.001)
+                ordered.set()
+                path = saved.result(300)
+            whole, again = job.result(300), made.resume(path).result(300)
+            assert again.receipt.resumed_at == REQUEST["num_inference_steps"]
+            assert torch.equal(again.latents, whole.latents)
+            assert np.array_equal(again.frames, whole.frames)
+
+
 def test_what_is_no_saved_job_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "job.safetensors"
     with engine() as made:
