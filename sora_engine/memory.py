@@ -306,10 +306,9 @@ class MemoryPlanner:
         _, _, height, width = canvas.latents.shape
         coder = self._coding("decode", (height, width), request)
         frames = request.num_frames * request.height * request.width * 3
-        # The canvas's own, the caller's copy, and one in the autoencoder's dtype.
-        copies = 2 if self.model.vae_dtype == torch.float32 else 3
         preview = 0 if self.model.preview is None else canvas.latents[0].numel() * 3
-        rest = canvas.latents.nbytes * copies + texts + frames + preview
+        # The canvas's own latents, the caller's copy, and the one that is decoded.
+        rest = 3 * canvas.latents.nbytes + texts + frames + preview
         return rest + coder.peak, rest + coder.cache
 
     def _coding(
