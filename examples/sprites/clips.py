@@ -36,6 +36,8 @@ class Stage:
     """The same of a window from the middle."""
     anchored: float = 0.0
     """The chance that a window from the middle sees anchors: latents from elsewhere in its clip."""
+    doubted: float = 0.0
+    """The chance that a clip is not noised itself, but with something of another in it."""
 
 
 ALL_SIDES = (64, 64, 64, 64, 64, 64, 64, 80, 96, 96, 112, 128, 160)
@@ -54,8 +56,10 @@ STAGES = {
         known=0.4,
         known_later=0.75,
         anchored=0.8,
+        doubted=0.4,
     ),
 }
+SWINGS = ("bounces", "orbits", "grows")
 ANCHORS = 2
 """Latents of a clip that its later windows see beside their own."""
 STRAYED = 0.3
@@ -67,7 +71,8 @@ class Clip:
     """Latents `[24, t, h, w]` of a scene; `later` is how many latents of it came before them.
 
     anchors: `[24, ANCHORS, h, w]`, latents of another time of the clip. strayed: like `latents`,
-    what a long video's windows have come to when something of it was lost on the way.
+    what a long video's windows have come to when something of it was lost on the way. doubt: what
+    else a sampler may take the clip for while there is noise.
     """
 
     scene: world.Scene
@@ -75,6 +80,30 @@ class Clip:
     later: int
     anchors: Tensor | None = None
     strayed: Tensor | None = None
+    doubt: Doubt | None = None
+
+
+@dataclass
+class Doubt:
+    """Another clip that a sampler still has in mind: latents like the clip's, and its most share;
+    1 puts it in the clip's place.
+
+    A model's estimate from much noise is the mean of what may come: faint sprites, between shapes,
+    places and phases, and not the same ones in all frames. A sampler that goes by such estimates
+    must come to one of them: shown them, the model learns to take the nearest, or the most.
+    """
+
+    latents: Tensor
+    share: float
+
+    def mixed(self, rng: random.Random, latents: Tensor) -> Tensor:
+        """Some of it in all of `latents`, or much of it in less than half of the latent frames."""
+        t = latents.shape[1]
+        shares = torch.full((t,), self.share * rng.random() if self.share < 1 else 1.0)
+        if t > 2 and rng.random() < 0.5:
+            for i in rng.sample(range(t), rng.randint(1, (t - 1) // 2)):
+                shares[i] = 0.3 + 0.7 * rng.random()
+        return latents.lerp(self.latents.to(latents), shares[:, None, None].to(latents))
 
 
 class Pool:
@@ -118,16 +147,20 @@ class Pool:
         num_frames = rng.choice(stage.lengths)
         later = rng.randrange(1, 4) if num_frames > 1 and rng.random() < stage.later else 0
         latents = self.encode(scene, num_frames, later)
+        doubt = None
+        if rng.random() < stage.doubted:
+            other, share = doubtful(rng, scene)
+            doubt = Doubt(self.encode(other, num_frames, later), share)
         if not later or rng.random() >= stage.anchored:
-            return Clip(scene, latents, later)
+            return Clip(scene, latents, later, doubt=doubt)
         # From any time: where the sprite was then says nothing of where it is now.
         shown = scene.render(1 + 4 * ANCHORS, start=4 * rng.randrange(16))
         anchors = to_latents(self.vae, shown)[:, 1:].half()
         if rng.random() >= STRAYED:
-            return Clip(scene, latents, later, anchors)
+            return Clip(scene, latents, later, anchors, doubt=doubt)
         other, share = stray(rng, scene)
         strayed = latents.lerp(self.encode(other, num_frames, later), share)
-        return Clip(scene, latents, later, anchors, strayed)
+        return Clip(scene, latents, later, anchors, strayed, doubt)
 
     def encode(self, scene: world.Scene, num_frames: int, later: int) -> Tensor:
         video = scene.render(num_frames + 4 * later)
@@ -139,24 +172,54 @@ def stray(rng: random.Random, scene: world.Scene) -> tuple[world.Scene, float]:
 
     Shapes lose their corners, sizes and colours change, what swings comes to rest, sprites fade.
     """
-    first, *others = scene.sprites
     kinds = ["shape", "shape", "size", "colour", "fades"]
-    if first.motion in ("bounces", "orbits", "grows"):
+    if scene.sprites[0].motion in SWINGS:
         kinds += ["swing", "swing"]
     kind = rng.choice(kinds)
     if kind == "fades":
-        return replace(scene, sprites=tuple(others)), 0.1 + 0.4 * rng.random()
-    if kind == "swing":
-        changed = replace(first, swing=0.2 + 0.7 * rng.random())
-        return replace(scene, sprites=(changed, *others)), 1.0
-    shapes = [s for s in world.SHAPES if s != first.shape]
-    colours = [c for c in world.COLOURS if c not in (first.colour, scene.background)]
-    changed = {
-        "shape": replace(first, shape=rng.choice(shapes)),
-        "size": replace(first, size="large" if first.size == "small" else "small"),
-        "colour": replace(first, colour=rng.choice(colours)),
-    }[kind]
-    return replace(scene, sprites=(changed, *others)), 0.3 + 0.7 * rng.random()
+        return other_than(rng, scene, kind), 0.1 + 0.4 * rng.random()
+    return other_than(rng, scene, kind), 1.0 if kind == "swing" else 0.3 + 0.7 * rng.random()
+
+
+def doubtful(rng: random.Random, scene: world.Scene) -> tuple[world.Scene, float]:
+    """Another scene to have in mind, and the most that it may be of all frames.
+
+    A scene of the world is the smaller part, or it would be the one to take. One that is faint or
+    hardly moves is none, and may be most.
+    """
+    kinds = ["shape", "shape", "shape", "fades", "fades", "place", "place", "size", "colour"]
+    if scene.sprites[0].motion in SWINGS:
+        kinds += ["swing", "swing"]
+    if scene.sprites[0].motion == "orbits":
+        kinds += ["phase", "phase"]
+    kind = rng.choice(kinds)
+    return other_than(rng, scene, kind), {"swing": 1.0, "fades": 0.7}.get(kind, 0.4)
+
+
+def other_than(rng: random.Random, scene: world.Scene, kind: str) -> world.Scene:
+    """`scene` with one thing of its first sprite changed; "fades" leaves that sprite out."""
+    first, *others = scene.sprites
+    if kind == "fades":
+        return replace(scene, sprites=tuple(others))
+    if kind == "shape":
+        first = replace(first, shape=rng.choice([s for s in world.SHAPES if s != first.shape]))
+    elif kind == "size":
+        first = replace(first, size="large" if first.size == "small" else "small")
+    elif kind == "colour":
+        taken = (first.colour, scene.background)
+        first = replace(first, colour=rng.choice([c for c in world.COLOURS if c not in taken]))
+    elif kind == "swing":
+        first = replace(first, swing=0.2 + 0.7 * rng.random())
+    elif kind == "phase":
+        first = replace(first, phase=first.phase + rng.choice((4.0, 8.0, 12.0)))
+    else:
+        away = rng.choice((-2, -1, 1, 2)) * world.GRID
+        first = (
+            replace(first, x=first.x + away)
+            if rng.random() < 0.5
+            else replace(first, y=first.y + away)
+        )
+    return replace(scene, sprites=(first, *others))
 
 
 @torch.no_grad()

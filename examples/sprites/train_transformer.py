@@ -10,7 +10,8 @@ Flow matching: x_s = (1 - s) x0 + s noise, and the network says what x0 is. Ever
 of many sizes and lengths; three in ten have known frames at noise level 0, as in animating,
 extending, connecting and filling; some have a level of their own for each frame; some are windows
 from the middle of a longer clip, which in stage "long" go on from known frames and see anchors,
-frames of another time of the clip; a tenth have no caption, for guidance.
+frames of another time of the clip; some there are noised with a part of another clip in them, as a
+sampler's estimates are; a tenth have no caption, for guidance.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ from sora_engine.vae import WanVAE
 
 FLAW, ANCHOR_FLAW = 0.2, 0.05
 """The most noise, as a level, that is left on given frames, and on anchors."""
+TOLD: tuple[tuple[float, float | None], ...] = (
+    *5 * ((0.95, None),),
+    *2 * ((0.5, None),),
+    *3 * ((0.95, 0.15),),
+)
+"""Where nothing is given: how much captions tell, and how much of how sprites look."""
 BUNDLED = Path(__file__).parents[2] / "sora_engine" / "checkpoints" / "sprites"
 
 
@@ -45,10 +52,11 @@ def loss_of(
     for clip in clips:
         s = noise_levels(rng, clip, stage)
         # What given frames and anchors show, a caption need not tell; and some tell little.
-        tells = 0.7 if clip.anchors is None else 0.4
+        tells, looks = 0.7 if clip.anchors is None else 0.4, None
         if bool((s > 0).all()):
-            tells = rng.choice((0.95, 0.95, 0.95, 0.5, 0.5))
-        shown.append(("" if rng.random() < 0.1 else clip.scene.caption(rng, tells=tells), clip, s))
+            tells, looks = rng.choice(TOLD)
+        caption = clip.scene.caption(rng, tells=tells, looks=looks)
+        shown.append(("" if rng.random() < 0.1 else caption, clip, s))
     # Neighbours of one size, and of captions of one length, are one dense attention call.
     shown.sort(key=lambda one: (one[1].latents.shape[1:], len(one[0].split())))
     captions, levels = [caption for caption, _, _ in shown], [s for _, _, s in shown]
@@ -57,8 +65,9 @@ def loss_of(
         x = clip.latents.to(device).float()
         share = s.to(device)[None, :, None, None]
         given = x if clip.strayed is None else clip.strayed.to(device).float()
+        made = x if clip.doubt is None else clip.doubt.mixed(rng, x)
         # What a window goes on from was made by the model too, and is never quite clean.
-        sample = torch.where(share > 0, noised(x, share), noised(given, flaw(rng, FLAW)))
+        sample = torch.where(share > 0, noised(made, share), noised(given, flaw(rng, FLAW)))
         anchors.append(0)
         if clip.anchors is not None:
             seen = clip.anchors.to(device).float()

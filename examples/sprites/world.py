@@ -151,12 +151,19 @@ class Scene:
         return video
 
     def caption(
-        self, rng: random.Random | None = None, *, size: bool = False, tells: float = 0.92
+        self,
+        rng: random.Random | None = None,
+        *,
+        size: bool = False,
+        tells: float = 0.92,
+        looks: float | None = None,
     ) -> str:
         """The scene in words. With `rng`, each attribute is told with a chance of `tells`.
 
-        Without it, all but the sizes are said; `size` adds those.
+        Without it, all but the sizes are said; `size` adds those. looks: the chance of colours,
+        shapes and sizes, where it is another one.
         """
+        of_looks = tells if looks is None else looks
 
         def said(chance: float) -> bool:
             return rng is None or rng.random() < chance
@@ -164,11 +171,12 @@ class Scene:
         phrases = []
         for sprite in self.sprites:
             words = []
-            if sprite.motion != "grows" and (size if rng is None else rng.random() < 0.5):
+            sized = size if rng is None else rng.random() < min(0.5, of_looks)
+            if sprite.motion != "grows" and sized:
                 words.append(sprite.size)
-            if said(tells):
+            if said(of_looks):
                 words.append(sprite.colour)
-            words.append(sprite.shape if said(tells) else "shape")
+            words.append(sprite.shape if said(of_looks) else "shape")
             article = "an" if words[0][0] in "aeiou" else "a"
             motion = [MOTIONS[sprite.motion]] if said(tells) else []
             phrases.append(" ".join([article, *words, *motion]))

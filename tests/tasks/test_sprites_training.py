@@ -154,6 +154,58 @@ def test_what_strays_is_one_thing_at_a_time() -> None:
     assert kinds == {"fades", "shape", "size", "colour", "swing"}
 
 
+def test_a_doubt_is_of_one_thing_and_its_smaller_part() -> None:
+    rng = random.Random(6)
+    most: dict[str, float] = {}
+    for _ in range(600):
+        scene = world.sample_scene(rng, 64, 64)
+        other, share = clips.doubtful(rng, scene)
+        assert (other.background, other.height) == (scene.background, scene.height)
+        if len(other.sprites) < len(scene.sprites):
+            most["fades"] = share
+            continue
+        before, after = map(dataclasses.asdict, (scene.sprites[0], other.sprites[0]))
+        (changed,) = (name for name in before if before[name] != after[name])
+        most[changed] = share
+        if changed in ("x", "y"):
+            assert abs(after[changed] - before[changed]) in (world.GRID, 2 * world.GRID)
+    assert most.keys() == {"fades", "shape", "size", "colour", "swing", "x", "y", "phase"}
+    assert {name for name, share in most.items() if share >= 0.5} == {"fades", "swing"}
+
+
+def test_a_clip_in_doubt_is_mostly_itself() -> None:
+    rng = random.Random(7)
+    doubt = clips.Doubt(torch.ones(24, 5, 4, 4), 0.4)
+    kinds = set()
+    for _ in range(100):
+        mixed = doubt.mixed(rng, torch.zeros(24, 5, 4, 4))
+        shares = mixed[0, :, 0, 0]
+        assert (mixed == shares[:, None, None]).all()
+        assert shares.sum() < 0.5 * 5 + 0.4
+        assert len(shares.unique()) == 1 or (shares > 0.4).sum() <= 2
+        assert 0 <= shares.min() <= 0.4
+        kinds.add(len(shares.unique()) > 1)
+    assert kinds == {True, False}
+    for t in (1, 2):
+        short = clips.Doubt(torch.ones(24, t, 4, 4), 0.4).mixed(rng, torch.zeros(24, t, 4, 4))
+        assert 0 < short.max() <= 0.4
+    still = clips.Doubt(torch.ones(24, 5, 4, 4), 0.4).mixed(rng, torch.ones(24, 5, 4, 4))
+    torch.testing.assert_close(still, torch.ones(24, 5, 4, 4))
+    whole = clips.Doubt(torch.ones(24, 1, 4, 4), 1.0).mixed(rng, torch.zeros(24, 1, 4, 4))
+    assert (whole == 1).all()
+
+
+def test_some_clips_of_the_last_stage_are_in_doubt(tmp_path: Path) -> None:
+    stage = dataclasses.replace(clips.STAGES["long"], short_sides=(64,), longest_side=64)
+    vae = train_vae.load_vae(BUNDLED / "vae").eval()
+    made = [clips.Pool(vae, stage, random.Random(i), tmp_path / "no", 1).make() for i in range(12)]
+    doubts = [clip for clip in made if clip.doubt is not None]
+    assert 1 <= len(doubts) < 12
+    for clip in doubts:
+        assert clip.doubt.latents.shape == clip.latents.shape
+        assert not torch.allclose(clip.doubt.latents, clip.latents, atol=0.05)
+
+
 def test_a_sprite_that_swings_less_stays_on_its_way() -> None:
     frames = torch.arange(16.0)
     for motion in ("bounces", "orbits", "grows"):
@@ -170,6 +222,13 @@ def test_a_caption_tells_of_a_scene_as_often_as_asked() -> None:
     for chance in (0.5, 0.9):
         told = [scene.sprites[0].shape in scene.caption(rng, tells=chance) for scene in scenes]
         assert abs(sum(told) / 400 - chance) < 0.08
+    sparse = [(scene, scene.caption(rng, tells=0.9, looks=0.2)) for scene in scenes]
+    looks = [scene.sprites[0].colour in text.split(" on ")[0] for scene, text in sparse]
+    sizes = [scene.sprites[0].size in text for scene, text in sparse]
+    motions = [world.MOTIONS[scene.sprites[0].motion] in text for scene, text in sparse]
+    assert abs(sum(looks) / 400 - 0.2) < 0.08
+    assert sum(sizes) / 400 < 0.28
+    assert abs(sum(motions) / 400 - 0.9) < 0.08
 
 
 def test_targets_are_laid_out_as_the_engine_unpacks_predictions() -> None:
@@ -261,6 +320,34 @@ def test_anchors_are_seen_as_such_and_carry_no_loss() -> None:
         assert float((segment.latents[:, :2] - 300).abs().max()) < 60
         given = segment.latents[:, 2:][:, levels[2:] == 0]
         assert (given - 200).abs().lt(80).all()
+
+
+def test_what_is_noised_of_a_clip_in_doubt_is_the_doubt() -> None:
+    seen = []
+
+    class Kept(Packer):
+        def pack(self, segments):
+            seen.extend(segments)
+            return super().pack(segments)
+
+    torch.manual_seed(0)
+    net = sprites_model.Sprites()  # whose predictions are 0 at first
+    packer = Kept((1, 2, 2), torch.device("cpu"), max_layouts=1)
+    scene = world.sample_scene(random.Random(2), 64, 64)
+    doubt = clips.Doubt(torch.full((24, 5, 4, 4), 1e4), 1.0)
+    given = 0
+    for seed in range(12):
+        clip = clips.Clip(scene, torch.ones(24, 5, 4, 4), 0, doubt=doubt)
+        with torch.no_grad():
+            stage = clips.STAGES["long"]
+            loss = train_transformer.loss_of(net, packer, [clip], random.Random(seed), stage)
+        assert float(loss) == pytest.approx(1, abs=1e-5)  # what it is to make is the clip
+        segment = seen.pop()
+        noised = segment.timesteps > 0
+        given += int((~noised).sum())
+        assert segment.latents[:, noised].float().mean() > 20
+        assert (segment.latents[:, ~noised].float().abs() < 4).all()
+    assert given
 
 
 def test_cross_attention_starts_on_words_not_on_padding() -> None:
