@@ -37,7 +37,7 @@ from sora_engine.windows import (
     WindowPlan,
     blend,
     chain_of,
-    default_overlap,
+    default_plan,
     plan_windows,
 )
 
@@ -184,8 +184,7 @@ def windows_of(
         # What a start video shows is there in every window; and a shot that knew the one before it
         # would go on with that one's scene.
         schedule = "static"
-    anchors = defaults.window_anchors if schedule == "chained" else 0
-    return WindowPlan(trained, default_overlap(trained), schedule=schedule, anchors=anchors)
+    return default_plan(defaults, schedule)
 
 
 def _has_start_video(request: ResolvedRequest) -> bool:

@@ -145,6 +145,8 @@ class GenerationDefaults:
     """Latent frames that the model was trained on; longer videos are denoised in windows."""
     window_schedule: str = "static"
     """How those follow each other: see `WindowPlan`."""
+    window_overlap: int | None = None
+    """The latent frames that neighbours share then; None: as many as `default_overlap` says."""
     window_anchors: int = 0
     """Where they are chained, the latent frames of the first one that all others see."""
     solver: str | None = None

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sora_engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from sora_engine.request import GenerationDefaults
 
 WEIGHTS = ("flat", "pyramid", "overlap")
 SCHEDULES = ("static", "moving", "chained")
@@ -100,6 +104,22 @@ class WindowPlan:
 def default_overlap(length: int) -> int:
     """Latent frames that windows of this length share: a quarter, but a lead and one behind it."""
     return min(length - 1, max(2, length // 4))
+
+
+def default_plan(defaults: GenerationDefaults, schedule: str) -> WindowPlan | None:
+    """The windows of a checkpoint's long videos; None where it asks for none.
+
+    Under another schedule than its own, what it asks for beside the length does not count.
+    Raises RequestError for windows that cannot be.
+    """
+    length, overlap, anchors = defaults.max_window, None, 0
+    if length is None:
+        return None
+    if schedule == defaults.window_schedule:
+        overlap, anchors = defaults.window_overlap, defaults.window_anchors
+    if overlap is None:
+        overlap = default_overlap(length)
+    return WindowPlan(length, overlap, schedule=schedule, anchors=anchors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ SETTINGS = {
     "guidance_scale": 2.5,
     "max_window": 5,
     "window_schedule": "chained",
+    "window_overlap": 3,  # what bounces is told from its way over 12 frames better than over 8
     "window_anchors": ANCHORS,
     "text_tokens": 512,
 }

@@ -12,7 +12,7 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.models.wan.checkpoint import WanCheckpoint
 from sora_engine.request import GenerationDefaults, LatentGrid
 from sora_engine.samplers import SOLVERS
-from sora_engine.windows import SCHEDULES, WindowPlan, default_overlap
+from sora_engine.windows import SCHEDULES, default_plan
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -68,13 +68,7 @@ def generation_defaults(
     own = {key: value for key, value in settings.items() if key != "text_tokens"}
     try:
         defaults = GenerationDefaults(**{**published, **own})
-        if (length := defaults.max_window) is not None:  # what long videos will be made in
-            WindowPlan(
-                length,
-                default_overlap(length),
-                schedule=defaults.window_schedule,
-                anchors=defaults.window_anchors,
-            )
+        default_plan(defaults, defaults.window_schedule)  # what long videos will be made in
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error), path=folder / GENERATION_CONFIG) from error
     if defaults.window_schedule == "chained" and not checkpoint.expand_timesteps:

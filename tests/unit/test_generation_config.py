@@ -43,7 +43,8 @@ def test_what_is_not_known_is_named(
     ("settings", "index", "message"),
     [
         ({"max_window": 0}, {}, "window length must be at least 1 latent frame, got 0"),
-        ({"max_window": 2}, {}, "chained windows share at least 2 latent frames.*got overlap 1"),
+        ({"window_overlap": 1}, {}, "share at least 2 latent frames.*got overlap 1"),
+        ({"window_overlap": 5}, {}, "overlap must be from 0 to 4 latent frames.*got 5"),
         ({"window_anchors": 5}, {}, "window anchors must be from 0 to 4 latent frames.*got 5"),
         ({"window_anchors": 1, "window_schedule": "static"}, {}, "got 1 with schedule 'static'"),
         ({}, {"expand_timesteps": False}, "'chained' takes a model .*expand_timesteps"),

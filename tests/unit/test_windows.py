@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_engine.errors import RequestError
+from sora_engine.request import GenerationDefaults
 from sora_engine.windows import (
     WEIGHTS,
     Window,
@@ -18,6 +19,7 @@ from sora_engine.windows import (
     blend,
     chain_of,
     default_overlap,
+    default_plan,
     plan_windows,
     window_weights,
 )
@@ -132,6 +134,19 @@ def test_a_loop_of_one_window_goes_once_round_behind_its_lead():
 @pytest.mark.parametrize(("length", "overlap"), [(1, 0), (2, 1), (5, 2), (9, 2), (21, 5)])
 def test_overlap_by_default(length, overlap):
     assert default_overlap(length) == overlap
+
+
+def test_what_a_checkpoint_asks_for_counts_under_its_own_schedule():
+    def asking(**more):
+        sizes = {"height": 64, "width": 64, "num_frames": 17, "fps": 8}
+        return GenerationDefaults(**sizes, num_inference_steps=4, guidance_scale=1, **more)
+
+    chained = asking(max_window=5, window_schedule="chained", window_overlap=3, window_anchors=2)
+    assert default_plan(chained, "chained") == WindowPlan(5, 3, schedule="chained", anchors=2)
+    assert default_plan(chained, "static") == WindowPlan(5, 2)
+    assert default_plan(asking(max_window=9), "static") == WindowPlan(9, 2)
+    assert default_plan(asking(max_window=9, window_overlap=4), "static") == WindowPlan(9, 4)
+    assert default_plan(asking(), "static") is None
 
 
 @pytest.mark.parametrize(
