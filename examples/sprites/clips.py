@@ -36,7 +36,7 @@ class Stage:
     """The same of a window from the middle."""
     anchored: float = 0.0
     """The chance that a window from the middle sees anchors: latents from elsewhere in its clip."""
-    doubted: float = 0.0
+    perturbed: float = 0.0
     """The chance that a clip is not noised itself, but with something of another in it."""
 
 
@@ -56,7 +56,7 @@ STAGES = {
         known=0.4,
         known_later=0.75,
         anchored=0.8,
-        doubted=0.4,
+        perturbed=0.4,
     ),
 }
 SWINGS = ("bounces", "orbits", "grows")
@@ -71,8 +71,8 @@ class Clip:
     """Latents `[24, t, h, w]` of a scene; `later` is how many latents of it came before them.
 
     anchors: `[24, ANCHORS, h, w]`, latents of another time of the clip. strayed: like `latents`,
-    what a long video's windows have come to when something of it was lost on the way. doubt: what
-    else a sampler may take the clip for while there is noise.
+    what a long video's windows have come to when something of it was lost on the way.
+    perturbation: what else a sampler may take the clip for while there is noise.
     """
 
     scene: world.Scene
@@ -80,17 +80,18 @@ class Clip:
     later: int
     anchors: Tensor | None = None
     strayed: Tensor | None = None
-    doubt: Doubt | None = None
+    perturbation: Perturbation | None = None
 
 
 @dataclass
-class Doubt:
-    """Another clip that a sampler still has in mind: latents like the clip's, and its most share;
-    1 puts it in the clip's place.
+class Perturbation:
+    """Latents `[24, t, h, w]` of another clip, and the most that they may be of all frames noised.
 
     A model's estimate from much noise is the mean of what may come: faint sprites, between shapes,
-    places and phases, and not the same ones in all frames. A sampler that goes by such estimates
-    must come to one of them: shown them, the model learns to take the nearest, or the most.
+    places and phases, and not the same ones in all frames. It never sees those in training, and a
+    sampler shows it nothing else (exposure bias; Ning et al., arXiv 2301.11706, perturb by noise).
+    Shown them, with the clip to make, it learns to take what is nearest. A share of 1 puts them in
+    the clip's place.
     """
 
     latents: Tensor
@@ -147,20 +148,20 @@ class Pool:
         num_frames = rng.choice(stage.lengths)
         later = rng.randrange(1, 4) if num_frames > 1 and rng.random() < stage.later else 0
         latents = self.encode(scene, num_frames, later)
-        doubt = None
-        if rng.random() < stage.doubted:
-            other, share = doubtful(rng, scene)
-            doubt = Doubt(self.encode(other, num_frames, later), share)
+        perturbation = None
+        if rng.random() < stage.perturbed:
+            other, share = perturbing(rng, scene)
+            perturbation = Perturbation(self.encode(other, num_frames, later), share)
         if not later or rng.random() >= stage.anchored:
-            return Clip(scene, latents, later, doubt=doubt)
+            return Clip(scene, latents, later, perturbation=perturbation)
         # From any time: where the sprite was then says nothing of where it is now.
         shown = scene.render(1 + 4 * ANCHORS, start=4 * rng.randrange(16))
         anchors = to_latents(self.vae, shown)[:, 1:].half()
         if rng.random() >= STRAYED:
-            return Clip(scene, latents, later, anchors, doubt=doubt)
+            return Clip(scene, latents, later, anchors, perturbation=perturbation)
         other, share = stray(rng, scene)
         strayed = latents.lerp(self.encode(other, num_frames, later), share)
-        return Clip(scene, latents, later, anchors, strayed, doubt)
+        return Clip(scene, latents, later, anchors, strayed, perturbation)
 
     def encode(self, scene: world.Scene, num_frames: int, later: int) -> Tensor:
         video = scene.render(num_frames + 4 * later)
@@ -181,8 +182,8 @@ def stray(rng: random.Random, scene: world.Scene) -> tuple[world.Scene, float]:
     return other_than(rng, scene, kind), 1.0 if kind == "swing" else 0.3 + 0.7 * rng.random()
 
 
-def doubtful(rng: random.Random, scene: world.Scene) -> tuple[world.Scene, float]:
-    """Another scene to have in mind, and the most that it may be of all frames.
+def perturbing(rng: random.Random, scene: world.Scene) -> tuple[world.Scene, float]:
+    """Another scene that a sampler may have in mind, and the most that it may be of all frames.
 
     A scene of the world is the smaller part, or it would be the one to take. One that is faint or
     hardly moves is none, and may be most.

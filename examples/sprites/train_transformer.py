@@ -65,7 +65,7 @@ def loss_of(
         x = clip.latents.to(device).float()
         share = s.to(device)[None, :, None, None]
         given = x if clip.strayed is None else clip.strayed.to(device).float()
-        made = x if clip.doubt is None else clip.doubt.mixed(rng, x)
+        made = x if clip.perturbation is None else clip.perturbation.mixed(rng, x)
         # What a window goes on from was made by the model too, and is never quite clean.
         sample = torch.where(share > 0, noised(made, share), noised(given, flaw(rng, FLAW)))
         anchors.append(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ import training
 import world
 from text import encode, new_tokenizer
 
-from sora_engine.packing import Packer
+from sora_engine.packing import Packer, Segment
 
 BUNDLED = train_transformer.BUNDLED
 
@@ -154,12 +155,12 @@ def test_what_strays_is_one_thing_at_a_time() -> None:
     assert kinds == {"fades", "shape", "size", "colour", "swing"}
 
 
-def test_a_doubt_is_of_one_thing_and_its_smaller_part() -> None:
+def test_a_perturbation_is_of_one_thing_and_its_smaller_part() -> None:
     rng = random.Random(6)
     most: dict[str, float] = {}
     for _ in range(600):
         scene = world.sample_scene(rng, 64, 64)
-        other, share = clips.doubtful(rng, scene)
+        other, share = clips.perturbing(rng, scene)
         assert (other.background, other.height) == (scene.background, scene.height)
         if len(other.sprites) < len(scene.sprites):
             most["fades"] = share
@@ -173,12 +174,12 @@ def test_a_doubt_is_of_one_thing_and_its_smaller_part() -> None:
     assert {name for name, share in most.items() if share >= 0.5} == {"fades", "swing"}
 
 
-def test_a_clip_in_doubt_is_mostly_itself() -> None:
+def test_a_perturbed_clip_is_mostly_itself() -> None:
     rng = random.Random(7)
-    doubt = clips.Doubt(torch.ones(24, 5, 4, 4), 0.4)
+    perturbation = clips.Perturbation(torch.ones(24, 5, 4, 4), 0.4)
     kinds = set()
     for _ in range(100):
-        mixed = doubt.mixed(rng, torch.zeros(24, 5, 4, 4))
+        mixed = perturbation.mixed(rng, torch.zeros(24, 5, 4, 4))
         shares = mixed[0, :, 0, 0]
         assert (mixed == shares[:, None, None]).all()
         assert shares.sum() < 0.5 * 5 + 0.4
@@ -187,23 +188,25 @@ def test_a_clip_in_doubt_is_mostly_itself() -> None:
         kinds.add(len(shares.unique()) > 1)
     assert kinds == {True, False}
     for t in (1, 2):
-        short = clips.Doubt(torch.ones(24, t, 4, 4), 0.4).mixed(rng, torch.zeros(24, t, 4, 4))
+        short = clips.Perturbation(torch.ones(24, t, 4, 4), 0.4).mixed(
+            rng, torch.zeros(24, t, 4, 4)
+        )
         assert 0 < short.max() <= 0.4
-    still = clips.Doubt(torch.ones(24, 5, 4, 4), 0.4).mixed(rng, torch.ones(24, 5, 4, 4))
+    still = clips.Perturbation(torch.ones(24, 5, 4, 4), 0.4).mixed(rng, torch.ones(24, 5, 4, 4))
     torch.testing.assert_close(still, torch.ones(24, 5, 4, 4))
-    whole = clips.Doubt(torch.ones(24, 1, 4, 4), 1.0).mixed(rng, torch.zeros(24, 1, 4, 4))
+    whole = clips.Perturbation(torch.ones(24, 1, 4, 4), 1.0).mixed(rng, torch.zeros(24, 1, 4, 4))
     assert (whole == 1).all()
 
 
-def test_some_clips_of_the_last_stage_are_in_doubt(tmp_path: Path) -> None:
+def test_some_clips_of_the_last_stage_are_perturbed(tmp_path: Path) -> None:
     stage = dataclasses.replace(clips.STAGES["long"], short_sides=(64,), longest_side=64)
     vae = train_vae.load_vae(BUNDLED / "vae").eval()
     made = [clips.Pool(vae, stage, random.Random(i), tmp_path / "no", 1).make() for i in range(12)]
-    doubts = [clip for clip in made if clip.doubt is not None]
-    assert 1 <= len(doubts) < 12
-    for clip in doubts:
-        assert clip.doubt.latents.shape == clip.latents.shape
-        assert not torch.allclose(clip.doubt.latents, clip.latents, atol=0.05)
+    perturbed = [clip for clip in made if clip.perturbation is not None]
+    assert 1 <= len(perturbed) < 12
+    for clip in perturbed:
+        assert clip.perturbation.latents.shape == clip.latents.shape
+        assert not torch.allclose(clip.perturbation.latents, clip.latents, atol=0.05)
 
 
 def test_a_sprite_that_swings_less_stays_on_its_way() -> None:
@@ -287,8 +290,8 @@ def test_given_frames_carry_no_loss_and_all_parts_learn() -> None:
     assert [n for n in silent if "to_k.bias" not in n] == []
 
 
-def test_anchors_are_seen_as_such_and_carry_no_loss() -> None:
-    """What a window goes on from is what has strayed; what it is to make is the scene."""
+def showings(clip: clips.Clip) -> Iterator[tuple[float, Segment]]:
+    """The loss of a model that predicts 0, and what it saw of a clip, a dozen times."""
     seen = []
 
     class Kept(Packer):
@@ -299,21 +302,25 @@ def test_anchors_are_seen_as_such_and_carry_no_loss() -> None:
     torch.manual_seed(0)
     net = sprites_model.Sprites()  # whose predictions are 0 at first
     packer = Kept((1, 2, 2), torch.device("cpu"), max_layouts=1)
-    scene = world.sample_scene(random.Random(2), 64, 64)
     stage = clips.STAGES["long"]
     for seed in range(12):
-        # In an anchor's or a given frame's place of the targets these would be felt.
-        clip = clips.Clip(
-            scene,
-            latents=torch.ones(24, 5, 4, 4),
-            later=2,
-            anchors=torch.full((24, 2, 4, 4), 300.0),
-            strayed=torch.full((24, 5, 4, 4), 200.0),
-        )
         with torch.no_grad():
             loss = train_transformer.loss_of(net, packer, [clip], random.Random(seed), stage)
-        assert float(loss) == pytest.approx(1, abs=1e-5)
-        segment = seen.pop()
+        yield float(loss), seen.pop()
+
+
+def test_anchors_are_seen_as_such_and_carry_no_loss() -> None:
+    """What a window goes on from is what has strayed; what it is to make is the scene."""
+    # In an anchor's or a given frame's place of the targets these would be felt.
+    clip = clips.Clip(
+        world.sample_scene(random.Random(2), 64, 64),
+        latents=torch.ones(24, 5, 4, 4),
+        later=2,
+        anchors=torch.full((24, 2, 4, 4), 300.0),
+        strayed=torch.full((24, 5, 4, 4), 200.0),
+    )
+    for loss, segment in showings(clip):
+        assert loss == pytest.approx(1, abs=1e-5)
         levels = segment.timesteps
         assert segment.anchors == 2
         assert levels[:2].tolist() == [0, 0]
@@ -322,27 +329,17 @@ def test_anchors_are_seen_as_such_and_carry_no_loss() -> None:
         assert (given - 200).abs().lt(80).all()
 
 
-def test_what_is_noised_of_a_clip_in_doubt_is_the_doubt() -> None:
-    seen = []
-
-    class Kept(Packer):
-        def pack(self, segments):
-            seen.extend(segments)
-            return super().pack(segments)
-
-    torch.manual_seed(0)
-    net = sprites_model.Sprites()  # whose predictions are 0 at first
-    packer = Kept((1, 2, 2), torch.device("cpu"), max_layouts=1)
-    scene = world.sample_scene(random.Random(2), 64, 64)
-    doubt = clips.Doubt(torch.full((24, 5, 4, 4), 1e4), 1.0)
+def test_what_is_noised_of_a_perturbed_clip_is_its_perturbation() -> None:
+    """What is given of it, and what it is to make, is the clip."""
+    clip = clips.Clip(
+        world.sample_scene(random.Random(2), 64, 64),
+        latents=torch.ones(24, 5, 4, 4),
+        later=0,
+        perturbation=clips.Perturbation(torch.full((24, 5, 4, 4), 1e4), 1.0),
+    )
     given = 0
-    for seed in range(12):
-        clip = clips.Clip(scene, torch.ones(24, 5, 4, 4), 0, doubt=doubt)
-        with torch.no_grad():
-            stage = clips.STAGES["long"]
-            loss = train_transformer.loss_of(net, packer, [clip], random.Random(seed), stage)
-        assert float(loss) == pytest.approx(1, abs=1e-5)  # what it is to make is the clip
-        segment = seen.pop()
+    for loss, segment in showings(clip):
+        assert loss == pytest.approx(1, abs=1e-5)
         noised = segment.timesteps > 0
         given += int((~noised).sum())
         assert segment.latents[:, noised].float().mean() > 20

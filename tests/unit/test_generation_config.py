@@ -43,6 +43,7 @@ def test_what_is_not_known_is_named(
     ("settings", "index", "message"),
     [
         ({"max_window": 0}, {}, "window length must be at least 1 latent frame, got 0"),
+        ({"max_window": 2, "window_overlap": None}, {}, "at least 2 latent frames.*got overlap 1"),
         ({"window_overlap": 1}, {}, "share at least 2 latent frames.*got overlap 1"),
         ({"window_overlap": 5}, {}, "overlap must be from 0 to 4 latent frames.*got 5"),
         ({"window_anchors": 5}, {}, "window anchors must be from 0 to 4 latent frames.*got 5"),
@@ -51,7 +52,7 @@ def test_what_is_not_known_is_named(
     ],
 )
 def test_windows_that_cannot_be_are_refused_when_a_model_is_loaded(
-    tmp_path: Path, settings: dict[str, int], index: dict[str, bool], message: str
+    tmp_path: Path, settings: dict[str, object], index: dict[str, bool], message: str
 ) -> None:
     shutil.copytree(find_checkpoint("sprites")[1], tmp_path, dirs_exist_ok=True)
     for name, changes in (("generation_config.json", settings), ("model_index.json", index)):
