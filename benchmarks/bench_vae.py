@@ -34,7 +34,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from sora_engine.vae import VAEConfig, WanVAE, stream_decode
-from sora_engine.vae.memory import NoScores, StorageMeter, decode_memory
+from sora_engine.vae.rehearsal import NoScores, StorageMeter, decode_memory
 from sora_kernels import csrc
 
 

@@ -5,7 +5,7 @@ PYTHONPATH=.:kernels python benchmarks/predict_scaling.py
 
 from __future__ import annotations
 
-from sora_engine.distributed.planner import Transformer, Video, plan
+from sora_engine.distributed.layout_cost import Transformer, Video, plan
 
 WAN_14B = Transformer(layers=40, heads=40, head_dim=128, ffn=13824, patch_channels=64)
 VIDEOS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sora_engine.async_engine import AsyncEngine
     from sora_engine.config import Limits, ParallelConfig
-    from sora_engine.engine import Engine
+    from sora_engine.denoise.guidance import Guidance
+    from sora_engine.denoise.windows import SparsePlan, WindowPlan
     from sora_engine.errors import (
         BackendError,
         CheckpointError,
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
         SoraError,
         UpsamplingError,
     )
-    from sora_engine.guidance import Guidance
-    from sora_engine.hooks import FrameSpan, Hooks
-    from sora_engine.job import Job, JobState, Progress
-    from sora_engine.memory import MemoryPlan
-    from sora_engine.receipt import Receipt
-    from sora_engine.request import Clip, Footage, Shot, VideoRequest
+    from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
+    from sora_engine.runtime.async_engine import AsyncEngine
+    from sora_engine.runtime.engine import Engine
+    from sora_engine.runtime.hooks import FrameSpan, Hooks
+    from sora_engine.runtime.job import Job, JobState, Progress
+    from sora_engine.runtime.memory import MemoryPlan
+    from sora_engine.runtime.receipt import Receipt
     from sora_engine.video import Video
-    from sora_engine.windows import SparsePlan, WindowPlan
 
 _HOMES = {
-    "AsyncEngine": "async_engine",
+    "AsyncEngine": "runtime.async_engine",
     "Limits": "config",
     "ParallelConfig": "config",
-    "Engine": "engine",
+    "Engine": "runtime.engine",
     "BackendError": "errors",
     "CheckpointError": "errors",
     "DeadlineExceededError": "errors",
@@ -60,21 +60,21 @@ _HOMES = {
     "RequestError": "errors",
     "SoraError": "errors",
     "UpsamplingError": "errors",
-    "Guidance": "guidance",
-    "FrameSpan": "hooks",
-    "Hooks": "hooks",
-    "Job": "job",
-    "JobState": "job",
-    "Progress": "job",
-    "MemoryPlan": "memory",
-    "Receipt": "receipt",
-    "Clip": "request",
-    "Footage": "request",
-    "Shot": "request",
-    "VideoRequest": "request",
+    "Guidance": "denoise.guidance",
+    "FrameSpan": "runtime.hooks",
+    "Hooks": "runtime.hooks",
+    "Job": "runtime.job",
+    "JobState": "runtime.job",
+    "Progress": "runtime.job",
+    "MemoryPlan": "runtime.memory",
+    "Receipt": "runtime.receipt",
+    "Clip": "request.request",
+    "Footage": "request.request",
+    "Shot": "request.request",
+    "VideoRequest": "request.request",
     "Video": "video",
-    "SparsePlan": "windows",
-    "WindowPlan": "windows",
+    "SparsePlan": "denoise.windows",
+    "WindowPlan": "denoise.windows",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from sora_engine.io.provenance import Provenance
 from sora_engine.io.video_writer import write_video
 
 if TYPE_CHECKING:
-    from sora_engine.receipt import Receipt
+    from sora_engine.runtime.receipt import Receipt
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ import world
 from torch import Tensor
 
 import sora_engine
-from sora_engine.preview import LatentPreview, pooled_colours
+from sora_engine.denoise.preview import LatentPreview, pooled_colours
 from sora_engine.vae.wan import WanVAE
 
 CHECKPOINT = Path(sora_engine.__file__).parent / "checkpoints" / "sprites"

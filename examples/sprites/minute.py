@@ -16,8 +16,8 @@ from evaluate import facts
 from scoring import Bench, asked, changes, mean
 
 import sora_engine as sora
-from sora_engine.denoise import window_plan
-from sora_engine.windows import SparsePlan, WindowPlan, default_overlap, plan_windows
+from sora_engine.denoise.denoise import window_plan
+from sora_engine.denoise.windows import SparsePlan, WindowPlan, default_overlap, plan_windows
 
 SECONDS = 60
 STRETCH_S = 10

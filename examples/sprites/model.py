@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from text import TEXT_DIM, encode, new_text_encoder, new_tokenizer
 from torch import Tensor, nn
 
+from sora_engine.denoise.packing import Context, Packer, Segment
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.packing import Context, Packer, Segment
 
 CONFIG = WanConfig(
     patch_size=(1, 2, 2),

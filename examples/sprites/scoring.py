@@ -18,8 +18,8 @@ from evaluate import facts
 from sheets import Sheets
 
 import sora_engine as sora
-from sora_engine.clips import to_unit_range
-from sora_engine.denoise import decode
+from sora_engine.denoise.denoise import decode
+from sora_engine.denoise.known import to_unit_range
 
 NEAR = 0.12
 """How far, in short sides, a centre may lie from the true one to count as in its place."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from train_vae import load_vae
 from training import Average, Clock, Muon, save, say, start
 
-from sora_engine.packing import Packer
+from sora_engine.denoise.packing import Packer
 from sora_engine.vae import WanVAE
 
 FLAW, ANCHOR_FLAW = 0.2, 0.05

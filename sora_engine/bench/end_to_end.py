@@ -22,8 +22,8 @@ import torch
 from sora_engine.bench.models import WanShape, long_prompt, random_pipeline
 from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import Turns
-from sora_engine.engine import Engine
-from sora_engine.request import VideoRequest
+from sora_engine.request.request import VideoRequest
+from sora_engine.runtime.engine import Engine
 
 RIVAL = "diffusers"
 

@@ -270,7 +270,7 @@ def difference(
     ours: WanTransformer, batch: Any, their_step: Callable[[], list[Tensor]], shape: WanShape
 ) -> float:
     """Largest difference of the two predictions, relative to the largest value."""
-    from sora_engine.packing import Packer
+    from sora_engine.denoise.packing import Packer
 
     packer = Packer(ours.config.patch_size, batch.video.tokens.device)
     actual = packer.unpack(ours(batch), batch, shape.channels)

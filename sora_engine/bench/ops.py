@@ -11,9 +11,9 @@ import sora_kernels as sk
 from sora_engine.bench.models import WanShape
 from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import interleaved
+from sora_engine.denoise.packing import PackedBatch, Packer, Segment
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.packing import PackedBatch, Packer, Segment
 
 EAGER = "eager PyTorch"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sora_engine.bench.end_to_end import SUBJECT, Run
-from sora_engine.engine import Engine
+from sora_engine.runtime.engine import Engine
 
 
 def resident(kind: str) -> int:

@@ -24,10 +24,10 @@ import torch
 from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import interleaved
 from sora_engine.config import Limits
-from sora_engine.engine import Engine
-from sora_engine.job import Job
 from sora_engine.models.loading import BUNDLED
-from sora_engine.request import VideoRequest
+from sora_engine.request.request import VideoRequest
+from sora_engine.runtime.engine import Engine
+from sora_engine.runtime.job import Job
 
 FIFO = "sora one at a time"
 DIFFUSERS = "diffusers one at a time"

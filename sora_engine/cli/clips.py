@@ -13,8 +13,8 @@ from sora_engine.cli.options import Common, Frames, Prompt, Strength
 from sora_engine.cli.work import Plan, video_command
 
 if TYPE_CHECKING:
-    from sora_engine.request import VideoRequest
-    from sora_engine.tasks import ModelFacts
+    from sora_engine.request.request import VideoRequest
+    from sora_engine.request.tasks import ModelFacts
 
 ClipFile = Annotated[str, typer.Argument(help="A video, an animation, or a folder of PNGs.")]
 Gap = Annotated[float, typer.Option(metavar="SECONDS", help="How long the new part is.")]
@@ -28,7 +28,7 @@ def _plan(
     **options: Any,
 ) -> Plan:
     """The plan of a function of `tasks`; what is a string among `given` is a file to be read."""
-    from sora_engine.request import VideoRequest
+    from sora_engine.request.request import VideoRequest
 
     settings = common.settings()
 
@@ -86,7 +86,7 @@ def loop(
 ) -> Plan:
     """Make a video without a seam: from words, or from a clip that is led back to its beginning."""
     from sora_engine import tasks
-    from sora_engine.request import VideoRequest
+    from sora_engine.request.request import VideoRequest
 
     path = Path(target)
     looks_like_a_file = path.suffix.lower() in _FILE_SUFFIXES and " " not in target

@@ -38,7 +38,7 @@ def decode(
     name = model or saved.model
     say(f"sora_engine {version()}: loading the VAE of {name}")
     started = time.monotonic()
-    from sora_engine.denoise import decode as decode_frames
+    from sora_engine.denoise.denoise import decode as decode_frames
     from sora_engine.models.loading import load_video_decoder
 
     try:
@@ -74,7 +74,7 @@ def export_vae(
 ) -> None:
     """Export a VAE to ONNX graphs, or build TensorRT engines from them."""
     say(f"sora_engine {version()}: loading the VAE of {model}")
-    from sora_engine.device import resolve_device, resolve_dtype
+    from sora_engine.models.device import resolve_device, resolve_dtype
     from sora_engine.models.loading import load_video_decoder
     from sora_engine.vae.backend import export_vae as export
     from sora_engine.vae.fit import FittedCoder

@@ -8,7 +8,7 @@ from sora_engine.cli.app import app, say
 @app.command()
 def doctor() -> None:
     """Print what was found: CPU, GPU, torch, Triton, csrc, FFmpeg, optional packages."""
-    from sora_engine.doctor import report
+    from sora_engine.cli.report import report
 
     for name, finding in report():
         say(f"{name:<18} {finding}")

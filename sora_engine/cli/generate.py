@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sora_engine.io.provenance import Provenance
-    from sora_engine.request import VideoRequest
-    from sora_engine.tasks import ModelFacts
+    from sora_engine.request.request import VideoRequest
+    from sora_engine.request.tasks import ModelFacts
     from sora_engine.video import Video
 
     Make = Callable[[VideoRequest], Video]
@@ -53,7 +53,7 @@ def generate(
     What is not given is as the checkpoint sets it.
     """
     from sora_engine import tasks
-    from sora_engine.request import Clip, VideoRequest
+    from sora_engine.request.request import Clip, VideoRequest
 
     settings = common.settings()
     if frames is not None:
@@ -101,7 +101,7 @@ def image(
 def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common) -> Plan:
     """The plan of a video that is made again from what its file says."""
     from sora_engine.io.provenance import read_provenance
-    from sora_engine.request import VideoRequest
+    from sora_engine.request.request import VideoRequest
 
     provenance = read_provenance(path)
     if provenance is None:
@@ -118,7 +118,7 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
         common = replace(common, dtype=str(provenance.settings.get("dtype", "auto")))
 
     def build(model: ModelFacts, make: Make) -> VideoRequest:
-        from sora_engine.recipe import request_of
+        from sora_engine.request.recipe import request_of
 
         _check_model(path, provenance, model)
         request = request_of(provenance, make, folder=Path(path).parent)

@@ -26,9 +26,9 @@ def plan(
     ] = None,
 ) -> None:
     """Predict each layout's work, bytes, memory and step time on H200s, and pick one."""
-    from sora_engine.distributed.planner import H200, with_link
-    from sora_engine.distributed.planner import plan as find
-    from sora_engine.distributed.planning import describe
+    from sora_engine.distributed.auto_layout import describe
+    from sora_engine.distributed.layout_cost import H200, with_link
+    from sora_engine.distributed.layout_cost import plan as find
 
     height, width = (None, None) if size is None else parse_size(size)
     try:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from sora_engine.engine import Engine
-    from sora_engine.job import Job
-    from sora_engine.request import ResolvedRequest, VideoRequest
-    from sora_engine.tasks import ModelFacts
+    from sora_engine.request.request import ResolvedRequest, VideoRequest
+    from sora_engine.request.tasks import ModelFacts
+    from sora_engine.runtime.engine import Engine
+    from sora_engine.runtime.job import Job
     from sora_engine.video import Video
 
 Build = Callable[["ModelFacts", "Callable[[VideoRequest], Video]"], "VideoRequest"]
@@ -125,7 +125,7 @@ def check_before_loading(plan: Plan, output: str) -> None:
     """Everything that can be told without the model: no one waits for torch to learn of a typo."""
     from sora_engine.io.video_reader import open_video
     from sora_engine.io.video_writer import check_output
-    from sora_engine.request import GenerationDefaults, LatentGrid, resolve_request
+    from sora_engine.request.request import GenerationDefaults, LatentGrid, resolve_request
 
     # Stands for any model: the engine's own rules, less those of a model's grid.
     any_defaults = GenerationDefaults(
@@ -155,7 +155,7 @@ def read_first_image(path: str) -> np.ndarray | None:
 
 def load_engine(common: Common) -> Engine:
     """The engine of the model that was asked for."""
-    from sora_engine.engine import Engine
+    from sora_engine.runtime.engine import Engine
 
     try:
         return Engine.from_pretrained(
@@ -212,7 +212,7 @@ def make(
     """
     from sora_engine.io.latents import SUFFIX, SavedLatents
     from sora_engine.io.video_writer import VideoWriter
-    from sora_engine.recipe import provenance_of
+    from sora_engine.request.recipe import provenance_of
 
     provenance = provenance_of(resolved, engine.model)
     try:

@@ -25,22 +25,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sora_engine.canvas import Canvas
 from sora_engine.config import ParallelConfig
-from sora_engine.denoise import decoding, denoise_step, prepare
+from sora_engine.denoise.canvas import Canvas
+from sora_engine.denoise.denoise import decoding, denoise_step, prepare
+from sora_engine.denoise.packing import Packer
 from sora_engine.distributed.comm import exchange_error, exchanging
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.message import Link, Message
-from sora_engine.distributed.ranks import Ranks
+from sora_engine.distributed.step_sharing import Ranks
 from sora_engine.distributed.vae import SplitVAE, shared_copy
 from sora_engine.distributed.wire import request_from_message
 from sora_engine.errors import RankFailedError, SoraError
-from sora_engine.job import Job
 from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoDecoder, VideoModel
-from sora_engine.packing import Packer
-from sora_engine.receipt import backends_of
-from sora_engine.savepoint import Savepoint, tensors_of
+from sora_engine.runtime.job import Job
+from sora_engine.runtime.receipt import backends_of
+from sora_engine.runtime.savepoint import Savepoint, tensors_of
 
 BEAT_S = 1.0
 STORE_TIMEOUT = timedelta(minutes=10)  # ranks of several nodes may start minutes apart

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.packing import ContextRuns, Grid, PackedBatch, Plans
 from sora_engine.distributed.layout import bounds, share
 from sora_engine.distributed.mesh import Mesh
-from sora_engine.packing import ContextRuns, Grid, PackedBatch, Plans
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.packing import Grid
 from sora_engine.distributed.shard import TokenShard
-from sora_engine.packing import Grid
 from sora_kernels import BlockPlan, plan_attention, windowed_attention
 
 

@@ -18,9 +18,9 @@ from sora_engine.distributed.comm import Channel
 from sora_engine.distributed.layout import bounds
 from sora_engine.vae.blocks import AttentionBlock, CausalConv3d, Upsample
 from sora_engine.vae.coder import ChunkCoder
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.state import VAEState
 from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import VAEConfig
 
 ROWS = 3
 """The dimension of rows in `[B, C, T, H, W]`."""

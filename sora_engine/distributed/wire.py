@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_engine.clips import load_frames
+from sora_engine.denoise.guidance import Guidance
+from sora_engine.denoise.known import load_frames
+from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.distributed.message import Message
-from sora_engine.guidance import Guidance
-from sora_engine.request import Clip, ResolvedRequest, Shot
-from sora_engine.windows import SparsePlan, WindowPlan
+from sora_engine.request.request import Clip, ResolvedRequest, Shot
 
 PLANS: dict[str, type[WindowPlan] | type[SparsePlan]] = {
     "WindowPlan": WindowPlan,

@@ -7,12 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from sora_engine.denoise.windows import SCHEDULES, default_plan
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.models.wan.checkpoint import WanCheckpoint
-from sora_engine.request import GenerationDefaults, LatentGrid
+from sora_engine.request.request import GenerationDefaults, LatentGrid
 from sora_engine.samplers import SOLVERS
-from sora_engine.windows import SCHEDULES, default_plan
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -13,26 +13,26 @@ import torch
 from torch import nn
 
 import sora_kernels
-from sora_engine.canvas import KnownMode
-from sora_engine.device import free_memory, resolve_device, resolve_dtype
+from sora_engine.denoise.canvas import KnownMode
+from sora_engine.denoise.preview import LatentPreview
 from sora_engine.errors import BackendError, CheckpointError
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
+from sora_engine.models.device import free_memory, resolve_device, resolve_dtype
 from sora_engine.models.folder import Component
 from sora_engine.models.generation_config import generation_defaults, read_generation_config
+from sora_engine.models.offload import check_level, level_that_fits, offload_blocks
 from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel
 from sora_engine.models.wan.blocks import OWN_PARTS
 from sora_engine.models.wan.checkpoint import TransformerSource, WanCheckpoint, resolve_model
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer
-from sora_engine.offload import check_level, level_that_fits, offload_blocks
-from sora_engine.preview import LatentPreview
-from sora_engine.request import GenerationDefaults, LatentGrid
+from sora_engine.request.request import GenerationDefaults, LatentGrid
 from sora_engine.samplers import read_config
 from sora_engine.text import ImageEncoder, TextEncoder
 from sora_engine.vae.backend import open_coder
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import VAEConfig
 
 if TYPE_CHECKING:
     from sora_engine.distributed.weights import WeightShards

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from sora_engine.canvas import KnownMode, Prompts
-from sora_engine.device import free_memory
+from sora_engine.denoise.canvas import KnownMode, Prompts
+from sora_engine.denoise.packing import Context
+from sora_engine.denoise.preview import LatentPreview
+from sora_engine.models.device import free_memory
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.packing import Context
-from sora_engine.preview import LatentPreview
-from sora_engine.request import GenerationDefaults, LatentGrid
+from sora_engine.request.request import GenerationDefaults, LatentGrid
 from sora_engine.samplers import SamplerConfig
 from sora_engine.text import ImageEncoder, TextEncoder
 from sora_engine.vae.coder import ChunkCoder
@@ -53,7 +53,7 @@ class VideoModel:
     experts: by falling noise level; Wan 2.2 A14B has two, all others one.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to colours, where the checkpoint brings that.
-    offload: which weights wait in host memory: one of `sora_engine.offload.LEVELS`.
+    offload: which weights wait in host memory: one of `sora_engine.models.offload.LEVELS`.
     """
 
     name: str

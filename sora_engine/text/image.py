@@ -15,7 +15,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
-from sora_engine.offload import Visits, offload_encoder
+from sora_engine.models.offload import Visits, offload_encoder
 from sora_engine.text.settings import read_settings
 
 _DEFAULTS: dict[str, Any] = {

@@ -13,7 +13,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
-from sora_engine.offload import Visits, offload_encoder
+from sora_engine.models.offload import Visits, offload_encoder
 from sora_engine.text.prompt import clean_prompt
 from sora_engine.text.settings import read_settings
 
@@ -105,7 +105,7 @@ class TextEncoder:
 
     def offload(self, device: torch.device) -> TextEncoder:
         """Compute on `device` from here on, with the weights in host memory, where they have to
-        lie already (see `sora_engine.offload`); returns self."""
+        lie already (see `sora_engine.models.offload`); returns self."""
         self._visits = offload_encoder(self.model, device)
         return self
 

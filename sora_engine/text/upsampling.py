@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sora_engine.errors import CheckpointError, UpsamplingError
-from sora_engine.request import VideoRequest
+from sora_engine.request.request import VideoRequest
 
 INSTRUCTION = (
     "Rewrite the user's prompt as one detailed caption of a short video. Keep every subject, "

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import RequestError
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.shapes import check_frames
+from sora_engine.vae.wan_config import VAEConfig
 
 S = TypeVar("S")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sora_engine.errors import BackendError
 from sora_engine.vae.coder import ChunkCoder
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.shapes import check_frames, check_latents
 from sora_engine.vae.state import FixedTape, Tape, VAEState
 from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import VAEConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sora_engine.vae.coder import ChunkCoder, VideoCoder
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.cuda_graph import GraphedVAE
-from sora_engine.vae.memory import plan_tiles
+from sora_engine.vae.rehearsal import plan_tiles
 from sora_engine.vae.tiling import TiledCoder, TilePlan
 from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import VAEConfig
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError, RequestError
 from sora_engine.vae.coder import ChunkCoder
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.shapes import check_frames, check_latents
 from sora_engine.vae.state import VAEState
+from sora_engine.vae.wan_config import VAEConfig
 
 SPEC_FILE = "graphs.json"
 _VERSION = 1

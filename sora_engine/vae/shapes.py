@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sora_engine.errors import RequestError
-from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.wan_config import VAEConfig
 
 
 def check_frames(config: VAEConfig, frames: Tensor, *, first: bool) -> None:

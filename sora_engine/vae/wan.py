@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from sora_engine.vae.blocks import CausalConv3d, Downsample, Upsample, fold_patches, unfold_patches
 from sora_engine.vae.coder import latent_statistics
-from sora_engine.vae.coders import Decoder, Encoder
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.native import Layouts, give_back
 from sora_engine.vae.shapes import check_frames, check_latents
 from sora_engine.vae.state import Tape, VAEState
+from sora_engine.vae.wan_coders import Decoder, Encoder
+from sora_engine.vae.wan_config import VAEConfig
 
 
 class WanVAE(nn.Module):

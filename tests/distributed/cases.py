@@ -14,24 +14,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from sora_engine.attention import self_attention
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise import decode, denoise_step, prepare
+from sora_engine.denoise.denoise import decode, denoise_step, prepare
+from sora_engine.denoise.packing import Packer, Stream
+from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.distributed.layout import bounds
 from sora_engine.distributed.mesh import Mesh
-from sora_engine.distributed.ranks import Ranks
 from sora_engine.distributed.sequence import sharded_attention
 from sora_engine.distributed.shard import shard_tokens
+from sora_engine.distributed.step_sharing import Ranks
 from sora_engine.distributed.vae import SplitVAE, shared_copy
 from sora_engine.distributed.weights import WeightShards
 from sora_engine.io.safetensors import SafetensorsFile
-from sora_engine.job import Job
+from sora_engine.models.attention import self_attention
 from sora_engine.models.loading import _load_transformer
 from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel
 from sora_engine.models.wan.checkpoint import TransformerSource
-from sora_engine.packing import Packer, Stream
-from sora_engine.request import Clip, Shot, VideoRequest, resolve_request
-from sora_engine.windows import SparsePlan, WindowPlan
+from sora_engine.request.request import Clip, Shot, VideoRequest, resolve_request
+from sora_engine.runtime.job import Job
 from tests.distributed.tiny import CPU, Z_DIM, tiny_config, tiny_model, tiny_vae
 
 _meshes: dict[ParallelConfig, Mesh] = {}

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from sora_engine.config import Limits
+from sora_engine.denoise.guidance import Guidance
+from sora_engine.denoise.windows import WindowPlan
 from sora_engine.distributed.message import Link, Message, MessageError
 from sora_engine.distributed.wire import request_from_message, request_to_message
-from sora_engine.guidance import Guidance
-from sora_engine.request import Clip, Shot, VideoRequest, resolve_request
-from sora_engine.windows import WindowPlan
+from sora_engine.request.request import Clip, Shot, VideoRequest, resolve_request
 from tests.distributed.tiny import tiny_model
 
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from sora_engine.config import ParallelConfig
-from sora_engine.distributed.planner import (
+from sora_engine.distributed.auto_layout import describe
+from sora_engine.distributed.executor import settle_layout
+from sora_engine.distributed.layout_cost import (
     H200,
     Transformer,
     Video,
@@ -16,8 +18,6 @@ from sora_engine.distributed.planner import (
     sent_bytes,
     with_link,
 )
-from sora_engine.distributed.planning import describe
-from sora_engine.distributed.remote import settle_layout
 from sora_engine.errors import LayoutError
 
 TINY = Transformer(

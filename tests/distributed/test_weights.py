@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from sora_engine.cli.options import parse_parallel
 from sora_engine.config import ParallelConfig
-from sora_engine.distributed.planner import H200, Transformer, Video, cost, plan, sent_bytes
+from sora_engine.distributed.layout_cost import H200, Transformer, Video, cost, plan, sent_bytes
 from sora_engine.io.safetensors import SafetensorsFile
 from tests.distributed.test_planner import FIVE_S, TINY, WAN_14B
 from tests.distributed.tiny import tiny_transformer

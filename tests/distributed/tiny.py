@@ -7,14 +7,14 @@ import zlib
 
 import torch
 
-from sora_engine.canvas import KnownMode
+from sora_engine.denoise.canvas import KnownMode
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.request import GenerationDefaults, LatentGrid
+from sora_engine.request.request import GenerationDefaults, LatentGrid
 from sora_engine.samplers import SamplerConfig
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import VAEConfig
 
 CPU = torch.device("cpu")
 Z_DIM = 4

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import sora_engine as sora
-from sora_engine import stages as stages_module
-from sora_engine import worker as worker_module
-from sora_engine.canvas import Canvas
+from sora_engine.denoise.canvas import Canvas
 from sora_engine.models.wan.model import WanTransformer
+from sora_engine.runtime import executor as stages_module
+from sora_engine.runtime import worker as worker_module
 from sora_engine.samplers import UniPCSolver
 from tests.faults.engines import comes_true, difference, engine
 

@@ -9,7 +9,7 @@ from diffusers import WanVideoToVideoPipeline
 from PIL import Image
 
 import sora_engine as sora
-from sora_engine import clips as clips_module
+from sora_engine.denoise import known as clips_module
 from sora_engine.models.wan import model as model_module
 from sora_engine.text import TextEncoder
 from tests.parity.oracles import KINDS, relative_error, takes_image, tiny_pipeline
@@ -139,7 +139,7 @@ def test_frames_equal_diffusers(pair, kind):
 def test_both_experts_are_used(pair):
     _, engine = pair("a14b-t2v")
     resolved = engine.resolve(sora.VideoRequest(PROMPT, num_inference_steps=6))
-    from sora_engine.denoise import prepare
+    from sora_engine.denoise.denoise import prepare
 
     timesteps = prepare(resolved, engine.model).solver.schedule.timesteps
     assert {engine.model.expert_at(t) for t in timesteps} == {0, 1}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from sora_engine.denoise.packing import ANCHOR_GAP, Packer, Segment
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.packing import ANCHOR_GAP, Packer, Segment
 from tests.parity.oracles import TINY_TRANSFORMER, relative_error, tiny_transformer
 
 TEXT_TOKENS = 512

@@ -131,7 +131,7 @@ def test_windows_and_loops_take_their_part_of_the_control(pair):
 
 def test_two_requests_share_a_batch(pair):
     """Other controls beside it change nothing; what is measured of a model holds for VACE too."""
-    from sora_engine.saturation import measure_saturation
+    from sora_engine.runtime.saturation import measure_saturation
 
     _, engine, _ = pair("vace")
     requests = [

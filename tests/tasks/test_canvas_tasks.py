@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sora_engine as sora
-from sora_engine.packing import Segment
+from sora_engine.denoise.packing import Segment
 from tests.parity.oracles import relative_error, tiny_pipeline
 
 
@@ -98,7 +98,7 @@ def test_a_mask_makes_known_what_it_covers_whole(pipes, engines):
     changed[:, :, 40:] = a_clip(17, seed=5, size=64)[:, :, 40:]
     other = a_request(height=64, width=64, clips=[sora.Clip(changed, at=0, mask=mask)])
     assert torch.equal(engines["ti2v-5b"].generate(other).latents, video.latents)
-    from sora_engine.clips import fill_holes
+    from sora_engine.denoise.known import fill_holes
 
     filled = np.stack([fill_holes(frame, mask) for frame in clip])
     expected = oracle_latents(pipes["ti2v-5b"], filled)
@@ -109,7 +109,7 @@ def test_a_mask_makes_known_what_it_covers_whole(pipes, engines):
 def test_holes_are_filled_from_round_about():
     """Known pixels stay as they are; a hole in one colour takes it; a hole between two is between;
     and what lay there has no part in it."""
-    from sora_engine.clips import fill_holes
+    from sora_engine.denoise.known import fill_holes
 
     frame = np.full((20, 33, 3), (200, 30, 7), np.uint8)
     known = np.ones((20, 33), bool)
@@ -190,9 +190,9 @@ def beside(segment, anchors):
 
 def by_hand(engine, request, plan, order):
     """A chain out of canvases of one window each, `order`ed; latents as the sampler has them."""
-    from sora_engine import denoise
-    from sora_engine.canvas import Known
-    from sora_engine.packing import Packer
+    from sora_engine.denoise import denoise
+    from sora_engine.denoise.canvas import Known
+    from sora_engine.denoise.packing import Packer
     from sora_engine.samplers.noise import initial_noise
 
     model = engine.model
@@ -265,8 +265,8 @@ def test_a_chained_window_knows_what_those_before_it_made(engines, solver, at, o
 
 @torch.inference_mode()
 def test_what_is_predicted_for_anchors_is_left_out(engines):
-    from sora_engine import denoise
-    from sora_engine.packing import Packer
+    from sora_engine.denoise import denoise
+    from sora_engine.denoise.packing import Packer
 
     engine, plan = engines["ti2v-5b"], sora.WindowPlan(3, 2, schedule="chained", anchors=2)
     request = a_request(num_frames=29, window=plan, solver="euler", num_inference_steps=1)
@@ -303,7 +303,7 @@ def test_what_cannot_be_chained(engines):
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_how_many_windows_are_packed_at_a_time_changes_nothing(folders, loop, monkeypatch):
-    monkeypatch.setattr("sora_engine.stages.saturation_point", lambda _model, most: most)
+    monkeypatch.setattr("sora_engine.runtime.executor.saturation_point", lambda _model, most: most)
     plan = sora.WindowPlan(3, 1, schedule="moving")
     request = a_request(num_frames=28 if loop else 29, window=plan, loop=loop)
     results = []
@@ -319,7 +319,9 @@ def test_windows_are_packed_up_to_saturation(folders, monkeypatch):
     """A long video's batches are no larger than a short one's, and its result is the same."""
     results = []
     for most, expected in ((10_000, 2 * 14 * 3 * 4), (24, 24)):
-        monkeypatch.setattr("sora_engine.stages.saturation_point", lambda _model, _, n=most: n)
+        monkeypatch.setattr(
+            "sora_engine.runtime.executor.saturation_point", lambda _model, _, n=most: n
+        )
         request = a_request(num_frames=113, num_inference_steps=1, window=sora.WindowPlan(3, 1))
         with sora.Engine.from_pretrained(folders["t2v"], device="cpu") as engine:
             results.append(engine.generate(request))
@@ -329,7 +331,7 @@ def test_windows_are_packed_up_to_saturation(folders, monkeypatch):
 
 def test_the_order_of_windows_changes_nothing(engines, monkeypatch):
     """Windows packed last to first, and a few at a time: the same video within 1e-5."""
-    from sora_engine import denoise
+    from sora_engine.denoise import denoise
 
     engine = engines["t2v"]
     plan = sora.WindowPlan(3, 1, schedule="moving")
@@ -350,8 +352,8 @@ def test_the_order_of_windows_changes_nothing(engines, monkeypatch):
 
 def test_a_steps_tokens_grow_linearly_and_a_batch_not_at_all(engines):
     """Four times the length: about four times the tokens a step, in batches of one size."""
-    from sora_engine import denoise
-    from sora_engine.packing import Packer
+    from sora_engine.denoise import denoise
+    from sora_engine.denoise.packing import Packer
 
     model = engines["t2v"].model
     plan = sora.WindowPlan(4, 1)
@@ -420,7 +422,7 @@ def test_guidance_by_interval_and_kind(engines):
 
 
 def test_windows_start_from_the_same_frames_of_noise(engines):
-    from sora_engine.denoise import prepare
+    from sora_engine.denoise.denoise import prepare
 
     engine = engines["t2v"]
     plan = sora.WindowPlan(4, 2)

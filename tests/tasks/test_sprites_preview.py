@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import sora_engine as sora
-from sora_engine.preview import LatentPreview
+from sora_engine.denoise.preview import LatentPreview
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sprites"))
 

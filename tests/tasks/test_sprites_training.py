@@ -26,7 +26,7 @@ import training
 import world
 from text import encode, new_tokenizer
 
-from sora_engine.packing import Packer, Segment
+from sora_engine.denoise.packing import Packer, Segment
 
 BUNDLED = train_transformer.BUNDLED
 
@@ -238,7 +238,7 @@ def test_targets_are_laid_out_as_the_engine_unpacks_predictions() -> None:
     latents = torch.randn(24, 3, 4, 6)
     tokens = sprites_model.as_targets(latents)
     torch.testing.assert_close(sprites_model.from_targets(tokens, latents.shape), latents)
-    from sora_engine.packing import unpatchify
+    from sora_engine.denoise.packing import unpatchify
 
     torch.testing.assert_close(unpatchify(tokens, (3, 2, 3), (1, 2, 2), 24), latents)
 

@@ -20,7 +20,7 @@ from sora_engine.cli import main
 from sora_engine.errors import CheckpointError
 from sora_engine.io.provenance import read_provenance
 from sora_engine.io.video_reader import read_video
-from sora_engine.job import Job
+from sora_engine.runtime.job import Job
 from tests.unit.wan_folders import pipeline
 
 SMALL = ["--size", "48x32", "--frames", "5", "--fps", "8", "--steps", "2", "--seed", "3"]
@@ -241,7 +241,7 @@ def test_without_a_model_it_takes_sprites_and_says_so(
         asked.append(model)
         raise CheckpointError("stop here")
 
-    monkeypatch.setattr("sora_engine.engine.Engine.from_pretrained", refuse)
+    monkeypatch.setattr("sora_engine.runtime.engine.Engine.from_pretrained", refuse)
     assert main(["generate", PROMPT, "-o", str(tmp_path / "a.mp4")]) == 2
     assert asked == ["sprites"]
     assert "sprites, the bundled checkpoint" in capsys.readouterr().out.splitlines()[0]
@@ -250,7 +250,7 @@ def test_without_a_model_it_takes_sprites_and_says_so(
 def test_an_image_becomes_the_first_frame(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sora_engine.engine import Engine
+    from sora_engine.runtime.engine import Engine
 
     Image.new("RGB", (9, 7), (250, 3, 3)).save(tmp_path / "first.png")
     seen = []
@@ -270,7 +270,7 @@ def test_a_failure_at_work_is_one_line_and_exit_code_1(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("sora_engine.stages.decoding", fail)
+    monkeypatch.setattr("sora_engine.runtime.executor.decoding", fail)
     assert generate(model, "-o", tmp_path / "a.mp4", *SMALL) == 1
     errors = capsys.readouterr().err
     assert "no room" in errors.splitlines()[-1]

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import sora_engine as sora
-from sora_engine import stages as stages_module
 from sora_engine.models import video_model
 from sora_engine.models.wan.model import WanTransformer
+from sora_engine.runtime import executor as stages_module
 from tests.parity.oracles import tiny_pipeline
 from tests.unit.test_checkpoint import original_name
 

@@ -8,8 +8,15 @@ import pytest
 import torch
 from diffusers import guiders
 
+from sora_engine.denoise.guidance import (
+    Guidance,
+    apg,
+    cfg,
+    cfg_zero_star,
+    needs_unconditional,
+    rescaled,
+)
 from sora_engine.errors import RequestError
-from sora_engine.guidance import Guidance, apg, cfg, cfg_zero_star, needs_unconditional, rescaled
 
 
 def pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 import sora_engine as sora
-from sora_engine import offload
-from sora_engine.engine import _default_peak
 from sora_engine.errors import BackendError, LayoutError
-from sora_engine.models import loading, video_model
+from sora_engine.models import loading, offload, video_model
 from sora_engine.models.loading import find_checkpoint
-from sora_engine.offload import Visits, level_that_fits
+from sora_engine.models.offload import Visits, level_that_fits
+from sora_engine.runtime.engine import _default_peak
 from tests.parity.oracles import tiny_pipeline
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sora_engine.packing import (
+from sora_engine.denoise.packing import (
     ANCHOR_GAP,
     Context,
     KeyValues,
@@ -137,7 +137,7 @@ def test_attention_is_planned_once_for_offsets(monkeypatch):
     """Layers and steps share a plan; other offsets get their own, even through a shared store."""
     from dataclasses import replace
 
-    from sora_engine import attention
+    from sora_engine.models import attention
 
     made = []
     monkeypatch.setattr(attention, "takes_plan", lambda q, backend: True)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from sora_engine.denoise.preview import FILE, LatentPreview, pooled_colours
 from sora_engine.errors import CheckpointError
-from sora_engine.preview import FILE, LatentPreview, pooled_colours
 
 
 def test_the_fit_finds_the_map_that_made_the_colours(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
-from sora_engine.request import (
+from sora_engine.request.request import (
     Clip,
     GenerationDefaults,
     LatentGrid,

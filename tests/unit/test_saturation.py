@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sora_engine.saturation import find_saturation
+from sora_engine.runtime.saturation import find_saturation
 
 
 def passes(fixed_s: float, token_s: float, slow: int | None = None):

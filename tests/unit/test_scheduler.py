@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 
-from sora_engine.scheduler import Scheduler, Ticket
+from sora_engine.runtime.scheduler import Scheduler, Ticket
 
 
 @dataclass

@@ -9,8 +9,8 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from sora_engine.errors import CheckpointError
 from sora_engine.vae import VAEConfig, WanVAE
-from sora_engine.vae.checkpoint import infer_config, original_names, vae_from_tensors
-from sora_engine.vae.config import WAN22_MEAN, WAN22_STD
+from sora_engine.vae.wan_checkpoint import infer_config, original_names, vae_from_tensors
+from sora_engine.vae.wan_config import WAN22_MEAN, WAN22_STD
 from tests.parity.vae_models import LAYOUTS, make_pair
 
 WAN22 = {

@@ -13,7 +13,7 @@ from sora_engine.errors import BackendError
 from sora_engine.vae import TiledCoder, TilePlan, VAEConfig, WanVAE, stream_decode, stream_encode
 from sora_engine.vae.cuda_graph import EAGER_LATENTS, GraphedVAE, graphed
 from sora_engine.vae.fit import FittedCoder
-from sora_engine.vae.memory import NoScores, StorageMeter, decode_memory, encode_memory
+from sora_engine.vae.rehearsal import NoScores, StorageMeter, decode_memory, encode_memory
 from sora_engine.vae.state import FixedTape, VAEState
 from tests.parity.vae_models import make_pair, relative
 

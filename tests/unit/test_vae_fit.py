@@ -14,7 +14,7 @@ import sora_engine as sora
 from sora_engine.errors import RequestError
 from sora_engine.vae import TiledCoder, TilePlan, VAEConfig, WanVAE
 from sora_engine.vae.fit import FittedCoder, free_bytes
-from sora_engine.vae.memory import (
+from sora_engine.vae.rehearsal import (
     NoScores,
     StorageMeter,
     decode_memory,

@@ -13,7 +13,7 @@ import torch
 from sora_engine.errors import RequestError
 from sora_engine.vae import VAEConfig, WanVAE
 from sora_engine.vae.coder import stream_decode, stream_encode
-from sora_engine.vae.memory import (
+from sora_engine.vae.rehearsal import (
     NoScores,
     StorageMeter,
     decode_memory,

@@ -10,9 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_engine.errors import RequestError
-from sora_engine.request import GenerationDefaults
-from sora_engine.windows import (
+from sora_engine.denoise.windows import (
     WEIGHTS,
     Window,
     WindowPlan,
@@ -23,6 +21,8 @@ from sora_engine.windows import (
     plan_windows,
     window_weights,
 )
+from sora_engine.errors import RequestError
+from sora_engine.request.request import GenerationDefaults
 
 
 @st.composite

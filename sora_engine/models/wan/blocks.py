@@ -8,10 +8,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sora_engine.attention import cross_attention, self_attention
+from sora_engine.denoise.packing import ContextRuns, Stream
+from sora_engine.models.attention import cross_attention, self_attention
 from sora_engine.models.linear import linear_gelu
 from sora_engine.models.wan.config import WanConfig
-from sora_engine.packing import ContextRuns, Stream
 from sora_kernels import gate_residual_norm_modulate, qk_norm_rope
 
 OWN_PARTS = ("attn1", "attn2", "norm2", "ffn")

@@ -16,11 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sora_engine.denoise.packing import Context, KeyValues, PackedBatch, Stream
 from sora_engine.models.linear import block_linears, steady
 from sora_engine.models.wan.blocks import Backends, Modulation, VaceBlock, WanBlock
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.embedders import ConditionEmbedder, embed_patches, rope_tables
-from sora_engine.packing import Context, KeyValues, PackedBatch, Stream
 from sora_kernels import norm_modulate
 
 TEXT_TOKENS = 512

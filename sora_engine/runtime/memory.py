@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sora_engine.canvas import Canvas, Known, KnownMode, Prompts
-from sora_engine.denoise import (
+from sora_engine.denoise.canvas import Canvas, Known, KnownMode, Prompts
+from sora_engine.denoise.denoise import (
     advance,
     decoding,
     frame_texts_of,
@@ -34,24 +34,24 @@ from sora_engine.denoise import (
     solver_of,
     window_plan,
 )
+from sora_engine.denoise.packing import Packer
+from sora_engine.denoise.windows import SparsePlan
 from sora_engine.errors import MemoryLimitError
 from sora_engine.models.linear import BlockedLinear
 from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.packing import Packer
-from sora_engine.request import ResolvedRequest
-from sora_engine.vae.config import VAEConfig
+from sora_engine.request.request import ResolvedRequest
 from sora_engine.vae.fit import FittedCoder
-from sora_engine.vae.memory import (
+from sora_engine.vae.native import PackableConv3d
+from sora_engine.vae.rehearsal import (
     CodingMemory,
     NoScores,
     StorageMeter,
     decode_peak_bytes,
     encode_peak_bytes,
 )
-from sora_engine.vae.native import PackableConv3d
 from sora_engine.vae.wan import WanVAE
-from sora_engine.windows import SparsePlan
+from sora_engine.vae.wan_config import VAEConfig
 
 META = torch.device("meta")
 TEXT_STEP = 8

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sora_engine.engine import Engine
-from sora_engine.job import Job, Progress
-from sora_engine.request import VideoRequest
+from sora_engine.request.request import VideoRequest
+from sora_engine.runtime.engine import Engine
+from sora_engine.runtime.job import Job, Progress
 from sora_engine.video import Video
 
 

@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sora_engine.canvas import Known, KnownMode
-from sora_engine.checks import integer
+from sora_engine.denoise.canvas import Known, KnownMode
 from sora_engine.errors import RequestError
 from sora_engine.io.images import fit
 from sora_engine.io.video_reader import read_video
-from sora_engine.request import Clip, Footage, ResolvedRequest
+from sora_engine.request.checks import integer
+from sora_engine.request.request import Clip, Footage, ResolvedRequest
 from sora_engine.vae.coder import VideoCoder
 from sora_engine.video import Video
 
 if TYPE_CHECKING:
     from sora_engine.models.video_model import VideoModel
-    from sora_engine.request import Frames
+    from sora_engine.request.request import Frames
 
 
 @runtime_checkable

@@ -18,20 +18,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sora_engine.canvas import Canvas, KnownMode, Prompts
-from sora_engine.clips import encode_known, encode_video, last_lap_state
-from sora_engine.distributed.ranks import Ranks
-from sora_engine.errors import RequestError
-from sora_engine.guidance import Guidance, needs_unconditional
-from sora_engine.job import Job
-from sora_engine.models.video_model import VideoDecoder, VideoModel
-from sora_engine.packing import Packer, Segment
-from sora_engine.preview import LatentPreview
-from sora_engine.request import GenerationDefaults, ResolvedRequest
-from sora_engine.samplers import Solver, make_solver
-from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
-from sora_engine.samplers.prediction import to_x0
-from sora_engine.windows import (
+from sora_engine.denoise.canvas import Canvas, KnownMode, Prompts
+from sora_engine.denoise.guidance import Guidance, needs_unconditional
+from sora_engine.denoise.known import encode_known, encode_video, last_lap_state
+from sora_engine.denoise.packing import Packer, Segment
+from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.windows import (
     SparsePlan,
     Window,
     WindowPlan,
@@ -40,6 +32,14 @@ from sora_engine.windows import (
     default_plan,
     plan_windows,
 )
+from sora_engine.distributed.step_sharing import Ranks
+from sora_engine.errors import RequestError
+from sora_engine.models.video_model import VideoDecoder, VideoModel
+from sora_engine.request.request import GenerationDefaults, ResolvedRequest
+from sora_engine.runtime.job import Job
+from sora_engine.samplers import Solver, make_solver
+from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
+from sora_engine.samplers.prediction import to_x0
 
 
 def prepare(request: ResolvedRequest, model: VideoModel) -> Canvas:

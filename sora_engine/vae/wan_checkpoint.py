@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import CheckpointError
-from sora_engine.vae.config import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD, VAEConfig
 from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD, VAEConfig
 
 T = TypeVar("T")
 

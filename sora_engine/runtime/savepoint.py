@@ -18,16 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sora_engine.canvas import Canvas, Known, Prompts
-from sora_engine.denoise import guidances_of, num_links, solver_of, window_plan
+from sora_engine.denoise.canvas import Canvas, Known, Prompts
+from sora_engine.denoise.denoise import guidances_of, num_links, solver_of, window_plan
+from sora_engine.denoise.guidance import Guidance
+from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.errors import CheckpointError
-from sora_engine.guidance import Guidance
 from sora_engine.io.atomic import write_atomically
 from sora_engine.io.provenance import Provenance
 from sora_engine.models.video_model import VideoModel
-from sora_engine.request import ResolvedRequest, Shot
+from sora_engine.request.request import ResolvedRequest, Shot
 from sora_engine.samplers import SolverState
-from sora_engine.windows import SparsePlan, WindowPlan
 
 FORMAT = 2
 _PLAIN = (

@@ -23,7 +23,7 @@ from torch import Tensor
 from sora_engine.errors import RequestError
 
 if TYPE_CHECKING:
-    from sora_engine.request import GenerationDefaults
+    from sora_engine.request.request import GenerationDefaults
 
 WEIGHTS = ("flat", "pyramid", "overlap")
 SCHEDULES = ("static", "moving", "chained")

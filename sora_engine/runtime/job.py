@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sora_engine.errors import DeadlineExceededError, JobCancelledError, JobFailedError
-from sora_engine.request import ResolvedRequest
+from sora_engine.request.request import ResolvedRequest
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from sora_engine.canvas import Canvas
+    from sora_engine.denoise.canvas import Canvas
     from sora_engine.io.provenance import Provenance
-    from sora_engine.memory import MemoryPlan
-    from sora_engine.savepoint import Savepoint
-    from sora_engine.scheduler import Ticket
+    from sora_engine.runtime.memory import MemoryPlan
+    from sora_engine.runtime.savepoint import Savepoint
+    from sora_engine.runtime.scheduler import Ticket
     from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)

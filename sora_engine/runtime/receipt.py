@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sora_engine.models.video_model import VideoModel
-from sora_engine.request import ResolvedRequest
+from sora_engine.request.request import ResolvedRequest
 from sora_engine.vae.fit import FittedCoder
 from sora_kernels.dispatch import OPS
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_engine.guidance import Guidance
-from sora_engine.packing import Context, Segment
+from sora_engine.denoise.guidance import Guidance
+from sora_engine.denoise.packing import Context, Segment
+from sora_engine.denoise.windows import SparsePlan, Window, WindowPlan, chain_of, plan_windows
 from sora_engine.samplers import Solver, SolverState
-from sora_engine.windows import SparsePlan, Window, WindowPlan, chain_of, plan_windows
 
 
 class KnownMode(StrEnum):

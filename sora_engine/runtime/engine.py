@@ -12,29 +12,29 @@ from typing import Any, Literal, cast, overload
 import torch
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise import num_links, step_tokens
-from sora_engine.device import free_memory
-from sora_engine.distributed.remote import settle_layout, start_replicas
+from sora_engine.denoise.denoise import num_links, step_tokens
+from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import LayoutError, RequestError
-from sora_engine.hooks import Hooks
-from sora_engine.job import (
+from sora_engine.models.device import free_memory
+from sora_engine.models.loading import load_video_model
+from sora_engine.models.video_model import VideoModel
+from sora_engine.request.request import ResolvedRequest, VideoRequest, resolve_request
+from sora_engine.runtime.executor import Stages
+from sora_engine.runtime.hooks import Hooks
+from sora_engine.runtime.job import (
     FramesCallback,
     Job,
     JobOptions,
     LatentsCallback,
     ProgressCallback,
 )
-from sora_engine.memory import MemoryPlan, MemoryPlanner
-from sora_engine.models.loading import load_video_model
-from sora_engine.models.video_model import VideoModel
-from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
+from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
+from sora_engine.runtime.savepoint import Savepoint, load_state
+from sora_engine.runtime.scheduler import MAX_PRIORITY
+from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
-from sora_engine.savepoint import Savepoint, load_state
-from sora_engine.scheduler import MAX_PRIORITY
-from sora_engine.stages import Stages
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.video import Video
-from sora_engine.worker import DECODE_STEPS, Worker
 
 
 class Engine:

@@ -10,18 +10,18 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import TYPE_CHECKING, TypeAlias
 
-from sora_engine.checks import finite, integer, positive, several
 from sora_engine.config import Limits
+from sora_engine.denoise.guidance import Guidance
 from sora_engine.errors import RequestError
-from sora_engine.guidance import Guidance
+from sora_engine.request.checks import finite, integer, positive, several
 
 if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
     import torch
 
+    from sora_engine.denoise.windows import SparsePlan, WindowPlan
     from sora_engine.video import Video
-    from sora_engine.windows import SparsePlan, WindowPlan
 
     WholeFrames: TypeAlias = np.ndarray | PIL.Image.Image | str | PathLike[str] | Video
     Frames: TypeAlias = "WholeFrames | Footage"

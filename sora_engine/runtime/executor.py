@@ -6,15 +6,15 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from sora_engine.canvas import Canvas
-from sora_engine.denoise import decoding, denoise_step, preparing
-from sora_engine.job import Job
+from sora_engine.denoise.canvas import Canvas
+from sora_engine.denoise.denoise import decoding, denoise_step, preparing
+from sora_engine.denoise.packing import Packer
 from sora_engine.models.video_model import VideoModel
-from sora_engine.packing import Packer
-from sora_engine.receipt import backends_of
-from sora_engine.request import ResolvedRequest
-from sora_engine.saturation import saturation_point
-from sora_engine.savepoint import Savepoint, tensors_of
+from sora_engine.request.request import ResolvedRequest
+from sora_engine.runtime.job import Job
+from sora_engine.runtime.receipt import backends_of
+from sora_engine.runtime.saturation import saturation_point
+from sora_engine.runtime.savepoint import Savepoint, tensors_of
 
 
 class Stages:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from sora_engine.denoise.packing import Packer, Segment
 from sora_engine.io.atomic import write_atomically
 from sora_engine.models.video_model import VideoModel
-from sora_engine.packing import Packer, Segment
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sora_engine.canvas import Canvas
+from sora_engine.denoise.canvas import Canvas
+from sora_engine.denoise.packing import PackedBatch
+from sora_engine.denoise.windows import Window, divided, weight_sum, weighted_sum
 from sora_engine.distributed.layout import share
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.shard import Sharder
-from sora_engine.packing import PackedBatch
-from sora_engine.windows import Window, divided, weight_sum, weighted_sum
 
 
 class StepPart(Protocol):

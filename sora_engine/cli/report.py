@@ -40,7 +40,7 @@ def _version(package: str) -> str | None:
 def _engine() -> str:
     from sora_engine.version import version
 
-    return f"{version()} in {Path(__file__).parent}"
+    return f"{version()} in {Path(__file__).parents[1]}"
 
 
 def _python() -> str:
@@ -158,7 +158,7 @@ def _transformers() -> str:
 
 
 def _sprites() -> str:
-    folder = Path(__file__).parent / "checkpoints" / "sprites"
+    folder = Path(__file__).parents[1] / "checkpoints" / "sprites"
     files = [p for p in folder.rglob("*.safetensors") if p.is_file()]
     if not files:
         return "not in this installation; name a checkpoint with --model"

@@ -8,18 +8,18 @@ from os import PathLike
 from typing import Any
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise import windows_of
-from sora_engine.distributed.planner import Transformer, Video, plan
+from sora_engine.denoise.denoise import windows_of
+from sora_engine.denoise.windows import WindowPlan
+from sora_engine.distributed.layout_cost import Transformer, Video, plan
 from sora_engine.models.loading import find_checkpoint, planning_facts
 from sora_engine.models.wan.config import WanConfig
-from sora_engine.request import (
+from sora_engine.request.request import (
     GenerationDefaults,
     LatentGrid,
     ResolvedRequest,
     VideoRequest,
     resolve_request,
 )
-from sora_engine.windows import WindowPlan
 
 
 def describe(

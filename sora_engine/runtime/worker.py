@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from sora_engine.canvas import Canvas
 from sora_engine.config import Limits
+from sora_engine.denoise.canvas import Canvas
 from sora_engine.errors import (
     DeviceError,
     EngineClosedError,
@@ -28,16 +28,16 @@ from sora_engine.errors import (
     QueueFullError,
     SoraError,
 )
-from sora_engine.failures import failure_of, is_device_error, is_out_of_memory
-from sora_engine.hooks import FrameSpan, Hooks
-from sora_engine.job import Job, JobState
-from sora_engine.memory import MemoryPlanner
 from sora_engine.models.video_model import VideoModel
-from sora_engine.receipt import write_receipt
-from sora_engine.recipe import provenance_of
-from sora_engine.savepoint import save_state
-from sora_engine.scheduler import Scheduler
-from sora_engine.stages import Stages
+from sora_engine.request.recipe import provenance_of
+from sora_engine.runtime.executor import Stages
+from sora_engine.runtime.failures import failure_of, is_device_error, is_out_of_memory
+from sora_engine.runtime.hooks import FrameSpan, Hooks
+from sora_engine.runtime.job import Job, JobState
+from sora_engine.runtime.memory import MemoryPlanner
+from sora_engine.runtime.receipt import write_receipt
+from sora_engine.runtime.savepoint import save_state
+from sora_engine.runtime.scheduler import Scheduler
 from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)

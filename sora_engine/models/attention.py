@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.packing import ContextRuns, Plans, Stream
 from sora_engine.distributed.sequence import (
     sharded_attention,
     trade_heads_for_tokens,
     trade_tokens_for_heads,
 )
 from sora_engine.distributed.sparse import SparseRing, sparse_ring_attention
-from sora_engine.packing import ContextRuns, Plans, Stream
 from sora_kernels import (
     AttentionPlan,
     packed_attention,

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_engine.errors import RequestError
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.tiling import TilePlan, starts
 from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import VAEConfig
 
 _SMALLEST = 16
 """Latents along the side of the smallest tile."""

@@ -13,23 +13,23 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from sora_engine.canvas import Canvas, KnownMode
 from sora_engine.config import ParallelConfig
-from sora_engine.device import resolve_device, resolve_dtype
+from sora_engine.denoise.canvas import Canvas, KnownMode
 from sora_engine.distributed import torchrun
+from sora_engine.distributed.auto_layout import auto_layout
 from sora_engine.distributed.layout import check_devices, check_heads, check_world
 from sora_engine.distributed.message import Message
-from sora_engine.distributed.planning import auto_layout
 from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message
 from sora_engine.errors import EngineDeadError, JobFailedError, RankFailedError
-from sora_engine.job import Job
+from sora_engine.models.device import resolve_device, resolve_dtype
 from sora_engine.models.loading import find_checkpoint
 from sora_engine.models.video_model import VideoModel
-from sora_engine.request import GenerationDefaults, LatentGrid, ResolvedRequest
-from sora_engine.savepoint import Savepoint
+from sora_engine.request.request import GenerationDefaults, LatentGrid, ResolvedRequest
+from sora_engine.runtime.job import Job
+from sora_engine.runtime.savepoint import Savepoint
 from sora_engine.vae.coder import latent_statistics
-from sora_engine.vae.config import VAEConfig
+from sora_engine.vae.wan_config import VAEConfig
 
 CPU = torch.device("cpu")
 

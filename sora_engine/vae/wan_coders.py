@@ -19,8 +19,8 @@ from sora_engine.vae.blocks import (
     RMSNorm,
     Upsample,
 )
-from sora_engine.vae.config import VAEConfig
 from sora_engine.vae.state import Tape
+from sora_engine.vae.wan_config import VAEConfig
 
 
 class DownStage(nn.Module):

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sora_engine.clips import as_array
+from sora_engine.denoise.guidance import Guidance
+from sora_engine.denoise.known import as_array
+from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.errors import MediaError, RequestError
-from sora_engine.guidance import Guidance
 from sora_engine.io.provenance import Provenance
-from sora_engine.request import Clip, Footage, ResolvedRequest, Shot, VideoRequest
+from sora_engine.request.request import Clip, Footage, ResolvedRequest, Shot, VideoRequest
 from sora_engine.version import version
 from sora_engine.video import Video
-from sora_engine.windows import SparsePlan, WindowPlan
 
 if TYPE_CHECKING:
     from sora_engine.models.video_model import VideoModel
-    from sora_engine.request import Frames, WholeFrames
+    from sora_engine.request.request import Frames, WholeFrames
 
 Make = Callable[[VideoRequest], Video]
 

@@ -1,0 +1,1 @@
+"""From words and clips to denoised latents: canvases, windows, packed batches, guidance."""

@@ -1,0 +1,1 @@
+"""The engine: jobs, their turns, their memory, and what is kept of them."""
