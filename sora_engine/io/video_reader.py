@@ -17,8 +17,8 @@ from PIL import Image
 
 from sora_engine.errors import MediaError
 from sora_engine.io.animation import animation_frames
+from sora_engine.io.formats import NUMBERED_PNG, check_rate
 from sora_engine.io.images import check_size, fit, open_file, open_image
-from sora_engine.io.video_writer import NUMBERED_PNG, check_rate
 
 # swscale's default takes short cuts: darker by one level, and 4 dB further off.
 _TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT

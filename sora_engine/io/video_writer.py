@@ -14,9 +14,7 @@ is empty or holds nothing but numbered PNGs.
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -30,19 +28,15 @@ import av
 import numpy as np
 
 from sora_engine.errors import MediaError
-from sora_engine.io.animation import GIF_MAX_FPS, WEBP_MAX_FPS, GifWriter, WebpWriter
+from sora_engine.io.animation import GifWriter, WebpWriter
+from sora_engine.io.formats import NUMBERED_PNG, SUFFIXES, check_rate
 from sora_engine.io.images import check_frame, write_png
 from sora_engine.io.provenance import Provenance
-
-MAX_FPS = {".mp4": 1000, ".gif": GIF_MAX_FPS, ".webp": WEBP_MAX_FPS, ".png": 1000, "": 1000}
-SUFFIXES = tuple(suffix for suffix in MAX_FPS if suffix)
 
 # Near-transparent: about 45 dB on smooth clips. x264's default of 23 smears small coloured shapes.
 H264_CRF = 14
 _BT709 = 1
 _TV_RANGE = 1
-
-NUMBERED_PNG = re.compile(r"\d+\.png")
 
 
 class VideoWriter:
@@ -226,14 +220,6 @@ def check_output(
                 f"{path} holds other files ({sorted(strange)[0]}); name an empty or a new folder"
             )
     return path
-
-
-def check_rate(fps: float | Fraction, suffix: str = "") -> None:
-    """Raises MediaError for a rate that no file of the suffix can have."""
-    limit = MAX_FPS[suffix]
-    if not math.isfinite(fps) or not 0 < fps <= limit:
-        what = f" for a {suffix}" if suffix else ""
-        raise MediaError(f"fps {float(fps):g}: it must be above 0 and at most {limit}{what}")
 
 
 def _replace_folder(source: Path, target: Path) -> None:
