@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,12 +14,9 @@ from torch import Tensor
 
 from sora_engine.denoise.canvas import Known, KnownMode
 from sora_engine.errors import RequestError
-from sora_engine.io.images import fit
-from sora_engine.io.video_reader import read_video
-from sora_engine.request.checks import integer
-from sora_engine.request.request import Clip, Footage, ResolvedRequest
+from sora_engine.request.frames import load_frames
+from sora_engine.request.request import Clip, ResolvedRequest
 from sora_engine.vae.coder import VideoCoder
-from sora_engine.video import Video
 
 if TYPE_CHECKING:
     from sora_engine.models.video_model import VideoModel
@@ -38,62 +33,6 @@ class ComparesStates(Protocol):
 MAX_REACH = 96
 """Latent frames after which a causal decoder that still remembers is taken to be at fault: Wan's
 reaches back 38."""
-
-
-def load_frames(
-    frames: Frames, height: int, width: int, fps: float | None = None, what: str = "clip"
-) -> np.ndarray:
-    """Frames in any form that a request takes, as uint8 `[n, height, width, 3]`.
-
-    A file is resampled to `fps`; frames in memory are taken as they are. Frames of another size are
-    scaled until they cover the size asked for, and their middle is kept. Raises RequestError or
-    MediaError.
-    """
-    if isinstance(frames, Footage):
-        return _part_of(frames, height, width, fps, what)
-    if isinstance(frames, (str, PathLike)):
-        return read_video(Path(frames), fps=fps, height=height, width=width)[0]
-    array = as_array(frames, what)
-    if array.shape[1:3] == (height, width):
-        return array
-    return np.stack(
-        [np.asarray(fit(Image.fromarray(f), height=height, width=width)) for f in array]
-    )
-
-
-def as_array(frames: object, what: str = "clip") -> np.ndarray:
-    """Frames in memory as uint8 `[n, height, width, 3]`; RequestError for what are none."""
-    if isinstance(frames, Video):
-        frames = frames.frames
-    if isinstance(frames, Image.Image):
-        frames = np.asarray(frames.convert("RGB"))[None]
-    if isinstance(frames, Tensor):
-        frames = frames.cpu().numpy()
-    if not isinstance(frames, np.ndarray):
-        raise RequestError(
-            f"a {what}'s frames are a uint8 array [n, height, width, 3], a PIL image, a path or a "
-            f"Video, got {type(frames).__name__}"
-        )
-    if frames.ndim == 3:
-        frames = frames[None]
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise RequestError(
-            f"a {what}'s frames are uint8 [n, height, width, 3], "
-            f"got {frames.dtype} {list(frames.shape)}"
-        )
-    return frames
-
-
-def _part_of(part: Footage, height: int, width: int, fps: float | None, what: str) -> np.ndarray:
-    frames = load_frames(part.frames, height, width, fps, what)
-    start = integer(f"a {what}'s start", part.start, 0)
-    stop = integer(f"a {what}'s stop", part.stop, len(frames))
-    if not 0 <= start < stop <= len(frames):
-        raise RequestError(
-            f"frames {start} to {stop} of a {what} were asked for; it has {len(frames)}, so "
-            f"from 0 to {len(frames)} would work"
-        )
-    return frames[start:stop]
 
 
 def to_unit_range(frames: np.ndarray) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sora_engine.denoise.guidance import Guidance
-from sora_engine.denoise.known import load_frames
 from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.distributed.message import Message
+from sora_engine.request.frames import load_frames
 from sora_engine.request.request import Clip, ResolvedRequest, Shot
 
 PLANS: dict[str, type[WindowPlan] | type[SparsePlan]] = {

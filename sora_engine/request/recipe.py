@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sora_engine.denoise.guidance import Guidance
-from sora_engine.denoise.known import as_array
 from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.errors import MediaError, RequestError
 from sora_engine.io.provenance import Provenance
+from sora_engine.request.frames import as_array
 from sora_engine.request.request import Clip, Footage, ResolvedRequest, Shot, VideoRequest
 from sora_engine.version import version
 from sora_engine.video import Video

@@ -302,7 +302,7 @@ def _measure(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> _Sour
         n, height, width = measure_video(path, fps=fps)
         provenance = read_provenance(path)
     else:
-        from sora_engine.denoise.known import as_array
+        from sora_engine.request.frames import as_array
 
         n, height, width, _ = as_array(whole).shape
     end = n if stop is None else stop
