@@ -33,15 +33,18 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLWan
 
-from sora_engine.vae import VAEConfig, WanVAE, stream_decode
-from sora_engine.vae.rehearsal import NoScores, StorageMeter, decode_memory
+from sora_engine.vae import stream_decode
+from sora_engine.vae.meter import NoScores, StorageMeter
+from sora_engine.vae.rehearsal import decode_memory
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 from sora_kernels import csrc
 
 
 def make(base_dim: int) -> tuple[AutoencoderKLWan, WanVAE]:
     torch.manual_seed(0)
     oracle = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
-    ours = WanVAE(VAEConfig.from_dict(dict(oracle.config))).eval().requires_grad_(False)
+    ours = WanVAE(WanVAEConfig.from_dict(dict(oracle.config))).eval().requires_grad_(False)
     ours.load_state_dict(oracle.state_dict())
     return oracle, ours.prepare()
 
@@ -98,7 +101,7 @@ def peak(side: str, base_dim: int, size: int, latents: int) -> None:
         oracle = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
         decode = oracle.decode
     else:
-        ours = WanVAE(VAEConfig(base_dim=base_dim)).eval().requires_grad_(False).prepare()
+        ours = WanVAE(WanVAEConfig(base_dim=base_dim)).eval().requires_grad_(False).prepare()
 
         def decode(video: torch.Tensor) -> None:
             for _ in stream_decode(ours, video):
@@ -119,7 +122,7 @@ def alive(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
     """The most bytes of tensors alive at a time, of both at several lengths, in fp32."""
     with torch.device("meta"):
         oracle = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
-        ours = WanVAE(VAEConfig(base_dim=base_dim)).eval().requires_grad_(False)
+        ours = WanVAE(WanVAEConfig(base_dim=base_dim)).eval().requires_grad_(False)
     ours.prepare(onednn=False)
 
     def streamed(latents: torch.Tensor) -> None:
@@ -194,7 +197,7 @@ def resident_peak(
 
 def memory_of(base_dim: int, size: int, lengths: list[int]) -> dict[str, object]:
     """What a measurement of memory is about, and what it is held against."""
-    config = VAEConfig(base_dim=base_dim)
+    config = WanVAEConfig(base_dim=base_dim)
     frame = 3 * 4 * (size * config.factor_spatial) ** 2
     return {
         "name": f"memory of decoding {size}x{size} latents, base_dim {base_dim}, fp32",

@@ -23,8 +23,9 @@ import torch
 from bench_vae import add_to, circumstances, make
 from torch import Tensor
 
-from sora_engine.vae import WanVAE, stream_decode
+from sora_engine.vae import stream_decode
 from sora_engine.vae.cuda_graph import GraphedVAE
+from sora_engine.vae.wan import WanVAE
 
 EAGER = "diffusers"
 Side = Callable[[Tensor], None]

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sora_engine.config import Limits, ParallelConfig
-    from sora_engine.denoise.guidance import Guidance
-    from sora_engine.denoise.windows import SparsePlan, WindowPlan
     from sora_engine.errors import (
         BackendError,
         CheckpointError,
@@ -28,14 +26,15 @@ if TYPE_CHECKING:
         SoraError,
         UpsamplingError,
     )
+    from sora_engine.request.guidance import Guidance
     from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
+    from sora_engine.request.windows import SparsePlan, WindowPlan
     from sora_engine.runtime.async_engine import AsyncEngine
     from sora_engine.runtime.engine import Engine
     from sora_engine.runtime.hooks import FrameSpan, Hooks
     from sora_engine.runtime.job import Job, JobState, Progress
     from sora_engine.runtime.memory import MemoryPlan
-    from sora_engine.runtime.receipt import Receipt
-    from sora_engine.video import Video
+    from sora_engine.video import Receipt, Video
 
 _HOMES = {
     "AsyncEngine": "runtime.async_engine",
@@ -60,21 +59,21 @@ _HOMES = {
     "RequestError": "errors",
     "SoraError": "errors",
     "UpsamplingError": "errors",
-    "Guidance": "denoise.guidance",
+    "Guidance": "request.guidance",
     "FrameSpan": "runtime.hooks",
     "Hooks": "runtime.hooks",
     "Job": "runtime.job",
     "JobState": "runtime.job",
     "Progress": "runtime.job",
     "MemoryPlan": "runtime.memory",
-    "Receipt": "runtime.receipt",
+    "Receipt": "video",
     "Clip": "request.request",
     "Footage": "request.request",
     "Shot": "request.request",
     "VideoRequest": "request.request",
     "Video": "video",
-    "SparsePlan": "denoise.windows",
-    "WindowPlan": "denoise.windows",
+    "SparsePlan": "request.windows",
+    "WindowPlan": "request.windows",
 }
 
 __all__ = [

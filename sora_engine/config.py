@@ -102,4 +102,7 @@ class ParallelConfig:
         return " ".join(shown) or "one rank"
 
 
+NO_LIMIT = 1 << 62
+"""Bytes: more than any machine has."""
+
 _OPTIONAL = ("pack_tokens", "vae_memory_bytes", "memory_bytes")

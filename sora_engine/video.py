@@ -1,11 +1,11 @@
-"""A finished video: frames, latents, and how it was made."""
+"""A finished video: frames, latents, and the receipt that says how it was computed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,8 +13,46 @@ from torch import Tensor
 from sora_engine.io.provenance import Provenance
 from sora_engine.io.video_writer import write_video
 
-if TYPE_CHECKING:
-    from sora_engine.runtime.receipt import Receipt
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """How a video was computed: enough to compute it again, or to see why two computers differ.
+
+    ops: which backends served each op of `sora_kernels`.
+    most_in_company: the most jobs that shared a batch with this one, itself included.
+    largest_batch_tokens: tokens of the largest pass that it took part in, others' included.
+    noise: `"seed"`, or `"given"` where the request brought its own.
+    vae_tiles: the tiles in which frames were coded because they did not fit whole, by "decode" and
+        "encode"; empty where they did. Frames in tiles are an approximation: edges are blended.
+    resumed_at: the step at which it was taken up from a file; None where it ran in one go.
+    promised_bytes: the peak of memory that was computed before work began.
+    lossy: options that trade accuracy, each with its measured relative error; empty unless asked
+        for.
+    """
+
+    device: str
+    dtype: str
+    vae: str
+    vae_dtype: str
+    ops: dict[str, list[str]]
+    solver: str
+    seed: int
+    noise: str
+    most_in_company: int
+    largest_batch_tokens: int
+    vae_tiles: dict[str, str] = field(default_factory=dict)
+    resumed_at: int | None = None
+    promised_bytes: int | None = None
+    lossy: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        """Whether any of its steps shared a batch with other jobs."""
+        return self.most_in_company > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "packed": self.packed}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

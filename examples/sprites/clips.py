@@ -12,7 +12,7 @@ import world
 from torch import Tensor
 from training import save
 
-from sora_engine.vae import WanVAE
+from sora_engine.vae.wan import WanVAE
 
 # What takes longest to learn is drawn most: the chance to be kept of a drawn clip that shows it.
 HARD = {"grows": 0.8, "star": 1.0, "bounces": 0.9, "orbits": 0.9, "diamond": 0.6}

@@ -26,7 +26,8 @@ from torch import Tensor
 from train_vae import load_vae
 from training import say
 
-from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 
 STEP = 0.15  # of a latent's deviation: small beside it, large beside rounding
 
@@ -103,7 +104,7 @@ def condense(
         "latents_mean": [round(float(value), 5) for value in mean],
         "latents_std": [round(float(std), 5)] * channels,
     }
-    out = WanVAE(VAEConfig.from_dict(config))
+    out = WanVAE(WanVAEConfig.from_dict(config))
     weights = dict(vae.state_dict())
     z = vae.config.z_dim
     to_posterior = vae.quant_conv.weight.flatten(1)[:z]

@@ -16,8 +16,9 @@ from evaluate import facts
 from scoring import Bench, asked, changes, mean
 
 import sora_engine as sora
-from sora_engine.denoise.denoise import window_plan
-from sora_engine.denoise.windows import SparsePlan, WindowPlan, default_overlap, plan_windows
+from sora_engine.denoise.windows import plan_windows
+from sora_engine.request import SparsePlan, WindowPlan
+from sora_engine.request.windows import default_overlap
 
 SECONDS = 60
 STRETCH_S = 10
@@ -105,7 +106,7 @@ def joints(bench: Bench, request: sora.VideoRequest, num_frames: int) -> np.ndar
     """The frames at which what a window makes begins, or ends."""
     grid = bench.model.grid
     total = grid.latent_frames(num_frames, loop=False)
-    plan = window_plan(bench.engine.resolve(request), bench.model, total)
+    plan = bench.engine.resolve(request).window
     ends = set()
     for window in plan_windows(plan, total, wraps=False, step=0):
         ends |= {window.start + window.lead, window.start + window.length}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from text import TEXT_DIM, encode, new_text_encoder, new_tokenizer
 from torch import Tensor, nn
 
-from sora_engine.denoise.packing import Context, Packer, Segment
+from sora_engine.denoise.conditioning import Context
+from sora_engine.denoise.packing import Packer, Segment
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
 
@@ -96,7 +97,9 @@ class Sprites(nn.Module):
             with torch.no_grad():
                 states = encode(self.text, self.tokenizer, fresh)
             self.states |= dict(zip(fresh, states, strict=True))
-        encoded = self.transformer.encode_contexts([self.states[caption] for caption in unique])
+        encoded = self.transformer.encode_contexts(
+            [{"text": self.states[caption]} for caption in unique]
+        )
         done = dict(zip(unique, encoded, strict=True))
         return [done[caption] for caption in captions]
 
@@ -114,7 +117,7 @@ class Sprites(nn.Module):
         """
         dtype = self.transformer.dtype
         segments = [
-            Segment(x.to(dtype), s * 1000.0, ((context, len(s)),), anchors=seen)
+            Segment(x.to(dtype), s * 1000.0, ((context, len(s)),), num_anchors=seen)
             for x, s, context, seen in zip(
                 latents, levels, contexts, anchors or [0] * len(latents), strict=True
             )

@@ -31,7 +31,7 @@ from train_vae import load_vae
 from training import Average, Clock, Muon, save, say, start
 
 from sora_engine.denoise.packing import Packer
-from sora_engine.vae import WanVAE
+from sora_engine.vae.wan import WanVAE
 
 FLAW, ANCHOR_FLAW = 0.2, 0.05
 """The most noise, as a level, that is left on given frames, and on anchors."""

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import Clock, Muon, save, say, start
 
-from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 
 CONFIG = {
     "base_dim": 16,
@@ -50,7 +51,7 @@ def new_vae() -> WanVAE:
     Sprites are local: without attention what is learned on small cuts holds for any size.
     """
     torch.manual_seed(0)
-    vae = WanVAE(VAEConfig(**CONFIG))
+    vae = WanVAE(WanVAEConfig(**CONFIG))
     with torch.no_grad():
         for name, param in vae.named_parameters():
             if name.endswith("bias") or "attentions.0.proj" in name:
@@ -63,7 +64,7 @@ def new_vae() -> WanVAE:
 
 def load_vae(folder: Path) -> WanVAE:
     """The VAE of a folder that `export` wrote."""
-    vae = WanVAE(VAEConfig.from_dict(json.loads((folder / "config.json").read_text())))
+    vae = WanVAE(WanVAEConfig.from_dict(json.loads((folder / "config.json").read_text())))
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     vae.load_state_dict({name: value.float() for name, value in weights.items()})
     return vae.eval().requires_grad_(False)

@@ -22,7 +22,7 @@ import torch
 from sora_engine.bench.models import WanShape, long_prompt, random_pipeline
 from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import Turns
-from sora_engine.request.request import VideoRequest
+from sora_engine.request import VideoRequest
 from sora_engine.runtime.engine import Engine
 
 RIVAL = "diffusers"
@@ -163,10 +163,10 @@ def alternate(pipe: Any, engine: Engine, run: Run) -> tuple[Turns, float]:
         def before_step(*_: object) -> None:
             turns.boundary(SUBJECT)
 
-        hook = engine.model.transformer(0).register_forward_pre_hook(before_step)
+        hook = engine.loaded_model.transformer(0).register_forward_pre_hook(before_step)
         try:
             job = engine.submit(run.request(), on_latents=lambda _: turns.boundary(SUBJECT))
-            latents[SUBJECT] = engine.model.vae.normalise(job.result().latents[None])
+            latents[SUBJECT] = engine.loaded_model.vae.normalise(job.result().latents[None])
         finally:
             hook.remove()
 

@@ -134,7 +134,7 @@ def packed(
     model: WanTransformer, videos: list[tuple[Tensor, Tensor]], timestep: float = 500.0
 ) -> PackedBatch:
     """One batch of latents `[C, T, H, W]`, each with its text `[n, text_dim]`, where those lie."""
-    contexts = model.encode_contexts([text for _, text in videos])
+    contexts = model.encode_contexts([{"text": text} for _, text in videos])
     patch = model.config.patch_size
     segments = [
         Segment(latents, torch.full((latents.shape[1],), timestep), ((context, latents.shape[1]),))

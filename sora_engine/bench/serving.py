@@ -24,8 +24,8 @@ import torch
 from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import interleaved
 from sora_engine.config import Limits
-from sora_engine.models.loading import BUNDLED
-from sora_engine.request.request import VideoRequest
+from sora_engine.models.registry import BUNDLED
+from sora_engine.request import VideoRequest
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job
 

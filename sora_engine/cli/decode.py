@@ -38,7 +38,6 @@ def decode(
     name = model or saved.model
     say(f"sora_engine {version()}: loading the VAE of {name}")
     started = time.monotonic()
-    from sora_engine.denoise.denoise import decode as decode_frames
     from sora_engine.models.loading import load_video_decoder
 
     try:
@@ -48,7 +47,7 @@ def decode(
         raise UsageError(f"{in_options(error)}") from error
     total, done = saved.latents.shape[1], 0
     with VideoWriter(output, saved.fps, provenance=saved.provenance) as writer:
-        for chunk in decode_frames(normalised, decoder, wraps=saved.loop):
+        for chunk in decoder.decode(normalised, wraps=saved.loop):
             for frame in chunk.numpy():
                 writer.write(frame)
             done += 1

@@ -17,19 +17,26 @@ from sora_engine.cli.app import UsageError, app, say
 from sora_engine.cli.options import DEFAULT_MODEL, Common, in_options, parse_parallel
 from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
+from sora_engine.request import (
+    GenerationDefaults,
+    KnownMode,
+    LatentGrid,
+    ModelFacts,
+    ResolvedRequest,
+    VideoRequest,
+    resolve_request,
+)
 from sora_engine.version import version
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from sora_engine.request.request import ResolvedRequest, VideoRequest
-    from sora_engine.request.tasks import ModelFacts
     from sora_engine.runtime.engine import Engine
     from sora_engine.runtime.job import Job
     from sora_engine.video import Video
 
-Build = Callable[["ModelFacts", "Callable[[VideoRequest], Video]"], "VideoRequest"]
+Build = Callable[[ModelFacts, "Callable[[VideoRequest], Video]"], VideoRequest]
 """What a command leaves to be done: the request, once the model is known, and given a way to make
 the videos that it starts from."""
 
@@ -121,23 +128,27 @@ def run(plan: Plan) -> None:
     say(f"{output}: {settings} at {resolved.fps:g} fps, seed {resolved.seed} ({times})")
 
 
+class _AnyModel(NamedTuple):
+    """Stands for any model: the engine's own rules, less those of a model's grid."""
+
+    grid: LatentGrid = LatentGrid(channels=1, vae_spatial=1, patch=(1, 1, 1), time=1)
+    defaults: GenerationDefaults = GenerationDefaults(
+        height=1, width=1, num_frames=1, fps=1.0, num_inference_steps=1, guidance_scale=1.0
+    )
+    known_mode: KnownMode = KnownMode.NOISE_LEVEL
+
+
 def check_before_loading(plan: Plan, output: str) -> None:
     """Everything that can be told without the model: no one waits for torch to learn of a typo."""
     from sora_engine.io.video_reader import open_video
     from sora_engine.io.video_writer import check_output
-    from sora_engine.request.request import GenerationDefaults, LatentGrid, resolve_request
 
-    # Stands for any model: the engine's own rules, less those of a model's grid.
-    any_defaults = GenerationDefaults(
-        height=1, width=1, num_frames=1, fps=1.0, num_inference_steps=1, guidance_scale=1.0
-    )
-    any_grid = LatentGrid(channels=1, vae_spatial=1, patch=(1, 1, 1), time=1)
     try:
         check_output(output, num_frames=plan.early.num_frames, fps=plan.early.fps)
         for path in plan.files:
             if not Path(path).is_dir() and read_first_image(path) is None:
                 open_video(path).close()
-        resolve_request(plan.early, any_defaults, any_grid, Limits())
+        resolve_request(plan.early, _AnyModel(), Limits())
     except SoraError as error:
         raise UsageError(in_options(error)) from error
 

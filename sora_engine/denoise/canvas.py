@@ -8,33 +8,18 @@ depends on what it was trained for (`KnownMode`); nothing else in the engine doe
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sora_engine.denoise.guidance import Guidance
-from sora_engine.denoise.packing import Context, Segment
-from sora_engine.denoise.windows import SparsePlan, Window, WindowPlan, chain_of, plan_windows
-from sora_engine.samplers import Solver, SolverState
-
-
-class KnownMode(StrEnum):
-    """How a checkpoint takes known content."""
-
-    NOISE_LEVEL = "noise_level"
-    """Known tokens stand in the sample at noise level 0 (Wan 2.2 TI2V-5B)."""
-    CHANNELS = "channels"
-    """A mask and the known latents come as further input channels (Wan I2V)."""
-    VACE = "vace"
-    """Control latents come as further input channels: known content, unknown content, and a mask
-    (arXiv 2503.07598)."""
-    REPLACEMENT = "replacement"
-    """The model knows nothing of it: the known part of the sample is replaced by the known content
-    at the step's noise level (arXiv 2201.09865)."""
+from sora_engine.denoise.conditioning import Context, Prompts
+from sora_engine.denoise.model import DiffusionModel
+from sora_engine.denoise.packing import Segment
+from sora_engine.denoise.windows import Window, chain_of, frames_seen, plan_windows
+from sora_engine.request import Guidance, KnownMode, ResolvedRequest, SparsePlan, WindowPlan
+from sora_engine.samplers import Solver, SolverState, make_solver
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,20 +36,6 @@ class Known:
     channels: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompts:
-    """The text embeddings of a request.
-
-    texts: each `[n, text_dim]`; frame_texts: for each latent frame the index into `texts` of what
-    it reads; negative: what the unconditional branch reads; image: CLIP tokens (Wan 2.1 I2V).
-    """
-
-    texts: tuple[Tensor, ...]
-    frame_texts: tuple[int, ...]
-    negative: Tensor | None
-    image: Tensor | None = None
-
-
 @dataclass(slots=True, eq=False)
 class Canvas:
     """The latent video of one request.
@@ -77,8 +48,9 @@ class Canvas:
     guidances: one for each expert; guidance_memory: what theirs keeps from step to step.
     preview: what the last step makes of the video, uint8 `[T, H, W, 3]`, where the model can tell.
     contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
-    link: with chained windows, the number of them that are done; `chain` is all of them, in order.
-        Every one is taken through the whole schedule: `step` and `num_steps` count over all.
+    chain: with chained windows all of them, in the order in which they are denoised; windows_done:
+        how many of them are. Every one is taken through the whole schedule: `step` and `num_steps`
+        count over all.
     """
 
     latents: Tensor
@@ -96,7 +68,7 @@ class Canvas:
     contexts: dict[int, list[Context]] = field(default_factory=dict)
     guidance_memory: Tensor | None = None
     preview: np.ndarray | None = None
-    link: int = 0
+    windows_done: int = 0
     chain: tuple[Window, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -108,11 +80,11 @@ class Canvas:
     @property
     def step(self) -> int:
         """Steps taken."""
-        return self.link * len(self.solver.schedule) + self.level
+        return self.windows_done * len(self.solver.schedule) + self.step_index
 
     @property
-    def level(self) -> int:
-        """The place on the schedule of the next step."""
+    def step_index(self) -> int:
+        """The place of the next step on the schedule."""
         return self.solver_state.step
 
     @property
@@ -130,26 +102,23 @@ class Canvas:
     @property
     def timestep(self) -> float:
         """What the model is told of the noise level before the next step."""
-        return self.solver.schedule.timesteps[self.level]
+        return self.solver.schedule.timesteps[self.step_index]
 
     def guided_at(self, expert: int) -> bool:
         """Whether the next step takes an unconditional prediction."""
         guidance = self.guidances[expert]
-        wanted = guidance.needs_unconditional(self.level, len(self.solver.schedule))
+        wanted = guidance.needs_unconditional(self.step_index, len(self.solver.schedule))
         return wanted and self.prompts.negative is not None
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all windows and branches of one step."""
-        _, _, H, W = self.latents.shape
-        frames = sum(window.length + len(self.anchors) for window in self.windows())
-        branches = 1 if self.prompts.negative is None else 2
-        return frames * H * W // math.prod(self.patch_size) * branches
+    def num_windows(self) -> int:
+        """How many windows the next step has."""
+        return len(self.windows())
 
     def windows(self) -> list[Window]:
         """The windows of the next step."""
         if self.chain:
-            return [self.chain[self.link]]
+            return [self.chain[self.windows_done]]
         total = self.latents.shape[1]
         return plan_windows(self.window_plan, total, wraps=self.wraps, step=self.step)
 
@@ -157,14 +126,14 @@ class Canvas:
     def settled(self) -> Tensor:
         """Latent frames that earlier windows of the chain have made: bool `[T]`, on the host."""
         settled = torch.zeros(self.latents.shape[1], dtype=torch.bool)
-        for window in self.chain[: self.link]:
+        for window in self.chain[: self.windows_done]:
             settled[window.indices()[window.lead :]] = True
         return settled
 
     @property
-    def anchors(self) -> Tensor:
+    def anchor_frames(self) -> Tensor:
         """The latent frames that the next step's window sees beside its own: int64 `[a]`."""
-        if not self.link or not isinstance(self.window_plan, WindowPlan):
+        if not self.windows_done or not isinstance(self.window_plan, WindowPlan):
             return torch.empty(0, dtype=torch.int64)
         first = self.chain[0].indices()
         return first[len(first) - self.window_plan.anchors :]
@@ -186,10 +155,10 @@ class Canvas:
         """Take the solver's step; at the end of a chained window, turn to the next one."""
         self.latents = self.with_part(part)
         self.solver_state = state
-        if not self.chain or self.level < len(self.solver.schedule):
+        if not self.chain or self.step_index < len(self.solver.schedule):
             return
         window = self.windows()[0]
-        self.link += 1
+        self.windows_done += 1
         # A lead that no window before has made is made by a later one, from its own noise.
         again = torch.zeros(window.total, dtype=torch.bool)
         again[window.indices()[: window.lead]] = True
@@ -204,7 +173,7 @@ class Canvas:
         assert self.finished
         self.contexts.clear()
         self.noise = self.latents
-        self.solver_state = SolverState(step=self.level)
+        self.solver_state = SolverState(step=self.step_index)
         self.known = self.guidance_memory = None
 
     def impose_known(self) -> None:
@@ -214,7 +183,7 @@ class Canvas:
             return
         content = known.latents
         if known.mode is KnownMode.REPLACEMENT and not self.finished:
-            content = self.solver.schedule.add_noise(content, self.noise, self.level)
+            content = self.solver.schedule.add_noise(content, self.noise, self.step_index)
         self.latents = torch.where(known.mask, content, self.latents)
 
     def segment(self, window: Window, expert: int, *, conditional: bool) -> Segment:
@@ -224,7 +193,7 @@ class Canvas:
             timesteps=self._timesteps(window),
             contexts=self._contexts(window, expert, conditional=conditional),
             sees=self._sees(window),
-            anchors=len(self.anchors),
+            num_anchors=len(self.anchor_frames),
         )
 
     def _sees(self, window: Window) -> Tensor | None:
@@ -232,12 +201,13 @@ class Canvas:
         if not isinstance(plan, SparsePlan) or plan.holds(window.total):
             return None
         order = window.indices()
-        return plan.sees(window.total, wraps=self.wraps, step=self.step)[order][:, order]
+        seen = frames_seen(plan, window.total, wraps=self.wraps, step=self.step)
+        return seen[order][:, order]
 
     def _model_input(self, window: Window) -> Tensor:
         sample = window.of(self.latents, 1)
-        if len(self.anchors):
-            anchors = self.latents.index_select(1, self.anchors.to(sample.device))
+        if len(self.anchor_frames):
+            anchors = self.latents.index_select(1, self.anchor_frames.to(sample.device))
             sample = torch.cat([anchors, sample], dim=1)
         if self.known is None or self.known.channels is None:
             return sample
@@ -246,15 +216,15 @@ class Canvas:
     def _timesteps(self, window: Window) -> Tensor:
         timesteps = torch.full((window.length,), self.timestep)
         known = self._mask_by_level()
-        if known is None and not self.link:
+        if known is None and not self.windows_done:
             return timesteps
         mask = window.of(self.settled, 0)[:, None, None].expand(-1, *self.latents.shape[2:])
         if known is not None:
             mask = mask | window.of(known, 0).cpu()
-        # Masks cover whole patches (see `prepare`), so the first latent of a patch speaks for it.
+        # Masks cover whole patches (see `denoise.known`): a patch's first latent speaks for it.
         per_token = mask[:, :: self.patch_size[1], :: self.patch_size[2]]
         levels = torch.where(per_token, 0.0, timesteps[:, None, None])
-        return torch.cat([levels.new_zeros(len(self.anchors), *levels.shape[1:]), levels])
+        return torch.cat([levels.new_zeros(len(self.anchor_frames), *levels.shape[1:]), levels])
 
     def _mask_by_level(self) -> Tensor | None:
         """What the model is told is known by its noise level: bool `[T, H, W]`."""
@@ -265,8 +235,52 @@ class Canvas:
         self, window: Window, expert: int, *, conditional: bool
     ) -> tuple[tuple[Context, int], ...]:
         contexts = self.contexts[expert]
-        frames = torch.cat([self.anchors, window.indices()]).tolist()
+        frames = torch.cat([self.anchor_frames, window.indices()]).tolist()
         if not conditional:
             return ((contexts[-1], len(frames)),)
         texts = [self.prompts.frame_texts[i] for i in frames]
         return tuple((contexts[text], len(list(group))) for text, group in itertools.groupby(texts))
+
+
+def lay_out_canvas(
+    request: ResolvedRequest,
+    model: DiffusionModel,
+    *,
+    latents: Tensor,
+    noise: Tensor,
+    prompts: Prompts,
+    known: Known | None,
+) -> Canvas:
+    """The canvas of a request at the first step of its schedule.
+
+    latents, noise: float32 `[C, T, H, W]`, on one device. Without known content there is nothing
+    that taking a step again would make the rest agree with.
+    """
+    solver = solver_of(request, model)
+    scales = (request.guidance_scale, request.guidance_scale_2)[: model.num_experts]
+    return Canvas(
+        latents=latents,
+        noise=noise,
+        solver=solver,
+        prompts=prompts,
+        guidances=tuple(replace(request.guidance, scale=scale) for scale in scales),
+        patch_size=model.grid.patch,
+        known=known,
+        wraps=request.loop,
+        seed=request.seed,
+        resample=1 if known is None else request.resample,
+        window_plan=request.window,
+        solver_state=solver.init(),
+    )
+
+
+def solver_of(request: ResolvedRequest, model: DiffusionModel) -> Solver:
+    """The request's way down its schedule."""
+    return make_solver(
+        model.sampler_config,
+        solver=request.solver,
+        num_inference_steps=None if request.sigmas else request.num_inference_steps,
+        shift=request.shift,
+        sigmas=request.sigmas,
+        strength=request.strength,
+    )

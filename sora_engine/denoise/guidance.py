@@ -6,21 +6,12 @@ standard deviations run over all of it, as diffusers' guiders run over all but t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from torch import Tensor
 
-from sora_engine.errors import RequestError
-
-if TYPE_CHECKING:  # requests hold a Guidance, and are checked before torch is loaded
-    import torch
+from sora_engine.request.guidance import Guidance
 
 
-def needs_unconditional(scale: float) -> bool:
-    """Whether a guidance scale takes an unconditional prediction at all."""
-    return scale > 1.0
-
-
-def cfg(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+def cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, `uncond + scale (cond - uncond)` (arXiv 2207.12598).
 
     cond, uncond: one shape, any layout. Written in diffusers' order of operations.
@@ -28,7 +19,7 @@ def cfg(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
     return uncond + scale * (cond - uncond)
 
 
-def rescaled(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
+def rescaled(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
     """`guided` moved by `rescale` (0 to 1) towards the standard deviation of `cond`.
 
     Keeps high scales from burning the video (Lin et al., arXiv 2305.08891, section 3.4).
@@ -37,7 +28,7 @@ def rescaled(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.
     return rescale * matched + (1 - rescale) * guided
 
 
-def cfg_zero_star(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+def cfg_zero_star(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """CFG whose unconditional prediction is first scaled to lie nearest to `cond`
     (CFG-Zero*, Fan et al., arXiv 2503.18886, eq. 7)."""
     c, u = cond.float(), uncond.float()
@@ -46,15 +37,15 @@ def cfg_zero_star(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> tor
 
 
 def apg(
-    cond: torch.Tensor,
-    uncond: torch.Tensor,
+    cond: Tensor,
+    uncond: Tensor,
     scale: float,
     *,
     eta: float = 1.0,
     norm_threshold: float = 0.0,
     momentum: float = 0.0,
-    running: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    running: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Adaptive projected guidance (Sadat et al., arXiv 2410.02416): (prediction, running).
 
     eta: how much of the difference along `cond` stays (it is what saturates). norm_threshold: the
@@ -77,83 +68,38 @@ def apg(
     return uncond + scale * kept, running
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """How one request is guided.
+def guide(
+    guidance: Guidance,
+    cond: Tensor,
+    uncond: Tensor | None,
+    step: int,
+    num_inference_steps: int,
+    running: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The guided prediction of a step, and APG's running difference for the next one.
 
-    kind: "cfg", "cfg_zero_star" or "apg". scale: 1 or less is no guidance. rescale: see `rescaled`.
-    start, stop: the part of the steps that is guided, as fractions (Kynkäänniemi et al.,
-    arXiv 2404.07724); step i of n is guided if `int(start n) <= i < int(stop n)`.
-    zero_init_steps: CFG-Zero*'s first steps, whose prediction is 0. eta, norm_threshold, momentum:
-    see `apg`.
+    uncond: needed where `guidance.needs_unconditional` says so, else ignored.
     """
-
-    kind: Literal["cfg", "cfg_zero_star", "apg"] = "cfg"
-    scale: float = 1.0
-    rescale: float = 0.0
-    start: float = 0.0
-    stop: float = 1.0
-    zero_init_steps: int = 0
-    eta: float = 1.0
-    norm_threshold: float = 0.0
-    momentum: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("cfg", "cfg_zero_star", "apg"):
-            raise RequestError(
-                f"guidance {self.kind!r} is not known; choose cfg, cfg_zero_star or apg"
-            )
-        if not 0.0 <= self.start <= self.stop <= 1.0:
-            raise RequestError(
-                f"guidance interval {self.start} to {self.stop} must rise and lie in 0 to 1"
-            )
-        if not 0.0 <= self.rescale <= 1.0:
-            raise RequestError(f"guidance rescale = {self.rescale} must lie in 0 to 1")
-        if self.zero_init_steps and self.kind != "cfg_zero_star":
-            raise RequestError(
-                f"zero_init_steps = {self.zero_init_steps} belongs to cfg_zero_star, "
-                f"not to {self.kind}"
-            )
-
-    def needs_unconditional(self, step: int, num_inference_steps: int) -> bool:
-        """Whether step `step` of `num_inference_steps` takes an unconditional prediction."""
-        if step < self.zero_init_steps or not needs_unconditional(self.scale):
-            return False
-        n = num_inference_steps
-        return int(self.start * n) <= step < int(self.stop * n)
-
-    def __call__(
-        self,
-        cond: torch.Tensor,
-        uncond: torch.Tensor | None,
-        step: int,
-        num_inference_steps: int,
-        running: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The guided prediction of a step, and APG's running difference for the next one.
-
-        uncond: needed where `needs_unconditional` says so, else ignored.
-        """
-        if step < self.zero_init_steps:
-            return cond.new_zeros(cond.shape), running
-        if not self.needs_unconditional(step, num_inference_steps):
-            return cond, running
-        if uncond is None:
-            raise ValueError(f"step {step} of {num_inference_steps} is guided and has no uncond")
-        if self.kind == "apg":
-            guided, running = apg(
-                cond,
-                uncond,
-                self.scale,
-                eta=self.eta,
-                norm_threshold=self.norm_threshold,
-                momentum=self.momentum,
-                running=running,
-            )
-        elif self.kind == "cfg_zero_star":
-            guided = cfg_zero_star(cond, uncond, self.scale)
-        else:
-            guided = cfg(cond, uncond, self.scale)
-        if self.rescale > 0.0:
-            guided = rescaled(guided, cond, self.rescale)
-        return guided, running
+    if step < guidance.zero_init_steps:
+        return cond.new_zeros(cond.shape), running
+    if not guidance.needs_unconditional(step, num_inference_steps):
+        return cond, running
+    if uncond is None:
+        raise ValueError(f"step {step} of {num_inference_steps} is guided and has no uncond")
+    if guidance.kind == "apg":
+        guided, running = apg(
+            cond,
+            uncond,
+            guidance.scale,
+            eta=guidance.eta,
+            norm_threshold=guidance.norm_threshold,
+            momentum=guidance.momentum,
+            running=running,
+        )
+    elif guidance.kind == "cfg_zero_star":
+        guided = cfg_zero_star(cond, uncond, guidance.scale)
+    else:
+        guided = cfg(cond, uncond, guidance.scale)
+    if guidance.rescale > 0.0:
+        guided = rescaled(guided, cond, guidance.rescale)
+    return guided, running

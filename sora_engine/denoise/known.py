@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,27 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sora_engine.denoise.canvas import Known, KnownMode
+from sora_engine.denoise.canvas import Known
+from sora_engine.denoise.model import DiffusionModel
 from sora_engine.errors import RequestError
+from sora_engine.request import Clip, KnownMode, ResolvedRequest
 from sora_engine.request.frames import load_frames
-from sora_engine.request.request import Clip, ResolvedRequest
-from sora_engine.vae.coder import VideoCoder
 
 if TYPE_CHECKING:
-    from sora_engine.models.video_model import VideoModel
     from sora_engine.request.request import Frames
-
-
-@runtime_checkable
-class ComparesStates(Protocol):
-    """A VAE that holds a part of the state, and asks those that hold the rest."""
-
-    def same_state(self, a: Any, b: Any) -> bool: ...
-
-
-MAX_REACH = 96
-"""Latent frames after which a causal decoder that still remembers is taken to be at fault: Wan's
-reaches back 38."""
 
 
 def to_unit_range(frames: np.ndarray) -> Tensor:
@@ -112,7 +99,7 @@ def fill_holes(frame: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def encode_known(
-    request: ResolvedRequest, model: VideoModel
+    request: ResolvedRequest, model: DiffusionModel
 ) -> Generator[None, None, tuple[Known | None, Tensor | None]]:
     """The request's known content as its model takes it, and the CLIP tokens of its image.
 
@@ -133,7 +120,7 @@ def encode_known(
 
 
 def encode_video(
-    frames: Frames, request: ResolvedRequest, model: VideoModel
+    frames: Frames, request: ResolvedRequest, model: DiffusionModel
 ) -> Generator[None, None, Tensor]:
     """A start video of `num_frames` frames as latents `[C, T, H, W]`. Yields as `encode_known`."""
     loaded = load_frames(frames, request.height, request.width, request.fps, "start video")
@@ -144,37 +131,9 @@ def encode_video(
     return (yield from _encode(loaded, model, before=loaded[-1:] if request.loop else None))
 
 
-def last_lap_state(latents: Tensor, vae: VideoCoder[Any]) -> Generator[None, None, Any]:
-    """The decoder's state from which a lap over a loop's latents ends where it began.
-
-    latents: `[C, T, H, W]`. A causal decoder forgets: after enough laps its caches repeat bit for
-    bit, and the frames of the next lap join at the seam like any others. Yields after each latent
-    frame.
-    """
-    # Where ranks decode a part each, they go round together.
-    same = vae.same_state if isinstance(vae, ComparesStates) else _same
-    before: Any = None
-    for _ in range(MAX_REACH // latents.shape[1] + 2):
-        state = before
-        for latent_frame in latents.split(1, dim=1):
-            # What the lap before left is looked at again; what this one leaves on its way is not.
-            used_up = state is not before
-            _, state = vae.decode_chunk(latent_frame[None], state, consume=used_up)
-            yield
-        if before is not None and same(before, state):
-            return state
-        before = state
-    raise RuntimeError(f"the decoder does not repeat within {MAX_REACH} latent frames of a loop")
-
-
-def _same(a: Any, b: Any) -> bool:
-    pairs = zip(a.caches, b.caches, strict=True)
-    return all(x is not None and y is not None and torch.equal(x, y) for x, y in pairs)
-
-
 def _encode(
     frames: np.ndarray,
-    model: VideoModel,
+    model: DiffusionModel,
     *,
     before: np.ndarray | None,
     mask: np.ndarray | None = None,
@@ -205,7 +164,7 @@ def _encode(
 
 
 def _encode_latents(
-    line: TimeLine, request: ResolvedRequest, model: VideoModel
+    line: TimeLine, request: ResolvedRequest, model: DiffusionModel
 ) -> Generator[None, None, Known]:
     """Known latents in their places; only what no unknown frame can touch counts as known."""
     grid = model.grid
@@ -232,7 +191,7 @@ def _encode_latents(
 
 
 def _encode_channels(
-    line: TimeLine, request: ResolvedRequest, model: VideoModel
+    line: TimeLine, request: ResolvedRequest, model: DiffusionModel
 ) -> Generator[None, None, Known]:
     """Wan I2V's further channels: a mask for each frame of a latent, and the latents of a video
     that is grey where unknown."""
@@ -247,7 +206,7 @@ def _encode_channels(
 
 
 def _encode_control(
-    line: TimeLine, request: ResolvedRequest, model: VideoModel
+    line: TimeLine, request: ResolvedRequest, model: DiffusionModel
 ) -> Generator[None, None, Known]:
     """VACE's control latents: those of the video where it is known and grey elsewhere, those of
     what is unknown (grey: nothing is given of it), and the mask's pixels as channels.
@@ -268,7 +227,7 @@ def _encode_control(
     return Known(KnownMode.VACE, channels=torch.cat([known, unknown, channels.to(known)]))
 
 
-def _image_tokens(line: TimeLine, model: VideoModel) -> Tensor | None:
+def _image_tokens(line: TimeLine, model: DiffusionModel) -> Tensor | None:
     if model.image_encoder is None:
         return None
     known = line.known_frames

@@ -9,50 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.conditioning import Context, KeyValues
 from sora_kernels import AttentionPlan, BlockPlan
 
-if TYPE_CHECKING:
-    from sora_engine.distributed.shard import TokenShard
-    from sora_engine.distributed.sparse import SparseRing
-
 Grid = tuple[int, int, int]
+
+VIDEO = "video"
+"""The stream of the latents' own tokens."""
 
 ANCHOR_GAP = 8
 """Frames of tokens that are left free between anchors and the others, in RoPE's time."""
 # Plans of packed attention by head_dim and dtype, each beside the offsets that it is for.
 Plans = dict[tuple[int, torch.dtype], tuple[Tensor, AttentionPlan]]
-
-
-@dataclass(frozen=True, slots=True)
-class KeyValues:
-    """Keys and values of one conditioning text or image, for every layer.
-
-    keys, values: `[layers, tokens, heads, head_dim]`.
-    padding: how many further tokens follow that are all the model's padding token. Their keys are
-        identical, so attention weighs one of them by this count instead of computing them all.
-    padding_keys, padding_values: that token's, `[layers, heads, head_dim]`.
-    """
-
-    keys: Tensor
-    values: Tensor
-    padding: int = 0
-    padding_keys: Tensor | None = None
-    padding_values: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Context:
-    """What one guidance branch of one request reads by cross-attention, by source name.
-
-    Computed once a request. Compared by identity: segments with the same object share its memory.
-    """
-
-    sources: Mapping[str, KeyValues]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +38,42 @@ class Segment:
     contexts: what stretches of its time read, in order, each with its number of latent frames:
         one for most requests, one a shot where there are several.
     sees: bool `[T, T]` on the host, which latent frames each one attends to; None: all.
-    anchors: how many latent frames at the beginning are of another time: they show what the others
-        are to look like, and stand `ANCHOR_GAP` before them, whenever they were. Whole patches.
+    num_anchors: how many latent frames at the beginning are of another time: they show what the
+        others are to look like, and stand `ANCHOR_GAP` before them, whenever they were. Whole
+        patches.
     """
 
     latents: Tensor
     timesteps: Tensor
     contexts: tuple[tuple[Context, int], ...]
     sees: Tensor | None = None
-    anchors: int = 0
+    num_anchors: int = 0
+
+
+class SelfAttention(Protocol):
+    """Self-attention of a stream whose tokens are one rank's share of a batch."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: str
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
     """The tokens of one modality, segments end to end.
 
-    tokens: `[N, channels * patch volume]`, each token's patch in (channel, t, h, w) order.
+    tokens: `[N, channels * patch volume]`, each token's patch in (channel, t, h, w) order; of a
+        context's stream `[N, dim]`.
     rows: int64 `[N]`, the row of the modulation table that each token reads; None when there is
         one row for all.
-    coords: int64 `[N, 3]`, position of each token in its window's patch grid, for RoPE.
+    coords: int64 `[N, 3]`, position of each token in its window's patch grid, for RoPE; of a
+        context's stream (place in the text, 0, 0).
     cu_seqlens: int32 `[segments + 1]`.
-    shard: where the tokens lie among those of all ranks; `cu_seqlens` and `grids` are then the
-        whole batch's, and the rest is this rank's.
+    attend: how self-attention is done where the tokens are one rank's share of a batch;
+        `cu_seqlens` and `grids` are then the whole batch's, and the rest is this rank's.
     plans: what attention planned for these offsets, kept from step to step.
     sees: for each segment bool `[T, T]`, which frames of tokens each one attends to; None: all, in
-        every segment. sparse_plans, sparse_rings: what attention planned for them, kept for the
-        step.
+        every segment. sparse_plans: what attention planned for them, kept for the step.
     """
 
     tokens: Tensor
@@ -99,11 +82,10 @@ class Stream:
     cu_seqlens: Tensor
     max_seqlen: int
     grids: tuple[Grid, ...]
-    shard: TokenShard | None = None
+    attend: SelfAttention | None = None
     plans: Plans = field(default_factory=dict)
     sees: tuple[Tensor, ...] | None = None
     sparse_plans: dict[tuple[int, torch.dtype], BlockPlan] = field(default_factory=dict)
-    sparse_rings: list[SparseRing] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +114,21 @@ class ContextRuns:
 class PackedBatch:
     """What a model's forward pass takes.
 
-    streams: by modality; Wan has `"video"` alone.
+    streams: by modality: `"video"`, and one for each name of `Context.tokens`.
     timesteps: float32 `[rows]`, one for each row of the modulation table.
-    contexts: by source (`"text"`, `"image"`).
-    joint_order: the streams that attend to each other jointly, in order.
+    contexts: for cross-attention, by source (`"text"`, `"image"`).
+    pooled: `[rows, dim]`, what each row of the modulation table is of beside its timestep; None
+        where contexts have nothing pooled.
     """
 
     streams: Mapping[str, Stream]
     timesteps: Tensor
     contexts: Mapping[str, ContextRuns]
-    joint_order: tuple[str, ...] = ("video",)
+    pooled: Tensor | None = None
 
     @property
     def video(self) -> Stream:
-        return self.streams["video"]
+        return self.streams[VIDEO]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +162,8 @@ class Packer:
             raise ValueError("pack needs at least one segment, got none")
         layout = self._layout(segments)
         tokens = torch.cat([patchify(s.latents, self.patch_size) for s in segments])
-        timesteps, rows = _modulation_rows(segments, layout.grids, self.patch_size[0])
-        stream = Stream(
+        timesteps, rows, pooled = _modulation_rows(segments, layout.grids, self.patch_size[0])
+        video = Stream(
             tokens=tokens,
             rows=None if len(timesteps) == 1 else rows.to(self.device),
             coords=layout.coords,
@@ -190,7 +173,10 @@ class Packer:
             plans=layout.plans,
             sees=_sight(segments, layout.grids, self.patch_size[0]),
         )
-        return PackedBatch({"video": stream}, timesteps.to(self.device), layout.contexts)
+        streams = {VIDEO: video}
+        for name in segments[0].contexts[0][0].tokens:
+            streams[name] = _context_stream(name, segments, rows, layout.grids, self.device)
+        return PackedBatch(streams, timesteps.to(self.device), layout.contexts, pooled)
 
     def unpack(self, predictions: Tensor, batch: PackedBatch, channels: int) -> list[Tensor]:
         """Split `predictions [N, patch volume * channels]` into one `[C, T, H, W]` a segment."""
@@ -204,7 +190,7 @@ class Packer:
     def _layout(self, segments: Sequence[Segment]) -> PackLayout:
         grids = tuple(_grid(s.latents, self.patch_size) for s in segments)
         contexts = [s.contexts for s in segments]
-        anchors = tuple(s.anchors for s in segments)
+        anchors = tuple(s.num_anchors for s in segments)
         key = (grids, anchors, tuple((id(text), n) for spans in contexts for text, n in spans))
         if key not in self._layouts:
             while len(self._layouts) >= self.max_layouts:
@@ -312,10 +298,12 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
 
 def _modulation_rows(
     segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int
-) -> tuple[Tensor, Tensor]:
-    """The distinct noise levels of all tokens, and for each token which of them it has.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The distinct rows of the modulation table: timesteps `[rows]`, for each token its row, and
+    what is pooled of the context of each row.
 
-    A token of several latent frames has the first one's.
+    A token of several latent frames has the first one's noise level. Where contexts have something
+    pooled, tokens of one level that read different contexts have rows of their own.
     """
     levels = []
     for segment, (T, H, W) in zip(segments, grids, strict=True):
@@ -323,8 +311,55 @@ def _modulation_rows(
         if level.ndim == 1:
             level = level[:, None, None]
         levels.append(level.expand(T, H, W).reshape(-1))
-    timesteps, rows = torch.unique(torch.cat(levels), return_inverse=True)
-    return timesteps, rows
+    every = torch.cat(levels)
+    read = {id(context): context for s in segments for context, _ in s.contexts}
+    if all(context.pooled is None for context in read.values()):
+        timesteps, rows = torch.unique(every, return_inverse=True)
+        return timesteps, rows, None
+    numbers = {key: float(i) for i, key in enumerate(read)}
+    spans = [
+        torch.full((frames // patch_frames * H * W,), numbers[id(context)])
+        for segment, (_, H, W) in zip(segments, grids, strict=True)
+        for context, frames in segment.contexts
+    ]
+    pairs, rows = torch.unique(torch.stack([every, torch.cat(spans)]), dim=1, return_inverse=True)
+    contexts = list(read.values())
+    pooled = []
+    for number in pairs[1].tolist():
+        vector = contexts[int(number)].pooled
+        if vector is None:
+            raise ValueError("of the contexts of one batch some have a pooled text and some do not")
+        pooled.append(vector)
+    return pairs[0], rows, torch.stack(pooled)
+
+
+def _context_stream(
+    name: str,
+    segments: Sequence[Segment],
+    rows: Tensor,
+    grids: Sequence[Grid],
+    device: torch.device,
+) -> Stream:
+    """The tokens of all segments' contexts under one name. They read the modulation row of the
+    noisiest token of their segment (rows rise with the noise level)."""
+    texts = []
+    for segment in segments:
+        if len(segment.contexts) != 1:
+            raise ValueError(f"stream {name!r} takes one context a segment, got several shots")
+        texts.append(segment.contexts[0][0].tokens[name])
+    lengths = [len(text) for text in texts]
+    noisiest = torch.stack([own.max() for own in rows.split([math.prod(grid) for grid in grids])])
+    coords = torch.zeros(sum(lengths), 3, dtype=torch.int64)
+    coords[:, 0] = torch.cat([torch.arange(n) for n in lengths])
+    single = int(rows.max()) == 0
+    return Stream(
+        tokens=torch.cat(texts),
+        rows=None if single else noisiest.repeat_interleave(torch.tensor(lengths)).to(device),
+        coords=coords.to(device),
+        cu_seqlens=_cumulative(lengths, device),
+        max_seqlen=max(lengths),
+        grids=tuple((n, 1, 1) for n in lengths),
+    )
 
 
 def _sight(

@@ -1,9 +1,11 @@
 """Windows: stretches of a canvas's time that are denoised each in one attention span.
 
-A video longer than the model was trained for is denoised in overlapping windows of latent frames
-whose predictions are averaged by weight (MultiDiffusion, arXiv 2302.08113). There is no cache from
-one window to the next: all windows of a step see the same noisy canvas, so a step's cost grows
-linearly with the length, and memory only by the windows that are packed at a time.
+A video longer than the model was trained for is denoised in windows of latent frames, in one of two
+ways. *Blended* windows overlap, all of them move at every step, and their predictions are averaged
+by weight (MultiDiffusion, arXiv 2302.08113). *Chained* windows are denoised one after the other,
+each to its last step; what a window shares with those before it is known to it. Nothing is cached
+from one window to the next in either way: a window reads the canvas. A step's cost grows linearly
+with the length, and memory only by the windows that are packed at a time.
 
 A causal VAE's first latent frame holds one video frame and every other several, and models are
 trained on videos that begin with such a frame: what they predict at a window's first place is right
@@ -15,146 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sora_engine.errors import RequestError
-
-if TYPE_CHECKING:
-    from sora_engine.request.request import GenerationDefaults
-
-WEIGHTS = ("flat", "pyramid", "overlap")
-SCHEDULES = ("static", "moving", "chained")
-
-
-@dataclass(frozen=True, slots=True)
-class WindowPlan:
-    """How a canvas's time is cut into windows.
-
-    length, overlap: in latent frames. A lead is a part of the overlap: from 2 on, neighbours are
-        blended; at 1 each frame is made in one window; at 0 there is no lead.
-    weights: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where neighbours overlap), over
-        the frames behind a lead, whose own weight is 0.
-    schedule: `static`; `moving`: the joints shift at every step; or `chained`: windows are denoised
-        one after the other, each to its last step, and what it shares with those before is known to
-        it. What the prompt leaves open is so handed on from window to window. For checkpoints that
-        are told of known frames by their noise level; weights and free_noise have no part in it.
-    free_noise: windows start from the same frames of noise, shuffled (FreeNoise, arXiv 2310.15169),
-        so that what the prompt leaves open is drawn once for the whole video. It has no part where
-        a request brings its own noise.
-    anchors: with chained windows, how many latent frames of the first one every later one sees
-        beside its own, known: its last ones. What a window goes on from has passed through all
-        those before it, and what each loses is lost to the next; anchors are as they were at
-        first (frame sinks: arXiv 2309.17453 for tokens, 2509.22622 for video). They cost each
-        window their tokens.
-    """
-
-    length: int
-    overlap: int
-    weights: str = "pyramid"
-    schedule: str = "static"
-    free_noise: bool = True
-    anchors: int = 0
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise RequestError(f"window length must be at least 1 latent frame, got {self.length}")
-        if not 0 <= self.overlap < self.length:
-            raise RequestError(
-                f"window overlap must be from 0 to {self.length - 1} latent frames "
-                f"(the window has {self.length}), got {self.overlap}"
-            )
-        if self.schedule == "chained" and self.overlap < 2:
-            raise RequestError(
-                "chained windows share at least 2 latent frames, a lead and one that is handed on; "
-                f"got overlap {self.overlap}"
-            )
-        if not 0 <= self.anchors < self.length:
-            raise RequestError(
-                f"window anchors must be from 0 to {self.length - 1} latent frames "
-                f"(the window has {self.length}), got {self.anchors}"
-            )
-        if self.anchors and self.schedule != "chained":
-            raise RequestError(
-                f"window anchors are of chained windows, got {self.anchors} with schedule "
-                f"{self.schedule!r}; 0 anchors or schedule 'chained' would work"
-            )
-        if self.weights not in WEIGHTS:
-            raise RequestError(f"window weights must be one of {WEIGHTS}, got {self.weights!r}")
-        if self.schedule not in SCHEDULES:
-            raise RequestError(f"window schedule must be one of {SCHEDULES}, got {self.schedule!r}")
-
-    @property
-    def stride(self) -> int:
-        """Latent frames from one window's start to the next one's, at most."""
-        return self.length - self.overlap
-
-    @property
-    def span(self) -> int:
-        """Latent frames that one window attends to at most: its own and the anchors."""
-        return self.length + self.anchors
-
-    def holds(self, total: int) -> bool:
-        """Whether one window holds all of `total` latent frames."""
-        return total <= self.length
-
-
-def default_overlap(length: int) -> int:
-    """Latent frames that windows of this length share: a quarter, but a lead and one behind it."""
-    return min(length - 1, max(2, length // 4))
-
-
-def default_plan(defaults: GenerationDefaults, schedule: str) -> WindowPlan | None:
-    """The windows of a checkpoint's long videos; None where it asks for none.
-
-    Under another schedule than its own, what it asks for beside the length does not count.
-    Raises RequestError for windows that cannot be.
-    """
-    length, overlap, anchors = defaults.max_window, None, 0
-    if length is None:
-        return None
-    if schedule == defaults.window_schedule:
-        overlap, anchors = defaults.window_overlap, defaults.window_anchors
-    if overlap is None:
-        overlap = default_overlap(length)
-    return WindowPlan(length, overlap, schedule=schedule, anchors=anchors)
-
-
-@dataclass(frozen=True, slots=True)
-class SparsePlan:
-    """A long video in one attention span, of which each frame sees a part (LVSA).
-
-    Each latent frame attends to those at most `reach` away, to the first frame, and to `num_keys`
-    key frames at even distances, whose places move by one with each step: after some steps every
-    frame has seen every stretch. A step's cost grows linearly with the length.
-    Of no effect where `reach` covers the video.
-    """
-
-    reach: int
-    num_keys: int = 4
-
-    def __post_init__(self) -> None:
-        if self.reach < 1:
-            raise RequestError(f"reach must be at least 1 latent frame, got {self.reach}")
-        if self.num_keys < 0:
-            raise RequestError(f"num_keys must be 0 or more, got {self.num_keys}")
-
-    def holds(self, total: int) -> bool:
-        """Whether every one of `total` latent frames sees all others."""
-        return total <= self.reach + 1
-
-    def sees(self, total: int, *, wraps: bool, step: int) -> Tensor:
-        """Which latent frames each one attends to: bool `[total, total]`, rows for queries."""
-        at = torch.arange(total)
-        distance = (at[:, None] - at[None]).abs()
-        if wraps:
-            distance = torch.minimum(distance, total - distance)
-        keys = [(i * total // self.num_keys + step) % total for i in range(self.num_keys)]
-        seen = distance <= self.reach
-        seen[:, [0, *keys]] = True
-        return seen
+from sora_engine.request.windows import SparsePlan, WindowPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,3 +171,18 @@ def weight_sum(
     for window in sorted(windows, key=lambda window: window.start):
         total.index_add_(0, window.indices(), window_weights(plan, window, wraps=wraps))
     return total
+
+
+def frames_seen(plan: SparsePlan, total: int, *, wraps: bool, step: int) -> Tensor:
+    """Which of `total` latent frames each one attends to: bool `[total, total]`, rows for queries.
+
+    Key frames move by one with each step.
+    """
+    at = torch.arange(total)
+    distance = (at[:, None] - at[None]).abs()
+    if wraps:
+        distance = torch.minimum(distance, total - distance)
+    keys = [(i * total // plan.num_keys + step) % total for i in range(plan.num_keys)]
+    seen = distance <= plan.reach
+    seen[:, [0, *keys]] = True
+    return seen

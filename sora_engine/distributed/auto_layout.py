@@ -1,71 +1,68 @@
-"""A checkpoint and a request as the planner takes them, from their configurations alone."""
+"""The layout that suits a checkpoint best, from its configurations alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise.denoise import windows_of
-from sora_engine.denoise.windows import WindowPlan
+from sora_engine.denoise.model import TransformerShape
 from sora_engine.distributed.layout_cost import Transformer, Video, plan
-from sora_engine.models.loading import find_checkpoint, planning_facts
-from sora_engine.models.wan.config import WanConfig
-from sora_engine.request.request import (
-    GenerationDefaults,
+from sora_engine.models.registry import ModelPath, open_checkpoint
+from sora_engine.request import (
     LatentGrid,
     ResolvedRequest,
     VideoRequest,
+    WindowPlan,
     resolve_request,
 )
 
 
 def describe(
-    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    path: ModelPath,
     components: str | PathLike[str] | None,
     height: int | None,
     width: int | None,
     num_frames: int | None,
     guidance_scale: float | None,
 ) -> tuple[Transformer, Video]:
-    """Raises CheckpointError and RequestError."""
-    checkpoint, folder, _ = find_checkpoint(path, components)
-    config = checkpoint.transformer.config
-    grid, defaults, text_tokens = planning_facts(checkpoint, folder)
+    """A checkpoint and a request as `layout_cost` takes them. Raises CheckpointError and
+    RequestError."""
+    checkpoint, _ = open_checkpoint(path, components)
     request = resolve_request(
         VideoRequest(
             "", height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale
         ),
-        defaults,
-        grid,
+        checkpoint,
         Limits(),
     )
-    shape = transformer_of(config, text_tokens=text_tokens)
-    return shape, video_of(request, grid, defaults)
+    transformer = transformer_of(checkpoint.shape, checkpoint.grid)
+    return transformer, video_of(request, checkpoint.grid)
 
 
-def transformer_of(config: WanConfig, *, text_tokens: int, bytes_each: int = 2) -> Transformer:
-    """The planner's view of a transformer's configuration."""
+def transformer_of(
+    shape: TransformerShape, grid: LatentGrid, *, bytes_each: int = 2
+) -> Transformer:
+    """What a transformer's shape costs."""
     return Transformer(
-        layers=config.num_layers,
-        heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
-        ffn=config.ffn_dim,
-        patch_channels=config.out_channels * math.prod(config.patch_size),
-        text_tokens=text_tokens,
+        layers=shape.num_layers,
+        heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        ffn=shape.ffn_dim,
+        patch_channels=shape.out_channels * math.prod(grid.patch),
+        text_tokens=shape.text_tokens,
         bytes_each=bytes_each,
-        cross_attn_norm=config.cross_attn_norm,
+        cross_attn_norm=shape.cross_attn_norm,
     )
 
 
-def video_of(request: ResolvedRequest, grid: LatentGrid, defaults: GenerationDefaults) -> Video:
-    """The planner's view of a request: of chained windows, which wait for each other, one."""
+def video_of(request: ResolvedRequest, grid: LatentGrid) -> Video:
+    """What a request costs: of chained windows, which wait for each other, one."""
     channels, frames, height, width = grid.shape(
         request.height, request.width, request.num_frames, loop=request.loop
     )
-    plan = windows_of(request, defaults, frames)
+    plan = request.window
     window: dict[str, Any] = {}
     if isinstance(plan, WindowPlan) and plan.schedule == "chained":
         frames = min(frames, plan.length) if plan.holds(frames) else plan.span
@@ -77,13 +74,13 @@ def video_of(request: ResolvedRequest, grid: LatentGrid, defaults: GenerationDef
         width=width,
         channels=channels,
         patch=grid.patch,
-        guided=request.guidance_scale > 1,
+        guided=request.guided,
         **window,
     )
 
 
 def auto_layout(
-    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    path: ModelPath,
     components: str | PathLike[str] | None,
     num_ranks: int,
 ) -> ParallelConfig:

@@ -1,4 +1,7 @@
-"""A model that ranks hold, with the face of one that this process holds."""
+"""A model that ranks hold, with the face of one that this process holds.
+
+`RankExecutor` is a `runtime.executor.Executor`: a worker cannot tell it from a local one.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,43 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sora_engine.config import ParallelConfig
-from sora_engine.denoise.canvas import Canvas, KnownMode
+from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.distributed import torchrun
 from sora_engine.distributed.auto_layout import auto_layout
 from sora_engine.distributed.layout import check_devices, check_heads, check_world
 from sora_engine.distributed.message import Message
 from sora_engine.distributed.pool import RankPool
-from sora_engine.distributed.wire import request_to_message
+from sora_engine.distributed.wire import request_to_message, state_from_message, state_to_message
 from sora_engine.errors import EngineDeadError, JobFailedError, RankFailedError
 from sora_engine.models.device import resolve_device, resolve_dtype
-from sora_engine.models.loading import find_checkpoint
-from sora_engine.models.video_model import VideoModel
-from sora_engine.request.request import GenerationDefaults, LatentGrid, ResolvedRequest
-from sora_engine.runtime.job import Job
-from sora_engine.runtime.savepoint import Savepoint
-from sora_engine.vae.coder import latent_statistics
-from sora_engine.vae.wan_config import VAEConfig
-
-CPU = torch.device("cpu")
+from sora_engine.models.registry import ModelPath, open_checkpoint
+from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RemoteVAE:
-    """What an engine asks a VAE beside its work."""
+    """What an engine asks of a VAE beside its work: the scale of its latents, by channel."""
 
-    config: VAEConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """As `WanVAE.denormalise`."""
-        mean, std = latent_statistics(self.config, latents)
-        return latents * std + mean
+        """Normalised latents `[B, z, ...]` to raw ones."""
+        shape = (-1, *([1] * (latents.dim() - 2)))
+        std, mean = latents.new_tensor(self.std), latents.new_tensor(self.mean)
+        return latents * std.reshape(shape) + mean.reshape(shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RemoteModel:
-    """What an engine must know of a model that it does not hold: a part of `VideoModel`."""
+    """What an engine must know of a model that it does not hold: a
+    `runtime.executor.ServedModel`."""
 
     name: str
     device: torch.device
@@ -71,7 +70,7 @@ class RemoteModel:
             dtype=getattr(torch, fields["dtype"]),
             grid=LatentGrid(**grid),
             defaults=GenerationDefaults(**fields["defaults"]),
-            vae=RemoteVAE(VAEConfig(**fields["vae"])),
+            vae=RemoteVAE(tuple(fields["latents_mean"]), tuple(fields["latents_std"])),
             vae_dtype=getattr(torch, fields["vae_dtype"]),
             from_timesteps=tuple(fields["from_timesteps"]),
             weights_hash=fields["weights_hash"],
@@ -92,7 +91,7 @@ class RemoteModel:
 
 @dataclass(slots=True, eq=False)
 class RemoteCanvas:
-    """A canvas that ranks hold: a part of `Canvas`.
+    """A canvas that ranks hold: a `runtime.executor.ServedCanvas`.
 
     number: by which ranks know it. pool: those that have it; no others ever will.
     """
@@ -101,9 +100,9 @@ class RemoteCanvas:
     pool: RankPool
     timesteps: tuple[float, ...]
     solver_name: str
-    wraps: bool
     step: int = 0
     preview: None = None
+    num_windows: int = 1  # ranks share windows out by themselves
     _latents: Tensor | None = None
 
     @property
@@ -126,10 +125,13 @@ class RemoteCanvas:
             self._latents = reply.tensors["latents"]
         return self._latents
 
+    def keep_latents_alone(self) -> None:
+        """Ranks keep theirs as they are."""
+
 
 @dataclass(slots=True, eq=False)
-class RemoteStages:
-    """What a worker has done to jobs, done by ranks: `stages.Stages` over a `RankPool`.
+class RankExecutor:
+    """Jobs' model work, done by ranks.
 
     Once a rank has failed, the jobs under way fail with it, each as its turn comes; the next job
     starts fresh ranks.
@@ -144,73 +146,75 @@ class RemoteStages:
     """How long each rank waited for others in it."""
 
     @classmethod
-    def started(cls, start: Callable[[], RankPool]) -> RemoteStages:
+    def started(cls, start: Callable[[], RankPool]) -> RankExecutor:
         return cls(start, start())
 
     @property
-    def model(self) -> VideoModel:
-        return cast("VideoModel", RemoteModel.from_fields(self.pool.description))
+    def model(self) -> RemoteModel:
+        return RemoteModel.from_fields(self.pool.description)
 
-    def preparing(self, request: ResolvedRequest) -> Generator[None, None, Canvas]:
+    @property
+    def vae_name(self) -> str:
+        name: str = self.pool.description["vae_name"]
+        return name
+
+    def preparing(self, request: ResolvedRequest) -> Generator[None, None, RemoteCanvas]:
         """As `denoise.preparing`, at every rank."""
-        if self.pool.failure is not None:
-            self.pool = self.start()
+        self._restart()
         message = request_to_message("prepare", request)
         yield
-        return self._canvas(message, request)
+        return self._canvas(message)
 
-    def resuming(self, saved: Savepoint) -> Generator[None, None, Canvas]:
-        """As `Stages.resuming`: every rank takes the canvas up."""
+    def resuming(
+        self, request: ResolvedRequest, state: CanvasState
+    ) -> Generator[None, None, RemoteCanvas]:
+        """As `preparing`, of a job that was saved: every rank takes the canvas up."""
+        self._restart()
+        yield
+        return self._canvas(state_to_message("resume", state, request))
+
+    def _restart(self) -> None:
+        """Start fresh ranks where a rank has failed."""
         if self.pool.failure is not None:
             self.pool = self.start()
-        yield
-        message = Message("resume", {"told": dict(saved.told)}, dict(saved.tensors))
-        return self._canvas(message, saved.request)
 
-    def _canvas(self, message: Message, request: ResolvedRequest) -> Canvas:
+    def _canvas(self, message: Message) -> RemoteCanvas:
         """Have all ranks make a canvas."""
         number = next(self.numbers)
         message.fields["job"] = number
         reply = self.pool.call(message)[0].fields
-        canvas = RemoteCanvas(
+        return RemoteCanvas(
             number=number,
             pool=self.pool,
             timesteps=tuple(reply["timesteps"]),
             solver_name=reply["solver"],
-            wraps=request.loop,
             step=reply["step"],
         )
-        return cast("Canvas", canvas)
 
-    def state_of(self, canvas: Canvas) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-        """As `Stages.state_of`, from rank 0: all ranks hold the same."""
-        remote = _remote(canvas)
-        reply = remote.pool.call(Message("state", {"job": remote.number}))[0]
-        return reply.tensors, tuple(reply.fields["frame_texts"])
+    def state_of(self, canvas: RemoteCanvas) -> CanvasState:
+        """What is saved of a canvas, from rank 0: all ranks hold the same."""
+        return state_from_message(canvas.pool.call(Message("state", {"job": canvas.number}))[0])
 
-    def step(self, jobs: Sequence[Job], max_tokens: int) -> dict[Job, Exception]:
+    def step(self, canvases: Sequence[RemoteCanvas], max_tokens: int) -> dict[int, Exception]:
         """As `denoise_step`, by all ranks together."""
-        canvases = [_remote(job.canvas) for job in jobs]
         numbers = [canvas.number for canvas in canvases]
         message = Message("step", {"jobs": numbers, "max_tokens": max_tokens})
         replies = _pool_of(canvases).call(message)
         self.sent_bytes = [reply.fields["sent"] for reply in replies]
         self.waited_s = [reply.fields["waited_s"] for reply in replies]
         failed: dict[str, str] = replies[0].fields["failed"]
-        failures: dict[Job, Exception] = {}
-        for job, canvas in zip(jobs, canvases, strict=True):
-            if str(canvas.number) in failed:
-                failures[job] = JobFailedError(failed[str(canvas.number)])
+        failures: dict[int, Exception] = {}
+        for i, canvas in enumerate(canvases):
+            if str(i) in failed:
+                failures[i] = JobFailedError(failed[str(i)])
             else:
                 canvas.step += 1
-                job.count_step()
         return failures
 
-    def decoding(self, canvas: Canvas) -> Iterator[Tensor | None]:
-        """As `denoise.decoding`; each rank makes some rows of a frame."""
-        remote = _remote(canvas)
+    def decoding(self, canvas: RemoteCanvas) -> Iterator[Tensor | None]:
+        """As `vae.decoding.decoding`; each rank makes some rows of a frame."""
         while True:
-            replies = remote.pool.call(Message("decode", {"job": remote.number}))
+            replies = canvas.pool.call(Message("decode", {"job": canvas.number}))
             rows = [r.tensors["frames"] for r in replies if "frames" in r.tensors]
             if rows:
                 yield torch.cat(rows, dim=1)
@@ -219,20 +223,21 @@ class RemoteStages:
             else:
                 return
 
-    def pack_limit(self, most: int) -> int:
+    def tiles_used(self, height: int, width: int) -> dict[str, str]:
+        """None: ranks code whole frames, or rows of them."""
+        return {}
+
+    def pack_limit(self, limit: int) -> int:
         """Tokens a batch: nothing is measured across ranks, so that their batches stay the same."""
-        return most
+        return limit
 
     def ops(self) -> dict[str, list[str]]:
         """The backends that served, at rank 0."""
         ops: dict[str, list[str]] = self.pool.call(Message("ops"))[0].fields["ops"]
         return ops
 
-    def forget(self, job: Job) -> None:
-        """Let go of a job's canvas."""
-        if job.canvas_or_none is None:
-            return
-        canvas = _remote(job.canvas)
+    def forget(self, canvas: RemoteCanvas) -> None:
+        """Let go of a canvas."""
         if canvas.pool.failure is None:
             try:
                 canvas.pool.call(Message("retire", {"job": canvas.number}))
@@ -249,7 +254,7 @@ class RemoteStages:
 
 def settle_layout(
     parallel: ParallelConfig | Literal["auto"] | None,
-    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    path: ModelPath,
     components: str | PathLike[str] | None,
     device: str | torch.device,
 ) -> ParallelConfig | None:
@@ -267,15 +272,12 @@ def settle_layout(
     return None
 
 
-def _heads_of(
-    path: str | PathLike[str] | Sequence[str | PathLike[str]],
-    components: str | PathLike[str] | None,
-) -> int:
-    return find_checkpoint(path, components)[0].transformer.config.num_attention_heads
+def _heads_of(path: ModelPath, components: str | PathLike[str] | None) -> int:
+    return open_checkpoint(path, components)[0].shape.num_heads
 
 
 def start_replicas(
-    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+    path: ModelPath,
     parallel: ParallelConfig,
     *,
     device: str | torch.device,
@@ -284,7 +286,7 @@ def start_replicas(
     vae_cuda_graphs: str,
     attention_backend: str,
     components: str | PathLike[str] | None,
-) -> list[RemoteStages]:
+) -> list[RankExecutor]:
     """Start `parallel.data` replicas of a model, each over the ranks of one layout.
 
     Under torchrun: one, over its ranks.
@@ -312,8 +314,8 @@ def start_replicas(
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = max(1, len(os.sched_getaffinity(0)) // local)
         pool = torchrun.gather(layout, device=target.type, model=model, threads=threads)
-        return [RemoteStages(_never_again, pool)]
-    replicas: list[RemoteStages] = []
+        return [RankExecutor(_never_again, pool)]
+    replicas: list[RankExecutor] = []
     try:
         for i in range(parallel.data):
             start = partial(
@@ -324,7 +326,7 @@ def start_replicas(
                 first_device=i * layout.num_ranks,
                 threads=max(1, len(os.sched_getaffinity(0)) // layout.num_ranks // parallel.data),
             )
-            replicas.append(RemoteStages.started(start))
+            replicas.append(RankExecutor.started(start))
     except BaseException:
         for replica in replicas:
             replica.close()
@@ -334,11 +336,6 @@ def start_replicas(
 
 def _never_again() -> RankPool:
     raise EngineDeadError("torchrun's ranks have ended, and only torchrun can start others")
-
-
-def _remote(canvas: Canvas) -> RemoteCanvas:
-    assert isinstance(canvas, RemoteCanvas)
-    return canvas
 
 
 def _pool_of(canvases: Sequence[RemoteCanvas]) -> RankPool:

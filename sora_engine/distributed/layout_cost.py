@@ -22,7 +22,7 @@ from sora_engine.errors import LayoutError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transformer:
-    """The shape of a Wan transformer. patch_channels: values that a token's prediction has."""
+    """The sizes of a transformer. patch_channels: values that a token's prediction has."""
 
     layers: int
     heads: int
@@ -169,7 +169,7 @@ class _Cell:
 
 
 def _cells(layout: ParallelConfig, video: Video) -> list[_Cell]:
-    """As `Ranks._owners` shares out one canvas."""
+    """As `RankSharing._owners` shares out one canvas."""
     spans = video.spans()
     branches = 2 if video.guided else 1
     split = video.guided and layout.guidance == 2

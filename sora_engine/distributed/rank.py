@@ -19,28 +19,32 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sora_engine.config import ParallelConfig
+from sora_engine.config import NO_LIMIT, ParallelConfig
 from sora_engine.denoise.canvas import Canvas
-from sora_engine.denoise.denoise import decoding, denoise_step, prepare
+from sora_engine.denoise.canvas_state import CanvasState
+from sora_engine.denoise.denoise import denoise_step, prepare
 from sora_engine.denoise.packing import Packer
 from sora_engine.distributed.comm import exchange_error, exchanging
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.message import Link, Message
-from sora_engine.distributed.step_sharing import Ranks
+from sora_engine.distributed.step_sharing import RankSharing
 from sora_engine.distributed.vae import SplitVAE, shared_copy
-from sora_engine.distributed.wire import request_from_message
+from sora_engine.distributed.wire import (
+    request_from_message,
+    state_from_message,
+    state_to_message,
+)
 from sora_engine.errors import RankFailedError, SoraError
 from sora_engine.models.loading import load_video_model
-from sora_engine.models.video_model import VideoDecoder, VideoModel
-from sora_engine.runtime.job import Job
-from sora_engine.runtime.receipt import backends_of
-from sora_engine.runtime.savepoint import Savepoint, tensors_of
+from sora_engine.models.video_model import VideoModel
+from sora_engine.vae.coder import ChunkCoder
+from sora_engine.vae.decoding import decoding
 
 BEAT_S = 1.0
 STORE_TIMEOUT = timedelta(minutes=10)  # ranks of several nodes may start minutes apart
@@ -54,9 +58,6 @@ class RankJob:
 
     canvas: Canvas
     frames: Iterator[Tensor | None] | None = None
-
-    def count_step(self) -> None:
-        """The engine counts."""
 
 
 def run_rank(rank: int, size: int, sock: socket.socket, settings: dict[str, Any]) -> int:
@@ -143,21 +144,17 @@ class Control:
         os._exit(0)
 
 
-_NO_LIMIT = 1 << 62
-"""Bytes: ranks code whole frames, or rows of them, and never tiles."""
-
-
 class _Rank:
     """A model at one place of a mesh, and the canvases under way."""
 
     def __init__(self, model: VideoModel, mesh: Mesh) -> None:
         self.model = model
         self.mesh = mesh
-        self._ranks = Ranks(mesh)
+        self._sharing = RankSharing(mesh)
         self._packer = Packer(model.grid.patch, model.device)
         self._jobs: dict[int, RankJob] = {}
         self._split: SplitVAE | None = None
-        model.vae.limit(_NO_LIMIT)
+        model.vae.limit(NO_LIMIT)  # ranks code whole frames, or rows of them, and never tiles
         if mesh.replica.size > 1 and model.vae.layers is not None:
             # The hooks must not be in the way of one rank that decodes alone: a copy, same weights.
             self._split = SplitVAE(shared_copy(model.vae.layers), mesh.replica)
@@ -188,12 +185,12 @@ class _Rank:
                 join(rank, size, device, settings)
             mesh = Mesh.create(config, device.type)
         control.mesh = mesh
-        shards = None
+        sharder = None
         if config.shard_weights:
             from sora_engine.distributed.weights import WeightShards
 
-            shards = WeightShards(mesh)
-        model = load_video_model(device=device, shards=shards, **settings["model"])
+            sharder = WeightShards(mesh)
+        model = load_video_model(device=device, sharder=sharder, **settings["model"])
         return cls(model, mesh)
 
     def describe(self) -> dict[str, Any]:
@@ -208,7 +205,9 @@ class _Rank:
             "from_timesteps": [expert.from_timestep for expert in model.experts],
             "weights_hash": model.weights_hash,
             "known_mode": model.known_mode,
-            "vae": asdict(model.vae.config),
+            "latents_mean": list(model.vae.config.latents_mean),
+            "latents_std": list(model.vae.config.latents_std),
+            "vae_name": type(model.vae.coder).__name__,
             "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         }
 
@@ -220,36 +219,30 @@ class _Rank:
         return self._take(command, prepare(request_from_message(command), self.model))
 
     def _resume(self, command: Message) -> Message:
-        return self._take(
-            command, Savepoint(command.fields["told"], command.tensors).canvas(self.model)
-        )
+        request = request_from_message(command)
+        return self._take(command, state_from_message(command).restore(request, self.model))
 
     def _take(self, command: Message, canvas: Canvas) -> Message:
         self._jobs[command.fields["job"]] = RankJob(canvas)
         timesteps = [float(t) for t in canvas.solver.schedule.timesteps]
         timesteps *= max(1, len(canvas.chain))
-        told = {"solver": canvas.solver_name, "timesteps": timesteps, "step": canvas.step}
-        return Message("done", told)
+        fields = {"solver": canvas.solver_name, "timesteps": timesteps, "step": canvas.step}
+        return Message("done", fields)
 
     def _state(self, command: Message) -> Message:
         if self.mesh.rank > 0:
             return Message("done")
-        canvas = self._jobs[command.fields["job"]].canvas
-        texts = list(canvas.prompts.frame_texts)
-        return Message("done", {"frame_texts": texts}, tensors_of(canvas))
+        return state_to_message("done", CanvasState.of(self._jobs[command.fields["job"]].canvas))
 
     def _step(self, command: Message) -> Message:
-        jobs = [self._jobs[number] for number in command.fields["jobs"]]
+        canvases = [self._jobs[number].canvas for number in command.fields["jobs"]]
         before, waited_s = dict(self.mesh.traffic.sent_bytes), self.mesh.traffic.waited_s
         limit = command.fields["max_tokens"]
-        failures = denoise_step(
-            cast("list[Job]", jobs), self.model, self._packer, limit, self._ranks
-        )
+        failures = denoise_step(canvases, self.model, self._packer, limit, self._sharing)
         for error in failures.values():
             if exchange_error(error) is not None:  # no job's fault
                 raise error
-        numbers = {cast("Job", job): number for number, job in self._jobs.items()}
-        failed = {str(numbers[job]): f"{type(e).__name__}: {e}" for job, e in failures.items()}
+        failed = {str(i): f"{type(e).__name__}: {e}" for i, e in failures.items()}
         sent = {k: n - before.get(k, 0) for k, n in self.mesh.traffic.sent_bytes.items()}
         waited_s = self.mesh.traffic.waited_s - waited_s
         return Message("done", {"sent": sent, "waited_s": waited_s, "failed": failed})
@@ -269,10 +262,16 @@ class _Rank:
         if self.mesh.rank >= active:
             return Message("done")
         if job.frames is None:
-            decoder: VideoModel | VideoDecoder = self.model
+            vae: ChunkCoder[Any] = self.model.vae
             if self._split is not None and active > 1:
-                decoder = VideoDecoder(self._split, self.model.vae_dtype, self.model.device)
-            job.frames = decoding(job.canvas.latents, decoder, wraps=job.canvas.wraps)
+                vae = self._split
+            job.frames = decoding(
+                job.canvas.latents,
+                vae,
+                dtype=self.model.vae_dtype,
+                device=self.model.device,
+                wraps=job.canvas.wraps,
+            )
         try:
             frames = next(job.frames)
         except StopIteration:
@@ -280,13 +279,13 @@ class _Rank:
         return Message("done", {"more": True}, {} if frames is None else {"frames": frames})
 
     def _ops(self, command: Message) -> Message:
-        return Message("done", {"ops": backends_of(self.model)})
+        return Message("done", {"ops": self.model.ops()})
 
     def _retire(self, command: Message) -> Message:
         self._jobs.pop(command.fields["job"], None)
         if not self._jobs:
             self._packer.clear()
-            self._ranks.clear()
+            self._sharing.clear()
         return Message("done")
 
 

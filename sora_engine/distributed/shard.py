@@ -1,20 +1,18 @@
-"""A packed batch's tokens over the ranks of one forward pass: any number, any mix of segments.
+"""Where one rank's tokens lie among those of a packed batch.
 
-Rank r of P holds the r-th of P stretches of the packed order, as even as can be. All that a model
-does to a token by itself stays with it: its row of the modulation table, its coordinates and the
-text that it reads are cut alike. Only self-attention looks beyond, by `TokenShard`.
+Rank r of P holds the r-th of P stretches of the packed order, as even as can be.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sora_engine.denoise.packing import ContextRuns, Grid, PackedBatch, Plans
+from sora_engine.denoise.packing import Grid, Plans
 from sora_engine.distributed.layout import bounds, share
 from sora_engine.distributed.mesh import Mesh
 
@@ -90,74 +88,3 @@ def clip_offsets(offsets: Sequence[int], start: int, stop: int) -> list[int]:
 
 def longest(offsets: Sequence[int]) -> int:
     return max((b - a for a, b in itertools.pairwise(offsets)), default=0)
-
-
-@dataclass(slots=True)
-class Sharder:
-    """Cuts packed batches, and keeps what depends on their composition alone."""
-
-    mesh: Mesh
-    max_layouts: int = 4
-    _kept: dict[int, tuple[object, TokenShard, dict[str, ContextRuns]]] = field(
-        default_factory=dict
-    )
-
-    def shard(self, batch: PackedBatch) -> PackedBatch:
-        """This rank's part of a batch."""
-        if self.mesh.sequence.size == 1:
-            return batch
-        # A packer gives the same mapping of contexts to every batch of one composition.
-        key = id(batch.contexts)
-        if key not in self._kept:
-            while len(self._kept) >= self.max_layouts:
-                self._kept.pop(next(iter(self._kept)))
-            shard, contexts = self._cut(batch)
-            self._kept[key] = (batch.contexts, shard, contexts)
-        _, shard, contexts = self._kept[key]
-        video, mine = batch.video, shard.tokens
-        stream = replace(
-            video,
-            tokens=video.tokens[mine],
-            rows=None if video.rows is None else video.rows[mine],
-            coords=video.coords[mine],
-            shard=shard,
-            plans=shard.plans,
-        )
-        return replace(batch, streams={"video": stream}, contexts=contexts)
-
-    def _cut(self, batch: PackedBatch) -> tuple[TokenShard, dict[str, ContextRuns]]:
-        video = batch.video
-        offsets = video.cu_seqlens.tolist()
-        shard = shard_tokens(self.mesh, offsets, video.grids, video.tokens.device)
-        return shard, _cut_runs(batch.contexts, shard.tokens)
-
-    def gather(self, predictions: Tensor, batch: PackedBatch) -> Tensor:
-        """Every rank's predictions `[tokens of the rank, channels]` as one, in packed order.
-
-        batch: the sharded one.
-        """
-        shard = batch.video.shard
-        if shard is None:
-            return predictions
-        shapes = [(b - a, predictions.shape[1]) for a, b in itertools.pairwise(shard.bounds)]
-        return torch.cat(self.mesh.sequence.all_gather(predictions, shapes))
-
-    def clear(self) -> None:
-        """Forget all layouts, and the text keys that they hold."""
-        self._kept.clear()
-
-
-def _cut_runs(contexts: Mapping[str, ContextRuns], mine: slice) -> dict[str, ContextRuns]:
-    """Context runs over a stretch of the tokens. Keys stay whole: every rank has all texts."""
-    cut = {}
-    for name, runs in contexts.items():
-        offsets = clip_offsets(runs.cu_seqlens_q.tolist(), mine.start, mine.stop)
-        padding = runs.log_padding
-        cut[name] = replace(
-            runs,
-            cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32, device=runs.keys.device),
-            max_seqlen_q=longest(offsets),
-            plans={},
-            log_padding=None if padding is None else padding[mine],
-        )
-    return cut

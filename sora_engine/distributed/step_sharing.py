@@ -8,61 +8,45 @@ sum of weighted windows, over the frames that they touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sora_engine.denoise.canvas import Canvas
+from sora_engine.denoise.model import Transformer
 from sora_engine.denoise.packing import PackedBatch
+from sora_engine.denoise.sharing import Part, PartPredictions, Predictions
 from sora_engine.denoise.windows import Window, divided, weight_sum, weighted_sum
 from sora_engine.distributed.layout import share
 from sora_engine.distributed.mesh import Mesh
-from sora_engine.distributed.shard import Sharder
+from sora_engine.distributed.sharder import Sharder
 
 
-class StepPart(Protocol):
-    """What must be known of a part to share it out: `denoise.Part`."""
-
-    @property
-    def canvas(self) -> Canvas: ...
-    @property
-    def window(self) -> Window: ...
-    @property
-    def conditional(self) -> bool: ...
-
-
-P = TypeVar("P", bound=StepPart)
-Predictions = dict[tuple[int, Window, bool], Tensor]
-
-
-class Ranks:
-    """The ranks that take a step together, as one of them sees them."""
+class RankSharing:
+    """`denoise.sharing.StepSharing` over a mesh, as one of its ranks sees it."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self._sharder = Sharder(mesh)
 
-    def own(self, parts: Sequence[P]) -> list[P]:
+    def own(self, parts: Sequence[Part]) -> list[Part]:
         """Those of a step's parts that this rank's cell makes, in their order."""
         owners = self._owners(parts)
         return [p for p in parts if owners[_key(p)] == self.mesh.cell]
 
-    def predict(self, transformer: Callable[[PackedBatch], Tensor], batch: PackedBatch) -> Tensor:
+    def predict(self, transformer: Transformer, batch: PackedBatch) -> Tensor:
         """The transformer's predictions for a whole batch, made of all ranks' shares."""
         mine = self._sharder.shard(batch)
         return self._sharder.gather(transformer(mine), mine)
 
-    def join(
-        self, parts: Sequence[StepPart], predictions: Predictions
-    ) -> dict[tuple[int, bool], Tensor]:
+    def join(self, parts: Sequence[Part], predictions: PartPredictions) -> Predictions:
         """The blended prediction of each canvas (by id) and branch, from all cells' windows.
 
         parts: of the step, all of them; predictions: of this cell's own, by canvas, window, branch.
         """
         owners = self._owners(parts)
-        branches: dict[tuple[int, bool], list[StepPart]] = {}
+        branches: dict[tuple[int, bool], list[Part]] = {}
         for part in parts:
             branches.setdefault((id(part.canvas), part.conditional), []).append(part)
 
@@ -114,13 +98,13 @@ class Ranks:
         canvas: Canvas,
         branch: tuple[int, bool],
         windows: Sequence[Window],
-        predictions: Predictions,
+        predictions: PartPredictions,
     ) -> Tensor:
         made = [predictions[branch[0], window, branch[1]] for window in windows]
         whole = weighted_sum(made, windows, canvas.window_plan, wraps=canvas.wraps)
         return whole.index_select(1, _frames(windows).to(whole.device))
 
-    def _owners(self, parts: Sequence[StepPart]) -> dict[tuple[int, Window, bool], int]:
+    def _owners(self, parts: Sequence[Part]) -> dict[tuple[int, Window, bool], int]:
         """The cell of each part.
 
         A guided canvas has its branches in different halves of the mesh where guidance is 2; any
@@ -129,7 +113,7 @@ class Ranks:
         """
         config = self.mesh.config
         load = [0] * config.cells
-        by_canvas: dict[int, list[StepPart]] = {}
+        by_canvas: dict[int, list[Part]] = {}
         for part in parts:
             by_canvas.setdefault(id(part.canvas), []).append(part)
         owners = {}
@@ -162,7 +146,7 @@ class Ranks:
         self._sharder.clear()
 
 
-def _key(part: StepPart) -> tuple[int, Window, bool]:
+def _key(part: Part) -> tuple[int, Window, bool]:
     return id(part.canvas), part.window, part.conditional
 
 

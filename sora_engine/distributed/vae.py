@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from sora_engine.distributed.comm import Channel
 from sora_engine.distributed.layout import bounds
 from sora_engine.vae.blocks import AttentionBlock, CausalConv3d, Upsample
+from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import ChunkCoder
+from sora_engine.vae.shapes import VAEConfig
 from sora_engine.vae.state import VAEState
-from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
 
 ROWS = 3
 """The dimension of rows in `[B, C, T, H, W]`."""
@@ -33,7 +33,7 @@ class SplitVAE(ChunkCoder[VAEState]):
     there are fewer rows of latents than ranks, the last ranks have none and must not call it.
     """
 
-    def __init__(self, vae: WanVAE, channel: Channel) -> None:
+    def __init__(self, vae: CausalVAE, channel: Channel) -> None:
         self.vae, self.channel = vae, channel
         self._cuts: tuple[int, ...] = ()
         for module in vae.decoder.modules():
@@ -139,9 +139,9 @@ class SplitVAE(ChunkCoder[VAEState]):
         return [own if i == place else parts[i] for i in range(len(shapes))]
 
 
-def shared_copy(vae: WanVAE) -> WanVAE:
+def shared_copy(vae: CausalVAE) -> CausalVAE:
     """Another module with the same tensors, ready for inference."""
     with torch.device("meta"):
-        copy = WanVAE(vae.config)
+        copy = type(vae)(vae.config)
     copy.load_state_dict(vae.state_dict(), assign=True)
     return copy.eval().requires_grad_(False).prepare()

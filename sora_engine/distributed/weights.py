@@ -7,7 +7,7 @@ meanwhile. What lies outside the blocks is small, and whole at every rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from sora_engine.distributed.comm import Channel
 from sora_engine.distributed.mesh import Mesh
+from sora_engine.models.transformer import DiffusionTransformer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,28 +31,28 @@ class WeightShards:
     def num_ranks(self) -> int:
         return self.mesh.weights.size
 
-    def cut(
-        self, device: torch.device, parts: Collection[str], transformer: nn.Module
-    ) -> dict[str, range]:
-        """Shard these parts of each block of a transformer that is on the meta device; its own
+    def cut(self, device: torch.device, transformer: nn.Module) -> dict[str, range]:
+        """Shard the own parts of each block of a transformer that is on the meta device; its own
         shares are then on `device`, not filled. Returns the rows of them that this rank has, by the
         parameters' names."""
+        assert isinstance(transformer, DiffusionTransformer)
         channel = self.mesh.weights
         assert channel.group is not None
         mesh = DeviceMesh.from_group(channel.group, device.type, mesh_dim_names=("weights",))
         gather = _Gather(channel)
         rows: dict[str, range] = {}
-        for lists in ("blocks", "vace_blocks"):
+        for lists in transformer.block_lists:
             for i, block in enumerate(getattr(transformer, lists)):
                 whole = set()
                 for name, parameter in block.named_parameters():
-                    if name.partition(".")[0] in parts:
+                    if name.partition(".")[0] in transformer.own_parts:
                         rows[f"{lists}.{i}.{name}"] = own_rows(len(parameter), channel)
                     else:
                         whole.add(parameter)
                 fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
                 block.set_custom_all_gather(gather)
-                register_fsdp_forward_method(block, "keys_values")
+                for method in set(transformer.block_methods) - {"forward"}:
+                    register_fsdp_forward_method(block, method)
                 block.to_empty(device=device)
         # The root has no weights of its own: by it a block is gathered while another runs.
         fully_shard(transformer, mesh=mesh, ignored_params=set(transformer.parameters()))

@@ -1,4 +1,4 @@
-"""Requests as messages: every field of a `ResolvedRequest`, and nothing that is not one.
+"""Requests and canvases as messages. Of a request every field, and nothing that is not one.
 
 Pictures cross as the frames that they hold, read on the engine's side: ranks open no file that a
 request names.
@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_engine.denoise.guidance import Guidance
-from sora_engine.denoise.windows import SparsePlan, WindowPlan
+from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.distributed.message import Message
+from sora_engine.request import Clip, Guidance, ResolvedRequest, Shot, SparsePlan, WindowPlan
 from sora_engine.request.frames import load_frames
-from sora_engine.request.request import Clip, ResolvedRequest, Shot
 
 PLANS: dict[str, type[WindowPlan] | type[SparsePlan]] = {
     "WindowPlan": WindowPlan,
@@ -85,3 +84,26 @@ def request_from_message(message: Message) -> ResolvedRequest:
 
 def _optional_numpy(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
+
+
+_STATE = "canvas."
+
+
+def state_to_message(
+    kind: str, state: CanvasState, request: ResolvedRequest | None = None
+) -> Message:
+    """The state of a canvas, and the request that it is of, where that is not known."""
+    message = Message(kind) if request is None else request_to_message(kind, request)
+    message.fields["frame_texts"] = list(state.frame_texts)
+    message.tensors |= {_STATE + name: tensor.cpu() for name, tensor in state.tensors.items()}
+    return message
+
+
+def state_from_message(message: Message) -> CanvasState:
+    """The state that a message brings."""
+    tensors = {
+        name.removeprefix(_STATE): tensor
+        for name, tensor in message.tensors.items()
+        if name.startswith(_STATE)
+    }
+    return CanvasState(tensors, tuple(message.fields["frame_texts"]))

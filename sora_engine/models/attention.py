@@ -1,4 +1,4 @@
-"""The attention calls that models make. Only this file knows whether tokens are sharded."""
+"""The attention calls that models make."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ import torch
 from torch import Tensor
 
 from sora_engine.denoise.packing import ContextRuns, Plans, Stream
-from sora_engine.distributed.sequence import (
-    sharded_attention,
-    trade_heads_for_tokens,
-    trade_tokens_for_heads,
-)
-from sora_engine.distributed.sparse import SparseRing, sparse_ring_attention
 from sora_kernels import (
     AttentionPlan,
     packed_attention,
@@ -23,7 +17,7 @@ from sora_kernels import (
 )
 
 
-def _planned(
+def planned(
     plans: Plans, q: Tensor, cu_seqlens: Tensor, backend: str, num_tokens: int | None = None
 ) -> AttentionPlan | None:
     """The plan for these queries, made on the first of the layers and steps that share it.
@@ -46,12 +40,10 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: 
 
     q, k, v: `[tokens, heads, head_dim]`; returns the same shape.
     """
+    if stream.attend is not None:
+        return stream.attend(q, k, v, stream, backend=backend)
     if stream.sees is not None:
-        return _sparse_attention(q, k, v, stream, backend)
-    if stream.shard is not None:
-        shard = stream.shard
-        plan = _planned(stream.plans, q, shard.cu_seqlens, backend, len(shard.own_block))
-        return sharded_attention(q, k, v, shard, plan=plan, backend=backend)
+        return sparse_attention(q, k, v, stream, backend=backend)
     return packed_attention(
         q,
         k,
@@ -60,27 +52,18 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: 
         stream.cu_seqlens,
         max_seqlen_q=stream.max_seqlen,
         max_seqlen_k=stream.max_seqlen,
-        plan=_planned(stream.plans, q, stream.cu_seqlens, backend),
+        plan=planned(stream.plans, q, stream.cu_seqlens, backend),
         backend=backend,
     )
 
 
-def _sparse_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: str) -> Tensor:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend: str) -> Tensor:
+    """Each token attends to the tokens of the frames that its own frame sees.
+
+    q, k, v: `[tokens, heads, head_dim]` of the whole batch's tokens; returns the same shape.
+    """
     assert stream.sees is not None
-    shard, heads = stream.shard, q.shape[1]
-    if shard is not None:
-        q, k, v = trade_tokens_for_heads(q, k, v, shard)
     key = q.shape[-1], q.dtype
-    if shard is not None and shard.mesh.ring.size > 1:
-        if not stream.sparse_rings:
-            stream.sparse_rings.append(SparseRing.of(shard, stream.sees, q.device))
-        sparse = stream.sparse_rings[0]
-        if key not in stream.sparse_plans and len(q):
-            stream.sparse_plans[key] = sparse.plan(q)
-        out = sparse_ring_attention(
-            q, k, v, shard, sparse, plan=stream.sparse_plans.get(key), backend=backend
-        )
-        return trade_heads_for_tokens(out, shard, heads)
     if key not in stream.sparse_plans:
         stream.sparse_plans[key] = plan_attention(
             stream.cu_seqlens,
@@ -90,7 +73,7 @@ def _sparse_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: 
             grids=stream.grids,
             masks=stream.sees,
         )
-    out = windowed_attention(
+    return windowed_attention(
         q,
         k,
         v,
@@ -100,7 +83,6 @@ def _sparse_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: 
         plan=stream.sparse_plans[key],
         backend=backend,
     )
-    return out if shard is None else trade_heads_for_tokens(out, shard, heads)
 
 
 def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -> Tensor:
@@ -113,7 +95,7 @@ def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -
     so a padded text costs what its real tokens cost, and nothing is approximated.
     """
     operands = (q, runs.keys[layer], runs.values[layer], runs.cu_seqlens_q, runs.cu_seqlens_k)
-    plan = _planned(runs.plans, q, runs.cu_seqlens_q, backend)
+    plan = planned(runs.plans, q, runs.cu_seqlens_q, backend)
     if runs.log_padding is None:
         return packed_attention(
             *operands,

@@ -1,8 +1,6 @@
-"""Devices and dtypes by name, and what is free on one."""
+"""Devices and dtypes by name."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 
@@ -41,16 +39,3 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         raise BackendError(f"dtype {dtype!r} is not supported; use auto, {', '.join(DTYPES)}")
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device (available memory, for the CPU); None where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None

@@ -5,12 +5,15 @@
     text_encoder/config.json    and model*.safetensors; image_encoder/ likewise
     tokenizer/ scheduler/ image_processor/
 
-Classes are names to be looked up in a list, never something to be imported: nothing in a folder is
-executed, and what is not on the list is refused.
+A family's `FolderLayout` says which classes it knows. They are names to be looked up in a list,
+never something to be imported: nothing in a folder is executed, and what is not on the list is
+refused.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,38 +23,30 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.io.safetensors import Weights, find_weights, refuse_pickle
 
 INDEX = "model_index.json"
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
-CLASSES: dict[str, tuple[str, ...]] = {
-    "transformer": ("WanTransformer3DModel", "WanVACETransformer3DModel"),
-    "transformer_2": ("WanTransformer3DModel", "WanVACETransformer3DModel"),
-    "vae": ("AutoencoderKLWan",),
-    "text_encoder": ("UMT5EncoderModel",),
-    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
-    "scheduler": (
-        "UniPCMultistepScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "DPMSolverMultistepScheduler",
-        "DDIMScheduler",
-        "DDPMScheduler",
-    ),
-    "image_encoder": ("CLIPVisionModel",),
-    "image_processor": (
-        "CLIPImageProcessor",
-        "CLIPImageProcessorFast",
-        "CLIPImageProcessorPil",
-        "CLIPFeatureExtractor",
-    ),
-}
-"""What each component may be, by the names that diffusers and transformers write."""
-OPTIONAL = ("transformer_2", "image_encoder", "image_processor")
 _FROM_TRANSFORMERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor")
+_NUMBER = re.compile(r"_\d+$")
+"""Of a further component of a kind, such as `text_encoder_2`."""
 _BOOKKEEPING = ("_class_name", "_diffusers_version", "_name_or_path")
-_SETTINGS = ("boundary_ratio", "expand_timesteps")
 _CONFIG_FILES = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
     "image_processor": "preprocessor_config.json",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderLayout:
+    """What folders of a family hold.
+
+    pipelines: the classes of whole models. components: by name the classes that each may be, as
+    diffusers and transformers write them. optional: the components that a folder may lack.
+    settings: further keys of `model_index.json` that the family reads itself.
+    """
+
+    pipelines: tuple[str, ...]
+    components: Mapping[str, tuple[str, ...]]
+    optional: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +59,13 @@ class Component:
     config: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def open(cls, name: str, folder: Path, class_name: str | None = None) -> Component:
-        """Read the component `name` in `folder`; `class_name` is what the index calls it.
+    def open(
+        cls, name: str, folder: Path, classes: Sequence[str], class_name: str | None = None
+    ) -> Component:
+        """Read the component `name` in `folder`.
 
-        Raises `CheckpointError` if there is no folder, no configuration, or another class in it.
+        classes: those that it may be. class_name: what the index calls it. Raises `CheckpointError`
+        if there is no folder, no configuration, or another class in it.
         """
         if not folder.is_dir():
             raise CheckpointError(f"no folder for the {name}", path=folder)
@@ -78,9 +76,9 @@ class Component:
         found = _class_in(name, config)
         if found is None:
             found = class_name
-        if found not in CLASSES[name]:
+        if found is None or found not in classes:
             raise CheckpointError(
-                f"the {name}'s class is {found!r}; supported: {', '.join(CLASSES[name])}", path=path
+                f"the {name}'s class is {found!r}; supported: {', '.join(classes)}", path=path
             )
         return cls(name, found, folder, config)
 
@@ -91,7 +89,7 @@ class Component:
     @property
     def weights_path(self) -> Path:
         """The `.safetensors` file, or the shards' index. `CheckpointError` if there is none."""
-        stem = "model" if self.name in _FROM_TRANSFORMERS else "diffusion_pytorch_model"
+        stem = "model" if _kind(self.name) in _FROM_TRANSFORMERS else "diffusion_pytorch_model"
         return find_weights(self.folder, stem)
 
     def open_weights(self) -> Weights:
@@ -101,52 +99,39 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A folder that diffusers saved, checked: every class known, every configuration there."""
+    """A folder that diffusers saved, checked: every class known, every configuration there.
+
+    settings: what `model_index.json` says under the layout's further keys.
+    """
 
     path: Path
     pipeline: str
     components: dict[str, Component]
-    boundary_ratio: float | None = None
-    """Where the second transformer takes over, as a fraction of the noise levels."""
-    expand_timesteps: bool = False
-    """Whether each token has its own timestep (Wan 2.2 TI2V-5B)."""
+    settings: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | Path) -> ModelFolder:
+    def open(cls, path: str | Path, layout: FolderLayout) -> ModelFolder:
         """Read `model_index.json` and each component's configuration; no weights are read."""
         path = Path(path)
+        index = read_index(path)
         index_path = path / INDEX
-        if not path.is_dir():
-            refuse_pickle(path)
-            raise CheckpointError("no such folder", path=path)
-        if not index_path.exists():
-            found = sorted(entry.name for entry in path.iterdir())
-            inside = f"it holds {', '.join(found[:6])}" if found else "it is empty"
-            raise CheckpointError(f"not a model folder: no {INDEX}; {inside}", path=path)
-        index = read_json_object(index_path)
-
         pipeline = index.get("_class_name")
-        if pipeline not in PIPELINES:
+        if pipeline not in layout.pipelines:
             raise CheckpointError(
-                f"pipeline class {pipeline!r}; supported: {', '.join(PIPELINES)}", path=index_path
-            )
-        unknown = sorted(set(index) - set(CLASSES) - set(_BOOKKEEPING) - set(_SETTINGS))
-        if unknown:
-            raise CheckpointError(f"unknown keys {unknown}", path=index_path)
-        boundary_ratio, expand_timesteps = _settings(index, index_path)
-
-        components = {}
-        for name in CLASSES:
-            class_name = _class_of(name, index.get(name), index_path)
-            if class_name is not None:
-                components[name] = Component.open(name, path / name, class_name)
-        if ("transformer_2" in components) != (boundary_ratio is not None):
-            raise CheckpointError(
-                f"boundary_ratio is {boundary_ratio} and transformer_2 is "
-                f"{'there' if 'transformer_2' in components else 'null'}; two experts need both",
+                f"pipeline class {pipeline!r}; supported: {', '.join(layout.pipelines)}",
                 path=index_path,
             )
-        return cls(path, pipeline, components, boundary_ratio, expand_timesteps)
+        unknown = sorted(set(index) - {*layout.components, *_BOOKKEEPING, *layout.settings})
+        if unknown:
+            raise CheckpointError(f"unknown keys {unknown}", path=index_path)
+        components = {}
+        for name, classes in layout.components.items():
+            optional = name in layout.optional
+            class_name = _class_of(name, index.get(name), classes, optional, index_path)
+            if class_name is not None:
+                components[name] = Component.open(name, path / name, classes, class_name)
+        settings = {key: index[key] for key in layout.settings if key in index}
+        return cls(path, str(pipeline), components, settings)
 
     def __getitem__(self, name: str) -> Component:
         return self.components[name]
@@ -155,53 +140,58 @@ class ModelFolder:
         return self.components.get(name)
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """What `model_index.json` of a folder says; CheckpointError where there is none."""
+    index_path = path / INDEX
+    if not path.is_dir():
+        refuse_pickle(path)
+        raise CheckpointError("no such folder", path=path)
+    if not index_path.exists():
+        found = sorted(entry.name for entry in path.iterdir())
+        inside = f"it holds {', '.join(found[:6])}" if found else "it is empty"
+        raise CheckpointError(f"not a model folder: no {INDEX}; {inside}", path=path)
+    return read_json_object(index_path)
+
+
 def config_file(name: str) -> str:
     """The file that configures the component `name`."""
-    return _CONFIG_FILES.get(name, "config.json")
+    return _CONFIG_FILES.get(_kind(name), "config.json")
 
 
-def _class_of(name: str, entry: object, path: Path) -> str | None:
+def _kind(name: str) -> str:
+    return _NUMBER.sub("", name)
+
+
+def _class_of(
+    name: str, entry: object, classes: Sequence[str], optional: bool, path: Path
+) -> str | None:
     """The class that `model_index.json` gives a component; None where it is null."""
     if entry is None or entry == [None, None]:
-        if name in OPTIONAL:
+        if optional:
             return None
         raise CheckpointError(f"the model has no {name}", path=path)
-    library = "transformers" if name in _FROM_TRANSFORMERS else "diffusers"
+    library = "transformers" if _kind(name) in _FROM_TRANSFORMERS else "diffusers"
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(e, str) for e in entry):
         raise CheckpointError(f"{name} is {entry!r}; it must be [library, class]", path=path)
-    if entry[0] != library or entry[1] not in CLASSES[name]:
+    if entry[0] != library or entry[1] not in classes:
         raise CheckpointError(
             f"{name} is {entry[0]}.{entry[1]}; "
-            f"supported: {', '.join(f'{library}.{known}' for known in CLASSES[name])}",
+            f"supported: {', '.join(f'{library}.{known}' for known in classes)}",
             path=path,
         )
-    return entry[1]
+    return str(entry[1])
 
 
 def _class_in(name: str, config: dict[str, Any]) -> str | None:
     """The class that a component's own configuration names, in whichever way its library does."""
-    if name == "tokenizer":
+    kind = _kind(name)
+    if kind == "tokenizer":
         found = config.get("tokenizer_class")
-    elif name == "image_processor":
+    elif kind == "image_processor":
         found = config.get("image_processor_type")
-    elif name in _FROM_TRANSFORMERS:
+    elif kind in _FROM_TRANSFORMERS:
         architectures = config.get("architectures")
         found = architectures[0] if isinstance(architectures, list) and architectures else None
     else:
         found = config.get("_class_name")
     return None if found is None else str(found)
-
-
-def _settings(index: dict[str, Any], path: Path) -> tuple[float | None, bool]:
-    boundary = index.get("boundary_ratio")
-    number = isinstance(boundary, (int, float)) and not isinstance(boundary, bool)
-    if boundary is not None and not (number and 0 < boundary < 1):
-        raise CheckpointError(
-            f"boundary_ratio is {boundary!r}; it must lie between 0 and 1, or be null", path=path
-        )
-    expand = index.get("expand_timesteps", False)
-    if not isinstance(expand, bool):
-        raise CheckpointError(
-            f"expand_timesteps is {expand!r}; it must be true or false", path=path
-        )
-    return (None if boundary is None else float(boundary)), expand

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sora_engine.denoise.windows import SCHEDULES, default_plan
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
-from sora_engine.models.wan.checkpoint import WanCheckpoint
-from sora_engine.request.request import GenerationDefaults, LatentGrid
+from sora_engine.models.family import Checkpoint
+from sora_engine.request import GenerationDefaults, KnownMode
+from sora_engine.request.windows import SCHEDULES, default_plan
 from sora_engine.samplers import SOLVERS
 
 GENERATION_CONFIG = "generation_config.json"
@@ -43,38 +43,23 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
-def generation_defaults(
-    settings: Mapping[str, Any], checkpoint: WanCheckpoint, grid: LatentGrid, folder: Path
-) -> GenerationDefaults:
-    """The checkpoint's own defaults over those of its family's published pipelines.
+def with_own_defaults(found: Checkpoint, settings: Mapping[str, Any], folder: Path) -> Checkpoint:
+    """A checkpoint with its own defaults over those of its family's published pipelines.
 
     settings: of `read_generation_config(folder)`. Raises CheckpointError for values of the wrong
     type, and for windows that cannot be or that the model is not made for.
     """
-    height, width, num_frames, fps = 480, 832, 81, 16.0
-    if checkpoint.expand_timesteps:  # TI2V-5B
-        height, width, num_frames, fps = 704, 1280, 121, 24.0
-    two = checkpoint.transformer_2 is not None
-    published = {
-        "height": height,
-        "width": width,
-        "num_frames": (num_frames - 1) // 4 * grid.time + 1,
-        "fps": fps,
-        "num_inference_steps": 40 if two else 50,
-        "guidance_scale": 4.0 if two else 5.0,
-        "guidance_scale_2": 3.0 if two else None,
-        "max_window": (num_frames - 1) // 4 + 1,
-    }
-    own = {key: value for key, value in settings.items() if key != "text_tokens"}
+    known = {f.name for f in fields(GenerationDefaults)}
+    own = {key: value for key, value in settings.items() if key in known}
     try:
-        defaults = GenerationDefaults(**{**published, **own})
+        defaults = replace(found.defaults, **own)
         default_plan(defaults, defaults.window_schedule)  # what long videos will be made in
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error), path=folder / GENERATION_CONFIG) from error
-    if defaults.window_schedule == "chained" and not checkpoint.expand_timesteps:
+    if defaults.window_schedule == "chained" and found.known_mode is not KnownMode.NOISE_LEVEL:
         raise CheckpointError(
             "window_schedule 'chained' takes a model that is told of known frames by their noise "
             "level (expand_timesteps in model_index.json); 'static' or 'moving' would work",
             path=folder / GENERATION_CONFIG,
         )
-    return defaults
+    return replace(found, defaults=defaults)

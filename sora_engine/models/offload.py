@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class StreamCopies:
         return torch.cuda.current_stream(self.device).record_event()
 
 
-class Visits:
+class OffloadedModules:
     """Modules whose weights lie in host memory, pinned where `device` is a GPU, and are on `device`
     while one of the module's `methods` runs.
 
@@ -193,10 +193,10 @@ def offload_blocks(
     parts: Collection[str] | None = None,
     methods: Sequence[str] = ("forward",),
     at_home: Collection[Tensor] = (),
-) -> Visits:
+) -> OffloadedModules:
     """Have `blocks` of a model that lies in host memory visit `device`, and all else live there,
-    but for the tensors `at_home`. The rest is as of `Visits`."""
-    visits = Visits(blocks, device, parts=parts, methods=methods)
+    but for the tensors `at_home`. The rest is as of `OffloadedModules`."""
+    visits = OffloadedModules(blocks, device, parts=parts, methods=methods)
     elsewhere = {id(tensor) for tensor in (*visits.tensors, *at_home)}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in elsewhere:
@@ -208,14 +208,24 @@ def offload_blocks(
     return visits
 
 
-def offload_encoder(model: Any, device: torch.device) -> Visits:
-    """Offload one of transformers' encoders, which has its layers in one list.
+class Encoder(Protocol):
+    """One of transformers' encoders as the engine holds it: `text.TextEncoder`, `ImageEncoder`."""
+
+    model: Any
+    device: torch.device
+
+
+def offload_encoder(encoder: Encoder, device: torch.device) -> OffloadedModules:
+    """Have an encoder whose weights lie in host memory compute on `device`: its layers, which it
+    has in one list, visit.
 
     A table of word embeddings stays in host memory, and words are looked up there.
     """
+    model = encoder.model
     model.requires_grad_(False)
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     words = model.get_input_embeddings()
+    encoder.device = device
     if not isinstance(words, nn.Embedding):  # a picture's patches
         return offload_blocks(model, list(layers), device)
     for module in model.modules():

@@ -6,20 +6,17 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from sora_engine.denoise.canvas import KnownMode, Prompts
-from sora_engine.denoise.packing import Context
 from sora_engine.denoise.preview import LatentPreview
-from sora_engine.models.device import free_memory
-from sora_engine.models.wan.model import WanTransformer
-from sora_engine.request.request import GenerationDefaults, LatentGrid
+from sora_engine.models.backends import served_backends
+from sora_engine.models.transformer import DiffusionTransformer
+from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.samplers import SamplerConfig
-from sora_engine.text import ImageEncoder, TextEncoder
-from sora_engine.vae.coder import ChunkCoder
+from sora_engine.text import ImageEncoder, PromptEncoder
 from sora_engine.vae.fit import FittedCoder
+from sora_engine.vae.free_memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -31,29 +28,23 @@ class Expert:
     from_timestep: it serves timesteps at and above this one, down to the next expert's.
     """
 
-    load: Callable[[], WanTransformer]
+    load: Callable[[], DiffusionTransformer]
     from_timestep: float
     size_bytes: int
-    transformer: WanTransformer | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class VideoDecoder:
-    """The VAE of a checkpoint alone: what finished latents need."""
-
-    vae: ChunkCoder[Any]
-    vae_dtype: torch.dtype
-    device: torch.device
+    transformer: DiffusionTransformer | None = None
 
 
 @dataclass(slots=True, eq=False)
 class VideoModel:
     """Everything that one checkpoint brings.
 
-    experts: by falling noise level; Wan 2.2 A14B has two, all others one.
+    family: the name of the family that it is of.
+    experts: by falling noise level, most often one.
+    takes_last_image: whether the image encoder is shown the last frame too.
+    learned_variance: whether predictions carry as many channels again, of a variance.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to colours, where the checkpoint brings that.
-    offload: which weights wait in host memory: one of `sora_engine.models.offload.LEVELS`.
+    offload: which weights wait in host memory: one of `models.offload.LEVELS`.
     """
 
     name: str
@@ -62,7 +53,7 @@ class VideoModel:
     experts: list[Expert]
     vae: FittedCoder
     vae_dtype: torch.dtype
-    text_encoder: TextEncoder
+    prompt_encoder: PromptEncoder
     image_encoder: ImageEncoder | None
     takes_last_image: bool
     sampler_config: SamplerConfig
@@ -70,6 +61,8 @@ class VideoModel:
     grid: LatentGrid
     defaults: GenerationDefaults
     weights_hash: str = ""
+    family: str = ""
+    learned_variance: bool = False
     preview: LatentPreview | None = None
     offload: str = "none"
 
@@ -84,7 +77,7 @@ class VideoModel:
                 return i
         return len(self.experts) - 1
 
-    def transformer(self, index: int) -> WanTransformer:
+    def transformer(self, index: int) -> DiffusionTransformer:
         """Expert `index`, loaded; where memory does not hold all, the others are let go of."""
         expert = self.experts[index]
         if expert.transformer is None:
@@ -97,20 +90,17 @@ class VideoModel:
         return expert.transformer
 
     @property
-    def loaded_transformer(self) -> WanTransformer:
+    def loaded_transformer(self) -> DiffusionTransformer:
         """An expert that is loaded anyway: they are all built alike."""
         loaded = [e.transformer for e in self.experts if e.transformer is not None]
         return loaded[0] if loaded else self.transformer(0)
 
-    def encode_contexts(self, transformer: WanTransformer, prompts: Prompts) -> list[Context]:
-        """Keys and values of a request's texts, and last of its negative text."""
-        texts = list(prompts.texts)
-        if prompts.negative is not None:
-            texts.append(prompts.negative)
-        texts = [text.to(self.device) for text in texts]
-        return transformer.encode_contexts(texts, [prompts.image] * len(texts))
+    def ops(self) -> dict[str, list[str]]:
+        """The backends that have served its transformer, by op of `sora_kernels`."""
+        transformer = self.loaded_transformer
+        return served_backends(transformer.backends, transformer.shape, self.device, self.dtype)
 
     def _fits(self, expert: Expert) -> bool:
         waits = self.offload == "blocks"
-        free = free_memory(torch.device("cpu") if waits else self.device)
-        return free is None or expert.size_bytes < 0.8 * free
+        free = free_bytes(torch.device("cpu") if waits else self.device)
+        return expert.size_bytes < 0.8 * free

@@ -1,1 +1,23 @@
 """What a caller asks for, checked against what a model can make. No torch here."""
+
+from sora_engine.request.facts import GenerationDefaults, KnownMode, LatentGrid, ModelFacts
+from sora_engine.request.guidance import Guidance
+from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
+from sora_engine.request.resolve import ResolvedRequest, resolve_request
+from sora_engine.request.windows import SparsePlan, WindowPlan
+
+__all__ = [
+    "Clip",
+    "Footage",
+    "GenerationDefaults",
+    "Guidance",
+    "KnownMode",
+    "LatentGrid",
+    "ModelFacts",
+    "ResolvedRequest",
+    "Shot",
+    "SparsePlan",
+    "VideoRequest",
+    "WindowPlan",
+    "resolve_request",
+]

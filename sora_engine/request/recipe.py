@@ -14,22 +14,38 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sora_engine.denoise.guidance import Guidance
-from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.errors import MediaError, RequestError
 from sora_engine.io.provenance import Provenance
 from sora_engine.request.frames import as_array
-from sora_engine.request.request import Clip, Footage, ResolvedRequest, Shot, VideoRequest
+from sora_engine.request.guidance import Guidance
+from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
+from sora_engine.request.resolve import ResolvedRequest
+from sora_engine.request.windows import SparsePlan, WindowPlan
 from sora_engine.version import version
 from sora_engine.video import Video
 
 if TYPE_CHECKING:
-    from sora_engine.models.video_model import VideoModel
+    import torch
+
     from sora_engine.request.request import Frames, WholeFrames
+
+
+class Maker(Protocol):
+    """The model that made a video, as its results name it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights_hash(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
 
 Make = Callable[[VideoRequest], Video]
 
@@ -51,7 +67,7 @@ _PLAIN = (
 )
 
 
-def provenance_of(request: ResolvedRequest, model: VideoModel) -> Provenance:
+def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
     """What made a video, for its file's metadata."""
     settings: dict[str, Any] = {
         name: value for name in _PLAIN if (value := getattr(request, name)) is not None

@@ -28,19 +28,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sora_engine.errors import RequestError
 from sora_engine.request.checks import finite, integer, positive, several
-from sora_engine.request.request import (
-    Clip,
-    Footage,
-    GenerationDefaults,
-    LatentGrid,
-    Shot,
-    VideoRequest,
-    nearest_on_grid,
-)
+from sora_engine.request.facts import LatentGrid, ModelFacts, nearest_on_grid
+from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
+from sora_engine.request.resolve import EDIT_STRENGTH
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,19 +43,8 @@ if TYPE_CHECKING:
 
 DRAFT_SCALE = 0.5
 DRAFT_STEPS = 0.5
-EDIT_STRENGTH = 0.6
 UPSCALE_STRENGTH = 0.4
 """Enough noise to draw new detail, too little to move what is there."""
-
-
-class ModelFacts(Protocol):
-    """What a task must know of a model; `engine.model` is one."""
-
-    @property
-    def grid(self) -> LatentGrid: ...
-
-    @property
-    def defaults(self) -> GenerationDefaults: ...
 
 
 def image(prompt: str, **settings: Any) -> VideoRequest:

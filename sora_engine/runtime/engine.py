@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 
-from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise.denoise import num_links, step_tokens
+from sora_engine.config import NO_LIMIT, Limits, ParallelConfig
+from sora_engine.denoise.denoise import num_passes, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import LayoutError, RequestError
-from sora_engine.models.device import free_memory
-from sora_engine.models.loading import load_video_model
+from sora_engine.models.loading import USABLE, load_video_model
+from sora_engine.models.registry import ModelPath
 from sora_engine.models.video_model import VideoModel
-from sora_engine.request.request import ResolvedRequest, VideoRequest, resolve_request
-from sora_engine.runtime.executor import Stages
+from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
+from sora_engine.runtime.executor import AnyExecutor, LocalExecutor, ServedModel
 from sora_engine.runtime.hooks import Hooks
 from sora_engine.runtime.job import (
     FramesCallback,
@@ -33,7 +33,7 @@ from sora_engine.runtime.savepoint import Savepoint, load_state
 from sora_engine.runtime.scheduler import MAX_PRIORITY
 from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
-from sora_engine.vae.fit import FittedCoder
+from sora_engine.vae.free_memory import free_bytes
 from sora_engine.video import Video
 
 
@@ -45,36 +45,38 @@ class Engine:
 
     def __init__(
         self,
-        model: VideoModel,
+        model: VideoModel | None = None,
         *,
         limits: Limits | None = None,
         hooks: Hooks | None = None,
-        replicas: Sequence[Stages] = (),
+        replicas: Sequence[AnyExecutor] = (),
     ) -> None:
-        """replicas: what does the work, where it is not this process: each serves its own jobs."""
-        self.model = model
+        """model: loaded in this process. replicas: what does the work where the model is elsewhere:
+        each serves its own jobs."""
         self.limits = limits or Limits()
         self.hooks = hooks or Hooks()
-        if isinstance(model.vae, FittedCoder):
-            model.vae.limit(self.limits.vae_memory_bytes)
-        limit = self.limits.memory_bytes
-        if limit is None:
-            free = free_memory(model.device)
-            limit = None if free is None else int(0.9 * free)
         # What ranks need is not rehearsed: their model is not here.
-        most = self.limits.max_batch_tokens
-        self._planner = (
-            None if replicas else MemoryPlanner(model, most, limit, self.limits.pack_tokens)
-        )
+        self._planner: MemoryPlanner | None = None
+        if model is not None:
+            model.vae.limit(self.limits.vae_memory_bytes)
+            limit = self.limits.memory_bytes
+            if limit is None:
+                limit = int(USABLE * free_bytes(model.device))
+            self._planner = MemoryPlanner(
+                model, self.limits.max_batch_tokens, limit, self.limits.pack_tokens
+            )
+            replicas = [LocalExecutor(model)]
+        if not replicas:
+            raise ValueError("an engine takes a model, or replicas that have one")
+        self.model: ServedModel = replicas[0].model if model is None else model
         self._workers = [
-            Worker(model, self.limits, self.hooks, stages, self._planner)
-            for stages in replicas or (Stages(model),)
+            Worker(replica, self.limits, self.hooks, self._planner) for replica in replicas
         ]
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str | PathLike[str] | Sequence[str | PathLike[str]],
+        model: ModelPath,
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -90,9 +92,9 @@ class Engine:
         """Load a checkpoint.
 
         Args:
-            model: a folder in diffusers' layout; a `.safetensors` file under Wan's own names, or
-                two of them, the expert for high noise first; or `"sprites"`, the bundled
-                checkpoint.
+            model: a folder in diffusers' layout; a `.safetensors` file with a transformer under the
+                names that it was published with, or two of them, the expert for high noise first;
+                or `"sprites"`, the bundled checkpoint.
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
@@ -131,8 +133,7 @@ class Engine:
                 attention_backend=attention_backend,
                 components=components,
             )
-            served = cast("Sequence[Stages]", replicas)
-            return cls(replicas[0].model, limits=limits, hooks=hooks, replicas=served)
+            return cls(limits=limits, hooks=hooks, replicas=replicas)
         loaded = load_video_model(
             model,
             device=device,
@@ -142,7 +143,7 @@ class Engine:
             attention_backend=attention_backend,
             components=components,
             offload=offload,
-            needed=lambda hollow: _default_peak(hollow, limits or Limits()),
+            needed=lambda hollow: default_peak(hollow, limits or Limits()),
         )
         return cls(loaded, limits=limits, hooks=hooks)
 
@@ -222,14 +223,12 @@ class Engine:
             options["save_to"] = Path(options["save_to"])
         saved = load_state(Path(path), self.model)
         if self._planner is not None:
-            saved.canvas(self.model)  # what is damaged is told here; ranks tell it later
+            saved.canvas(self._planner.model)  # what is damaged is told here; ranks tell it later
         return self._enqueue(saved.request, JobOptions(**options), saved)
 
     def resolve(self, request: VideoRequest) -> ResolvedRequest:
         """The request with the checkpoint's defaults, checked; raises RequestError."""
-        return resolve_request(
-            request, self.model.defaults, self.model.grid, self.limits, solvers=SOLVERS
-        )
+        return resolve_request(request, self.model, self.limits, solvers=SOLVERS)
 
     def plan(self, request: VideoRequest) -> MemoryPlan:
         """The memory that a request would take, stage by stage; raises as `submit`.
@@ -239,6 +238,13 @@ class Engine:
         if self._planner is None:
             raise RequestError("the memory of several ranks is not planned")
         return self._planner.plan(self.resolve(request))
+
+    @property
+    def loaded_model(self) -> VideoModel:
+        """The model, where it is this process's own; RequestError where ranks hold it."""
+        if self._planner is None:
+            raise RequestError("the model is at ranks; an engine without `parallel` has it here")
+        return self._planner.model
 
     @property
     def num_queued(self) -> int:
@@ -279,8 +285,10 @@ class Engine:
         if self._planner is not None:
             job.plan = self._planner.plan(request)
             job.batch_tokens = job.plan.batch_tokens
-        job.tokens = step_tokens(request, self.model)
-        steps = job.planned_steps = request.num_inference_steps * num_links(request, self.model)
+        job.tokens = step_tokens(request, self.model.grid)
+        steps = job.planned_steps = request.num_inference_steps * num_passes(
+            request, self.model.grid
+        )
         if saved is not None:
             steps = max(0, steps - saved.step)
             job.resumed_at = saved.step
@@ -291,12 +299,10 @@ class Engine:
         return job
 
 
-def _default_peak(model: VideoModel, limits: Limits) -> int:
+def default_peak(model: VideoModel, limits: Limits) -> int:
     """Bytes that a request of the checkpoint's default size takes, decoded in whole frames."""
-    request = resolve_request(
-        VideoRequest(prompt="a prompt"), model.defaults, model.grid, limits, solvers=SOLVERS
-    )
-    model.vae.limit(1 << 62)
+    request = resolve_request(VideoRequest(prompt="a prompt"), model, limits, solvers=SOLVERS)
+    model.vae.limit(NO_LIMIT)
     planner = MemoryPlanner(model, limits.max_batch_tokens, None, limits.pack_tokens)
     return planner.plan(request).peak
 

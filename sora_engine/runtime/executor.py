@@ -1,72 +1,202 @@
-"""What a worker has done to its jobs, by the process's own model: between encoding and frames."""
+"""Who does a worker's model work: this process's own model, or ranks that hold one together.
+
+`Executor` is what a worker asks for; `LocalExecutor` does it here, and `distributed.executor` has
+it done by ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sora_engine.denoise.canvas import Canvas
-from sora_engine.denoise.denoise import decoding, denoise_step, preparing
+from sora_engine.denoise.canvas_state import CanvasState
+from sora_engine.denoise.denoise import denoise_step, preparing
 from sora_engine.denoise.packing import Packer
 from sora_engine.models.video_model import VideoModel
-from sora_engine.request.request import ResolvedRequest
-from sora_engine.runtime.job import Job
-from sora_engine.runtime.receipt import backends_of
+from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 from sora_engine.runtime.saturation import saturation_point
-from sora_engine.runtime.savepoint import Savepoint, tensors_of
+from sora_engine.vae.decoding import decoding
 
 
-class Stages:
-    """What a worker has done to its jobs, by this process's own model.
+class ScalesLatents(Protocol):
+    """What an engine asks of a VAE beside its work."""
 
-    `distributed.remote.RemoteStages` has it done by ranks.
+    def denormalise(self, latents: Tensor) -> Tensor: ...
+
+
+class ServedModel(Protocol):
+    """What an engine must know of its model, wherever the model is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights_hash(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def vae_dtype(self) -> torch.dtype: ...
+    @property
+    def vae(self) -> ScalesLatents: ...
+    @property
+    def grid(self) -> LatentGrid: ...
+    @property
+    def defaults(self) -> GenerationDefaults: ...
+    @property
+    def known_mode(self) -> KnownMode: ...
+
+    def expert_at(self, timestep: float) -> int:
+        """The index of the expert for this timestep."""
+        ...
+
+
+class ServedCanvas(Protocol):
+    """What a worker must know of a canvas, wherever the canvas is.
+
+    num_windows: of the next step, as far as they are this process's to pack.
     """
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def timestep(self) -> float: ...
+    @property
+    def num_windows(self) -> int: ...
+    @property
+    def solver_name(self) -> str: ...
+    @property
+    def preview(self) -> np.ndarray | None: ...
+    @property
+    def latents(self) -> Tensor: ...
+
+    def keep_latents_alone(self) -> None:
+        """Denoising is over: let go of all that only steps need."""
+        ...
+
+
+C = TypeVar("C", bound=ServedCanvas)
+
+
+class Executor(Protocol[C]):
+    """A model's work on canvases of its own. For one thread."""
+
+    @property
+    def model(self) -> ServedModel: ...
+
+    @property
+    def vae_name(self) -> str:
+        """The class that decodes."""
+        ...
+
+    def preparing(self, request: ResolvedRequest) -> Generator[None, None, C]:
+        """See `denoise.preparing`."""
+        ...
+
+    def resuming(self, request: ResolvedRequest, state: CanvasState) -> Generator[None, None, C]:
+        """As `preparing`, of a job that was saved. Raises CheckpointError or ValueError."""
+        ...
+
+    def state_of(self, canvas: C) -> CanvasState:
+        """What is saved of a canvas."""
+        ...
+
+    def step(self, canvases: Sequence[C], max_tokens: int) -> dict[int, Exception]:
+        """See `denoise.denoise_step`."""
+        ...
+
+    def decoding(self, canvas: C) -> Iterator[Tensor | None]:
+        """See `vae.decoding.decoding`. The canvas stays as it is: saved now, its job is resumed
+        from what was denoised."""
+        ...
+
+    def tiles_used(self, height: int, width: int) -> dict[str, str]:
+        """The tiles in which frames of this size (pixels) were coded, by side."""
+        ...
+
+    def pack_limit(self, limit: int) -> int:
+        """Tokens a batch, at most `limit`, beyond which a larger one is no faster."""
+        ...
+
+    def ops(self) -> dict[str, list[str]]:
+        """The backends that served, by op."""
+        ...
+
+    def forget(self, canvas: C) -> None:
+        """A canvas is done with."""
+        ...
+
+    def clear(self) -> None:
+        """Forget what depends on the composition of batches."""
+        ...
+
+    def close(self) -> None:
+        """No job will come."""
+        ...
+
+
+AnyExecutor = Executor[Any]
+
+
+class LocalExecutor:
+    """`Executor` by this process's own model."""
 
     def __init__(self, model: VideoModel) -> None:
         self.model = model
         self._packer = Packer(model.grid.patch, model.device)
 
+    @property
+    def vae_name(self) -> str:
+        return type(self.model.vae.coder).__name__
+
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, Canvas]:
-        """See `denoise.preparing`."""
         return preparing(request, self.model)
 
-    def resuming(self, saved: Savepoint) -> Generator[None, None, Canvas]:
-        """As `preparing`, of a job that was saved."""
+    def resuming(
+        self, request: ResolvedRequest, state: CanvasState
+    ) -> Generator[None, None, Canvas]:
         yield
-        return saved.canvas(self.model)
+        return state.restore(request, self.model)
 
-    def state_of(self, canvas: Canvas) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-        """What is saved of a canvas: its tensors, and which text each frame reads."""
-        return tensors_of(canvas), canvas.prompts.frame_texts
+    def state_of(self, canvas: Canvas) -> CanvasState:
+        return CanvasState.of(canvas)
 
-    def step(self, jobs: list[Job], max_tokens: int) -> dict[Job, Exception]:
-        """See `denoise.denoise_step`."""
-        return denoise_step(jobs, self.model, self._packer, max_tokens)
+    def step(self, canvases: Sequence[Canvas], max_tokens: int) -> dict[int, Exception]:
+        return denoise_step(canvases, self.model, self._packer, max_tokens)
 
-    def decoding(self, canvas: Canvas) -> Iterator[torch.Tensor | None]:
-        """See `denoise.decoding`. Of what `Video.latents` keeps: `sora decode` makes the same bits.
+    def decoding(self, canvas: Canvas) -> Iterator[Tensor | None]:
+        model = self.model
+        # Of what `Video.latents` keeps: `sora decode` makes the same bits.
+        kept = model.vae.denormalise(canvas.latents[None]).float().cpu()
+        latents = model.vae.normalise(kept)[0].to(canvas.latents)
+        return decoding(
+            latents, model.vae, dtype=model.vae_dtype, device=model.device, wraps=canvas.wraps
+        )
 
-        The canvas stays as it is: saved now, the job is resumed from what was denoised.
-        """
-        kept = self.model.vae.denormalise(canvas.latents[None]).float().cpu()
-        latents = self.model.vae.normalise(kept)[0].to(canvas.latents)
-        return decoding(latents, self.model, wraps=canvas.wraps)
+    def tiles_used(self, height: int, width: int) -> dict[str, str]:
+        unit = self.model.grid.vae_spatial
+        return self.model.vae.tiles_used(height // unit, width // unit)
 
-    def pack_limit(self, most: int) -> int:
-        """Tokens a batch beyond which a larger one is no faster."""
-        return saturation_point(self.model, most)
+    def pack_limit(self, limit: int) -> int:
+        return saturation_point(self.model, limit)
 
     def ops(self) -> dict[str, list[str]]:
-        """The backends that served."""
-        return backends_of(self.model)
+        return self.model.ops()
 
-    def forget(self, job: Job) -> None:
-        """A job is done with."""
+    def forget(self, canvas: Canvas) -> None:
+        pass
 
     def clear(self) -> None:
-        """Forget what depends on the composition of batches."""
         self._packer.clear()
 
     def close(self) -> None:
-        """No job will come."""
+        pass

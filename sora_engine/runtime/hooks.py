@@ -11,7 +11,7 @@ from sora_engine.errors import RefusedError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sora_engine.request.request import ResolvedRequest
+    from sora_engine.request import ResolvedRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sora_engine.errors import DeadlineExceededError, JobCancelledError, JobFailedError
-from sora_engine.request.request import ResolvedRequest
+from sora_engine.io.provenance import Provenance
+from sora_engine.request import ResolvedRequest
+from sora_engine.runtime.executor import ServedCanvas
+from sora_engine.runtime.memory import MemoryPlan
+from sora_engine.runtime.savepoint import Savepoint
+from sora_engine.runtime.scheduler import Ticket
+from sora_engine.video import Video
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
-
-    from sora_engine.denoise.canvas import Canvas
-    from sora_engine.io.provenance import Provenance
-    from sora_engine.runtime.memory import MemoryPlan
-    from sora_engine.runtime.savepoint import Savepoint
-    from sora_engine.runtime.scheduler import Ticket
-    from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +96,8 @@ class Job:
         """What the last step makes of the video: uint8 `[latent_frames, latent_height,
         latent_width, 3]`, for checkpoints that bring a projection to colours."""
         # What the engine's thread keeps here.
-        self.canvas_or_none: Canvas | None = None
-        self.preparing: Generator[None, None, Canvas] | None = None
+        self.canvas_or_none: ServedCanvas | None = None
+        self.preparing: Generator[None, None, ServedCanvas] | None = None
         self.saved: Savepoint | None = None
         self.decoding: Iterator[int] | None = None
         self.tokens = 0
@@ -218,7 +217,7 @@ class Job:
     # What the engine uses.
 
     @property
-    def canvas(self) -> Canvas:
+    def canvas(self) -> ServedCanvas:
         assert self.canvas_or_none is not None, "the canvas is there once the job was encoded"
         return self.canvas_or_none
 
@@ -238,7 +237,7 @@ class Job:
         self._entered = now
         self._state = state
 
-    def begin(self, canvas: Canvas) -> None:
+    def begin(self, canvas: ServedCanvas) -> None:
         """Denoising begins: at the first step, or where a saved job was left."""
         self._steps_done = self._first_step = canvas.step
         self.canvas_or_none = canvas

@@ -12,48 +12,32 @@ of them take nothing. Not counted are a caller's own clips and what native opera
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from sora_engine.denoise.canvas import Canvas, Known, KnownMode, Prompts
-from sora_engine.denoise.denoise import (
-    advance,
-    decoding,
-    frame_texts_of,
-    guidances_of,
-    predict,
-    prompts_of,
-    solver_of,
-    window_plan,
-)
+from sora_engine.denoise.canvas import Canvas, Known, lay_out_canvas
+from sora_engine.denoise.conditioning import Embedding, Prompts
+from sora_engine.denoise.denoise import advance, frame_texts_of, predict, prompts_of
 from sora_engine.denoise.packing import Packer
-from sora_engine.denoise.windows import SparsePlan
 from sora_engine.errors import MemoryLimitError
-from sora_engine.models.linear import BlockedLinear
-from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel
-from sora_engine.models.wan.model import WanTransformer
-from sora_engine.request.request import ResolvedRequest
-from sora_engine.vae.fit import FittedCoder
-from sora_engine.vae.native import PackableConv3d
+from sora_engine.models.transformer import DiffusionTransformer
+from sora_engine.models.video_model import Expert, VideoModel
+from sora_engine.request import KnownMode, ResolvedRequest, SparsePlan
+from sora_engine.vae.meter import META, OnOneDevice, StorageMeter
 from sora_engine.vae.rehearsal import (
     CodingMemory,
-    NoScores,
-    StorageMeter,
     decode_peak_bytes,
     encode_peak_bytes,
+    video_decode_memory,
+    video_encode_memory,
 )
-from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
 
-META = torch.device("meta")
 TEXT_STEP = 8
 """Texts are rehearsed at multiples of so many tokens, and the figures for others lie between."""
 
@@ -122,7 +106,7 @@ class MemoryPlanner:
         """
         lengths = self._text_lengths(request)
         frames = self.model.grid.latent_frames(request.num_frames, loop=request.loop)
-        windows = window_plan(request, self.model, frames)
+        windows = request.window
         single = windows is None or isinstance(windows, SparsePlan) or windows.holds(frames)
         batch_tokens = self.max_batch_tokens if single else self.window_tokens
         while True:
@@ -151,9 +135,9 @@ class MemoryPlanner:
         """
         shorter = [max(1, n // TEXT_STEP * TEXT_STEP) for n in lengths]
         # A text as long as the model's texts get is padded by nothing: a case of its own.
-        most = self.model.text_encoder.max_tokens - 1
+        longest = self.model.prompt_encoder.max_tokens - 1
         longer = [
-            n if n == low else min(most, low // TEXT_STEP * TEXT_STEP + TEXT_STEP)
+            n if n == low else min(longest, low // TEXT_STEP * TEXT_STEP + TEXT_STEP)
             for n, low in zip(lengths, shorter, strict=True)
         ]
         high = self._rehearsed_plan(request, longer, batch_tokens)
@@ -178,14 +162,7 @@ class MemoryPlanner:
     def _rehearsed_plan(
         self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
     ) -> MemoryPlan:
-        key = (
-            *(request.height, request.width, request.num_frames, request.loop),
-            *(request.solver, request.num_inference_steps, request.sigmas, request.shift),
-            *(request.guidance, request.guidance_scale, request.guidance_scale_2),
-            *(request.window, tuple(shot.num_frames for shot in request.shots)),
-            *(bool(request.clips), request.init is not None, request.strength),
-            *(tuple(lengths), batch_tokens),
-        )
+        key = (*request.memory_key(), tuple(lengths), batch_tokens)
         with self._lock:
             if key not in self._known:
                 while len(self._known) >= 512:
@@ -197,7 +174,7 @@ class MemoryPlanner:
         """The next smaller batch: half of the parts of a step that it held; None at one part."""
         canvas = self._canvas(request, [TEXT_STEP] * len(prompts_of(request)))
         size = math.prod(canvas.latents.shape[2:]) // math.prod(self.model.grid.patch[1:])
-        span = canvas.windows()[0].length + len(canvas.anchors)
+        span = canvas.windows()[0].length + len(canvas.anchor_frames)
         part = span // self.model.grid.patch[0] * size
         parts = len(canvas.windows()) * (1 if canvas.prompts.negative is None else 2)
         held = min(parts, max(1, batch_tokens // part))
@@ -205,7 +182,7 @@ class MemoryPlanner:
 
     def _text_lengths(self, request: ResolvedRequest) -> list[int]:
         """Tokens of each text that is encoded."""
-        encoder = self.model.text_encoder
+        encoder = self.model.prompt_encoder
         return [min(encoder.max_tokens, encoder.count(text)) for text in prompts_of(request)]
 
     # The rehearsal.
@@ -234,9 +211,7 @@ class MemoryPlanner:
                 del predictions, fresh
                 held = max(held, meter.now)
             denoise = meter.peak
-        prompts = canvas.prompts
-        read = (*prompts.texts, prompts.negative, prompts.image)
-        texts = sum(tensor.nbytes for tensor in read if tensor is not None)
+        texts = sum(tensor.nbytes for tensor in canvas.prompts.tensors)
         decode, decode_held = self._decode(request, canvas, texts)
         encode = self._encode(request, lengths, begin, texts)
         stages = (encode, denoise, decode, max(held, decode_held))
@@ -244,53 +219,52 @@ class MemoryPlanner:
         return MemoryPlan(encode, denoise, decode, held, batch_tokens)
 
     def _canvas(self, request: ResolvedRequest, lengths: Sequence[int]) -> Canvas:
+        """The request's canvas on meta tensors, at its second window where those are chained."""
         model = self.model
         shape = model.grid.shape(
             request.height, request.width, request.num_frames, loop=request.loop
         )
-        config = model.loaded_transformer.config
-        texts = [torch.empty(n, config.text_dim, dtype=model.dtype, device=META) for n in lengths]
-        negative = texts.pop() if len(texts) > len(request.shots or (None,)) else None
-        image = None
-        if config.image_dim is not None:
-            image = torch.empty(
-                config.pos_embed_seq_len or 257, config.image_dim, dtype=model.dtype, device=META
-            )
-        latents = torch.empty(shape, device=META)
-        known = None
-        if model.known_mode in (KnownMode.CHANNELS, KnownMode.VACE):
-            more = config.input_channels - config.out_channels
-            channels = torch.empty(more, *shape[1:], device=META)
-            known = Known(model.known_mode, channels=channels)
-        elif request.clips and model.known_mode is KnownMode.NOISE_LEVEL:
+        embeddings: list[Embedding] = []
+        image: Tensor | None = None
+        for n in lengths:
+            example = dict(model.loaded_transformer.example_embedding(n, META))
+            image = example.pop("image", None)
+            embeddings.append(example)
+        negative = embeddings.pop() if request.guided else None
+        frame_texts = frame_texts_of(request, model.grid, shape[1])
+        canvas = lay_out_canvas(
+            request,
+            model,
+            latents=torch.empty(shape, device=META),
+            noise=torch.empty(shape, device=META),
+            prompts=Prompts(tuple(embeddings), frame_texts, negative, image),
+            known=self._known_content(request, shape),
+        )
+        canvas.windows_done = min(1, max(0, len(canvas.chain) - 1))  # settled frames, and anchors
+        return canvas
+
+    def _known_content(
+        self, request: ResolvedRequest, shape: tuple[int, int, int, int]
+    ) -> Known | None:
+        mode = self.model.known_mode
+        if mode in (KnownMode.CHANNELS, KnownMode.VACE):
+            more = self.model.loaded_transformer.shape.in_channels - shape[0]
+            return Known(mode, channels=torch.empty(more, *shape[1:], device=META))
+        if not request.clips:
+            return None
+        if mode is KnownMode.NOISE_LEVEL:
             # On the host, where levels of tokens are read; its latents are counted apart.
             mask = torch.zeros(shape[1:], dtype=torch.bool)
             mask[0] = True
-            known = Known(model.known_mode, mask=mask)
-        elif request.clips:
-            mask = torch.empty(shape[1:], dtype=torch.bool, device=META)
-            known = Known(model.known_mode, torch.empty(shape, device=META), mask)
-        canvas = Canvas(
-            latents=latents,
-            noise=torch.empty(shape, device=META),
-            solver=solver_of(request, model),
-            prompts=Prompts(
-                tuple(texts), frame_texts_of(request, model, shape[1]), negative, image
-            ),
-            guidances=guidances_of(request, model),
-            patch_size=model.grid.patch,
-            known=known,
-            wraps=request.loop,
-            window_plan=window_plan(request, model, shape[1]),
-        )
-        canvas.link = min(1, max(0, len(canvas.chain) - 1))  # with settled frames and anchors
-        return canvas
+            return Known(mode, mask=mask)
+        mask = torch.empty(shape[1:], dtype=torch.bool, device=META)
+        return Known(mode, torch.empty(shape, device=META), mask)
 
     def _encode(
         self, request: ResolvedRequest, lengths: Sequence[int], canvas: int, texts: int
     ) -> int:
         """Peak of texts and clips, beside a canvas of so many bytes that grows meanwhile."""
-        text = canvas + texts + text_memory(self.model, max(lengths))
+        text = canvas + texts + self.model.prompt_encoder.activation_bytes(max(lengths))
         if not request.clips and request.init is None:
             return text
         unit = self.model.grid.vae_spatial
@@ -323,25 +297,16 @@ class MemoryPlanner:
             return CodingMemory(cache=peak, peak=peak)  # tiles that wait hold most of it
         length = min(REHEARSED, model.grid.latent_frames(request.num_frames, loop=request.loop))
         if side == "encode":
-            coder = encoding_memory(config, dtype, *size, length)
+            coder = video_encode_memory(config, *size, dtype, length)
         else:
-            coder = decoding_memory(config, dtype, *size, length, request.loop)
+            coder = video_decode_memory(config, *size, dtype, length, request.loop)
         # Where steps are CUDA graphs, what they work in stays reserved between two of them.
         return CodingMemory(coder.peak, coder.peak) if model.vae.replays else coder
 
     def _on_meta(self) -> VideoModel:
         """The model with transformers that have no weights."""
         if self._rehearsed is None:
-            loaded = self.model.loaded_transformer
-            with META:
-                hollow = WanTransformer(
-                    loaded.config,
-                    text_tokens=loaded.text_tokens,
-                    backend=loaded.backends.fused,
-                    attention_backend=loaded.backends.attention,
-                )
-            hollow = hollow.to(self.model.dtype).eval().requires_grad_(False)
-            _lay_out_like(hollow, loaded)
+            hollow: DiffusionTransformer = self.model.loaded_transformer.without_weights()
             experts = [
                 Expert(e.load, e.from_timestep, e.size_bytes, hollow) for e in self.model.experts
             ]
@@ -352,106 +317,10 @@ class MemoryPlanner:
 def tensors_of(canvas: Canvas) -> list[Tensor]:
     """What a canvas holds before its first step."""
     prompts, known = canvas.prompts, canvas.known
-    held = [canvas.latents, canvas.noise, *prompts.texts, prompts.negative, prompts.image]
+    held: list[Tensor | None] = [canvas.latents, canvas.noise, *prompts.tensors]
     if known is not None:
         held += [known.latents, known.mask, known.channels]
     return [tensor for tensor in held if tensor is not None]
-
-
-class OnOneDevice(TorchFunctionMode):
-    """Tensors stay where they are when they are asked for on the host: meta tensors have nothing
-    that could go there."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (Tensor.cpu, Tensor.numpy) and args[0].device == META:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-class HollowCoder:
-    """An autoencoder without weights, on the meta device, as decoding asks for one."""
-
-    def __init__(self, config: VAEConfig, dtype: torch.dtype) -> None:
-        with META:
-            self.vae = WanVAE(config).to(dtype).requires_grad_(False).prepare(onednn=False)
-        for module in self.vae.modules():
-            if isinstance(module, PackableConv3d):
-                module.packed()  # as earlier requests have left it
-        self.decode_chunk, self.encode_chunk = self.vae.decode_chunk, self.vae.encode_chunk
-
-    def same_state(self, a: Any, b: Any) -> bool:
-        """A second lap over a loop, which holds what any further one does, is the last."""
-        return True
-
-
-@functools.lru_cache(maxsize=256)
-def decoding_memory(
-    config: VAEConfig, dtype: torch.dtype, height: int, width: int, length: int, wraps: bool
-) -> CodingMemory:
-    """Of `denoise.decoding`, which is run on `length` latent frames of `height` x `width`."""
-    coder = HollowCoder(config, dtype)
-    latents = torch.empty(config.z_dim, length, height, width, dtype=dtype, device=META)
-    decoder = VideoDecoder(cast("FittedCoder", coder), dtype, META)
-
-    def run(meter: StorageMeter) -> int:
-        held = 0
-        for frames in decoding(latents, decoder, wraps=wraps):
-            held = max(held, meter.now)
-            del frames
-        return held
-
-    with torch.inference_mode(), NoScores(), OnOneDevice():
-        run(StorageMeter())  # the weights are laid out here
-        with StorageMeter([latents, *coder.vae.parameters()]) as meter:
-            held = run(meter)
-    return CodingMemory(cache=held, peak=meter.peak)
-
-
-@functools.lru_cache(maxsize=256)
-def encoding_memory(
-    config: VAEConfig, dtype: torch.dtype, height: int, width: int, length: int
-) -> CodingMemory:
-    """Of `length` latent frames of `height` x `width`, one at a time, their pixels included."""
-    coder = HollowCoder(config, dtype)
-    size = (height * config.factor_spatial, width * config.factor_spatial)
-    channels = config.in_channels // (config.patch_size or 1) ** 2
-
-    def run() -> Any:
-        state: Any = None
-        for i in range(length):
-            count = config.factor_temporal if i else 1
-            pixels = torch.empty(1, channels, count, *size, dtype=dtype, device=META)
-            _, state = coder.encode_chunk(pixels, state, consume=True)
-        return state
-
-    with torch.inference_mode(), NoScores():
-        run()
-        with StorageMeter(coder.vae.parameters()) as meter:
-            state = run()
-    return CodingMemory(cache=state.nbytes, peak=meter.peak)
-
-
-def text_memory(model: VideoModel, tokens: int) -> int:
-    """Activations of a T5 encoder over one text: queries to values, scores and their bias, and the
-    two branches of a gated feed-forward."""
-    config = model.text_encoder.model.config
-    itemsize = model.text_encoder.model.dtype.itemsize
-    inner = config.num_heads * config.d_kv
-    scores = 3 * config.num_heads * tokens * tokens
-    attention = tokens * (3 * config.d_model + 4 * inner) + scores
-    forward = tokens * (3 * config.d_model + 3 * config.d_ff)
-    return int(max(attention, forward) * itemsize)
-
-
-def _lay_out_like(hollow: torch.nn.Module, loaded: torch.nn.Module) -> None:
-    """Give a model without weights the layers that the loaded one has in place of its linears."""
-    for name, layer in loaded.named_modules():
-        if isinstance(layer, BlockedLinear):
-            parent = hollow.get_submodule(name.rpartition(".")[0])
-            child = name.rpartition(".")[2]
-            setattr(parent, child, BlockedLinear.without_weight(layer))
 
 
 def _mib(size: int) -> str:

@@ -28,8 +28,8 @@ PASSES = 5
 """Of each size; the fastest counts. What else a machine does makes some of them slower."""
 
 
-def saturation_point(model: VideoModel, most: int, *, cache: Path | None = None) -> int:
-    """Tokens a batch, at most `most`; measured once for a model on a machine.
+def saturation_point(model: VideoModel, limit: int, *, cache: Path | None = None) -> int:
+    """Tokens a batch, at most `limit`; measured once for a model on a machine.
 
     cache: the file of measurements, `$XDG_CACHE_HOME/sora_engine/saturation.json` by default.
     """
@@ -37,28 +37,24 @@ def saturation_point(model: VideoModel, most: int, *, cache: Path | None = None)
     key = _key(model)
     known = _read(path)
     if key not in known:
-        known[key] = measure_saturation(model, most)
+        known[key] = measure_saturation(model, limit)
         logger.info("batches of %d tokens saturate %s", known[key], model.device)
         _write(path, {**_read(path), key: known[key]})
-    return min(known[key], most)
+    return min(known[key], limit)
 
 
 @torch.inference_mode()
-def measure_saturation(model: VideoModel, most: int) -> int:
+def measure_saturation(model: VideoModel, limit: int) -> int:
     """Double a batch of one-frame segments until that gains less than a tenth in tokens a second.
 
-    It stops at `most` tokens, and where one pass takes half a second.
+    It stops at `limit` tokens, and where one pass takes half a second.
     """
     transformer = model.loaded_transformer
-    config = transformer.config
-    text = torch.zeros(8, config.text_dim, device=model.device)
-    image = None
-    if config.image_dim is not None:
-        image = torch.zeros(config.pos_embed_seq_len or 257, config.image_dim, device=model.device)
-    (context,) = transformer.encode_contexts([text], [image])
+    (context,) = transformer.encode_contexts([transformer.example_embedding(8, model.device)])
     packer = Packer(model.grid.patch, model.device)
     pt, ph, pw = model.grid.patch
-    frame = torch.zeros(config.input_channels, pt, 4 * ph, 4 * pw, device=model.device)
+    channels = transformer.shape.in_channels
+    frame = torch.zeros(channels, pt, 4 * ph, 4 * pw, device=model.device)
     segment = Segment(frame, torch.full((pt,), 500.0), ((context, pt),))
     size = packer.num_tokens(segment)
 
@@ -73,18 +69,18 @@ def measure_saturation(model: VideoModel, most: int) -> int:
             passes.append(time.perf_counter() - started)
         return min(passes)
 
-    seconds(min(SMALLEST, most))  # the first pass chooses kernels
-    return find_saturation(seconds, most)
+    seconds(min(SMALLEST, limit))  # the first pass chooses kernels
+    return find_saturation(seconds, limit)
 
 
-def find_saturation(seconds: Callable[[int], float], most: int) -> int:
+def find_saturation(seconds: Callable[[int], float], limit: int) -> int:
     """The point, from what a pass over so many tokens takes.
 
     A size that seems to end it is measured again: one slow moment would be kept for good.
     """
-    tokens = min(SMALLEST, most)
+    tokens = min(SMALLEST, limit)
     took = seconds(tokens)
-    while took < LONG_S and 2 * tokens <= most:
+    while took < LONG_S and 2 * tokens <= limit:
         doubled = seconds(2 * tokens)
         if 2 * took < GAIN * doubled:
             took, doubled = min(took, seconds(tokens)), min(doubled, seconds(2 * tokens))
@@ -105,7 +101,14 @@ def _key(model: VideoModel) -> str:
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     transformer = model.loaded_transformer
     text = json.dumps(
-        [asdict(transformer.config), name, threads, str(model.dtype), torch.__version__],
+        [
+            model.family,
+            asdict(transformer.shape),
+            name,
+            threads,
+            str(model.dtype),
+            torch.__version__,
+        ],
         sort_keys=True,
         default=str,
     )

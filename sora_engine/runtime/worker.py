@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from sora_engine.config import Limits
-from sora_engine.denoise.canvas import Canvas
 from sora_engine.errors import (
     DeviceError,
     EngineClosedError,
@@ -28,17 +27,15 @@ from sora_engine.errors import (
     QueueFullError,
     SoraError,
 )
-from sora_engine.models.video_model import VideoModel
 from sora_engine.request.recipe import provenance_of
-from sora_engine.runtime.executor import Stages
+from sora_engine.runtime.executor import AnyExecutor
 from sora_engine.runtime.failures import failure_of, is_device_error, is_out_of_memory
 from sora_engine.runtime.hooks import FrameSpan, Hooks
 from sora_engine.runtime.job import Job, JobState
 from sora_engine.runtime.memory import MemoryPlanner
-from sora_engine.runtime.receipt import write_receipt
 from sora_engine.runtime.savepoint import save_state
 from sora_engine.runtime.scheduler import Scheduler
-from sora_engine.video import Video
+from sora_engine.video import Receipt, Video
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +44,17 @@ DECODE_STEPS = 4
 
 
 class Worker:
-    """Runs jobs on a model until it is closed. `enqueue` and `close` are for any thread."""
+    """Runs jobs until it is closed. `enqueue` and `close` are for any thread."""
 
     def __init__(
         self,
-        model: VideoModel,
+        executor: AnyExecutor,
         limits: Limits,
         hooks: Hooks,
-        stages: Stages | None = None,
         planner: MemoryPlanner | None = None,
     ) -> None:
-        self.model = model
-        self.stages = stages or Stages(model)
+        self.executor = executor
+        self.model = executor.model
         self.limits = limits
         self.hooks = hooks
         self._planner = planner
@@ -113,7 +109,7 @@ class Worker:
             self._wake.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self.stages.close()
+        self.executor.close()
 
     def _retry_after_s(self) -> float:
         """When a place may be free: the mean time between the last jobs' ends, or a job's ETA."""
@@ -189,16 +185,16 @@ class Worker:
                     self._queue.remove(job)
                     self._running.append(job)
                     if job.saved is not None:
-                        job.preparing = self.stages.resuming(job.saved)
+                        job.preparing = self.executor.resuming(job.saved.request, job.saved.state)
                         job.saved = None
                     else:
-                        job.preparing = self.stages.preparing(job.request)
+                        job.preparing = self.executor.preparing(job.request)
                     job.enter(JobState.ENCODING)
                 tokens += job.tokens
 
     def _pack_limit(self) -> int:
         if self._pack_tokens is None:
-            self._pack_tokens = self.stages.pack_limit(self.limits.max_batch_tokens)
+            self._pack_tokens = self.executor.pack_limit(self.limits.max_batch_tokens)
         return min(self._pack_tokens, self.limits.max_batch_tokens)
 
     def _fits(self, held: list[Job], batch: list[Job]) -> bool:
@@ -228,14 +224,14 @@ class Worker:
 
         Out of memory, a job goes on in ever smaller batches of its own windows and branches.
         """
-        most = min(job.batch_tokens for job in jobs)
+        limit = min(job.batch_tokens for job in jobs)
         canvases = [job.canvas for job in jobs]
-        if any(isinstance(c, Canvas) and len(c.windows()) > 1 for c in canvases):
+        if any(canvas.num_windows > 1 for canvas in canvases):
             # More windows at a time than saturate the device cost memory and save no time: a long
-            # video takes no more of it than a short one. (Ranks share windows out by themselves.)
-            most = min(most, self._pack_limit())
+            # video takes no more of it than a short one.
+            limit = min(limit, self._pack_limit())
         try:
-            failures = self.stages.step(jobs, most)
+            failures = self.executor.step(canvases, limit)
         except Exception as error:
             if is_device_error(error):
                 self._device_failed(error)
@@ -246,21 +242,22 @@ class Worker:
                     self._free_memory()
                 for job in jobs:
                     self._step([job])
-            elif is_out_of_memory(error) and most > 1:
-                jobs[0].batch_tokens = min(most, jobs[0].tokens) // 2 or 1
+            elif is_out_of_memory(error) and limit > 1:
+                jobs[0].batch_tokens = min(limit, jobs[0].tokens) // 2 or 1
                 self._free_memory()
                 self._step(jobs)
             else:
                 self._fail(jobs, failure_of(error))
             return
         self._scheduler_serve(sum(job.tokens for job in jobs))
-        tokens = sum(min(job.tokens, most) for job in jobs)
-        for job in jobs:
+        tokens = sum(min(job.tokens, limit) for job in jobs)
+        for i, job in enumerate(jobs):
             job.most_in_company = max(job.most_in_company, len(jobs))
-            job.largest_batch_tokens = max(job.largest_batch_tokens, min(tokens, most))
-            if job in failures:
-                self._failed(job, failures[job])
+            job.largest_batch_tokens = max(job.largest_batch_tokens, min(tokens, limit))
+            if i in failures:
+                self._failed(job, failures[i])
             else:
+                job.count_step()
                 self._attempt(job, self._after_step)
 
     def _after_step(self, job: Job) -> None:
@@ -283,15 +280,14 @@ class Worker:
     def _write_state(self, job: Job, path: Path) -> None:
         if job.provenance is None:
             job.provenance = provenance_of(job.request, self.model)
-        tensors, frame_texts = self.stages.state_of(job.canvas)
-        save_state(path, job.request, tensors, frame_texts, self.model, job.provenance)
+        state = self.executor.state_of(job.canvas)
+        save_state(path, job.request, state, self.model, job.provenance)
 
     def _finish_denoising(self, job: Job) -> None:
         job.enter(JobState.DECODING)
         canvas = job.canvas
-        if isinstance(canvas, Canvas):  # ranks keep their own
-            canvas.keep_latents_alone()
-        self.stages.clear()  # layouts hold the texts' keys
+        canvas.keep_latents_alone()
+        self.executor.clear()  # layouts hold the texts' keys
         # Kept on the job from here on: a decode that fails does not lose them.
         latents = self.model.vae.denormalise(canvas.latents[None])[0].float().cpu()
         if self.hooks.check_frames is None:
@@ -322,7 +318,7 @@ class Worker:
             (request.num_frames, request.height, request.width, 3), dtype=torch.uint8
         )
         stop = 0
-        for chunk in self.stages.decoding(canvas):
+        for chunk in self.executor.decoding(canvas):
             if chunk is None:
                 yield 0
                 continue
@@ -347,19 +343,28 @@ class Worker:
             seed=request.seed,
             timings_s=job.timings_s,
             provenance=job.provenance or provenance_of(request, self.model),
-            receipt=write_receipt(
-                request,
-                self.model,
-                ops=self.stages.ops(),
-                solver=job.canvas.solver_name,
-                most_in_company=job.most_in_company,
-                largest_batch_tokens=job.largest_batch_tokens,
-                resumed_at=job.resumed_at,
-                promised_bytes=None if job.plan is None else job.plan.peak,
-            ),
+            receipt=self._receipt(job),
         )
         self._retire(job)
         job.complete(video)
+
+    def _receipt(self, job: Job) -> Receipt:
+        request, model, executor = job.request, self.model, self.executor
+        return Receipt(
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            vae=executor.vae_name,
+            vae_dtype=str(model.vae_dtype).removeprefix("torch."),
+            ops=executor.ops(),
+            solver=job.canvas.solver_name,
+            seed=request.seed,
+            noise="seed" if request.latents is None else "given",
+            most_in_company=job.most_in_company,
+            largest_batch_tokens=job.largest_batch_tokens,
+            vae_tiles=executor.tiles_used(request.height, request.width),
+            resumed_at=job.resumed_at,
+            promised_bytes=None if job.plan is None else job.plan.peak,
+        )
 
     # When things go wrong.
 
@@ -411,7 +416,8 @@ class Worker:
             job.fail(error)
 
     def _retire(self, job: Job) -> None:
-        self.stages.forget(job)
+        if job.canvas_or_none is not None:
+            self.executor.forget(job.canvas_or_none)
         with self._wake:
             if job in self._running:
                 self._running.remove(job)
@@ -419,7 +425,7 @@ class Worker:
             if job in self._queue:
                 self._queue.remove(job)
         if not self._running:
-            self.stages.clear()
+            self.executor.clear()
 
     def _scheduler_serve(self, tokens: float) -> None:
         with self._wake:
@@ -430,7 +436,7 @@ class Worker:
             self._scheduler.leave(job.ticket)
 
     def _free_memory(self) -> None:
-        self.stages.clear()
+        self.executor.clear()
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()

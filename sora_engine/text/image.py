@@ -15,7 +15,6 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
-from sora_engine.models.offload import Visits, offload_encoder
 from sora_engine.text.settings import read_settings
 
 _DEFAULTS: dict[str, Any] = {
@@ -64,7 +63,7 @@ class ImageEncoder:
     def __init__(self, model: nn.Module, processor: Any):
         self.model: Any = model
         self.processor = processor
-        self._visits: Visits | None = None
+        self._device: torch.device | None = None
 
     @classmethod
     def from_folders(
@@ -89,15 +88,13 @@ class ImageEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        if self._visits is not None:
-            return self._visits.device
-        return next(self.model.parameters()).device
+        """Where it computes: where its weights lie, unless another device was set, to which they
+        come when they are needed (see `models.offload`)."""
+        return self._device or next(self.model.parameters()).device
 
-    def offload(self, device: torch.device) -> ImageEncoder:
-        """As `TextEncoder.offload`."""
-        self._visits = offload_encoder(self.model, device)
-        return self
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._device = device
 
     def to(self, device: torch.device | str) -> ImageEncoder:
         """Move the weights; returns self."""

@@ -13,7 +13,6 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
-from sora_engine.models.offload import Visits, offload_encoder
 from sora_engine.text.prompt import clean_prompt
 from sora_engine.text.settings import read_settings
 
@@ -54,7 +53,7 @@ _KNOWN = (
 _ACTIVATIONS = ("gated-gelu", "relu")
 
 
-class TextEncoder:
+class UMT5Encoder:
     """Turns prompts into the embeddings that a Wan transformer reads.
 
     `model` is transformers' `UMT5EncoderModel`, `tokenizer` its `T5Tokenizer`.
@@ -64,7 +63,7 @@ class TextEncoder:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self._visits: Visits | None = None
+        self._device: torch.device | None = None
 
     @classmethod
     def from_folders(
@@ -75,7 +74,7 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         max_tokens: int = MAX_TOKENS,
-    ) -> TextEncoder:
+    ) -> UMT5Encoder:
         """Load `text_encoder/` and `tokenizer/` of a diffusers folder from the disk alone.
 
         Raises `CheckpointError` for whatever is missing, unknown or does not fit.
@@ -98,18 +97,15 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        if self._visits is not None:
-            return self._visits.device
-        return next(self.model.parameters()).device
+        """Where it computes: where its weights lie, unless another device was set, to which they
+        come when they are needed (see `models.offload`)."""
+        return self._device or next(self.model.parameters()).device
 
-    def offload(self, device: torch.device) -> TextEncoder:
-        """Compute on `device` from here on, with the weights in host memory, where they have to
-        lie already (see `sora_engine.models.offload`); returns self."""
-        self._visits = offload_encoder(self.model, device)
-        return self
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._device = device
 
-    def to(self, device: torch.device | str) -> TextEncoder:
+    def to(self, device: torch.device | str) -> UMT5Encoder:
         """Move the weights; returns self."""
         self.model.to(device)
         return self
@@ -118,6 +114,16 @@ class TextEncoder:
         """Tokens of a prompt, as `encode` cuts it."""
         ids = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.max_tokens)
         return len(ids.input_ids)
+
+    def activation_bytes(self, num_tokens: int) -> int:
+        """The most that one text holds beside the weights: queries to values, scores and their
+        bias, and the two branches of a gated feed-forward."""
+        config = self.model.config
+        inner = config.num_heads * config.d_kv
+        scores = 3 * config.num_heads * num_tokens * num_tokens
+        attention = num_tokens * (3 * config.d_model + 4 * inner) + scores
+        forward = num_tokens * (3 * config.d_model + 3 * config.d_ff)
+        return int(max(attention, forward) * self.model.dtype.itemsize)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:

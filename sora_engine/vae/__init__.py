@@ -1,18 +1,21 @@
 """Video autoencoders: latents to frames and back, streaming."""
 
+from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import VideoCoder, stream_decode, stream_encode
+from sora_engine.vae.registry import VAEKind, register_vae
+from sora_engine.vae.shapes import VAEConfig
 from sora_engine.vae.state import VAEState
 from sora_engine.vae.tiling import TiledCoder, TilePlan
-from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
 
 __all__ = [
+    "CausalVAE",
     "TilePlan",
     "TiledCoder",
     "VAEConfig",
+    "VAEKind",
     "VAEState",
     "VideoCoder",
-    "WanVAE",
+    "register_vae",
     "stream_decode",
     "stream_encode",
 ]

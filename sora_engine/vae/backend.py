@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from sora_engine.errors import BackendError, RequestError
+from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import VideoCoder
 from sora_engine.vae.cuda_graph import graphed
 from sora_engine.vae.graphs import SPEC_FILE, GraphSet
-from sora_engine.vae.wan import WanVAE
 
 BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 
@@ -29,7 +29,7 @@ def default_cache() -> Path:
 
 def open_coder(
     backend: str,
-    vae: WanVAE,
+    vae: CausalVAE,
     *,
     device: str | torch.device,
     dtype: torch.dtype = torch.float32,
@@ -65,7 +65,7 @@ def open_coder(
 
 
 def export_vae(
-    vae: WanVAE,
+    vae: CausalVAE,
     backend: str,
     output: str | Path | None = None,
     *,
@@ -98,7 +98,7 @@ def export_vae(
     return folder
 
 
-def latent_sizes(vae: WanVAE, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def latent_sizes(vae: CausalVAE, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Pixel sizes in latents; RequestError for one that does not divide."""
     factor = vae.scale_factor_spatial
     for height, width in sizes:
@@ -111,7 +111,7 @@ def latent_sizes(vae: WanVAE, sizes: Sequence[tuple[int, int]]) -> list[tuple[in
     return [(height // factor, width // factor) for height, width in sizes]
 
 
-def _export_once(vae: WanVAE, folder: Path, dtype: torch.dtype) -> Path:
+def _export_once(vae: CausalVAE, folder: Path, dtype: torch.dtype) -> Path:
     """Export unless it has been done. Whole or not at all: another process may be at it too."""
     if (folder / SPEC_FILE).is_file():
         return folder
@@ -129,7 +129,7 @@ def _export_once(vae: WanVAE, folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def _key(vae: WanVAE, dtype: torch.dtype) -> str:
+def _key(vae: CausalVAE, dtype: torch.dtype) -> str:
     """A name for the graphs of this autoencoder with these weights."""
     digest = hashlib.sha256(json.dumps(vae.config.to_dict(), sort_keys=True).encode())
     digest.update(str(dtype).encode())

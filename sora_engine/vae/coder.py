@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import RequestError
-from sora_engine.vae.shapes import check_frames
-from sora_engine.vae.wan_config import VAEConfig
+from sora_engine.vae.shapes import VAEConfig, check_frames
 
 S = TypeVar("S")
 
 
 class VideoCoder(Protocol[S]):
-    """A video autoencoder that works through time. `WanVAE` is one; so are the ONNX Runtime and
+    """A video autoencoder that works through time. `CausalVAE` is one; so are the ONNX Runtime and
     TensorRT backends, and a tiling of any of them. `S` is the backend's own state."""
 
     @property
@@ -75,21 +74,24 @@ class ChunkCoder(ABC, Generic[S]):
         return self.config.factor_spatial
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As `WanVAE.decode`."""
+        """Normalised latents `[B, z, t, h, w]` to frames `[B, 3, n, H, W]` in [-1, 1], with
+        `n = 1 + (t - 1) * scale_factor_temporal`."""
         return torch.cat(list(stream_decode(self, latents)), dim=2)
 
     def encode(self, video: Tensor) -> Tensor:
-        """As `WanVAE.encode`."""
+        """Frames `[B, 3, n, H, W]` in [-1, 1] to normalised latents `[B, z, t, h, w]`.
+
+        RequestError where `n` is not one more than a multiple of `scale_factor_temporal`."""
         check_frames(self.config, video, first=True)
         return torch.cat(list(stream_encode(self, [video])), dim=2)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """As `WanVAE.normalise`."""
+        """Raw latents `[B, z, ...]` to zero mean and unit deviation, by the config's statistics."""
         mean, std = latent_statistics(self.config, latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """As `WanVAE.denormalise`."""
+        """The inverse of `normalise`."""
         mean, std = latent_statistics(self.config, latents)
         return latents * std + mean
 

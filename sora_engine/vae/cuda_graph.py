@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import BackendError
+from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import ChunkCoder
-from sora_engine.vae.shapes import check_frames, check_latents
+from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents
 from sora_engine.vae.state import FixedTape, Tape, VAEState
-from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +104,14 @@ class SteadyGraph:
 
 
 class GraphedVAE(ChunkCoder[VAEState]):
-    """A `VideoCoder` that runs a `WanVAE`, replaying its steady steps as CUDA graphs.
+    """A `VideoCoder` that runs a `CausalVAE`, replaying its steady steps as CUDA graphs.
 
     A graph lives as long as a state that came from it, so its memory is free again when the videos
     of its size are done. Steps that cannot be recorded run as they are: `required` makes that a
     BackendError, otherwise it is logged as a warning, once for each size.
     """
 
-    def __init__(self, vae: WanVAE, *, required: bool = False, recorder: Recorder = record):
+    def __init__(self, vae: CausalVAE, *, required: bool = False, recorder: Recorder = record):
         self.vae = vae
         self._required, self._recorder = required, recorder
         self._graphs: weakref.WeakValueDictionary[tuple[object, ...], SteadyGraph] = (
@@ -132,7 +131,7 @@ class GraphedVAE(ChunkCoder[VAEState]):
     def decode_chunk(
         self, latents: Tensor, state: VAEState | None = None, *, consume: bool = False
     ) -> tuple[Tensor, VAEState]:
-        """As `WanVAE.decode_chunk`."""
+        """As `CausalVAE.decode_chunk`."""
         check_latents(self.config, latents)
         parts = []
         for latent in latents.split(1, dim=2):
@@ -150,7 +149,7 @@ class GraphedVAE(ChunkCoder[VAEState]):
     def encode_chunk(
         self, frames: Tensor, state: VAEState | None = None, *, consume: bool = False
     ) -> tuple[Tensor, VAEState]:
-        """As `WanVAE.encode_chunk`."""
+        """As `CausalVAE.encode_chunk`."""
         check_frames(self.config, frames, first=state is None)
         head, factor = (1 if state is None else 0), self.scale_factor_temporal
         stretches = [1] * head + [factor] * ((frames.shape[2] - head) // factor)
@@ -197,7 +196,7 @@ class GraphedVAE(ChunkCoder[VAEState]):
         return graph
 
 
-def graphed(vae: WanVAE, setting: str, device: torch.device) -> WanVAE | GraphedVAE:
+def graphed(vae: CausalVAE, setting: str, device: torch.device) -> CausalVAE | GraphedVAE:
     """`vae`, with CUDA graphs by the setting: "auto" where the device is CUDA, "on" always, "off"
     never. BackendError for another setting, and for "on" without a CUDA device."""
     if setting not in SETTINGS:

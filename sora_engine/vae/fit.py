@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import ChunkCoder, VideoCoder
 from sora_engine.vae.cuda_graph import GraphedVAE
+from sora_engine.vae.free_memory import free_bytes
 from sora_engine.vae.rehearsal import plan_tiles
+from sora_engine.vae.shapes import VAEConfig
 from sora_engine.vae.tiling import TiledCoder, TilePlan
-from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class FittedCoder(ChunkCoder[Any]):
         return self.coder.config
 
     @property
-    def layers(self) -> WanVAE | None:
+    def layers(self) -> CausalVAE | None:
         """The PyTorch layers that do the work, where it is they."""
         coder = self.coder.vae if isinstance(self.coder, GraphedVAE) else self.coder
-        return coder if isinstance(coder, WanVAE) else None
+        return coder if isinstance(coder, CausalVAE) else None
 
     @property
     def replays(self) -> bool:
@@ -118,23 +118,3 @@ class FittedCoder(ChunkCoder[Any]):
                 )  # fmt: skip
                 self._chosen[key] = TiledCoder(self.coder, plan, offload=offload)
         return self._chosen[key]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is to be had on a device, what torch keeps for itself but does not use included.
-
-    Where the system does not say, it counts as unlimited.
-    """
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, LookupError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError, RequestError
 from sora_engine.vae.coder import ChunkCoder
-from sora_engine.vae.shapes import check_frames, check_latents
+from sora_engine.vae.registry import read_vae_config
+from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents
 from sora_engine.vae.state import VAEState
-from sora_engine.vae.wan_config import VAEConfig
 
 SPEC_FILE = "graphs.json"
 _VERSION = 1
@@ -92,7 +92,7 @@ class GraphSet:
                 )
             dtype = _DTYPES[record["dtype"]]
             graphs = {name: _graph(values) for name, values in record["graphs"].items()}
-            config = VAEConfig.from_dict(record["config"], path=path)
+            config = read_vae_config(record["config"], path=path)
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"does not describe a set of graphs: {error!r}", path=path
@@ -129,14 +129,14 @@ class GraphCoder(ChunkCoder[VAEState]):
     def decode_chunk(
         self, latents: Tensor, state: VAEState | None = None, *, consume: bool = False
     ) -> tuple[Tensor, VAEState]:
-        """As `WanVAE.decode_chunk`, for a batch of one. Frames come in the dtype of `latents`."""
+        """As `VideoCoder.decode_chunk`, for a batch of one; frames in the dtype of `latents`."""
         check_latents(self.config, latents)
         return self._chunk("decoder", latents, state, consume)
 
     def encode_chunk(
         self, frames: Tensor, state: VAEState | None = None, *, consume: bool = False
     ) -> tuple[Tensor, VAEState]:
-        """As `WanVAE.encode_chunk`, for a batch of one."""
+        """As `CausalVAE.encode_chunk`, for a batch of one."""
         check_frames(self.config, frames, first=state is None)
         return self._chunk("encoder", frames, state, consume)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sora_engine.errors import BackendError
+from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.graphs import GraphSet, GraphSpec, TensorSpec
 from sora_engine.vae.state import VAEState
-from sora_engine.vae.wan import WanVAE
 
 INSTALL = 'pip install "sora_engine[onnx]"'
 # What the exporter writes by itself, and the first opset whose convolutions take bf16.
@@ -30,7 +30,7 @@ _EXAMPLE = (3, 4)
 class _Step(nn.Module):
     """One call of the decoder or encoder with the caches as plain inputs and outputs."""
 
-    def __init__(self, vae: WanVAE, side: str, holes: list[bool], done: int):
+    def __init__(self, vae: CausalVAE, side: str, holes: list[bool], done: int):
         super().__init__()
         self.vae, self.side, self.holes, self.done = vae, side, holes, done
 
@@ -45,7 +45,9 @@ class _Step(nn.Module):
         return (out, *(cache for cache in new.caches if cache is not None))
 
 
-def export_onnx(vae: WanVAE, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> GraphSet:
+def export_onnx(
+    vae: CausalVAE, folder: str | Path, *, dtype: torch.dtype = torch.float32
+) -> GraphSet:
     """Write the graphs of `vae` (a copy of it at `dtype`: fp32, fp16 or bf16) into `folder`.
 
     Returns the set; `GraphSet.load` finds it again. Raises BackendError where onnx and onnxscript
@@ -60,7 +62,7 @@ def export_onnx(vae: WanVAE, folder: str | Path, *, dtype: torch.dtype = torch.f
         raise BackendError(f"ONNX graphs are float32, float16 or bfloat16, not {dtype}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    copy = WanVAE(vae.config).eval().requires_grad_(False)
+    copy = type(vae)(vae.config).eval().requires_grad_(False)
     copy.load_state_dict(vae.state_dict())
     # Plain weights, cut and folded before tracing: every convolution reads a constant.
     copy = copy.to("cpu", dtype).prepare(onednn=False)
@@ -72,14 +74,14 @@ def export_onnx(vae: WanVAE, folder: str | Path, *, dtype: torch.dtype = torch.f
     return result
 
 
-def _export_side(vae: WanVAE, side: str, folder: Path) -> dict[str, GraphSpec]:
+def _export_side(vae: CausalVAE, side: str, folder: Path) -> dict[str, GraphSpec]:
     dtype = next(vae.parameters()).dtype
     factor, later = vae.scale_factor_spatial, vae.scale_factor_temporal
     height, width = _EXAMPLE
     if side == "decoder":
         shape, frames = (1, vae.z_dim, 1, height, width), [1, 1, 1]
     else:
-        channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
+        channels = vae.config.pixel_channels
         shape, frames = (1, channels, 1, height * factor, width * factor), [1, later, later]
     run = vae.decode_chunk if side == "decoder" else vae.encode_chunk
     names = ["first", "second", "steady"]

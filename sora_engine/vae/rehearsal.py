@@ -7,20 +7,21 @@ comes and goes is counted: the figures follow the code and cannot fall behind it
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_engine.errors import RequestError
+from sora_engine.vae.causal import CausalVAE
+from sora_engine.vae.decoding import decoding
+from sora_engine.vae.meter import META, NoScores, OnOneDevice, StorageMeter
+from sora_engine.vae.registry import build_vae
+from sora_engine.vae.shapes import VAEConfig
+from sora_engine.vae.state import VAEState
 from sora_engine.vae.tiling import TilePlan, starts
-from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
 
 _SMALLEST = 16
 """Latents along the side of the smallest tile."""
@@ -38,63 +39,13 @@ class CodingMemory:
     """The most that is alive at one time: caches, activations, the frames that come out."""
 
 
-class StorageMeter(TorchDispatchMode):
-    """Sums the bytes of the storages that are alive, and keeps the highest sum.
-
-    apart: what was there before, such as weights: it counts for nothing, nor do views of it.
-    """
-
-    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self._alive: dict[int, int] = {}
-        self.now = self.peak = 0
-        for tensor in apart:
-            if tensor.layout is torch.strided:
-                self._watch(tensor.untyped_storage(), 0)
-
-    def count(self, tensors: Iterable[Any]) -> None:
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
-                self._watch(storage, storage.nbytes())
-
-    def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
-        if key not in self._alive:
-            self._alive[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self._alive.pop(key, 0)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.count(out if isinstance(out, tuple | list) else (out,))
-        return out
-
-
-class NoScores(TorchFunctionMode):
-    """Attention whose scores are never stored, as the fused kernels on real devices do it."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return torch.empty_like(args[0])
-        return func(*args, **(kwargs or {}))
-
-
 @functools.lru_cache(maxsize=256)
 def decode_memory(
     config: VAEConfig, height: int, width: int, dtype: torch.dtype = torch.float32
 ) -> CodingMemory:
     """For `height` x `width` latents, batch 1, decoded a latent frame at a time."""
-    latents = torch.empty(1, config.z_dim, 1, height, width, dtype=dtype, device="meta")
-    return _measure(config, dtype, lambda vae: vae.decode_chunk, [latents] * 3)
+    latents = torch.empty(1, config.z_dim, 1, height, width, dtype=dtype, device=META)
+    return _rehearse(config, dtype, lambda vae: _in_chunks(vae.decode_chunk, [latents] * 3))
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,14 +53,88 @@ def encode_memory(
     config: VAEConfig, height: int, width: int, dtype: torch.dtype = torch.float32
 ) -> CodingMemory:
     """For frames of `height` x `width` latents, batch 1, encoded a latent frame at a time."""
-    factor = config.factor_spatial
-    channels = config.in_channels // (config.patch_size or 1) ** 2
-    size = (height * factor, width * factor)
-    frames = [
-        torch.empty(1, channels, count, *size, dtype=dtype, device="meta")
-        for count in (1, config.factor_temporal, config.factor_temporal)
-    ]
-    return _measure(config, dtype, lambda vae: vae.encode_chunk, frames)
+    chunks = list(_pixels(config, height, width, dtype, length=3))
+    return _rehearse(config, dtype, lambda vae: _in_chunks(vae.encode_chunk, chunks))
+
+
+@functools.lru_cache(maxsize=256)
+def video_decode_memory(
+    config: VAEConfig, height: int, width: int, dtype: torch.dtype, length: int, wraps: bool
+) -> CodingMemory:
+    """Of `decoding.decoding`, run on `length` latent frames of `height` x `width`: what a caller's
+    frames are made from is counted too, and the laps over a loop."""
+    latents = torch.empty(config.z_dim, length, height, width, dtype=dtype, device=META)
+
+    def run(vae: CausalVAE) -> Iterator[None]:
+        coder: Any = _OneLap(vae)
+        for frames in decoding(latents, coder, dtype=dtype, device=META, wraps=wraps):
+            yield None
+            del frames
+
+    return _rehearse(config, dtype, run, apart=[latents])
+
+
+@functools.lru_cache(maxsize=256)
+def video_encode_memory(
+    config: VAEConfig, height: int, width: int, dtype: torch.dtype, length: int
+) -> CodingMemory:
+    """Of `length` latent frames of `height` x `width`, one at a time, their pixels included."""
+    return _rehearse(
+        config,
+        dtype,
+        lambda vae: _in_chunks(
+            vae.encode_chunk, _pixels(config, height, width, dtype, length=length)
+        ),
+    )
+
+
+class _OneLap:
+    """Layers that find a loop's second lap, which holds what any further one does, to be the last.
+    Nothing can be compared on the meta device."""
+
+    def __init__(self, vae: CausalVAE) -> None:
+        self.decode_chunk = vae.decode_chunk
+
+    def same_state(self, a: Any, b: Any) -> bool:
+        return True
+
+
+def _in_chunks(
+    run: Callable[..., tuple[Tensor, VAEState]], chunks: Iterable[Tensor]
+) -> Iterator[int]:
+    """Code the chunks in order; gives the bytes of the caches after each."""
+    state: VAEState | None = None
+    for chunk in chunks:
+        _, state = run(chunk, state, consume=True)
+        yield state.nbytes
+
+
+def _pixels(
+    config: VAEConfig, height: int, width: int, dtype: torch.dtype, *, length: int
+) -> Iterator[Tensor]:
+    """Frames of `length` latent frames of `height` x `width`, a latent frame's worth at a time."""
+    size = (height * config.factor_spatial, width * config.factor_spatial)
+    for i in range(length):
+        count = config.factor_temporal if i else 1
+        yield torch.empty(1, config.pixel_channels, count, *size, dtype=dtype, device=META)
+
+
+def _rehearse(
+    config: VAEConfig,
+    dtype: torch.dtype,
+    run: Callable[[CausalVAE], Iterator[int | None]],
+    apart: Sequence[Tensor] = (),
+) -> CodingMemory:
+    """What `run` takes beside the weights and `apart`. It yields between two turns the bytes that
+    stay for the next one; None: all that is alive then."""
+    with META:
+        vae = build_vae(config).to(dtype).requires_grad_(False).prepare(onednn=False)
+    with torch.inference_mode(False), torch.no_grad(), NoScores(), OnOneDevice():
+        for _ in run(vae):  # lays out the weights, which are not counted
+            pass
+        with StorageMeter([*apart, *vae.parameters()]) as meter:
+            kept = [meter.now if held is None else held for held in run(vae)]
+    return CodingMemory(cache=max(kept), peak=meter.peak)
 
 
 def decode_peak_bytes(
@@ -172,8 +197,9 @@ def _peak(
 
 def _frame_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     """Bytes of the pixels that one latent becomes."""
-    channels = config.out_channels // (config.patch_size or 1) ** 2
-    return channels * config.factor_spatial**2 * config.factor_temporal * dtype.itemsize
+    return (
+        config.pixel_channels * config.factor_spatial**2 * config.factor_temporal * dtype.itemsize
+    )
 
 
 def surely_fits(
@@ -181,30 +207,8 @@ def surely_fits(
 ) -> bool:
     """Whether coding this size needs no measuring: 40 of the widest layer at full resolution, which
     is more than any layout takes, are still within the budget."""
-    channels = max(config.base_dim, config.decoder_base_dim or 0) * max(config.dim_mult)
-    channels = max(channels, config.z_dim, config.in_channels)
     pixels = height * width * config.factor_spatial**2
-    return 40 * channels * config.factor_temporal * pixels * dtype.itemsize <= budget
-
-
-def _measure(
-    config: VAEConfig, dtype: torch.dtype, method: Callable[[WanVAE], Any], chunks: list[Tensor]
-) -> CodingMemory:
-    with torch.device("meta"):
-        vae = WanVAE(config).to(dtype).requires_grad_(False).prepare(onednn=False)
-    run = method(vae)
-
-    def code() -> Any:
-        state: Any = None
-        for chunk in chunks:
-            _, state = run(chunk, state, consume=True)
-        return state
-
-    with torch.inference_mode(False), torch.no_grad(), NoScores():
-        code()  # lays out the weights, which are not counted
-        with StorageMeter(vae.parameters()) as meter:
-            state = code()
-    return CodingMemory(cache=state.nbytes, peak=meter.peak)
+    return 40 * config.widest * config.factor_temporal * pixels * dtype.itemsize <= budget
 
 
 def plan_tiles(

@@ -1,11 +1,61 @@
-"""What fits a video autoencoder, and the nearest thing that does where something does not."""
+"""What fits a video autoencoder, and the nearest that does where something does not."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from sora_engine.errors import RequestError
-from sora_engine.vae.wan_config import VAEConfig
+
+
+class VAEConfig(Hashable, Protocol):
+    """What must be known of a video autoencoder's layout, whatever its kind."""
+
+    @property
+    def class_name(self) -> str:
+        """diffusers' name of the class, by which `vae.registry` finds the kind."""
+        ...
+
+    @property
+    def z_dim(self) -> int:
+        """Channels of a latent."""
+        ...
+
+    @property
+    def factor_temporal(self) -> int:
+        """Frames that a latent frame stands for, the first one aside."""
+        ...
+
+    @property
+    def factor_spatial(self) -> int:
+        """Pixels along one side of a latent."""
+        ...
+
+    @property
+    def latents_mean(self) -> tuple[float, ...]: ...
+    @property
+    def latents_std(self) -> tuple[float, ...]: ...
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of the frames that are encoded."""
+        ...
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of frames must be multiples of, in pixels."""
+        ...
+
+    @property
+    def widest(self) -> int:
+        """At least the channels of the widest layer."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds, as diffusers reads it."""
+        ...
 
 
 def check_frames(config: VAEConfig, frames: Tensor, *, first: bool) -> None:
@@ -15,8 +65,7 @@ def check_frames(config: VAEConfig, frames: Tensor, *, first: bool) -> None:
     """
     if frames.dim() != 5:
         raise RequestError(f"frames must be [B, C, n, H, W], not {list(frames.shape)}")
-    patch = config.patch_size or 1
-    channels = config.in_channels // patch**2
+    channels = config.pixel_channels
     if frames.shape[1] != channels:
         raise RequestError(f"frames have {frames.shape[1]} channels; the VAE takes {channels}")
     n, factor = frames.shape[2], config.factor_temporal
@@ -30,8 +79,7 @@ def check_frames(config: VAEConfig, frames: Tensor, *, first: bool) -> None:
         raise RequestError(
             f"a chunk of {n} frames does not fit the VAE; {low} or {low + factor} would"
         )
-    # The residual shortcuts cut frames into whole squares; Wan 2.1 rounds down instead.
-    unit = config.factor_spatial if config.is_residual else patch
+    unit = config.size_multiple
     for side, size in (("height", frames.shape[3]), ("width", frames.shape[4])):
         if size % unit or size < 1:
             low = max(size // unit, 1) * unit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.vae.coder import ChunkCoder, VideoCoder
-from sora_engine.vae.wan_config import VAEConfig
+from sora_engine.vae.shapes import VAEConfig
 
 S = TypeVar("S")
 

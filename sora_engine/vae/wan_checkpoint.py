@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError
 from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD, VAEConfig
+from sora_engine.vae.wan_config import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD, WanVAEConfig
 
 T = TypeVar("T")
 
@@ -32,14 +32,14 @@ _RESIDUAL = {
 _PREFIXES = ("", "vae.", "first_stage_model.", "model.")
 
 
-def original_names(config: VAEConfig) -> dict[str, str]:
+def original_names(config: WanVAEConfig) -> dict[str, str]:
     """For every parameter of a `WanVAE`, by its diffusers name, the name in Wan's own files."""
     with torch.device("meta"):
         names = list(WanVAE(config).state_dict())
     return {name: _original_name(name, config) for name in names}
 
 
-def _original_name(name: str, config: VAEConfig) -> str:
+def _original_name(name: str, config: WanVAEConfig) -> str:
     side, _, rest = name.partition(".")
     if side in ("quant_conv", "post_quant_conv"):
         return f"{'conv1' if side == 'quant_conv' else 'conv2'}.{rest}"
@@ -93,7 +93,7 @@ def _prefix(names: Iterable[str]) -> str | None:
 
 
 def to_diffusers_names(
-    tensors: Mapping[str, T], config: VAEConfig, *, path: str | Path | None = None
+    tensors: Mapping[str, T], config: WanVAEConfig, *, path: str | Path | None = None
 ) -> dict[str, T]:
     """The same tensors under diffusers' names; names that no layer has are kept as they are."""
     prefix = _prefix(tensors)
@@ -108,7 +108,7 @@ def to_diffusers_names(
 
 def infer_config(
     shapes: Mapping[str, tuple[int, ...]], *, path: str | Path | None = None
-) -> VAEConfig:
+) -> WanVAEConfig:
     """The configuration of a file under Wan's own names, from the shapes of its tensors.
 
     The statistics of the latents are not in such files: they are the published ones of Wan 2.1 for
@@ -147,7 +147,7 @@ def infer_config(
         )  # fmt: skip
     # The decoder's last stage is as wide as its base times the first multiplier.
     mult = tuple(outs[-1] // base for outs, _ in stages)
-    return VAEConfig(
+    return WanVAEConfig(
         base_dim=base,
         decoder_base_dim=decoder_base // mult[0],
         z_dim=z_dim,
@@ -208,7 +208,7 @@ def check_tensors(
 
 def vae_from_tensors(
     tensors: Mapping[str, Tensor],
-    config: VAEConfig | None = None,
+    config: WanVAEConfig | None = None,
     *,
     path: str | Path | None = None,
 ) -> WanVAE:

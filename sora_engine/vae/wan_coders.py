@@ -20,7 +20,7 @@ from sora_engine.vae.blocks import (
     Upsample,
 )
 from sora_engine.vae.state import Tape
-from sora_engine.vae.wan_config import VAEConfig
+from sora_engine.vae.wan_config import WanVAEConfig
 
 
 class DownStage(nn.Module):
@@ -88,7 +88,7 @@ class UpStage(nn.Module):
 class Encoder(nn.Module):
     """Pixels `[B, in_channels, T, H, W]` to moments `[B, 2 * z_dim, t, h, w]`."""
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: WanVAEConfig):
         super().__init__()
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
         last = len(config.dim_mult) - 1
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents `[B, z_dim, t, h, w]` to pixels `[B, out_channels, T, H, W]`."""
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: WanVAEConfig):
         super().__init__()
         base = config.decoder_base_dim or config.base_dim
         dims = [base * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]

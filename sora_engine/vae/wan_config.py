@@ -44,7 +44,7 @@ _DEFAULT_TEMPORAL, _DEFAULT_SPATIAL = 4, 8
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class WanVAEConfig:
     """The layout of an `AutoencoderKLWan`, with diffusers' names (its spelling of `temperal` too).
 
     `dim_mult` has an entry a stage; between two stages there is a 2x spatial resampling, which
@@ -157,6 +157,27 @@ class VAEConfig:
             object.__setattr__(self, name, made)
 
     @property
+    def class_name(self) -> str:
+        return CLASS_NAME
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of the frames that are encoded."""
+        return self.in_channels // (self.patch_size or 1) ** 2
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of frames must be multiples of, in pixels."""
+        # The residual shortcuts cut frames into whole squares; Wan 2.1 rounds down instead.
+        return self.factor_spatial if self.is_residual else self.patch_size or 1
+
+    @property
+    def widest(self) -> int:
+        """At least the channels of the widest layer."""
+        base = max(self.base_dim, self.decoder_base_dim or 0)
+        return max(base * max(self.dim_mult), self.z_dim, self.in_channels)
+
+    @property
     def factor_temporal(self) -> int:
         """Frames a latent frame stands for, the first one aside."""
         assert self.scale_factor_temporal is not None  # settled on construction
@@ -169,7 +190,9 @@ class VAEConfig:
         return self.scale_factor_spatial
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, path: str | Path | None = None) -> VAEConfig:
+    def from_dict(
+        cls, values: Mapping[str, Any], *, path: str | Path | None = None
+    ) -> WanVAEConfig:
         """A config from the dictionary of a `config.json`; `path` is for the error messages.
 
         Raises CheckpointError for another class, for keys this engine does not know (a key may
@@ -194,7 +217,7 @@ class VAEConfig:
             raise CheckpointError(str(error), path=path) from None
 
     @classmethod
-    def from_file(cls, path: str | Path) -> VAEConfig:
+    def from_file(cls, path: str | Path) -> WanVAEConfig:
         """The config in a `config.json`, or in the folder that holds one."""
         path = Path(path)
         if path.is_dir():

@@ -15,23 +15,24 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise.denoise import decode, denoise_step, prepare
+from sora_engine.denoise.denoise import denoise_step, prepare
 from sora_engine.denoise.packing import Packer, Stream
-from sora_engine.denoise.windows import SparsePlan, WindowPlan
 from sora_engine.distributed.layout import bounds
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.sequence import sharded_attention
 from sora_engine.distributed.shard import shard_tokens
-from sora_engine.distributed.step_sharing import Ranks
+from sora_engine.distributed.step_sharing import RankSharing
 from sora_engine.distributed.vae import SplitVAE, shared_copy
 from sora_engine.distributed.weights import WeightShards
 from sora_engine.io.safetensors import SafetensorsFile
 from sora_engine.models.attention import self_attention
-from sora_engine.models.loading import _load_transformer
-from sora_engine.models.video_model import Expert, VideoDecoder, VideoModel
+from sora_engine.models.family import ExpertSource
+from sora_engine.models.loading import load_transformer
+from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.models.wan.checkpoint import TransformerSource
-from sora_engine.request.request import Clip, Shot, VideoRequest, resolve_request
-from sora_engine.runtime.job import Job
+from sora_engine.models.wan.model import WanTransformer, transformer_shape
+from sora_engine.request import Clip, Shot, SparsePlan, VideoRequest, WindowPlan, resolve_request
+from sora_engine.vae.decoding import decoding as decode
 from tests.distributed.tiny import CPU, Z_DIM, tiny_config, tiny_model, tiny_vae
 
 _meshes: dict[ParallelConfig, Mesh] = {}
@@ -155,14 +156,8 @@ REQUESTS = {
 }
 
 
-def jobs_of(name, model):
-    jobs = []
-    for request in REQUESTS[name]:
-        resolved = resolve_request(request, model.defaults, model.grid, Limits())
-        job = Job(resolved)
-        job.canvas_or_none = prepare(resolved, model)
-        jobs.append(job)
-    return jobs
+def canvases_of(name, model):
+    return [prepare(resolve_request(request, model, Limits()), model) for request in REQUESTS[name]]
 
 
 _expected: dict[tuple[str, VideoModel], list[torch.Tensor]] = {}
@@ -172,10 +167,10 @@ def reference(name, model):
     """The final latents that one rank makes."""
     key = name, model
     if key not in _expected:
-        jobs = jobs_of(name, model)
-        while not jobs[0].canvas.finished:
-            denoise_step(jobs, model, Packer(model.grid.patch, CPU), 10**6)
-        _expected[key] = [job.canvas.latents for job in jobs]
+        canvases = canvases_of(name, model)
+        while not canvases[0].finished:
+            denoise_step(canvases, model, Packer(model.grid.patch, CPU), 10**6)
+        _expected[key] = [canvas.latents for canvas in canvases]
     return _expected[key]
 
 
@@ -194,12 +189,12 @@ def denoise(layout, request, heads=5, max_tokens=10**6, weights=None, dtype="flo
             whole = with_transformer(model, load(weights, heads, dtype))
         transformer, held["read"] = sharded_transformer(weights, heads, dtype, mesh)
         model = with_transformer(model, transformer)
-    jobs = jobs_of(request, model)
-    packer, ranks = Packer(model.grid.patch, CPU), Ranks(mesh)
+    canvases = canvases_of(request, model)
+    packer, sharing = Packer(model.grid.patch, CPU), RankSharing(mesh)
     before = dict(mesh.traffic.sent_bytes)
-    while not jobs[0].canvas.finished:
-        denoise_step(jobs, model, packer, max_tokens, ranks)
-    made = [job.canvas.latents for job in jobs]
+    while not canvases[0].finished:
+        denoise_step(canvases, model, packer, max_tokens, sharing)
+    made = [canvas.latents for canvas in canvases]
     digest = hashlib.sha256(b"".join(x.numpy().tobytes() for x in made)).hexdigest()
     sent = {k: n - before.get(k, 0) for k, n in mesh.traffic.sent_bytes.items()}
     error = None
@@ -208,13 +203,21 @@ def denoise(layout, request, heads=5, max_tokens=10**6, weights=None, dtype="flo
         error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     if weights is not None:
         held["live"] = live_bytes([transformer])
-    steps = jobs[0].canvas.step
+    steps = canvases[0].step
     return {"error": error, "digest": digest, "sent": sent, "steps": steps, **held}
 
 
-def load(weights, heads, dtype, shards=None):
-    source = TransformerSource(Path(weights), tiny_config(heads))
-    return _load_transformer(source, CPU, getattr(torch, dtype), "auto", 16, shards)
+def load(weights, heads, dtype, sharder=None):
+    config = tiny_config(heads)
+    files = TransformerSource(Path(weights), config)
+    source = ExpertSource(
+        path=files.path,
+        shape=transformer_shape(config, 16),
+        num_parameters=files.num_parameters,
+        build=lambda backend: WanTransformer(config, text_tokens=16, attention_backend=backend),
+        fill=files.load,
+    )
+    return load_transformer(source, CPU, getattr(torch, dtype), "auto", sharder=sharder)
 
 
 def with_transformer(model, transformer):
@@ -267,11 +270,14 @@ def decoding(layout, shape, residual=False, wraps=False):
     latents = torch.randn(Z_DIM, *shape, generator=generator)
     vae = tiny_vae(residual)
     split = SplitVAE(shared_copy(vae), mesh.replica)
+    how = {"dtype": torch.float32, "device": CPU, "wraps": wraps}
     active = split.num_active(shape[1])
     if mesh.rank >= active:
         return {"rows": 0}
-    made = torch.cat(list(decode(latents, VideoDecoder(split, torch.float32, CPU), wraps=wraps)))
-    whole = torch.cat(list(decode(latents, VideoDecoder(vae, torch.float32, CPU), wraps=wraps)))
+    made, whole = (
+        torch.cat([x for x in decode(latents, coder, **how) if x is not None])
+        for coder in (split, vae)
+    )
     scale = vae.scale_factor_spatial
     cuts = bounds(shape[1], active)
     expected = whole[:, cuts[mesh.rank] * scale : cuts[mesh.rank + 1] * scale]

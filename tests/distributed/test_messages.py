@@ -12,11 +12,9 @@ import torch
 from PIL import Image
 
 from sora_engine.config import Limits
-from sora_engine.denoise.guidance import Guidance
-from sora_engine.denoise.windows import WindowPlan
 from sora_engine.distributed.message import Link, Message, MessageError
 from sora_engine.distributed.wire import request_from_message, request_to_message
-from sora_engine.request.request import Clip, Shot, VideoRequest, resolve_request
+from sora_engine.request import Clip, Guidance, Shot, VideoRequest, WindowPlan, resolve_request
 from tests.distributed.tiny import tiny_model
 
 
@@ -110,7 +108,7 @@ def test_every_field_of_a_request_crosses(ends, tmp_path):
         latents=torch.randn(4, 3, 6, 10),
         guidance=Guidance(kind="apg", eta=0.3, momentum=-0.5),
     )
-    resolved = resolve_request(request, model.defaults, model.grid, Limits())
+    resolved = resolve_request(request, model, Limits())
     a.send(request_to_message("prepare", resolved))
     message = b.receive()
     assert str(tmp_path) not in json.dumps(message.fields)  # frames cross, not paths

@@ -7,14 +7,13 @@ import zlib
 
 import torch
 
-from sora_engine.denoise.canvas import KnownMode
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.request.request import GenerationDefaults, LatentGrid
+from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.samplers import SamplerConfig
 from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
+from sora_engine.vae.wan_config import WanVAEConfig
 
 CPU = torch.device("cpu")
 Z_DIM = 4
@@ -45,7 +44,7 @@ class Texts:
         for prompt in prompts:
             seed = zlib.crc32(prompt.encode())
             generator = torch.Generator().manual_seed(seed)
-            made.append(torch.randn(3 + seed % 5, 16, generator=generator))
+            made.append({"text": torch.randn(3 + seed % 5, 16, generator=generator)})
         return made
 
 
@@ -56,12 +55,12 @@ def vae_config(residual=False):
         "num_res_blocks": 1,
     }
     if residual:
-        return VAEConfig(
+        return WanVAEConfig(
             base_dim=4, z_dim=Z_DIM, **stages, latents_mean=(0.0,) * Z_DIM,
             latents_std=(1.0,) * Z_DIM, is_residual=True, in_channels=12, out_channels=12,
             patch_size=2, scale_factor_temporal=2, scale_factor_spatial=8,
         )  # fmt: skip
-    return VAEConfig(
+    return WanVAEConfig(
         base_dim=4, z_dim=Z_DIM, **stages, latents_mean=(0.1,) * Z_DIM, latents_std=(0.9,) * Z_DIM,
         scale_factor_temporal=2, scale_factor_spatial=4,
     )  # fmt: skip
@@ -96,7 +95,7 @@ def tiny_model(heads: int = 5) -> VideoModel:
         experts=[Expert(lambda: transformer, 0.0, 1, transformer)],
         vae=vae,
         vae_dtype=torch.float32,
-        text_encoder=Texts(),
+        prompt_encoder=Texts(),
         image_encoder=None,
         takes_last_image=False,
         sampler_config=SamplerConfig("unipc", "flow", "flow_prediction", shift=3.0),

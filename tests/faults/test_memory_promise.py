@@ -16,7 +16,7 @@ import torch
 import sora_engine as sora
 from sora_engine.runtime import executor as stages_module
 from sora_engine.runtime import worker as worker_module
-from sora_engine.vae.rehearsal import StorageMeter
+from sora_engine.vae.meter import StorageMeter
 from tests.faults.engines import difference, engine, random_request
 
 SIZE = {"height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 1}

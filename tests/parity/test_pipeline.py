@@ -11,7 +11,7 @@ from PIL import Image
 import sora_engine as sora
 from sora_engine.denoise import known as clips_module
 from sora_engine.models.wan import model as model_module
-from sora_engine.text import TextEncoder
+from sora_engine.text.umt5 import UMT5Encoder
 from tests.parity.oracles import KINDS, relative_error, takes_image, tiny_pipeline
 
 PROMPT = "a red circle moves right"
@@ -194,7 +194,7 @@ def test_the_oracles_are_sharp(pair, kind, left_out, monkeypatch):
         monkeypatch.setattr(model_module, "rope_tables", no_rotation)
     elif left_out == "text":
         monkeypatch.setattr(
-            TextEncoder, "encode", lambda self, prompts: [torch.zeros(1, 32) for _ in prompts]
+            UMT5Encoder, "encode", lambda self, prompts: [torch.zeros(1, 32) for _ in prompts]
         )
     elif left_out == "image":
         grey = lambda frames: torch.zeros(1, 3, *frames.shape[:3])  # noqa: E731

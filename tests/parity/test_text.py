@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from sora_engine.errors import CheckpointError
-from sora_engine.text import ImageEncoder, TextEncoder
+from sora_engine.text import ImageEncoder
 from sora_engine.text.prompt import clean_prompt
+from sora_engine.text.umt5 import UMT5Encoder
 
 PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a▁red", -4.0)]
 PIECES += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz&.é"]
@@ -61,7 +62,7 @@ def text_folder(tmp_path_factory):
 
 
 def load(folder, **options):
-    return TextEncoder.from_folders(folder / "text_encoder", folder / "tokenizer", **options)
+    return UMT5Encoder.from_folders(folder / "text_encoder", folder / "tokenizer", **options)
 
 
 def diffusers_embeds(folder, prompts, dtype=torch.float32):

@@ -42,7 +42,11 @@ def padded(text: torch.Tensor) -> torch.Tensor:
 
 
 def run_packed(model, latents, timesteps, texts, images=None):
-    contexts = model.encode_contexts(texts, images)
+    embeddings = [
+        {"text": text} if image is None else {"text": text, "image": image}
+        for text, image in zip(texts, images or [None] * len(texts), strict=True)
+    ]
+    contexts = model.encode_contexts(embeddings)
     packer = Packer(model.config.patch_size, torch.device("cpu"))
     batch = packer.pack(
         [
@@ -123,10 +127,10 @@ def test_anchors_are_the_beginning_of_a_longer_video_of_which_the_rest_is_hidden
     expected = oracle(latents[None], timesteps.flatten()[None], padded(text), return_dict=False)
     expected = expected[0][0][:, ~hidden]
 
-    (context,) = model.encode_contexts([text])
+    (context,) = model.encode_contexts([{"text": text}])
     packer = Packer(model.config.patch_size, torch.device("cpu"))
     segment = Segment(
-        latents[:, ~hidden], timesteps[~hidden], ((context, anchors + frames),), anchors=anchors
+        latents[:, ~hidden], timesteps[~hidden], ((context, anchors + frames)), num_anchors=anchors
     )
     other = Segment(latents[:, :4], timesteps[:4], ((context, 4),))
     batch = packer.pack([other, segment, other])
@@ -187,7 +191,7 @@ def test_shots_read_each_its_own_text():
     generator = torch.Generator().manual_seed(6)
     latents = torch.randn(16, 4, 4, 4, generator=generator)
     texts = [torch.randn(5, 32, generator=generator), torch.randn(8, 32, generator=generator)]
-    a, b = model.encode_contexts(texts)
+    a, b = model.encode_contexts([{"text": text} for text in texts])
     packer = Packer(model.config.patch_size, torch.device("cpu"))
     timesteps = torch.full((4,), 400.0)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from sora_engine.errors import BackendError, CheckpointError, RequestError
-from sora_engine.vae import WanVAE, stream_decode
+from sora_engine.vae import stream_decode
 from sora_engine.vae.graphs import GraphSet
+from sora_engine.vae.wan import WanVAE
 from tests.parity.vae_models import LAYOUTS, make_pair, relative
 
 onnx = pytest.importorskip("onnx", reason="needs the onnx extra")

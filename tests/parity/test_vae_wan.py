@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan
 
 from sora_engine.errors import RequestError
-from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 from tests.parity.vae_models import LAYOUTS, make_pair, relative
 
 TOLERANCE = 1e-5
@@ -220,7 +221,7 @@ def test_parameters_are_those_of_the_published_models():
     ):
         with torch.device("meta"):
             oracle = AutoencoderKLWan(**values)
-            ours = WanVAE(VAEConfig.from_dict(dict(oracle.config)))
+            ours = WanVAE(WanVAEConfig.from_dict(dict(oracle.config)))
         want = {name: tuple(p.shape) for name, p in oracle.state_dict().items()}
         assert {name: tuple(p.shape) for name, p in ours.state_dict().items()} == want
 
@@ -254,7 +255,7 @@ def test_time_factor_of_one_and_of_eight_round_trip():
     # diffusers cuts frames in fours whatever the factor, so it is no oracle here: a model that
     # keeps every frame apart must equal one that saw the frames before it only.
     for flags, factor in (([False, False, False], 1), ([True, True, True], 8)):
-        config = VAEConfig(base_dim=4, num_res_blocks=1, temperal_downsample=tuple(flags))
+        config = WanVAEConfig(base_dim=4, num_res_blocks=1, temperal_downsample=tuple(flags))
         torch.manual_seed(0)
         vae = WanVAE(config).requires_grad_(False)
         assert vae.scale_factor_temporal == factor

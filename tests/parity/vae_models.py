@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 
 _STATS48 = {
     "latents_mean": [0.05 * i - 1.0 for i in range(48)],
@@ -87,7 +88,7 @@ def make_pair(
         elif name.endswith("bias"):
             parameter.copy_(0.1 * torch.randn_like(parameter))
     oracle.decoder.conv_out.weight.mul_(0.3)
-    ours = WanVAE(VAEConfig.from_dict(dict(oracle.config))).requires_grad_(False)
+    ours = WanVAE(WanVAEConfig.from_dict(dict(oracle.config))).requires_grad_(False)
     ours.load_state_dict(oracle.state_dict(), strict=True)
     return oracle.to(dtype), ours.to(dtype).prepare(prepared)
 

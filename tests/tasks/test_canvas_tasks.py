@@ -184,7 +184,7 @@ def beside(segment, anchors):
         torch.cat([anchors, segment.latents], dim=1),
         torch.cat([torch.zeros(count, *levels.shape[1:]), levels]),
         ((context, count + frames),),
-        anchors=count,
+        num_anchors=count,
     )
 
 
@@ -272,7 +272,7 @@ def test_what_is_predicted_for_anchors_is_left_out(engines):
     request = a_request(num_frames=29, window=plan, solver="euler", num_inference_steps=1)
     model, packer = engine.model, Packer(engine.model.grid.patch, torch.device("cpu"))
     canvas = denoise.prepare(engine.resolve(request), model)
-    while canvas.link < 3:
+    while canvas.windows_done < 3:
         predictions = denoise.predict([canvas], 0, model, packer, 10_000)
         denoise.advance(canvas, 0, predictions, None)
     predicted = denoise.predict([canvas], 0, model, packer, 10_000)[id(canvas), True]
@@ -362,7 +362,7 @@ def test_a_steps_tokens_grow_linearly_and_a_batch_not_at_all(engines):
         canvas = denoise.prepare(
             engines["t2v"].resolve(a_request(num_frames=frames, window=plan)), model
         )
-        canvas.contexts[0] = model.encode_contexts(model.transformer(0), canvas.prompts)
+        canvas.contexts[0] = model.transformer(0).encode_contexts(canvas.prompts.branches)
         packer = Packer(model.grid.patch, model.device)
         groups = list(denoise.fill(denoise.split(canvas, 0), 100, packer))
         sizes = [sum(packer.num_tokens(part.segment) for part in group) for group in groups]

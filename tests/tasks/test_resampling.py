@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import sora_engine as sora
-from sora_engine.denoise.canvas import Canvas, Known, KnownMode, Prompts
+from sora_engine.denoise.canvas import Canvas, Known
+from sora_engine.denoise.conditioning import Prompts
 from sora_engine.denoise.denoise import advance, go_back
-from sora_engine.denoise.guidance import Guidance
+from sora_engine.request import Guidance, KnownMode
 from sora_engine.samplers import SamplerConfig, make_solver
 from tests.parity.oracles import relative_error, tiny_pipeline
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_engine.request.request import LatentGrid
+from sora_engine.request import LatentGrid
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sprites"))
 

@@ -30,9 +30,9 @@ def test_all_parts_are_there_and_small() -> None:
 
 
 def test_any_prompt_has_tokens() -> None:
-    from sora_engine.text.umt5 import TextEncoder
+    from sora_engine.text.umt5 import UMT5Encoder
 
-    encoder = TextEncoder.from_folders(FOLDER / "text_encoder", FOLDER / "tokenizer")
+    encoder = UMT5Encoder.from_folders(FOLDER / "text_encoder", FOLDER / "tokenizer")
     known, spelled, nothing = encoder.encode(
         ["a red circle moves right on a white background", "zebra!", ""]
     )

@@ -247,7 +247,7 @@ def test_condensed_latents_are_the_same_code_in_other_axes() -> None:
     config = train_vae.CONFIG | {"base_dim": 4, "z_dim": 6, "dim_mult": [1, 2, 2]}
     config |= {"latents_mean": [0.1 * i for i in range(6)], "latents_std": [0.5] * 6}
     torch.manual_seed(0)
-    vae = train_vae.WanVAE(train_vae.VAEConfig(**config)).eval().requires_grad_(False)
+    vae = train_vae.WanVAE(train_vae.WanVAEConfig(**config)).eval().requires_grad_(False)
     whole, matrix, offset = condense.condense(vae, 6, clips=4, probed=2)
     video = world.sample_scene(random.Random(1), 64, 64).render(9).permute(3, 0, 1, 2)[None] * 2 - 1
     old = vae.encode(video, latents_per_call=None)
@@ -322,7 +322,7 @@ def test_anchors_are_seen_as_such_and_carry_no_loss() -> None:
     for loss, segment in showings(clip):
         assert loss == pytest.approx(1, abs=1e-5)
         levels = segment.timesteps
-        assert segment.anchors == 2
+        assert segment.num_anchors == 2
         assert levels[:2].tolist() == [0, 0]
         assert float((segment.latents[:, :2] - 300).abs().max()) < 60
         given = segment.latents[:, 2:][:, levels[2:] == 0]

@@ -14,9 +14,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 from sora_engine.errors import CheckpointError
-from sora_engine.models.folder import CLASSES, ModelFolder
+from sora_engine.models.folder import ModelFolder
 from sora_engine.models.wan.checkpoint import (
     KEEP_FP32,
+    LAYOUT,
     TransformerSource,
     infer_config,
     resolve_model,
@@ -159,7 +160,7 @@ def test_a_hub_cache_of_links_works_and_nothing_follows_the_names(t2v, tmp_path)
 
 
 def test_a_folder_lists_its_parts(t2v, i2v):
-    folder = ModelFolder.open(t2v)
+    folder = ModelFolder.open(t2v, LAYOUT)
     assert folder.pipeline == "WanPipeline"
     names = {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert set(folder.components) == names
@@ -197,7 +198,7 @@ def test_a_single_file_takes_its_components_from_a_folder(t2v, i2v, tmp_path):
     model = resolve_model(path, components=t2v, attention_head_dim=12)
     assert model.vae.folder == t2v / "vae"
     assert model.tokenizer.folder == t2v / "tokenizer"
-    assert model.scheduler_config == ModelFolder.open(t2v)["scheduler"].config
+    assert model.scheduler_config == ModelFolder.open(t2v, LAYOUT)["scheduler"].config
 
     # By default that folder is its own.
     with pytest.raises(CheckpointError, match="give `components`, a folder with vae/"):
@@ -223,7 +224,7 @@ def test_a_single_file_takes_its_components_from_a_folder(t2v, i2v, tmp_path):
 
 
 def test_every_scheduler_on_the_list_can_be_read():
-    for name in CLASSES["scheduler"]:
+    for name in LAYOUT.components["scheduler"]:
         config = dict(getattr(diffusers, name)().config) | {"_class_name": name}
         assert read_config(config).solver
 

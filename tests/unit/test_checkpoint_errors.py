@@ -13,8 +13,10 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.loading import load_into
 from sora_engine.models.wan.checkpoint import infer_config, resolve_model
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.text import ImageEncoder, TextEncoder
-from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.text import ImageEncoder
+from sora_engine.text.umt5 import UMT5Encoder
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 from tests.unit.wan_folders import IMAGE, pipeline, transformer
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -43,10 +45,10 @@ def load(path, **options):
                 module = WanTransformer(source.config)
             source.load(module)
     with torch.device("meta"):
-        vae = WanVAE(VAEConfig.from_dict(model.vae.config, path=model.vae.config_path))
+        vae = WanVAE(WanVAEConfig.from_dict(model.vae.config, path=model.vae.config_path))
     with model.vae.open_weights() as weights:
         load_into(vae, weights)
-    TextEncoder.from_folders(model.text_encoder.folder, model.tokenizer.folder)
+    UMT5Encoder.from_folders(model.text_encoder.folder, model.tokenizer.folder)
     if model.image_encoder is not None and model.image_processor is not None:
         ImageEncoder.from_folders(model.image_encoder.folder, model.image_processor.folder)
 

@@ -242,7 +242,7 @@ def test_the_second_expert_is_let_go_of_where_memory_is_short(tmp_path, monkeypa
     with sora.Engine.from_pretrained(tmp_path, device="cpu") as engine:
         roomy = engine.generate(request)
         assert all(expert.transformer is not None for expert in engine.model.experts)
-    monkeypatch.setattr(video_model, "free_memory", lambda device: 1)
+    monkeypatch.setattr(video_model, "free_bytes", lambda device: 1)
     with sora.Engine.from_pretrained(tmp_path, device="cpu") as engine:
         tight = engine.generate(request)
         assert [expert.transformer is not None for expert in engine.model.experts] == [False, True]

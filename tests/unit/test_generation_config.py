@@ -11,7 +11,7 @@ import pytest
 import sora_engine as sora
 from sora_engine.errors import CheckpointError
 from sora_engine.models.generation_config import read_generation_config
-from sora_engine.models.loading import find_checkpoint
+from sora_engine.models.registry import BUNDLED
 
 
 def test_no_file_sets_nothing(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_what_is_not_known_is_named(
 def test_windows_that_cannot_be_are_refused_when_a_model_is_loaded(
     tmp_path: Path, settings: dict[str, object], index: dict[str, bool], message: str
 ) -> None:
-    shutil.copytree(find_checkpoint("sprites")[1], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(BUNDLED["sprites"], tmp_path, dirs_exist_ok=True)
     for name, changes in (("generation_config.json", settings), ("model_index.json", index)):
         path = tmp_path / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))

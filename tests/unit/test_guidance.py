@@ -8,15 +8,10 @@ import pytest
 import torch
 from diffusers import guiders
 
-from sora_engine.denoise.guidance import (
-    Guidance,
-    apg,
-    cfg,
-    cfg_zero_star,
-    needs_unconditional,
-    rescaled,
-)
+from sora_engine.denoise.guidance import apg, cfg, cfg_zero_star, guide, rescaled
 from sora_engine.errors import RequestError
+from sora_engine.request import Guidance
+from sora_engine.request.guidance import needs_unconditional
 
 
 def pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +88,7 @@ def test_apg_over_several_steps(options: dict[str, float]) -> None:
     running = None
     for step in range(4):
         cond, uncond = pair(step)
-        ours, running = guidance(cond, uncond, step, 4, running)
+        ours, running = guide(guidance, cond, uncond, step, 4, running)
         assert_close(ours, guider.forward(cond[None], uncond[None]).pred[0])
 
 
@@ -119,7 +114,7 @@ def test_intervals(start: float, stop: float) -> None:
         expected = guider.forward(cond[None], uncond[None]).pred[0]
         assert guidance.needs_unconditional(step, 13) is (guider.num_conditions == 2)
         given = uncond if guidance.needs_unconditional(step, 13) else None
-        assert torch.equal(guidance(cond, given, step, 13)[0], expected)
+        assert torch.equal(guide(guidance, cond, given, step, 13)[0], expected)
 
 
 def test_zero_init() -> None:
@@ -128,7 +123,7 @@ def test_zero_init() -> None:
     guider = guiders.ClassifierFreeZeroStarGuidance(5.0, zero_init_steps=2)
     for step in range(4):
         guider.set_state(step, 4, torch.tensor(0))
-        ours, _ = guidance(cond, uncond, step, 4)
+        ours, _ = guide(guidance, cond, uncond, step, 4)
         assert_close(ours, guider.forward(cond[None], uncond[None]).pred[0])
     assert not guidance.needs_unconditional(1, 4)
 
@@ -151,4 +146,4 @@ def test_guidance_that_makes_no_sense(options: dict[str, Any], match: str) -> No
 def test_a_guided_step_needs_both_predictions() -> None:
     cond, _ = pair()
     with pytest.raises(ValueError, match="step 3 of 8 is guided"):
-        Guidance(scale=3.0)(cond, None, 3, 8)
+        guide(Guidance(scale=3.0), cond, None, 3, 8)

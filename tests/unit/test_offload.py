@@ -14,9 +14,9 @@ from torch import nn
 import sora_engine as sora
 from sora_engine.errors import BackendError, LayoutError
 from sora_engine.models import loading, offload, video_model
-from sora_engine.models.loading import find_checkpoint
-from sora_engine.models.offload import Visits, level_that_fits
-from sora_engine.runtime.engine import _default_peak
+from sora_engine.models.offload import OffloadedModules, level_that_fits
+from sora_engine.models.registry import open_checkpoint
+from sora_engine.runtime.engine import default_peak
 from tests.parity.oracles import tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-class Absent(Visits):
+class Absent(OffloadedModules):
     """Weights that cannot be read where they wait: on a CPU nothing else would tell."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -49,7 +49,7 @@ class Absent(Visits):
 @pytest.mark.parametrize("level", ["text", "blocks"])
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "a14b-t2v", "vace"])
 def test_results_are_the_same_bit_for_bit(folders, kind, level, monkeypatch):
-    monkeypatch.setattr(offload, "Visits", Absent)
+    monkeypatch.setattr(offload, "OffloadedModules", Absent)
     clips = [] if kind != "i2v" else [sora.Clip(torch.rand(1, 32, 32, 3).mul(255).byte().numpy())]
     request = sora.VideoRequest(prompt="a red circle moves left", seed=1, clips=clips, **SIZE)
     videos = {}
@@ -118,7 +118,7 @@ class Device:
 def test_copies_beside_the_work_come_in_time_and_not_too_soon(seed):
     rng, device = random.Random(seed), Device(seed)
     modules = [Scaled(i + 1.0, rng.randrange(1, 900), device) for i in range(rng.randrange(1, 6))]
-    Visits(modules, CPU, copies=device)
+    OffloadedModules(modules, CPU, copies=device)
     # Mostly in turn, as blocks run; at times not.
     order = [
         i if rng.random() < 0.8 else rng.randrange(len(modules))
@@ -150,7 +150,7 @@ class Nested(nn.Module):
 
 def test_two_places_whatever_the_number_of_modules():
     modules = [Nested(float(i)) for i in range(5)]
-    visits = Visits(modules, CPU, methods=("forward", "other"))
+    visits = OffloadedModules(modules, CPU, methods=("forward", "other"))
     at_home = [module.weight.data_ptr() for module in modules]
     places = set()
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_two_places_whatever_the_number_of_modules():
 
 def test_an_error_leaves_the_weights_at_home():
     modules = [Nested(1.0), Nested(2.0)]
-    Visits(modules, CPU, methods=("forward", "other"))
+    OffloadedModules(modules, CPU, methods=("forward", "other"))
     home = modules[0].weight.data_ptr()
     with pytest.raises(RuntimeError, match="in the middle"):
         modules[0](fail=True)
@@ -176,7 +176,7 @@ def test_an_error_leaves_the_weights_at_home():
 
 def test_weights_that_are_trained_stay():
     with pytest.raises(ValueError, match="gradient"):
-        Visits([nn.Linear(2, 2)], CPU)
+        OffloadedModules([nn.Linear(2, 2)], CPU)
 
 
 def test_an_expert_that_is_let_go_takes_no_memory(folders, monkeypatch):
@@ -202,7 +202,7 @@ def test_auto_keeps_a_usual_request_free(folders, monkeypatch):
         loaded = engine.model
         assert loaded.offload == "none"  # a CPU has but one memory
         needed = engine.plan(sora.VideoRequest(prompt="a red circle")).peak
-    text = sum(weight.nbytes for weight in loaded.text_encoder.model.parameters())
+    text = sum(weight.nbytes for weight in loaded.prompt_encoder.modules[0].parameters())
     transformers = loaded.experts[0].size_bytes
     assert needed > 10 * (text + transformers)
 
@@ -210,18 +210,19 @@ def test_auto_keeps_a_usual_request_free(folders, monkeypatch):
         told = []
 
         def plan(hollow):
-            assert {p.device.type for p in hollow.text_encoder.model.parameters()} == {"meta"}
+            assert {p.device.type for p in hollow.prompt_encoder.modules[0].parameters()} == {
+                "meta"
+            }
             assert {p.device.type for p in hollow.transformer(0).parameters()} == {"meta"}
-            told.append(_default_peak(hollow, sora.Limits()))
+            told.append(default_peak(hollow, sora.Limits()))
             return told[-1]
 
-        monkeypatch.setattr(loading, "free_memory", lambda device: free)
-        encoders = loading._load_encoders(
-            find_checkpoint(folders("t2v"))[0], CPU, torch.float32, 512, "auto"
-        )
+        monkeypatch.setattr(loading, "free_bytes", lambda device: free)
+        checkpoint, _ = open_checkpoint(folders("t2v"))
+        encoder = loading.load_prompt_encoder(checkpoint, CPU, torch.float32, "auto")
         hollow = replace(
             loaded,
-            text_encoder=encoders[0],
+            prompt_encoder=encoder,
             experts=[
                 replace(e, transformer=copy.deepcopy(e.transformer).to("meta"))
                 for e in loaded.experts

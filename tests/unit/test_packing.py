@@ -7,15 +7,8 @@ import math
 import pytest
 import torch
 
-from sora_engine.denoise.packing import (
-    ANCHOR_GAP,
-    Context,
-    KeyValues,
-    Packer,
-    Segment,
-    patchify,
-    unpatchify,
-)
+from sora_engine.denoise.conditioning import Context, KeyValues
+from sora_engine.denoise.packing import ANCHOR_GAP, Packer, Segment, patchify, unpatchify
 
 CPU = torch.device("cpu")
 

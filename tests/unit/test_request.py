@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
-from sora_engine.request.request import (
+from sora_engine.request import (
     Clip,
     GenerationDefaults,
+    KnownMode,
     LatentGrid,
     Shot,
     VideoRequest,
@@ -29,12 +31,13 @@ DEFAULTS = GenerationDefaults(
     guidance_scale_2=3.0,
 )
 GRID = LatentGrid(channels=16, vae_spatial=8, patch=(1, 2, 2), time=4)
+FACTS = SimpleNamespace(grid=GRID, defaults=DEFAULTS, known_mode=KnownMode.REPLACEMENT)
 
 
 def resolve(*, limits=None, **values):
     values.setdefault("prompt", "a cat")
     request = VideoRequest(**values)
-    return resolve_request(request, DEFAULTS, GRID, limits or Limits(), solvers=("euler", "unipc"))
+    return resolve_request(request, FACTS, limits or Limits(), solvers=("euler", "unipc"))
 
 
 def test_defaults_fill_what_is_silent():
@@ -160,4 +163,5 @@ def test_the_checkpoint_may_name_a_solver():
         (VideoRequest("a cat"), named, "renoise"),
         (VideoRequest("a cat", solver="euler"), named, "euler"),
     ):
-        assert resolve_request(request, defaults, GRID, Limits()).solver == solver
+        facts = SimpleNamespace(**{**vars(FACTS), "defaults": defaults})
+        assert resolve_request(request, facts, Limits()).solver == solver

@@ -11,7 +11,7 @@ from sora_engine import tasks
 from sora_engine.errors import MediaError, RequestError
 from sora_engine.io.provenance import Provenance
 from sora_engine.io.video_writer import write_video
-from sora_engine.request.request import Clip, Footage, GenerationDefaults, LatentGrid, VideoRequest
+from sora_engine.request import Clip, Footage, GenerationDefaults, LatentGrid, VideoRequest
 
 
 class Facts(NamedTuple):
@@ -106,7 +106,7 @@ def test_edit_and_upscale_start_from_the_clip():
 
 
 def test_a_draft_is_half_the_size_in_half_the_steps():
-    from sora_engine.request.request import VideoRequest
+    from sora_engine.request import VideoRequest
 
     request = VideoRequest("a cat", seed=3, num_inference_steps=9)
     small = tasks.draft(MODEL, request)

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from sora_engine.errors import CheckpointError
-from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_checkpoint import infer_config, original_names, vae_from_tensors
-from sora_engine.vae.wan_config import WAN22_MEAN, WAN22_STD
+from sora_engine.vae.wan_config import WAN22_MEAN, WAN22_STD, WanVAEConfig
 from tests.parity.vae_models import LAYOUTS, make_pair
 
 WAN22 = {
@@ -26,13 +26,13 @@ WAN22 = {
 }
 
 
-def _meta(config: VAEConfig) -> WanVAE:
+def _meta(config: WanVAEConfig) -> WanVAE:
     with torch.device("meta"):
         return WanVAE(config)
 
 
 def test_wan21_names_against_diffusers_conversion():
-    vae = _meta(VAEConfig())
+    vae = _meta(WanVAEConfig())
     names = original_names(vae.config)
     originals = {original: name for name, original in names.items()}
     assert len(originals) == len(names) == len(vae.state_dict())
@@ -44,7 +44,7 @@ def test_wan21_names_against_diffusers_conversion():
 
 def test_wan22_names_as_published():
     # The names of Wan2.2_VAE.pth: nested lists, shortcuts without parameters.
-    names = original_names(VAEConfig(**WAN22))
+    names = original_names(WanVAEConfig(**WAN22))
     back = {original: name for name, original in names.items()}
     assert len(back) == len(names)
     for original, name in {
@@ -76,7 +76,7 @@ def test_wan22_names_as_published():
 )
 @pytest.mark.parametrize("prefix", ["", "vae."])
 def test_the_config_is_read_from_the_shapes(values, prefix):
-    config = VAEConfig(**({"decoder_base_dim": 96} | values))
+    config = WanVAEConfig(**({"decoder_base_dim": 96} | values))
     shapes = {name: tuple(t.shape) for name, t in _meta(config).state_dict().items()}
     original = {prefix + name: shapes[ours] for ours, name in original_names(config).items()}
     assert infer_config(original) == config
@@ -97,7 +97,7 @@ def test_both_sets_of_names_give_the_same_bits(layout):
 
 
 def test_what_is_wrong_is_named():
-    config = VAEConfig.from_dict(LAYOUTS["wan21"])
+    config = WanVAEConfig.from_dict(LAYOUTS["wan21"])
     state = WanVAE(config).state_dict()
     names = original_names(config)
     single = {names[name]: tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""`VAEConfig`: what it reads, what it refuses and how it says so."""
+"""`WanVAEConfig`: what it reads, what it refuses and how it says so."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ import json
 import pytest
 
 from sora_engine.errors import CheckpointError
-from sora_engine.vae import VAEConfig
+from sora_engine.vae.wan_config import WanVAEConfig
 
 
 def test_defaults_are_wan_21():
-    config = VAEConfig.from_dict({"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35"})
+    config = WanVAEConfig.from_dict(
+        {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.35"}
+    )
     assert (config.factor_temporal, config.factor_spatial, config.z_dim) == (4, 8, 16)
-    assert config == VAEConfig()
+    assert config == WanVAEConfig()
 
 
 def test_factors_come_from_the_layers():
-    config = VAEConfig(dim_mult=(1, 2), temperal_downsample=(True,), patch_size=2, in_channels=12,
-                       out_channels=12)  # fmt: skip
+    config = WanVAEConfig(dim_mult=(1, 2), temperal_downsample=(True,), patch_size=2,
+                          in_channels=12, out_channels=12)  # fmt: skip
     assert (config.factor_temporal, config.factor_spatial) == (2, 4)
 
 
 def test_a_file_and_a_folder(tmp_path):
-    config = VAEConfig(base_dim=8, clip_output=False)
+    config = WanVAEConfig(base_dim=8, clip_output=False)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config.to_dict()))
-    assert VAEConfig.from_file(file) == config
-    assert VAEConfig.from_file(tmp_path) == config
+    assert WanVAEConfig.from_file(file) == config
+    assert WanVAEConfig.from_file(tmp_path) == config
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_bad_values_are_named(tmp_path, values, words):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=words) as caught:
-        VAEConfig.from_file(file)
+        WanVAEConfig.from_file(file)
     assert caught.value.path == file
     assert str(caught.value).count(str(file)) == 1
 
@@ -69,4 +71,4 @@ def test_unreadable_files(tmp_path, text):
     if text is not None:
         file.write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        VAEConfig.from_file(file)
+        WanVAEConfig.from_file(file)

@@ -10,11 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_engine.errors import BackendError
-from sora_engine.vae import TiledCoder, TilePlan, VAEConfig, WanVAE, stream_decode, stream_encode
+from sora_engine.vae import TiledCoder, TilePlan, stream_decode, stream_encode
 from sora_engine.vae.cuda_graph import EAGER_LATENTS, GraphedVAE, graphed
 from sora_engine.vae.fit import FittedCoder
-from sora_engine.vae.rehearsal import NoScores, StorageMeter, decode_memory, encode_memory
+from sora_engine.vae.meter import NoScores, StorageMeter
+from sora_engine.vae.rehearsal import decode_memory, encode_memory
 from sora_engine.vae.state import FixedTape, VAEState
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 from tests.parity.vae_models import make_pair, relative
 
 WORKSPACE = 1000
@@ -190,7 +193,7 @@ def test_the_setting(vae):
 @pytest.mark.parametrize("side", ["decode", "encode"])
 def test_a_step_in_place_takes_no_more_than_was_promised(side):
     # On meta tensors, so to the byte; the caches of a layer are there twice for a moment.
-    config = VAEConfig()
+    config = WanVAEConfig()
     with torch.device("meta"):
         vae = WanVAE(config).requires_grad_(False).prepare(onednn=False)
     measure, run, step = {

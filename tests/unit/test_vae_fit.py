@@ -12,11 +12,11 @@ import torch
 
 import sora_engine as sora
 from sora_engine.errors import RequestError
-from sora_engine.vae import TiledCoder, TilePlan, VAEConfig, WanVAE
-from sora_engine.vae.fit import FittedCoder, free_bytes
+from sora_engine.vae import TiledCoder, TilePlan
+from sora_engine.vae.fit import FittedCoder
+from sora_engine.vae.free_memory import free_bytes
+from sora_engine.vae.meter import NoScores, StorageMeter
 from sora_engine.vae.rehearsal import (
-    NoScores,
-    StorageMeter,
     decode_memory,
     decode_peak_bytes,
     encode_memory,
@@ -26,11 +26,13 @@ from sora_engine.vae.rehearsal import (
 )
 from sora_engine.vae.state import VAEState
 from sora_engine.vae.tiling import starts
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 from tests.parity.oracles import tiny_pipeline
 from tests.parity.vae_models import LAYOUTS, make_pair
 
-WAN21 = VAEConfig()
-WAN22 = VAEConfig.from_dict(
+WAN21 = WanVAEConfig()
+WAN22 = WanVAEConfig.from_dict(
     LAYOUTS["wan22-deep"] | {"base_dim": 160, "decoder_base_dim": 256, "clip_output": True}
 )
 CPU = torch.device("cpu")
@@ -116,7 +118,7 @@ def test_the_promise_is_that_of_the_layers():
 @pytest.mark.parametrize("layout", [*LAYOUTS, {}, {"dim_mult": [8, 1, 1, 1]}], ids=str)
 def test_what_surely_fits_does_fit(layout):
     values = LAYOUTS[layout] if isinstance(layout, str) else layout
-    config = VAEConfig.from_dict(values)
+    config = WanVAEConfig.from_dict(values)
     for height, width in ((2, 2), (9, 16)):
         for memory in (decode_memory, encode_memory):
             peak = memory(config, height, width).peak
@@ -211,10 +213,12 @@ def test_what_is_kept_is_what_is_decoded(tmp_path, monkeypatch):
 
 _PEAK = """
 import re, torch
-from sora_engine.vae import TiledCoder, TilePlan, VAEConfig, WanVAE, stream_decode
+from sora_engine.vae import TiledCoder, TilePlan, stream_decode
+from sora_engine.vae.wan_config import WanVAEConfig
+from sora_engine.vae.wan import WanVAE
 torch.set_num_threads(1)
 torch.manual_seed(0)
-vae = WanVAE(VAEConfig(base_dim=8, num_res_blocks=1)).requires_grad_(False).prepare()
+vae = WanVAE(WanVAEConfig(base_dim=8, num_res_blocks=1)).requires_grad_(False).prepare()
 tiled = TiledCoder(vae, TilePlan(20, 24, 4))
 def resident(kind):
     with open("/proc/self/status") as file:
@@ -231,7 +235,7 @@ print(resident("VmHWM") - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 def test_tiles_keep_their_promise():
-    config = VAEConfig(base_dim=8, num_res_blocks=1)
+    config = WanVAEConfig(base_dim=8, num_res_blocks=1)
     promised = decode_peak_bytes(config, (32, 40), tiles=TilePlan(20, 24, 4))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, env=env)

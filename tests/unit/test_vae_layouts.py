@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sora_engine.distributed.vae import shared_copy
-from sora_engine.vae import VAEConfig, WanVAE
 from sora_engine.vae.backend import _key
 from sora_engine.vae.native import PackableConv3d, PackedConv
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 
-CONFIG = VAEConfig(base_dim=8, num_res_blocks=1)
+CONFIG = WanVAEConfig(base_dim=8, num_res_blocks=1)
 
 
 @pytest.fixture

@@ -11,17 +11,13 @@ import pytest
 import torch
 
 from sora_engine.errors import RequestError
-from sora_engine.vae import VAEConfig, WanVAE
 from sora_engine.vae.coder import stream_decode, stream_encode
-from sora_engine.vae.rehearsal import (
-    NoScores,
-    StorageMeter,
-    decode_memory,
-    encode_memory,
-    plan_tiles,
-)
+from sora_engine.vae.meter import NoScores, StorageMeter
+from sora_engine.vae.rehearsal import decode_memory, encode_memory, plan_tiles
 from sora_engine.vae.state import Tape
 from sora_engine.vae.tiling import TiledCoder, TilePlan, blend_weights, starts
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
 from tests.parity.vae_models import make_pair, relative
 
 
@@ -144,7 +140,7 @@ def test_tiles_stay_close_to_the_whole_and_have_no_seams(offload):
 
 
 def test_tiles_follow_the_budget():
-    config = VAEConfig()
+    config = WanVAEConfig()
     whole = decode_memory(config, 90, 160, torch.bfloat16)
     assert plan_tiles(config, 90, 160, whole.peak, dtype=torch.bfloat16) is None
     plan = plan_tiles(config, 90, 160, whole.peak // 3, dtype=torch.bfloat16, offload=True)
@@ -159,7 +155,7 @@ def test_cache_sizes_are_the_published_ones():
     # Measured elsewhere on meta tensors of diffusers' model, bf16: 1.76 GiB at 480p, 4.06 at 720p.
     # There the two temporal upsamplers hold as much as here.
     for height, width, gib in ((60, 104, 1.76), (90, 160, 4.06)):
-        cache = decode_memory(VAEConfig(), height, width, torch.bfloat16).cache
+        cache = decode_memory(WanVAEConfig(), height, width, torch.bfloat16).cache
         assert cache / 2**30 == pytest.approx(gib, rel=0.01)
 
 
@@ -175,11 +171,12 @@ def test_caches_take_what_was_promised(dtype):
 
 _PEAK = """
 import re, torch
-from sora_engine.vae import VAEConfig, WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
+from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.coder import stream_decode
 torch.set_num_threads(1)
 torch.manual_seed(0)
-vae = WanVAE(VAEConfig(base_dim=8, num_res_blocks=1)).requires_grad_(False).prepare()
+vae = WanVAE(WanVAEConfig(base_dim=8, num_res_blocks=1)).requires_grad_(False).prepare()
 def resident(kind):
     with open("/proc/self/status") as file:
         return int(re.search(kind + r":\\s*(\\d+) kB", file.read())[1]) * 1024
@@ -196,7 +193,7 @@ for count in (4, 9):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_length_and_keeps_the_promise():
-    promised = decode_memory(VAEConfig(base_dim=8, num_res_blocks=1), 24, 24).peak
+    promised = decode_memory(WanVAEConfig(base_dim=8, num_res_blocks=1), 24, 24).peak
     # Freed blocks go back at once, so that the resident size is what is in use.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, env=env)
@@ -211,20 +208,20 @@ def test_the_largest_stage_goes_a_frame_at_a_time(monkeypatch):
     vae = make_pair("wan21")[1].requires_grad_(False).prepare()
     latents = _latents(vae, 3, 3, 5)
     frames = vae.decode(latents)
-    peak = decode_memory.__wrapped__(VAEConfig(), 16, 16).peak
+    peak = decode_memory.__wrapped__(WanVAEConfig(), 16, 16).peak
     whole = Tape.in_parts
     monkeypatch.setattr(
         Tape, "in_parts", lambda tape, run, x, count: whole(tape, run, x, x.shape[2])
     )
     torch.testing.assert_close(vae.decode(latents), frames, rtol=0, atol=1e-5)
-    assert peak < 0.8 * decode_memory.__wrapped__(VAEConfig(), 16, 16).peak
+    assert peak < 0.8 * decode_memory.__wrapped__(WanVAEConfig(), 16, 16).peak
 
 
 @pytest.mark.parametrize("side", ["decode", "encode"])
 def test_live_tensors_do_not_grow_with_the_length(side):
     # On meta tensors, so to the byte.
     with torch.device("meta"):
-        vae = WanVAE(VAEConfig(base_dim=8, num_res_blocks=1)).requires_grad_(False)
+        vae = WanVAE(WanVAEConfig(base_dim=8, num_res_blocks=1)).requires_grad_(False)
     vae.prepare(onednn=False)
     if side == "decode":
         run, promised = vae.decode_chunk, decode_memory(vae.config, 12, 12).peak

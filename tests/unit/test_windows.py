@@ -10,19 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_engine.denoise.windows import (
-    WEIGHTS,
-    Window,
-    WindowPlan,
-    blend,
-    chain_of,
-    default_overlap,
-    default_plan,
-    plan_windows,
-    window_weights,
-)
+from sora_engine.denoise.windows import Window, blend, chain_of, plan_windows, window_weights
 from sora_engine.errors import RequestError
-from sora_engine.request.request import GenerationDefaults
+from sora_engine.request import GenerationDefaults, WindowPlan
+from sora_engine.request.windows import WEIGHTS, default_overlap, default_plan
 
 
 @st.composite

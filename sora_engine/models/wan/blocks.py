@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from sora_engine.denoise.packing import ContextRuns, Stream
 from sora_engine.models.attention import cross_attention, self_attention
+from sora_engine.models.backends import Backends
 from sora_engine.models.linear import linear_gelu
 from sora_engine.models.wan.config import WanConfig
 from sora_kernels import gate_residual_norm_modulate, qk_norm_rope
-
-OWN_PARTS = ("attn1", "attn2", "norm2", "ffn")
-"""Parts of a block that only its own methods read. The modulation tables are read for all blocks at
-once, and VACE's projections by the model."""
 
 
 class Modulation(NamedTuple):
@@ -24,13 +21,6 @@ class Modulation(NamedTuple):
 
     scale: Tensor
     shift: Tensor
-
-
-class Backends(NamedTuple):
-    """The backends of one forward pass: of the fused operations, and of attention."""
-
-    fused: str
-    attention: str
 
 
 class WanBlock(nn.Module):

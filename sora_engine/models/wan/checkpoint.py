@@ -20,8 +20,44 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, refuse_pickle
-from sora_engine.models.folder import INDEX, Component, ModelFolder, config_file
+from sora_engine.models.folder import (
+    INDEX,
+    Component,
+    FolderLayout,
+    ModelFolder,
+    config_file,
+)
 from sora_engine.models.wan.config import CLASS_NAMES, WanConfig
+
+LAYOUT = FolderLayout(
+    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
+    components={
+        "transformer": CLASS_NAMES,
+        "transformer_2": CLASS_NAMES,
+        "vae": ("AutoencoderKLWan",),
+        "text_encoder": ("UMT5EncoderModel",),
+        "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+        "scheduler": (
+            "UniPCMultistepScheduler",
+            "FlowMatchEulerDiscreteScheduler",
+            "DPMSolverMultistepScheduler",
+            "DDIMScheduler",
+            "DDPMScheduler",
+        ),
+        "image_encoder": ("CLIPVisionModel",),
+        "image_processor": (
+            "CLIPImageProcessor",
+            "CLIPImageProcessorFast",
+            "CLIPImageProcessorPil",
+            "CLIPFeatureExtractor",
+        ),
+    },
+    optional=("transformer_2", "image_encoder", "image_processor"),
+    settings=("boundary_ratio", "expand_timesteps"),
+)
+"""What diffusers' folders hold. `boundary_ratio` is where the second transformer takes over, as a
+fraction of the noise levels; `expand_timesteps`, whether each token has its own timestep (Wan 2.2
+TI2V-5B)."""
 
 KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 """Parts of names whose weights stay float32 in any dtype, as diffusers keeps them."""
@@ -196,24 +232,43 @@ def resolve_model(
 
 
 def _from_folder(path: Path, boundary_ratio: float | None) -> WanCheckpoint:
-    folder = ModelFolder.open(path)
-
-    def transformer(name: str) -> TransformerSource | None:
+    folder = ModelFolder.open(path, LAYOUT)
+    index_path = path / INDEX
+    own_boundary, expand_timesteps = _settings(folder.settings, index_path)
+    if ("transformer_2" in folder.components) != (own_boundary is not None):
+        raise CheckpointError(
+            f"boundary_ratio is {own_boundary} and transformer_2 is "
+            f"{'there' if 'transformer_2' in folder.components else 'null'}; two experts need both",
+            path=index_path,
+        )
+    sources = []
+    for name in ("transformer", "transformer_2"):
         component = folder.get(name)
-        if component is None:
-            return None
-        config = WanConfig.from_dict(component.config, path=component.config_path)
-        return TransformerSource(component.weights_path, config)
-
-    first, second = transformer("transformer"), transformer("transformer_2")
-    assert first is not None  # ModelFolder has seen to it
+        if component is not None:
+            config = WanConfig.from_dict(component.config, path=component.config_path)
+            sources.append(TransformerSource(component.weights_path, config))
     return _assemble(
         path,
-        [first] if second is None else [first, second],
+        sources,
         folder.components,
-        (boundary_ratio or folder.boundary_ratio) if second else None,
-        folder.expand_timesteps,
+        (boundary_ratio or own_boundary) if len(sources) == 2 else None,
+        expand_timesteps,
     )
+
+
+def _settings(index: dict[str, Any], path: Path) -> tuple[float | None, bool]:
+    boundary = index.get("boundary_ratio")
+    number = isinstance(boundary, (int, float)) and not isinstance(boundary, bool)
+    if boundary is not None and not (number and 0 < boundary < 1):
+        raise CheckpointError(
+            f"boundary_ratio is {boundary!r}; it must lie between 0 and 1, or be null", path=path
+        )
+    expand = index.get("expand_timesteps", False)
+    if not isinstance(expand, bool):
+        raise CheckpointError(
+            f"expand_timesteps is {expand!r}; it must be true or false", path=path
+        )
+    return (None if boundary is None else float(boundary)), expand
 
 
 def _from_files(
@@ -239,7 +294,7 @@ def _from_files(
     names += ["image_encoder", "image_processor"] if config.image_dim is not None else []
     names += ["scheduler"] if (folder / "scheduler").is_dir() else []
     for name in names:
-        parts[name] = Component.open(name, folder / name)
+        parts[name] = Component.open(name, folder / name, LAYOUT.components[name])
     if (folder / INDEX).exists():
         index = read_json_object(folder / INDEX)
         if len(paths) == 2 and isinstance(index.get("boundary_ratio"), float):

@@ -16,18 +16,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sora_engine.denoise.packing import Context, KeyValues, PackedBatch, Stream
-from sora_engine.models.linear import block_linears, steady
-from sora_engine.models.wan.blocks import Backends, Modulation, VaceBlock, WanBlock
+from sora_engine.denoise.conditioning import Context, Embedding, KeyValues
+from sora_engine.denoise.model import TransformerShape
+from sora_engine.denoise.packing import PackedBatch, Stream
+from sora_engine.models.backends import Backends
+from sora_engine.models.linear import steady
+from sora_engine.models.transformer import DiffusionTransformer
+from sora_engine.models.wan.blocks import Modulation, VaceBlock, WanBlock
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.embedders import ConditionEmbedder, embed_patches, rope_tables
 from sora_kernels import norm_modulate
 
+CLIP_TOKENS = 257
+"""Of one image: the patches of ViT-H/14 at 224 pixels, and the class token."""
 TEXT_TOKENS = 512
 """Wan pads every text to this many tokens with zeros, after the text encoder, and masks none."""
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(DiffusionTransformer):
     """A Wan transformer (2.1, 2.2 A14B expert, 2.2 TI2V-5B).
 
     Args:
@@ -36,6 +42,11 @@ class WanTransformer(nn.Module):
         backend: `backend` of every `sora_kernels` call; training uses `"reference"`.
         attention_backend: that of `packed_attention`, where it is another one.
     """
+
+    block_lists = ("vace_blocks", "blocks")  # VACE's control runs first
+    own_parts = ("attn1", "attn2", "norm2", "ffn")
+    """Tables of modulation are read for all blocks at once, VACE's projections by the model."""
+    block_methods = ("forward", "keys_values")
 
     def __init__(
         self,
@@ -67,29 +78,43 @@ class WanTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def prepare(self) -> WanTransformer:
-        """Lay the blocks' weights out for the processor, for good: the model only runs from here.
+    @property
+    def shape(self) -> TransformerShape:
+        """Its sizes."""
+        return transformer_shape(self.config, self.text_tokens)
 
-        They are no parameters any more, and cannot be saved. Returns self.
-        """
-        for block in (*self.blocks, *self.vace_blocks):
-            block_linears(block)
-        return self
+    def rebuild(self) -> WanTransformer:
+        """Another transformer of the same configuration and backends."""
+        return WanTransformer(
+            self.config,
+            text_tokens=self.text_tokens,
+            backend=self.backends.fused,
+            attention_backend=self.backends.attention,
+        )
+
+    def example_embedding(self, num_tokens: int, device: torch.device) -> Embedding:
+        """Zeros of the shapes that `encode_contexts` takes for a text of so many tokens."""
+        config = self.config
+        made = {"text": torch.zeros(num_tokens, config.text_dim, dtype=self.dtype, device=device)}
+        if config.image_dim is not None:
+            tokens = config.pos_embed_seq_len or CLIP_TOKENS
+            made["image"] = torch.zeros(tokens, config.image_dim, dtype=self.dtype, device=device)
+        return made
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that activations flow in."""
         return self.patch_embedding.weight.dtype
 
-    def encode_contexts(
-        self, texts: Sequence[Tensor], images: Sequence[Tensor | None] | None = None
-    ) -> list[Context]:
+    def encode_contexts(self, embeddings: Sequence[Embedding]) -> list[Context]:
         """Keys and values of texts and image embeddings, for every layer: once a request.
 
         Layers are the blocks, and behind them VACE's.
-        texts: each `[n, text_dim]`, the text encoder's output without padding, n <= `text_tokens`.
-        images: each `[257, image_dim]` (`[514, image_dim]`: first and last frame), Wan 2.1 I2V.
+        embeddings: each with `"text"` `[n, text_dim]`, the text encoder's output without padding,
+        n <= `text_tokens`, and in Wan 2.1 I2V `"image"` `[257, image_dim]` (`[514, image_dim]`:
+        first and last frame).
         """
+        texts = [embedding["text"] for embedding in embeddings]
         for text in texts:
             if not 0 < len(text) <= self.text_tokens:
                 raise ValueError(f"a text has 1 to {self.text_tokens} tokens, got {len(text)}")
@@ -107,7 +132,7 @@ class WanTransformer(nn.Module):
             )
         ]
         # The branches of a request read one image: its keys are computed once.
-        images = images or [None] * len(texts)
+        images = [embedding.get("image") for embedding in embeddings]
         distinct = {id(image): image for image in images if image is not None}
         embedded = {
             key: KeyValues(*self._keys_values(self._embed_image(image), "image"))
@@ -218,3 +243,17 @@ class WanTransformer(nn.Module):
             eps=self.config.eps,
             backend=self.backends.fused,
         )
+
+
+def transformer_shape(config: WanConfig, text_tokens: int) -> TransformerShape:
+    """The sizes of the transformer that a configuration describes."""
+    return TransformerShape(
+        num_layers=config.num_layers,
+        num_heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+        ffn_dim=config.ffn_dim,
+        in_channels=config.input_channels,
+        out_channels=config.out_channels,
+        text_tokens=text_tokens,
+        cross_attn_norm=config.cross_attn_norm,
+    )

@@ -1,0 +1,96 @@
+"""A packed batch over the ranks of one forward pass: any number of them, any mix of segments.
+
+All that a model does to a token by itself stays with it: its row of the modulation table, its
+coordinates and the text that it reads are cut alike. Only self-attention looks beyond.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sora_engine.denoise.packing import VIDEO, ContextRuns, PackedBatch
+from sora_engine.distributed.attention import ShardedAttention
+from sora_engine.distributed.mesh import Mesh
+from sora_engine.distributed.shard import TokenShard, clip_offsets, longest, shard_tokens
+from sora_engine.errors import LayoutError
+
+
+@dataclass(slots=True)
+class Sharder:
+    """Cuts packed batches, and keeps what depends on their composition alone."""
+
+    mesh: Mesh
+    max_layouts: int = 4
+    _kept: dict[int, tuple[object, TokenShard, dict[str, ContextRuns]]] = field(
+        default_factory=dict
+    )
+
+    def shard(self, batch: PackedBatch) -> PackedBatch:
+        """This rank's part of a batch."""
+        if self.mesh.sequence.size == 1:
+            return batch
+        # A packer gives the same mapping of contexts to every batch of one composition.
+        key = id(batch.contexts)
+        if key not in self._kept:
+            while len(self._kept) >= self.max_layouts:
+                self._kept.pop(next(iter(self._kept)))
+            shard, contexts = self._cut(batch)
+            self._kept[key] = (batch.contexts, shard, contexts)
+        _, shard, contexts = self._kept[key]
+        if set(batch.streams) != {VIDEO}:
+            raise LayoutError(
+                f"streams {sorted(set(batch.streams) - {VIDEO})} beside the video's are not "
+                "sharded over ranks; ulysses=1 and ring=1 would work"
+            )
+        video, mine = batch.video, shard.tokens
+        stream = replace(
+            video,
+            tokens=video.tokens[mine],
+            rows=None if video.rows is None else video.rows[mine],
+            coords=video.coords[mine],
+            attend=ShardedAttention(shard),
+            plans=shard.plans,
+        )
+        return replace(batch, streams={VIDEO: stream}, contexts=contexts)
+
+    def _cut(self, batch: PackedBatch) -> tuple[TokenShard, dict[str, ContextRuns]]:
+        video = batch.video
+        offsets = video.cu_seqlens.tolist()
+        shard = shard_tokens(self.mesh, offsets, video.grids, video.tokens.device)
+        return shard, _cut_runs(batch.contexts, shard.tokens)
+
+    def gather(self, predictions: Tensor, batch: PackedBatch) -> Tensor:
+        """Every rank's predictions `[tokens of the rank, channels]` as one, in packed order.
+
+        batch: the sharded one.
+        """
+        if not isinstance(batch.video.attend, ShardedAttention):
+            return predictions
+        shard = batch.video.attend.shard
+        shapes = [(b - a, predictions.shape[1]) for a, b in itertools.pairwise(shard.bounds)]
+        return torch.cat(self.mesh.sequence.all_gather(predictions, shapes))
+
+    def clear(self) -> None:
+        """Forget all layouts, and the text keys that they hold."""
+        self._kept.clear()
+
+
+def _cut_runs(contexts: Mapping[str, ContextRuns], mine: slice) -> dict[str, ContextRuns]:
+    """Context runs over a stretch of the tokens. Keys stay whole: every rank has all texts."""
+    cut = {}
+    for name, runs in contexts.items():
+        offsets = clip_offsets(runs.cu_seqlens_q.tolist(), mine.start, mine.stop)
+        padding = runs.log_padding
+        cut[name] = replace(
+            runs,
+            cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32, device=runs.keys.device),
+            max_seqlen_q=longest(offsets),
+            plans={},
+            log_padding=None if padding is None else padding[mine],
+        )
+    return cut

@@ -1,0 +1,155 @@
+"""The seam: what a family of checkpoints is, and what the engine asks of it.
+
+A family recognises its files, opens them as a `Checkpoint`, and says how its transformers are built
+and filled. Nothing outside a family's own folder names it but one line of `models.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sora_engine.denoise.model import TransformerShape
+from sora_engine.models.folder import Component, FolderLayout
+from sora_engine.models.transformer import DiffusionTransformer
+from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The tensors of a file: their names and shapes."""
+Sharder = Callable[[nn.Module], Mapping[str, range]]
+"""Makes a module on the meta device one of several that share its weights out; tells which rows of
+which parameters this process then has. See `io.loading.load_into`."""
+
+
+class Fill(Protocol):
+    """Reads a transformer's weights from its files."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        shard: Sharder | None = None,
+    ) -> None:
+        """Fill a module that was built on the meta device. Raises CheckpointError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ExpertSource:
+    """One transformer of a checkpoint, of which nothing is read yet but headers.
+
+    from_fraction: it serves the noise levels from this fraction of them on, down to the next
+        expert's; 0 for the last.
+    build: from the name of an attention backend, on the current default device.
+    """
+
+    path: Path
+    shape: TransformerShape
+    num_parameters: int
+    build: Callable[[str], DiffusionTransformer]
+    fill: Fill
+    from_fraction: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TextSource:
+    """A text encoder of a checkpoint: built by the kind that the encoder's class names.
+
+    max_tokens: where prompts are cut.
+    """
+
+    encoder: Component
+    tokenizer: Component
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ImageSource:
+    """An image encoder of a checkpoint, and what prepares pictures for it."""
+
+    encoder: Component
+    processor: Component
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Checkpoint:
+    """Everything that a model is made of, found and checked, with no weights read yet.
+
+    variant: which of its family's it is, for people.
+    experts: by falling noise level.
+    text_encoders: by the names under which the transformer reads them; none where it reads labels.
+    takes_last_image: whether the image encoder is shown the last frame too.
+    learned_variance: whether predictions carry as many channels again, of a variance.
+    defaults: of the family's published pipelines; a checkpoint's own go before them.
+    """
+
+    family: str
+    variant: str
+    path: Path
+    experts: tuple[ExpertSource, ...]
+    vae: Component
+    scheduler_config: Mapping[str, Any]
+    grid: LatentGrid
+    known_mode: KnownMode
+    defaults: GenerationDefaults
+    text_encoders: Mapping[str, TextSource] = field(default_factory=dict)
+    image_encoder: ImageSource | None = None
+    takes_last_image: bool = False
+    learned_variance: bool = False
+
+    @property
+    def shape(self) -> TransformerShape:
+        """Of its transformers, which are all built alike."""
+        return self.experts[0].shape
+
+    @property
+    def weights_paths(self) -> list[Path]:
+        """The files by which results name what made them."""
+        text = [source.encoder.weights_path for source in self.text_encoders.values()]
+        return [*(expert.path for expert in self.experts), self.vae.weights_path, *text]
+
+
+class Family(Protocol):
+    """A kind of checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """For people, and for `Checkpoint.family`."""
+        ...
+
+    @property
+    def layout(self) -> FolderLayout:
+        """What its folders hold in diffusers' layout; its pipeline classes are its alone."""
+        ...
+
+    def claims_file(self, shapes: Shapes) -> bool:
+        """Whether a single file with these tensors is a transformer of this family.
+
+        Two families never claim one file.
+        """
+        ...
+
+    def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
+        """Open a folder whose pipeline class is in `layout`.
+
+        settings: of the folder's `generation_config.json`, which may hold keys of the family's own.
+        Raises CheckpointError.
+        """
+        ...
+
+    def open_files(
+        self, paths: Sequence[Path], components: Path | None, settings: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Open transformer files, the first of which it claims, the expert for high noise first.
+
+        components: the folder with all else; None stands for the first file's own. Raises
+        CheckpointError.
+        """
+        ...

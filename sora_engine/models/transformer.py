@@ -1,0 +1,79 @@
+"""What every family's transformer is: a module over packed tokens whose blocks run one by one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from sora_engine.denoise.conditioning import Context, Embedding
+from sora_engine.denoise.model import TransformerShape
+from sora_engine.denoise.packing import PackedBatch
+from sora_engine.models.backends import Backends
+from sora_engine.models.linear import block_linears, lay_out_like
+
+
+class DiffusionTransformer(nn.Module, ABC):
+    """A transformer that takes a `PackedBatch` of segments of any size, length, text and noise
+    level: there is no batch dimension.
+
+    block_lists: the names of its lists of blocks, in the order in which they run.
+    own_parts: the children of a block that only the block's own methods read: their weights may be
+        elsewhere while none of `block_methods` runs.
+    """
+
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)
+    own_parts: ClassVar[tuple[str, ...]]
+    block_methods: ClassVar[tuple[str, ...]] = ("forward",)
+    backends: Backends
+
+    @property
+    @abstractmethod
+    def shape(self) -> TransformerShape:
+        """Its sizes."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype that activations flow in."""
+
+    @abstractmethod
+    def rebuild(self) -> Self:
+        """Another transformer of the same configuration and backends, with weights of its own."""
+
+    @abstractmethod
+    def example_embedding(self, num_tokens: int, device: torch.device) -> Embedding:
+        """Zeros of the shapes that `encode_contexts` takes for a text of so many tokens."""
+
+    @abstractmethod
+    def encode_contexts(self, embeddings: Sequence[Embedding]) -> list[Context]:
+        """What each embedding is to attention, for every layer: once a request."""
+
+    @abstractmethod
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Predictions for the video's tokens, `[N, patch volume * out_channels]`, channel last."""
+
+    @property
+    def blocks_in_order(self) -> list[nn.Module]:
+        """All blocks, in the order in which they run."""
+        return [block for name in self.block_lists for block in getattr(self, name)]
+
+    def prepare(self) -> Self:
+        """Lay the blocks' weights out for the processor, for good: the model only runs from here.
+
+        They are no parameters any more, and cannot be saved. Returns self.
+        """
+        for block in self.blocks_in_order:
+            block_linears(block)
+        return self
+
+    def without_weights(self) -> Self:
+        """The same layers on the meta device, to rehearse what they will need."""
+        with torch.device("meta"):
+            hollow = self.rebuild()
+        hollow = hollow.to(self.dtype).eval().requires_grad_(False)
+        lay_out_like(hollow, self)
+        return hollow

@@ -1,0 +1,170 @@
+"""Wan behind the seam: 2.1 T2V, I2V and VACE, 2.2 A14B (two experts), 2.2 TI2V-5B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sora_engine.errors import CheckpointError
+from sora_engine.models.family import (
+    Checkpoint,
+    ExpertSource,
+    ImageSource,
+    Shapes,
+    TextSource,
+)
+from sora_engine.models.folder import FolderLayout
+from sora_engine.models.wan.checkpoint import (
+    LAYOUT,
+    WanCheckpoint,
+    resolve_model,
+    to_diffusers_name,
+)
+from sora_engine.models.wan.config import WanConfig
+from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
+from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.vae.registry import read_vae_config
+
+_MARKS = (
+    "patch_embedding.weight",
+    "condition_embedder.text_embedder.linear_1.weight",
+    "blocks.0.attn2.to_k.weight",
+    "proj_out.weight",
+)
+"""Tensors of every Wan transformer. A file with most of them is one, if a damaged one."""
+
+
+class WanFamily:
+    """The Wan family (arXiv 2503.20314, 2503.07598)."""
+
+    name = "wan"
+    layout: FolderLayout = LAYOUT
+
+    def claims_file(self, shapes: Shapes) -> bool:
+        """Whether most of the tensors that every Wan has are there, under diffusers' names or its
+        own."""
+        names = {to_diffusers_name(name) for name in shapes}
+        return sum(mark in names for mark in _MARKS) > len(_MARKS) // 2
+
+    def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
+        """A folder in diffusers' layout."""
+        return describe(resolve_model(path), settings)
+
+    def open_files(
+        self, paths: Sequence[Path], components: Path | None, settings: Mapping[str, Any]
+    ) -> Checkpoint:
+        """One transformer file, or those of two experts, and a folder with the other parts."""
+        return describe(resolve_model(paths, components=components), settings)
+
+
+def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
+    """What was found, as the engine sees it.
+
+    settings: `text_tokens` is the length to which texts count as padded.
+    """
+    text_tokens = int(settings.get("text_tokens", TEXT_TOKENS))
+    config = found.transformer.config
+    vae = read_vae_config(
+        {"_class_name": found.vae.class_name, **found.vae.config}, path=found.vae.config_path
+    )
+    grid = LatentGrid(
+        channels=config.out_channels,
+        vae_spatial=vae.factor_spatial,
+        patch=config.patch_size,
+        time=vae.factor_temporal,
+    )
+    known_mode = _known_mode(found, grid)
+    sources = [found.transformer]
+    if found.transformer_2 is not None:
+        sources.append(found.transformer_2)
+    image_encoder = None
+    if found.image_encoder is not None and found.image_processor is not None:
+        image_encoder = ImageSource(encoder=found.image_encoder, processor=found.image_processor)
+    return Checkpoint(
+        family=WanFamily.name,
+        variant=_variant(found, known_mode),
+        path=found.path,
+        experts=tuple(
+            ExpertSource(
+                path=source.path,
+                shape=transformer_shape(source.config, text_tokens),
+                num_parameters=source.num_parameters,
+                build=partial(_build, source.config, text_tokens),
+                fill=source.load,
+                from_fraction=(found.boundary_ratio or 0.0) if i == 0 else 0.0,
+            )
+            for i, source in enumerate(sources)
+        ),
+        vae=found.vae,
+        scheduler_config=found.scheduler_config,
+        grid=grid,
+        known_mode=known_mode,
+        defaults=_published_defaults(found, grid),
+        text_encoders={
+            "text": TextSource(
+                encoder=found.text_encoder, tokenizer=found.tokenizer, max_tokens=text_tokens
+            )
+        },
+        image_encoder=image_encoder,
+        takes_last_image=config.pos_embed_seq_len is not None,
+    )
+
+
+def _build(config: WanConfig, text_tokens: int, attention_backend: str) -> WanTransformer:
+    return WanTransformer(config, text_tokens=text_tokens, attention_backend=attention_backend)
+
+
+def _variant(found: WanCheckpoint, known_mode: KnownMode) -> str:
+    if found.expand_timesteps:
+        return "ti2v"
+    modes = {KnownMode.VACE: "vace", KnownMode.CHANNELS: "i2v"}
+    mode = modes.get(known_mode, "t2v")
+    return mode if found.transformer_2 is None else f"{mode}, two experts"
+
+
+def _published_defaults(found: WanCheckpoint, grid: LatentGrid) -> GenerationDefaults:
+    """Those of diffusers' pipelines and the model cards."""
+    height, width, num_frames, fps = 480, 832, 81, 16.0
+    if found.expand_timesteps:  # TI2V-5B
+        height, width, num_frames, fps = 704, 1280, 121, 24.0
+    two = found.transformer_2 is not None
+    return GenerationDefaults(
+        height=height,
+        width=width,
+        num_frames=(num_frames - 1) // 4 * grid.time + 1,
+        fps=fps,
+        num_inference_steps=40 if two else 50,
+        guidance_scale=4.0 if two else 5.0,
+        guidance_scale_2=3.0 if two else None,
+        max_window=(num_frames - 1) // 4 + 1,
+    )
+
+
+def _known_mode(found: WanCheckpoint, grid: LatentGrid) -> KnownMode:
+    """What the checkpoint was trained to do with known content, from its input channels."""
+    config = found.transformer.config
+    if found.expand_timesteps:
+        return KnownMode.NOISE_LEVEL
+    if config.vace_layers is not None:
+        control = 2 * config.out_channels + grid.vae_spatial**2
+        if config.in_channels != config.out_channels or config.vace_in_channels != control:
+            raise CheckpointError(
+                f"the transformer takes {config.in_channels} channels, makes "
+                f"{config.out_channels} and is controlled by {config.vace_in_channels}; "
+                f"{config.out_channels}, as many and {control} would work with this VAE",
+                path=found.path,
+            )
+        return KnownMode.VACE
+    if config.in_channels == config.out_channels:
+        return KnownMode.REPLACEMENT
+    with_mask = 2 * config.out_channels + grid.time
+    if config.in_channels != with_mask:
+        raise CheckpointError(
+            f"the transformer takes {config.in_channels} channels and makes "
+            f"{config.out_channels}; {config.out_channels} (text to video) or {with_mask} "
+            "(with mask and known latents) would work",
+            path=found.path,
+        )
+    return KnownMode.CHANNELS

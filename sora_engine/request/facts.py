@@ -1,0 +1,100 @@
+"""What requests and tasks must know of a checkpoint: its grid of sizes, its defaults, and how it
+takes known frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class KnownMode(StrEnum):
+    """How a checkpoint takes known content."""
+
+    NOISE_LEVEL = "noise_level"
+    """Known tokens stand in the sample at noise level 0 (Wan 2.2 TI2V-5B)."""
+    CHANNELS = "channels"
+    """A mask and the known latents come as further input channels (Wan I2V)."""
+    VACE = "vace"
+    """Control latents come as further input channels: known content, unknown content, and a mask
+    (arXiv 2503.07598)."""
+    REPLACEMENT = "replacement"
+    """The model knows nothing of it: the known part of the sample is replaced by the known content
+    at the step's noise level (arXiv 2201.09865)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What a checkpoint sets where a request is silent."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = None
+    negative_prompt: str = ""
+    max_window: int | None = None
+    """Latent frames that the model was trained on; longer videos are denoised in windows."""
+    window_schedule: str = "static"
+    """How those follow each other: see `WindowPlan`."""
+    window_overlap: int | None = None
+    """The latent frames that neighbours share then; None: as many as `default_overlap` says."""
+    window_anchors: int = 0
+    """Where they are chained, the latent frames of the first one that all others see."""
+    solver: str | None = None
+    """None is the checkpoint's scheduler."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentGrid:
+    """How pixels map to latents: the sizes that a model can make.
+
+    spatial: (height, width) multiple in pixels of one token; time: frames to a latent frame;
+    vae_spatial: pixels to a latent, each way.
+    """
+
+    channels: int
+    vae_spatial: int
+    patch: tuple[int, int, int]
+    time: int
+
+    @property
+    def multiple(self) -> tuple[int, int]:
+        return self.vae_spatial * self.patch[1], self.vae_spatial * self.patch[2]
+
+    def latent_frames(self, num_frames: int, *, loop: bool) -> int:
+        return num_frames // self.time if loop else (num_frames - 1) // self.time + 1
+
+    def shape(
+        self, height: int, width: int, num_frames: int, *, loop: bool
+    ) -> tuple[int, int, int, int]:
+        """`(channels, latent_frames, latent_height, latent_width)`."""
+        frames = self.latent_frames(num_frames, loop=loop)
+        return self.channels, frames, height // self.vae_spatial, width // self.vae_spatial
+
+    def frames_of(self, latent_frame: int, *, loop: bool) -> range:
+        """The video frames that a latent frame holds: one for the first (unless in a loop)."""
+        if loop:
+            return range(latent_frame * self.time, (latent_frame + 1) * self.time)
+        return range(max(0, (latent_frame - 1) * self.time + 1), latent_frame * self.time + 1)
+
+
+class ModelFacts(Protocol):
+    """What is known of a checkpoint without its weights; `engine.model` is one."""
+
+    @property
+    def grid(self) -> LatentGrid: ...
+    @property
+    def defaults(self) -> GenerationDefaults: ...
+    @property
+    def known_mode(self) -> KnownMode: ...
+
+
+def nearest_on_grid(value: int, multiple: int, remainder: int = 0) -> tuple[int, int]:
+    """The values below and above `value` (itself twice, if it fits) that leave `remainder`."""
+    smallest = remainder if remainder > 0 else multiple
+    below = max(smallest, (value - remainder) // multiple * multiple + remainder)
+    above = below if below >= value else below + multiple
+    return below, above

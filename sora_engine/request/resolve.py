@@ -1,0 +1,338 @@
+"""A request with all defaults filled in, checked against what the model can make."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from sora_engine.config import Limits
+from sora_engine.errors import RequestError
+from sora_engine.request.checks import finite, integer, positive, several
+from sora_engine.request.facts import (
+    GenerationDefaults,
+    KnownMode,
+    LatentGrid,
+    ModelFacts,
+    nearest_on_grid,
+)
+from sora_engine.request.guidance import Guidance, needs_unconditional
+from sora_engine.request.request import Clip, Shot, VideoRequest
+from sora_engine.request.windows import SparsePlan, WindowPlan, default_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from sora_engine.request.request import Frames
+
+MAX_SEED = 2**63 - 1
+MAX_RESAMPLE = 50
+EDIT_STRENGTH = 0.6
+"""How far back towards noise a start video is taken where a request does not say."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ResolvedRequest:
+    """A request with every default filled in and every value checked.
+
+    window: what it is denoised in: the caller's choice or, where the video is longer than what the
+        checkpoint was trained on, the checkpoint's own windows. None: one attention span.
+    """
+
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    shift: float | None
+    sigmas: tuple[float, ...] | None
+    solver: str | None
+    seed: int
+    clips: tuple[Clip, ...]
+    init: Frames | None
+    strength: float | None
+    loop: bool
+    shots: tuple[Shot, ...]
+    guidance: Guidance
+    window: WindowPlan | SparsePlan | None
+    latents: torch.Tensor | None
+    resample: int = 1
+    original_prompt: str | None = None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts that it reads: those of its shots, or its prompt."""
+        return tuple(shot.prompt for shot in self.shots) or (self.prompt,)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step takes an unconditional prediction."""
+        return needs_unconditional(self.guidance_scale)
+
+    def memory_key(self) -> tuple[object, ...]:
+        """All of the request that its memory depends on: everything but words, seed and pixels."""
+        contents = ("prompt", "negative_prompt", "original_prompt", "seed", "fps")
+        reduced = {
+            "clips": bool(self.clips),
+            "init": self.init is not None,
+            "latents": self.latents is not None,
+            "shots": tuple(shot.num_frames for shot in self.shots),
+        }
+        names = [f.name for f in fields(self) if f.name not in contents]
+        return tuple(reduced.get(name, getattr(self, name)) for name in names)
+
+
+def resolve_request(
+    request: VideoRequest, facts: ModelFacts, limits: Limits, *, solvers: Sequence[str] = ()
+) -> ResolvedRequest:
+    """Fill in defaults and check all; `RequestError` names a bad value and what would work.
+
+    facts: of the model. solvers: the names that `request.solver` may have; empty for any.
+    """
+    if not isinstance(request, VideoRequest):
+        raise RequestError(f"a request must be a VideoRequest, got {type(request).__name__}")
+    defaults, grid = facts.defaults, facts.grid
+    loop = bool(request.loop)
+    _check_prompts(request, limits)
+    height, width, num_frames = _resolve_size(request, defaults, grid, limits)
+    sigmas, steps = _resolve_steps(request, defaults, limits)
+    guidance, guidance_scale, guidance_scale_2 = _resolve_guidance(request, defaults)
+    if request.solver is not None and solvers and request.solver not in solvers:
+        raise RequestError(f"solver must be one of {list(solvers)}, got {request.solver!r}")
+    seed = secrets.randbelow(2**32) if request.seed is None else integer("seed", request.seed, 0)
+    if not 0 <= seed <= MAX_SEED:
+        raise RequestError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+    resample = integer("resample", request.resample, 1)
+    if not 1 <= resample <= MAX_RESAMPLE:
+        raise RequestError(f"resample must be from 1 to {MAX_RESAMPLE}, got {resample}")
+    if request.latents is not None:
+        _check_latents(request.latents, grid.shape(height, width, num_frames, loop=loop))
+    return ResolvedRequest(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or defaults.negative_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=positive("fps", defaults.fps if request.fps is None else request.fps),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_scale_2=guidance_scale_2,
+        guidance=guidance,
+        shift=None if request.shift is None else positive("shift", request.shift),
+        sigmas=sigmas,
+        solver=request.solver or defaults.solver,
+        seed=seed,
+        clips=_checked_clips(several("clips", request.clips, "Clip(frames, at)"), num_frames),
+        init=request.init,
+        strength=_resolve_strength(request),
+        loop=loop,
+        shots=several("shots", request.shots, "Shot(prompt, num_frames)"),
+        window=_resolve_window(request, facts, grid.latent_frames(num_frames, loop=loop)),
+        latents=request.latents,
+        resample=resample,
+        original_prompt=request.original_prompt,
+    )
+
+
+def _check_prompts(request: VideoRequest, limits: Limits) -> None:
+    for name in ("prompt", "negative_prompt"):
+        text: object = getattr(request, name)
+        if not isinstance(text, str):
+            raise RequestError(f"{name} must be a string, got {type(text).__name__}")
+        if len(text) > limits.max_prompt_chars:
+            raise RequestError(
+                f"{name} has {len(text)} characters; at most {limits.max_prompt_chars}"
+            )
+
+
+def _resolve_size(
+    request: VideoRequest, defaults: GenerationDefaults, grid: LatentGrid, limits: Limits
+) -> tuple[int, int, int]:
+    """Height, width and number of frames."""
+    loop, nearest = bool(request.loop), bool(request.round_to_grid)
+    height = _on_grid("height", request.height, defaults.height, grid.multiple[0], 0, nearest)
+    width = _on_grid("width", request.width, defaults.width, grid.multiple[1], 0, nearest)
+    shots: tuple[Shot, ...] = several("shots", request.shots, "Shot(prompt, num_frames)")
+    default_frames = sum(_shot_frames(shot) for shot in shots) or defaults.num_frames
+    if loop and request.num_frames is None and not shots:
+        default_frames = max(grid.time, default_frames // grid.time * grid.time)
+    num_frames = _on_grid(
+        "num_frames", request.num_frames, default_frames, grid.time, 0 if loop else 1, nearest
+    )
+    if height * width > limits.max_pixels:
+        raise RequestError(
+            f"{width}x{height} is {height * width} pixels; at most {limits.max_pixels}, so "
+            f"{_size_within(limits.max_pixels, height, width, grid)} would work"
+        )
+    if num_frames > limits.max_frames:
+        time = math.lcm(grid.time, 4)
+        longest, _ = nearest_on_grid(limits.max_frames, time, 0 if loop else 1)
+        raise RequestError(
+            f"num_frames is {num_frames}; at most {limits.max_frames}, so {longest} would work"
+        )
+    if shots and sum(shot.num_frames for shot in shots) != num_frames:
+        raise RequestError(
+            f"the shots have {sum(shot.num_frames for shot in shots)} frames together; "
+            f"they must fill num_frames = {num_frames}"
+        )
+    return height, width, num_frames
+
+
+def _resolve_steps(
+    request: VideoRequest, defaults: GenerationDefaults, limits: Limits
+) -> tuple[tuple[float, ...] | None, int]:
+    """The noise levels that a caller chose, if any, and the number of steps."""
+    steps = integer(
+        "num_inference_steps", request.num_inference_steps, defaults.num_inference_steps
+    )
+    if not 1 <= steps <= limits.max_inference_steps:
+        raise RequestError(
+            f"num_inference_steps must be from 1 to {limits.max_inference_steps}, got {steps}"
+        )
+    if request.sigmas is None:
+        return None, steps
+    levels = several("sigmas", request.sigmas, "noise levels")
+    sigmas = tuple(finite("sigmas", s, None) for s in levels)
+    falling = all(a > b for a, b in itertools.pairwise(sigmas))
+    if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
+        raise RequestError(f"sigmas must fall strictly, within (0, 1], got {list(sigmas)}")
+    return sigmas, len(sigmas)
+
+
+def _resolve_guidance(
+    request: VideoRequest, defaults: GenerationDefaults
+) -> tuple[Guidance, float, float]:
+    """The rule, and the scales of the first and the second expert."""
+    guidance = request.guidance or Guidance()
+    if not isinstance(guidance, Guidance):
+        raise RequestError(f"guidance must be a Guidance, got {type(guidance).__name__}")
+    scale = request.guidance_scale
+    if scale is None and request.guidance is not None:
+        scale = guidance.scale
+    first = finite("guidance_scale", scale, defaults.guidance_scale)
+    # As in diffusers, a scale that a caller gives holds for both experts.
+    default_2 = first if scale is not None else defaults.guidance_scale_2
+    second = finite(
+        "guidance_scale_2", request.guidance_scale_2, first if default_2 is None else default_2
+    )
+    return guidance, first, second
+
+
+def _resolve_strength(request: VideoRequest) -> float | None:
+    if request.init is None:
+        if request.strength is not None:
+            raise RequestError(
+                "strength says how far back `init` is taken: give an `init` video too"
+            )
+        return None
+    strength = finite("strength", request.strength, EDIT_STRENGTH)
+    if not 0 < strength <= 1:
+        raise RequestError(f"strength must lie in (0, 1], got {strength}")
+    return strength
+
+
+def _resolve_window(
+    request: VideoRequest, facts: ModelFacts, latent_frames: int
+) -> WindowPlan | SparsePlan | None:
+    """The request's windows, or those of the model's trained length where the video is longer."""
+    window: Any = request.window
+    if window is None:
+        return _default_window(request, facts.defaults, latent_frames)
+    if not isinstance(window, (WindowPlan, SparsePlan)):
+        raise RequestError(
+            f"window must be a WindowPlan or a SparsePlan, got {type(window).__name__} {window!r}"
+        )
+    if isinstance(window, WindowPlan) and window.schedule == "chained":
+        if facts.known_mode is not KnownMode.NOISE_LEVEL:
+            raise RequestError(
+                "window schedule 'chained' needs a checkpoint that takes known frames at noise "
+                f"level 0; this one takes them by {facts.known_mode.value}: 'static' or 'moving' "
+                "would work"
+            )
+        if request.init is not None:
+            raise RequestError(
+                "window schedule 'chained' starts every window from noise; with a start video "
+                "'static' or 'moving' would work"
+            )
+    return window
+
+
+def _default_window(
+    request: VideoRequest, defaults: GenerationDefaults, latent_frames: int
+) -> WindowPlan | None:
+    if defaults.max_window is None or latent_frames <= defaults.max_window:
+        return None
+    schedule = defaults.window_schedule
+    if schedule == "chained" and (request.init is not None or request.shots):
+        # What a start video shows is there in every window; and a shot that knew the one before it
+        # would go on with that one's scene.
+        schedule = "static"
+    return default_plan(defaults, schedule)
+
+
+def _on_grid(
+    name: str, value: object, default: int, multiple: int, remainder: int, nearest: bool
+) -> int:
+    number = integer(name, value, default)
+    if number < 1:
+        raise RequestError(f"{name} must be at least {remainder or multiple}, got {number}")
+    below, above = nearest_on_grid(number, multiple, remainder)
+    if number in (below, above):
+        return number
+    if nearest:
+        return below if number - below <= above - number else above
+    rule = f"a multiple of {multiple}" + (f" plus {remainder}" if remainder else "")
+    choice = f"{below} or {above}" if below < number else f"{below}"
+    raise RequestError(f"{name} must be {rule}, got {number}; the nearest are {choice}")
+
+
+def _size_within(max_pixels: int, height: int, width: int, grid: LatentGrid) -> str:
+    """About the largest WIDTHxHEIGHT of this shape that the model and the limit allow.
+
+    Of the coarsest grid of all models, for checks that are made before the model is known.
+    """
+    rows, columns = (math.lcm(multiple, 32) for multiple in grid.multiple)
+    shorter = math.isqrt(max_pixels * height // width)
+    height = max(rows, shorter // rows * rows)
+    return f"{max(columns, max_pixels // height // columns * columns)}x{height}"
+
+
+def _shot_frames(shot: Shot) -> int:
+    if not isinstance(shot, Shot):
+        raise RequestError(f"shots must be Shot objects, got {type(shot).__name__}")
+    if not isinstance(shot.prompt, str):
+        raise RequestError(f"a shot's prompt must be a string, got {type(shot.prompt).__name__}")
+    frames = integer("a shot's num_frames", shot.num_frames, 0)
+    if frames < 1:
+        raise RequestError(f"a shot's num_frames must be at least 1, got {frames}")
+    return frames
+
+
+def _checked_clips(clips: Sequence[Clip], num_frames: int) -> tuple[Clip, ...]:
+    """Types and starts; lengths and overlaps are known once the frames are read."""
+    for clip in clips:
+        if not isinstance(clip, Clip):
+            raise RequestError(f"clips must be Clip objects, got {type(clip).__name__}")
+        at = integer("a clip's `at`", clip.at, 0)
+        if not 0 <= at < num_frames:
+            raise RequestError(
+                f"a clip begins at frame {at}; frames run from 0 to {num_frames - 1}"
+            )
+    return tuple(sorted(clips, key=lambda clip: clip.at))
+
+
+def _check_latents(latents: object, shape: tuple[int, ...]) -> None:
+    actual = getattr(latents, "shape", None)
+    if actual is None or tuple(actual) != shape:
+        got = type(latents).__name__ if actual is None else tuple(actual)
+        raise RequestError(
+            f"latents must be a float32 tensor [channels, latent_frames, latent_height, "
+            f"latent_width] = {shape} for this request, got {got}"
+        )

@@ -1,0 +1,97 @@
+"""Text encoders: what each kind of them offers, and several of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sora_engine.errors import CheckpointError
+
+
+class TextEncoder(Protocol):
+    """A text encoder with its tokenizer.
+
+    model: its layers. max_tokens: where it cuts a prompt. device: where it computes, which need not
+    be where its weights lie.
+    """
+
+    model: Any
+    max_tokens: int
+    device: torch.device
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """An embedding `[tokens, text_dim]` (pooled: `[text_dim]`) for each prompt, on `device`."""
+        ...
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, as `encode` cuts it."""
+        ...
+
+    def activation_bytes(self, num_tokens: int) -> int:
+        """The most that encoding one text of so many tokens holds beside the weights."""
+        ...
+
+
+_KINDS = {"UMT5EncoderModel": "sora_engine.text.umt5:UMT5Encoder"}
+"""Where each kind is, by the class that transformers' configurations name."""
+
+
+def load_text_encoder(
+    class_name: str,
+    text_encoder: Path,
+    tokenizer: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int,
+) -> TextEncoder:
+    """The encoder of that class from the folders of a checkpoint. Raises CheckpointError."""
+    if class_name not in _KINDS:
+        raise CheckpointError(
+            f"text encoder {class_name!r}; supported: {', '.join(_KINDS)}", path=text_encoder
+        )
+    module, _, name = _KINDS[class_name].partition(":")
+    kind = getattr(import_module(module), name)
+    encoder: TextEncoder = kind.from_folders(
+        text_encoder, tokenizer, device=device, dtype=dtype, max_tokens=max_tokens
+    )
+    return encoder
+
+
+class PromptEncoder:
+    """All text encoders of a model: a prompt becomes what each of them makes of it, by name."""
+
+    def __init__(self, encoders: Mapping[str, TextEncoder]) -> None:
+        self.encoders = dict(encoders)
+
+    @property
+    def max_tokens(self) -> int:
+        """Where the longest of them cuts a prompt."""
+        return max((encoder.max_tokens for encoder in self.encoders.values()), default=1)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Their layers."""
+        return [encoder.model for encoder in self.encoders.values()]
+
+    def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """For each prompt its embedding by every encoder's name."""
+        made: list[dict[str, Tensor]] = [{} for _ in prompts]
+        for name, encoder in self.encoders.items():
+            for embedding, tensor in zip(made, encoder.encode(prompts), strict=True):
+                embedding[name] = tensor
+        return made
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, by the encoder that makes the most of them."""
+        return max((encoder.count(prompt) for encoder in self.encoders.values()), default=1)
+
+    def activation_bytes(self, num_tokens: int) -> int:
+        """The most that encoding a text holds beside weights: encoders run one after the other."""
+        sizes = (encoder.activation_bytes(num_tokens) for encoder in self.encoders.values())
+        return max(sizes, default=0)

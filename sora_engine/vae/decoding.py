@@ -1,0 +1,82 @@
+"""Latents to the frames that a caller gets: streamed, round in circles for a loop, as uint8."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sora_engine.vae.coder import VideoCoder
+
+MAX_REACH = 96
+"""Latent frames after which a causal decoder that still remembers is taken to be at fault: Wan's
+reaches back 38."""
+
+
+@torch.inference_mode()
+def decoding(
+    latents: Tensor,
+    vae: VideoCoder[Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    wraps: bool,
+) -> Iterator[Tensor | None]:
+    """Frames `[n, height, width, 3]` (uint8, on the host), a latent frame's worth at a time; None
+    between: wherever the engine may turn to other jobs, or stop.
+
+    latents: normalised, `[C, T, H, W]`; they are decoded as `dtype` on `device`. wraps: time is a
+    circle. A loop's decoder runs in circles until a lap leaves it as it found it: the next lap has
+    no seam.
+    """
+    latents = latents.to(device, dtype)
+    state = (yield from last_lap_state(latents, vae)) if wraps else None
+    for latent_frame in latents.split(1, dim=1):
+        frames, state = vae.decode_chunk(latent_frame[None], state, consume=True)
+        made = to_uint8(frames[0])
+        del frames  # not held while the next ones are made
+        yield made
+        del made
+
+
+@runtime_checkable
+class ComparesStates(Protocol):
+    """A VAE that holds a part of the state, and asks those that hold the rest."""
+
+    def same_state(self, a: Any, b: Any) -> bool: ...
+
+
+def last_lap_state(latents: Tensor, vae: VideoCoder[Any]) -> Generator[None, None, Any]:
+    """The decoder's state from which a lap over a loop's latents ends where it began.
+
+    latents: `[C, T, H, W]`. A causal decoder forgets: after enough laps its caches repeat bit for
+    bit, and the frames of the next lap join at the seam like any others. Yields after each latent
+    frame.
+    """
+    # Where ranks decode a part each, they go round together.
+    same = vae.same_state if isinstance(vae, ComparesStates) else _same
+    before: Any = None
+    for _ in range(MAX_REACH // latents.shape[1] + 2):
+        state = before
+        for latent_frame in latents.split(1, dim=1):
+            # What the lap before left is looked at again; what this one leaves on its way is not.
+            used_up = state is not before
+            _, state = vae.decode_chunk(latent_frame[None], state, consume=used_up)
+            yield
+        if before is not None and same(before, state):
+            return state
+        before = state
+    raise RuntimeError(f"the decoder does not repeat within {MAX_REACH} latent frames of a loop")
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip(a.caches, b.caches, strict=True)
+    return all(x is not None and y is not None and torch.equal(x, y) for x, y in pairs)
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """`[3, n, H, W]` in [-1, 1] -> uint8 `[n, H, W, 3]` on the host, rounded as in diffusers."""
+    scaled = (frames.float() / 2 + 0.5).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous()

@@ -1,0 +1,63 @@
+"""The kinds of video autoencoder, by the class that diffusers' configurations name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from sora_engine.errors import CheckpointError
+from sora_engine.vae.causal import CausalVAE
+from sora_engine.vae.shapes import VAEConfig
+
+
+class ReadsConfig(Protocol):
+    """A kind's class of configurations."""
+
+    def from_dict(self, values: Mapping[str, Any], *, path: str | Path | None = None) -> Any:
+        """From the dictionary of a `config.json`; raises CheckpointError, which names `path`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class VAEKind:
+    """One kind: how its configuration is read, and the layers that are built from it."""
+
+    config: ReadsConfig
+    layers: type[CausalVAE]
+
+
+_KINDS: dict[str, VAEKind | str] = {"AutoencoderKLWan": "sora_engine.vae.wan"}
+"""By class name the kind, or the module that has it as `KIND`."""
+
+
+def register_vae(class_name: str, kind: VAEKind) -> None:
+    """Make a kind known by the class name that its configurations carry."""
+    _KINDS[class_name] = kind
+
+
+def vae_kind(class_name: object, *, path: str | Path | None = None) -> VAEKind:
+    """The kind of that name. Raises CheckpointError with those that are known."""
+    found = _KINDS.get(class_name) if isinstance(class_name, str) else None
+    if found is None:
+        raise CheckpointError(
+            f"the vae's class is {class_name!r}; supported: {', '.join(_KINDS)}", path=path
+        )
+    if isinstance(found, VAEKind):
+        return found
+    kind: VAEKind = import_module(found).KIND
+    return kind
+
+
+def read_vae_config(values: Mapping[str, Any], *, path: str | Path | None = None) -> VAEConfig:
+    """The configuration in a `config.json`, of whichever kind it names."""
+    kind = vae_kind(values.get("_class_name"), path=path)
+    config: VAEConfig = kind.config.from_dict(values, path=path)
+    return config
+
+
+def build_vae(config: VAEConfig) -> CausalVAE:
+    """The layers of a configuration, with random weights, on the current default device."""
+    return vae_kind(config.class_name).layers(config)
