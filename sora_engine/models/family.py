@@ -62,11 +62,12 @@ class ExpertSource:
 class TextSource:
     """A text encoder of a checkpoint: built by the kind that the encoder's class names.
 
+    tokenizer: None for kinds that need none, such as an embedding of class labels.
     max_tokens: where prompts are cut.
     """
 
     encoder: Component
-    tokenizer: Component
+    tokenizer: Component | None
     max_tokens: int
 
 

@@ -245,7 +245,7 @@ def load_prompt_encoder(
         encoders[name] = load_text_encoder(
             source.encoder.class_name,
             source.encoder.folder,
-            source.tokenizer.folder,
+            None if source.tokenizer is None else source.tokenizer.folder,
             device=_place(offload, device),
             dtype=dtype,
             max_tokens=source.max_tokens,

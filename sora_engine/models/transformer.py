@@ -20,6 +20,9 @@ class DiffusionTransformer(nn.Module, ABC):
     """A transformer that takes a `PackedBatch` of segments of any size, length, text and noise
     level: there is no batch dimension.
 
+    What it needs is rehearsed on meta tensors, so no tensor's values may decide what it does: sizes
+    of segments are in `Stream.grids`.
+
     block_lists: the names of its lists of blocks, in the order in which they run.
     own_parts: the children of a block that only the block's own methods read: their weights may be
         elsewhere while none of `block_methods` runs.

@@ -37,14 +37,37 @@ class TextEncoder(Protocol):
         ...
 
 
-_KINDS = {"UMT5EncoderModel": "sora_engine.text.umt5:UMT5Encoder"}
-"""Where each kind is, by the class that transformers' configurations name."""
+class TextEncoderKind(Protocol):
+    """A class of text encoders."""
+
+    def from_folders(
+        self,
+        text_encoder: Path,
+        tokenizer: Path | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_tokens: int,
+    ) -> TextEncoder:
+        """An encoder from the folders of a checkpoint. Raises CheckpointError."""
+        ...
+
+
+_KINDS: dict[str, TextEncoderKind | str] = {
+    "UMT5EncoderModel": "sora_engine.text.umt5:UMT5Encoder",
+}
+"""By the class that a configuration names the kind, or where it is."""
+
+
+def register_text_encoder(class_name: str, kind: TextEncoderKind) -> None:
+    """Make a kind known by the class that its configurations name."""
+    _KINDS[class_name] = kind
 
 
 def load_text_encoder(
     class_name: str,
     text_encoder: Path,
-    tokenizer: Path,
+    tokenizer: Path | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -55,12 +78,15 @@ def load_text_encoder(
         raise CheckpointError(
             f"text encoder {class_name!r}; supported: {', '.join(_KINDS)}", path=text_encoder
         )
-    module, _, name = _KINDS[class_name].partition(":")
-    kind = getattr(import_module(module), name)
-    encoder: TextEncoder = kind.from_folders(
+    kind = _KINDS[class_name]
+    if isinstance(kind, str):
+        module, _, name = kind.partition(":")
+        found: TextEncoderKind = getattr(import_module(module), name)
+    else:
+        found = kind
+    return found.from_folders(
         text_encoder, tokenizer, device=device, dtype=dtype, max_tokens=max_tokens
     )
-    return encoder
 
 
 class PromptEncoder:

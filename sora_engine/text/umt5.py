@@ -69,7 +69,7 @@ class UMT5Encoder:
     def from_folders(
         cls,
         text_encoder: str | Path,
-        tokenizer: str | Path,
+        tokenizer: str | Path | None,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -79,6 +79,8 @@ class UMT5Encoder:
 
         Raises `CheckpointError` for whatever is missing, unknown or does not fit.
         """
+        if tokenizer is None:
+            raise CheckpointError("a T5 encoder needs a tokenizer", path=text_encoder)
         words = load_tokenizer(Path(tokenizer))
         encoder = cls(
             load_umt5(Path(text_encoder), device=device, dtype=dtype), words, max_tokens=max_tokens

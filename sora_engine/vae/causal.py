@@ -224,6 +224,6 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
 def _open(state: VAEState | None, consume: bool) -> Sequence[Tensor | None] | None:
     if state is None:
         return None
-    if not state.caches:
+    if state.released:
         raise ValueError("this VAE state was consumed by an earlier call; keep what that returned")
     return state.release() if consume else state.caches

@@ -175,7 +175,7 @@ class GraphedVAE(ChunkCoder[VAEState]):
         consume: bool,
     ) -> SteadyGraph | None:
         """The graph of this step, recorded now if need be; None where it is to run as it is."""
-        if state is None or state.latent_frames < EAGER_LATENTS or not state.caches:
+        if state is None or state.latent_frames < EAGER_LATENTS or state.released:
             return None
         key = (step.__name__, *x.shape, x.dtype, x.device)
         graph = self._graphs.get(key)

@@ -26,6 +26,7 @@ class VAEState:
     caches: tuple[Tensor | None, ...]
     latent_frames: int
     home: object = field(default=None, repr=False, compare=False)
+    released: bool = field(default=False, init=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -36,6 +37,7 @@ class VAEState:
         """The caches, which this state then no longer holds: for a pass that frees each one as soon
         as its layer has run, rather than keep two generations of all of them."""
         caches, self.caches, self.home = list(self.caches), (), None
+        self.released = True
         return caches
 
     def move_out(self) -> None:

@@ -130,7 +130,7 @@ def test_anchors_are_the_beginning_of_a_longer_video_of_which_the_rest_is_hidden
     (context,) = model.encode_contexts([{"text": text}])
     packer = Packer(model.config.patch_size, torch.device("cpu"))
     segment = Segment(
-        latents[:, ~hidden], timesteps[~hidden], ((context, anchors + frames)), num_anchors=anchors
+        latents[:, ~hidden], timesteps[~hidden], ((context, anchors + frames),), num_anchors=anchors
     )
     other = Segment(latents[:, :4], timesteps[:4], ((context, 4),))
     batch = packer.pack([other, segment, other])

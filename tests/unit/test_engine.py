@@ -70,9 +70,9 @@ def test_cancel_while_denoising_stops_within_a_step(engine, monkeypatch):
     reached, go_on = threading.Event(), threading.Event()
     step = stages_module.denoise_step
 
-    def gated(jobs, *rest):
-        failures = step(jobs, *rest)
-        if jobs[0].progress.steps_done == 2:
+    def gated(canvases, *rest):
+        failures = step(canvases, *rest)
+        if canvases[0].step == 2:
             reached.set()
             go_on.wait(30)
         return failures

@@ -47,7 +47,7 @@ def test_anchors_stand_apart_in_time():
     packer = Packer((2, 1, 1), CPU)
     latents, levels = torch.randn(5, 6, 1, 2), torch.zeros(6)
     plain, anchored, again = (
-        Segment(latents, levels, ((context, 6),), anchors=anchors) for anchors in (0, 2, 4)
+        Segment(latents, levels, ((context, 6),), num_anchors=anchors) for anchors in (0, 2, 4)
     )
     coords = packer.pack([plain, anchored, again]).video.coords.view(3, 3, 2, 3)
     gap = ANCHOR_GAP
@@ -57,7 +57,7 @@ def test_anchors_stand_apart_in_time():
     assert packer.pack([plain, again, anchored]).video.coords.view(3, -1)[1, 6] == 1
     for bad in (1, 6, 8, -2):
         with pytest.raises(ValueError, match=f"multiple of 2 from 0 to below 6 .*, got {bad}"):
-            packer.pack([Segment(latents, levels, ((context, 6),), anchors=bad)])
+            packer.pack([Segment(latents, levels, ((context, 6),), num_anchors=bad)])
 
 
 def test_a_batch_of_segments():
