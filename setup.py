@@ -42,6 +42,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mprefer-vector-width=512",
     ]
 CUDA = ["csrc/cuda/norm.cu", "csrc/cuda/rope.cu"]
+CUDA_BINDINGS = "csrc/cuda/bindings.cpp"
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Machine code of these, and PTX of the first for what is between and after them.
 CUDA_ARCHITECTURES = ("80", "90a", "100")
@@ -122,7 +123,7 @@ class BuildNative(build_ext):
                 extra_postargs=[*FLAGS, *flags],
                 depends=ext.depends,
             )
-        libraries, folders = ["c10", "torch_cpu"], [torch / "lib"]
+        once, libraries, folders = [*ONCE], ["c10", "torch_cpu"], [torch / "lib"]
         cuda = toolkit(torch)
         if isinstance(cuda, Toolkit):
             try:
@@ -130,7 +131,7 @@ class BuildNative(build_ext):
             except Exception as error:
                 cuda = str(error)
         if isinstance(cuda, Toolkit):
-            defines.append(("SORA_CUDA", "1"))
+            once.append(CUDA_BINDINGS)
             includes.append(str(cuda.home / "include"))
             libraries.append("cudart")
             folders.append(cuda.home / "lib64")
@@ -139,7 +140,7 @@ class BuildNative(build_ext):
         else:
             print(f"sora_kernels: without CUDA kernels ({cuda})", file=sys.stderr)
         objects += self.compiler.compile(
-            ONCE,
+            once,
             output_dir=self.build_temp,
             macros=defines,
             include_dirs=includes,
@@ -170,7 +171,7 @@ class BuildNative(build_ext):
         return []
 
     def compile_cuda(self, cuda: Toolkit) -> list[str]:
-        """Objects of csrc/cuda. These files see no header of PyTorch."""
+        """Objects of csrc/cuda's kernels. These files see no header of PyTorch."""
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
         oldest = CUDA_ARCHITECTURES[0]
         codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
@@ -192,7 +193,7 @@ setup(
     ext_modules=[
         Extension(
             "sora_kernels._native",
-            sources=[*PER_ISA, *ONCE],
+            sources=[*PER_ISA, *ONCE, CUDA_BINDINGS],
             depends=sorted(
                 str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix != ".cpp"
             ),

@@ -17,7 +17,8 @@ from sora_engine.samplers.config import (
 from sora_engine.samplers.dpm import DPMSolver
 from sora_engine.samplers.euler import EulerSolver, RenoiseSolver
 from sora_engine.samplers.noise import free_noise, initial_noise, noise_for
-from sora_engine.samplers.schedule import Schedule, build_schedule
+from sora_engine.samplers.schedule import Schedule
+from sora_engine.samplers.schedule_builder import build_schedule
 from sora_engine.samplers.solver import Solver, SolverState
 from sora_engine.samplers.unipc import UniPCSolver
 

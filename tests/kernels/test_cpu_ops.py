@@ -9,24 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import (
-    SLACK,
+from attention_checks import (
     attention_cases,
-    causal_cases,
     check_a_thousand_segments,
     check_attention,
-    check_causal,
-    check_gated,
     check_neighbours_do_not_leak,
-    check_norm_modulate,
-    check_rope,
     check_temporal,
     check_windowed,
     grid_cases,
+)
+from cases import SLACK
+from hypothesis import given, settings
+from norm_checks import (
+    causal_cases,
+    check_causal,
+    check_gated,
+    check_norm_modulate,
+    check_rope,
     modulation_cases,
     rope_cases,
 )
-from hypothesis import given, settings
 
 import sora_kernels as sk
 from sora_kernels import csrc

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SLACK, grid_inputs, seeds, tokens_of
+from attention_checks import grid_inputs, tokens_of
+from cases import SLACK, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import attention_cases, attention_inputs, check_attention
+from attention_checks import attention_cases, attention_inputs, check_attention
 from hypothesis import given, settings
 
 import sora_kernels as sk

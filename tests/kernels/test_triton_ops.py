@@ -5,23 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import (
+from attention_checks import (
     attention_cases,
-    causal_cases,
     check_a_thousand_segments,
     check_attention,
-    check_causal,
-    check_gated,
     check_neighbours_do_not_leak,
-    check_norm_modulate,
-    check_rope,
     check_temporal,
     check_windowed,
     grid_cases,
+)
+from hypothesis import given, settings
+from norm_checks import (
+    causal_cases,
+    check_causal,
+    check_gated,
+    check_norm_modulate,
+    check_rope,
     modulation_cases,
     rope_cases,
 )
-from hypothesis import given, settings
 
 import sora_kernels as sk
 from sora_kernels.testing import generator, offsets
