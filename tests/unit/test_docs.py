@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import pkgutil
 import re
 import runpy
 from pathlib import Path
@@ -133,6 +134,37 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             if anchor not in map(slug, headings):
                 broken.append(target)
     assert broken == []
+
+
+NAMED = re.compile(
+    r"`((?:sora_engine|kernels|csrc|tests|benchmarks|examples)/[\w./-]+)(?: [^`]*)?`"
+)
+# A changelog names what was.
+OF_TODAY = [page for page in PAGES if page.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    assert [name for name in NAMED.findall(page.read_text()) if not (ROOT / name).exists()] == []
+
+
+def test_every_module_that_a_page_names_can_be_imported() -> None:
+    names = {
+        name
+        for page in OF_TODAY
+        for name in re.findall(r"`(sora_(?:engine|kernels)\.[\w.]+)[`(]", page.read_text())
+    }
+    assert len(names) > 5
+    assert [name for name in sorted(names) if not resolves(name)] == []
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_the_version_is_one() -> None:
