@@ -7,20 +7,15 @@ import dataclasses
 import pkgutil
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 
 import sora_engine as sora
+from sora_engine import Limits, VideoRequest
 from sora_engine.cli.app import app
-from sora_engine.config import Limits
-from sora_engine.request.request import (
-    GenerationDefaults,
-    LatentGrid,
-    VideoRequest,
-    resolve_request,
-)
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = (ROOT / "docs" / "requests.md").read_text()
@@ -84,28 +79,35 @@ def test_the_options_of_request_fields_are_those_of_the_command_line() -> None:
         assert option in told.get(name, [option]), name
 
 
-GRID = LatentGrid(channels=16, vae_spatial=8, patch=(1, 2, 2), time=4)
-DEFAULTS = GenerationDefaults(
-    height=32, width=32, num_frames=5, fps=8.0, num_inference_steps=2, guidance_scale=5.0
-)
+@pytest.fixture(scope="module")
+def engine() -> Iterator[sora.Engine]:
+    with sora.Engine.from_pretrained("sprites") as made:
+        yield made
 
 
 @pytest.mark.parametrize(
     ("limit", "value"),
     [
-        ("max_pixels", 1023),
+        ("max_pixels", 64 * 80 - 1),
         ("max_frames", 4),
         ("max_inference_steps", 1),
         ("max_prompt_chars", 7),
+        ("memory_bytes", 1),
     ],
 )
-def test_the_error_that_the_table_names_is_raised(limit: str, value: int) -> None:
+def test_the_error_that_the_table_names_is_raised(
+    limit: str, value: int, engine: sora.Engine
+) -> None:
     named = re.findall(r"`(\w+Error)`", rows(REQUESTS, "Fields of `Limits`")[limit][-1])
-    request = VideoRequest("8 signs.", negative_prompt="8 signs.")
-    resolve_request(request, DEFAULTS, GRID, Limits(**{limit: value + 1}))
-    with pytest.raises(sora.SoraError) as refused:
-        resolve_request(request, DEFAULTS, GRID, Limits(**{limit: value}))
-    assert [type(refused.value).__name__] == named
+    request = VideoRequest(
+        "8 signs.", "8 signs.", height=64, width=80, num_frames=5, num_inference_steps=2
+    )
+    with sora.Engine(engine.model, limits=Limits(**{limit: value + 1})) as larger:
+        larger.resolve(request)
+    with sora.Engine(engine.model, limits=Limits(**{limit: value})) as limited:
+        with pytest.raises(sora.SoraError) as refused:
+            limited.submit(request)
+        assert [type(refused.value).__name__] == named
 
 
 def slug(heading: str) -> str:
