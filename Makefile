@@ -1,7 +1,7 @@
 # From nothing but Python 3.11+ and make. Everything goes into .venv; a second call installs nothing.
 #
 #   make video            a video from a default prompt: out.mp4
-#   make test             the tests             (PYTEST_ARGS="-k io" picks some)
+#   make test             the quick tests       (PYTEST_ARGS="tests/unit" picks some)
 #   make lint             ruff, mypy, import-linter
 #   make bench-kernels    the kernels' benchmarks
 #   make install          the engine alone, in .venv
@@ -28,12 +28,15 @@ PYTHONS := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14 python
 CSRC := $(shell find csrc -type f 2>/dev/null)
 
 video: install
+	@echo "Making $(OUT) with the bundled checkpoint: about 10 seconds"
 	$(VENV)/bin/sora generate "$(PROMPT)" -o $(OUT) --seed 7
 
 test: install-dev
+	@echo "Running $(if $(PYTEST_ARGS),tests as PYTEST_ARGS says,the quick tests: 10 to 15 minutes on two cores)"
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: install-dev
+	@echo "Linting, formatting and types, then which room imports which: under a minute"
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -60,19 +63,19 @@ $(VENV)/.python:
 
 # torch comes first and by itself, so that nothing else chooses its version.
 $(VENV)/.torch: $(VENV)/.python constraints.txt
-	@echo "Installing torch (the largest part; a CPU build is enough)"
+	@echo "Installing torch: minutes, the largest part of the set-up; a CPU build is enough"
 	@$(PIP) $(TORCH_ARGS) torch
 	@$(PIP) setuptools ninja
 	@touch $@
 
 # Without build isolation csrc is built against the torch that will load it.
 $(VENV)/.engine: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSRC)
-	@echo "Installing sora_engine"
+	@echo "Installing sora_engine: a minute or two"
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSRC)
-	@echo "Installing sora_engine and what its tests need"
+	@echo "Installing sora_engine and what its tests need: a few minutes"
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $(VENV)/.engine $@
 

@@ -9,4 +9,4 @@ def version() -> str:
     try:
         return installed_version("sora_engine")
     except PackageNotFoundError:
-        return "0.1.0"
+        return "0.2.0"
