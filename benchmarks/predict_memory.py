@@ -16,23 +16,24 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from sora_engine.bench.models import WAN_1_3B
 from sora_engine.config import Limits
-from sora_engine.denoise.canvas import KnownMode
 from sora_engine.distributed import layout_cost
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.request.request import (
+from sora_engine.request import (
     GenerationDefaults,
+    KnownMode,
     LatentGrid,
     VideoRequest,
     resolve_request,
 )
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
 from sora_engine.samplers import read_config
-from sora_engine.text import TextEncoder
+from sora_engine.text import PromptEncoder
+from sora_engine.text.umt5 import UMT5Encoder
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_config import VAEConfig
+from sora_engine.vae.wan_config import WanVAEConfig
 
 # google/umt5-xxl's config.json, the encoder of all Wan models.
 UMT5_XXL = {
@@ -62,7 +63,7 @@ def hollow_model(dtype: torch.dtype) -> VideoModel:
     with meta:
         transformer = WanTransformer(WanConfig(**WAN_1_3B.transformer_config())).to(dtype)
         text = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(dtype)
-        vae = WanVAE(VAEConfig(base_dim=WAN_1_3B.vae_base_dim)).to(dtype)
+        vae = WanVAE(WanVAEConfig(base_dim=WAN_1_3B.vae_base_dim)).to(dtype)
     coder = FittedCoder(vae, dtype=dtype, device=meta, budget_bytes=1 << 62)
 
     def tokenizer(prompt: str, **_: Any) -> SimpleNamespace:
@@ -75,7 +76,7 @@ def hollow_model(dtype: torch.dtype) -> VideoModel:
         experts=[Expert(lambda: transformer, 0.0, 0, transformer.eval().requires_grad_(False))],
         vae=coder,
         vae_dtype=dtype,
-        text_encoder=TextEncoder(text, tokenizer),
+        prompt_encoder=PromptEncoder({"text": UMT5Encoder(text, tokenizer)}),
         image_encoder=None,
         takes_last_image=False,
         sampler_config=read_config(SCHEDULER),
@@ -98,7 +99,7 @@ def plan_of(model: VideoModel, height: int, width: int, num_frames: int) -> Memo
     limits = Limits()
     request = resolve_request(
         VideoRequest("a prompt", height=height, width=width, num_frames=num_frames),
-        model.defaults, model.grid, limits,
+        model, limits,
     )  # fmt: skip
     return MemoryPlanner(model, limits.max_batch_tokens, None).plan(request)
 
@@ -109,7 +110,7 @@ def weights_table() -> list[str]:
     assert layers is not None
     parts = {
         "transformer": num_parameters(model.loaded_transformer),
-        "text encoder, UMT5-XXL": num_parameters(model.text_encoder.model),
+        "text encoder, UMT5-XXL": sum(map(num_parameters, model.prompt_encoder.modules)),
         "VAE": num_parameters(layers),
     }
     parts["together"] = sum(parts.values())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import nn
 
@@ -229,7 +230,9 @@ def by_hand(weights: dict, request: sora.VideoRequest, scale: float) -> torch.Te
     noise = initial_noise(request.seed, (CHANNELS, 3, 4, 6)).double()
     x = nn.functional.pixel_unshuffle(noise.transpose(0, 1), 2)  # [T, C * 4, 2, 3]
     x = x.permute(0, 2, 3, 1).reshape(-1, 4 * CHANNELS)
-    sigmas = [1.0, *(2 * s / (1 + s) for s in (0.75, 0.5, 0.25)), 0.0]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    scheduler.set_timesteps(4)
+    sigmas = scheduler.sigmas.double().tolist()
 
     def predicted(word: str, sigma: float) -> torch.Tensor:
         pooled = model.labels(torch.tensor(WORDS.index(word)))
