@@ -18,8 +18,8 @@ from evaluate import facts
 from sheets import Sheets
 
 import sora_engine as sora
-from sora_engine.denoise.denoise import decode
 from sora_engine.denoise.known import to_unit_range
+from sora_engine.vae.decoder import VideoDecoder
 
 NEAR = 0.12
 """How far, in short sides, a centre may lie from the true one to count as in its place."""
@@ -123,7 +123,8 @@ class Bench:
     def round_trip(self, frames: np.ndarray) -> np.ndarray:
         """What the autoencoder alone makes of a clip."""
         latents = self.model.vae.encode(to_unit_range(frames))[0].float()
-        return torch.cat(list(decode(latents, self.model, wraps=False))).numpy()
+        decoder = VideoDecoder(self.model.vae, self.model.vae_dtype, self.model.device)
+        return torch.cat(list(decoder.decode(latents, wraps=False))).numpy()
 
     def make(self, requests: Sequence[sora.VideoRequest], **options: Any) -> list[Clip]:
         """What the engine makes of the requests, all in company, each with its number as seed."""

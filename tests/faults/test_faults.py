@@ -14,7 +14,7 @@ import torch
 import sora_engine as sora
 from sora_engine.denoise.canvas import Canvas
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.runtime import executor as stages_module
+from sora_engine.runtime import executor as executor_module
 from sora_engine.runtime import worker as worker_module
 from sora_engine.samplers import UniPCSolver
 from tests.faults.engines import comes_true, difference, engine
@@ -92,7 +92,7 @@ def test_a_device_that_stays_broken_is_said_to_be_dead(monkeypatch):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     with engine(max_running_jobs=1) as made:
-        monkeypatch.setattr(stages_module, "denoise_step", broken)
+        monkeypatch.setattr(executor_module, "denoise_step", broken)
         monkeypatch.setattr(worker_module.Worker, "_free_memory", broken)
         with held(made):
             jobs = [made.submit(small(seed)) for seed in (1, 2)]
@@ -136,7 +136,7 @@ def test_a_decode_that_runs_out_of_memory_keeps_the_latents(monkeypatch):
 
     with engine() as made:
         want = made.generate(small())
-        monkeypatch.setattr(stages_module, "decoding", full)
+        monkeypatch.setattr(executor_module, "decoding", full)
         job = made.submit(small())
         with pytest.raises(sora.JobMemoryError):
             job.result(300)

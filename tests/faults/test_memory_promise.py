@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sora_engine as sora
-from sora_engine.runtime import executor as stages_module
+from sora_engine.runtime import executor as executor_module
 from sora_engine.runtime import worker as worker_module
 from sora_engine.vae.meter import StorageMeter
 from tests.faults.engines import difference, engine, random_request
@@ -96,7 +96,7 @@ def test_what_cannot_fit_is_refused_with_its_figures_before_any_work(monkeypatch
     def fail(*_):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(stages_module, "preparing", fail)
+    monkeypatch.setattr(executor_module, "preparing", fail)
     request = sora.VideoRequest("x", height=512, width=512, num_frames=33)
     with engine(memory_bytes=100 << 20) as made:
         with pytest.raises(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import sora_engine as sora
 from sora_engine.models import video_model
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.runtime import executor as stages_module
+from sora_engine.runtime import executor as executor_module
 from tests.parity.oracles import tiny_pipeline
 from tests.unit.test_checkpoint import original_name
 
@@ -68,7 +68,7 @@ def test_initial_noise_can_be_given(engine):
 
 def test_cancel_while_denoising_stops_within_a_step(engine, monkeypatch):
     reached, go_on = threading.Event(), threading.Event()
-    step = stages_module.denoise_step
+    step = executor_module.denoise_step
 
     def gated(canvases, *rest):
         failures = step(canvases, *rest)
@@ -77,7 +77,7 @@ def test_cancel_while_denoising_stops_within_a_step(engine, monkeypatch):
             go_on.wait(30)
         return failures
 
-    monkeypatch.setattr(stages_module, "denoise_step", gated)
+    monkeypatch.setattr(executor_module, "denoise_step", gated)
     job = engine.submit(sora.VideoRequest("a cat", **{**SMALL, "num_inference_steps": 50}))
     assert reached.wait(30)
     job.cancel()
@@ -98,20 +98,20 @@ def test_cancel_while_decoding_stops_within_a_latent_frame(engine):
         jobs[0].cancel()
 
     started = threading.Event()
-    preparing = stages_module.preparing
+    preparing = executor_module.preparing
 
     def late(*arguments):
         started.wait(30)
         return preparing(*arguments)
 
-    stages_module.preparing, saved = late, preparing
+    executor_module.preparing, saved = late, preparing
     try:
         jobs.append(engine.submit(sora.VideoRequest("a cat", **SMALL), on_frames=stop))
         started.set()
         with pytest.raises(sora.JobCancelledError, match="while decoding"):
             jobs[0].result(timeout_s=30)
     finally:
-        stages_module.preparing = saved
+        executor_module.preparing = saved
     assert seen == [1]
 
 
@@ -144,13 +144,13 @@ def test_a_bad_request_is_refused_before_any_work(engine):
 
 def test_the_queue_is_bounded(folder, monkeypatch):
     hold = threading.Event()
-    preparing = stages_module.preparing
+    preparing = executor_module.preparing
 
     def held(*arguments):
         hold.wait(30)
         return (yield from preparing(*arguments))
 
-    monkeypatch.setattr(stages_module, "preparing", held)
+    monkeypatch.setattr(executor_module, "preparing", held)
     limits = sora.Limits(max_queued_jobs=2, max_running_jobs=1)
     with sora.Engine.from_pretrained(folder, device="cpu", limits=limits) as engine:
         request = sora.VideoRequest("a cat", **SMALL)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import grimp
+import networkx
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {".py", ".cpp", ".cu", ".h", ".cuh"}
 MOST_LINES = 450
 # Still to be split: no file joins them.
-LONG = {"sora_engine/runtime/memory.py", "tests/unit/test_io_video.py"}
+LONG = {"tests/unit/test_io_video.py"}
 
 
 def tracked_files() -> list[str]:
@@ -32,3 +36,65 @@ def test_no_source_file_is_long() -> None:
     lengths = {name: len((ROOT / name).read_bytes().splitlines()) for name in sources}
     long = {name: n for name, n in lengths.items() if n > MOST_LINES and name not in LONG}
     assert not long, f"over {MOST_LINES} lines, each to be split at a seam: {long}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """`TYPE_CHECKING` imports and those within functions count like any others."""
+    graph = grimp.build_graph("sora_engine", "sora_kernels", exclude_type_checking_imports=False)
+    arrows = networkx.DiGraph(
+        (importer, imported)
+        for importer in graph.modules
+        for imported in graph.find_modules_directly_imported_by(importer)
+    )
+    assert ("sora_engine.runtime.engine", "sora_engine.runtime.worker") in arrows.edges
+    circles = [sorted(c) for c in networkx.strongly_connected_components(arrows) if len(c) > 1]
+    assert not circles
+
+
+def test_the_root_holds_no_more_than_its_faces() -> None:
+    """Rooms, not loose files."""
+    modules = {path.name for path in (ROOT / "sora_engine").glob("*.py")}
+    assert modules == {
+        *("__init__.py", "__main__.py", "config.py", "errors.py"),
+        *("tasks.py", "version.py", "video.py"),
+    }
+
+
+OWN = ("models/wan/", "vae/wan", "bench/", "checkpoints/")
+"""Where Wan may be named in code: its own folders and files, and what measures it."""
+REGISTRIES = {"models/registry.py": 1, "vae/registry.py": 1}
+"""And the lines by which it is known to the engine."""
+
+
+def wan_in_code(source: str) -> dict[int, str]:
+    """By line what names Wan: names, imports, strings. Docstrings may, to give an example."""
+    tree = ast.parse(source)
+    told = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    found = {}
+    for node in ast.walk(tree):
+        if id(node) in told:
+            continue
+        for field in ("id", "attr", "name", "module", "arg", "asname", "value"):
+            text = getattr(node, field, None)
+            if isinstance(text, str) and re.search(r"wan(?!t)", text, re.IGNORECASE):
+                found[getattr(node, "lineno", 0)] = text
+    return found
+
+
+def test_no_family_is_named_outside_its_folder() -> None:
+    root = ROOT / "sora_engine"
+    named = {
+        path.relative_to(root).as_posix(): wan_in_code(path.read_text(encoding="utf-8"))
+        for path in root.rglob("*.py")
+    }
+    assert named["models/wan/family.py"]  # the search finds what is there
+    elsewhere = {
+        name: words
+        for name, words in named.items()
+        if len(words) > REGISTRIES.get(name, 0) and not name.startswith(OWN)
+    }
+    assert not elsewhere
