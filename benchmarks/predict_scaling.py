@@ -5,7 +5,7 @@ PYTHONPATH=.:kernels python benchmarks/predict_scaling.py
 
 from __future__ import annotations
 
-from sora_engine.distributed.layout_cost import Transformer, Video, plan
+from sora_engine.distributed.layout_cost import Transformer, Video, layouts_by_cost
 
 WAN_14B = Transformer(layers=40, heads=40, head_dim=128, ffn=13824, patch_channels=64)
 VIDEOS = {
@@ -18,9 +18,9 @@ def main() -> None:
     print("| video | GPUs | layout | s a step | of linear | MB sent a rank | GB a rank |")
     print("|---|---|---|---|---|---|---|")
     for name, video in VIDEOS.items():
-        alone = plan(1, WAN_14B, video)[0].step_s
+        alone = layouts_by_cost(1, WAN_14B, video)[0].step_s
         for gpus in (1, 8, 64, 512):
-            best = plan(gpus, WAN_14B, video)[0]
+            best = layouts_by_cost(gpus, WAN_14B, video)[0]
             share = alone / gpus / best.step_s
             print(
                 f"| {name} | {gpus} | {best.layout} | {best.step_s:.3f} | {share:.0%} "

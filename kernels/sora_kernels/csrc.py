@@ -61,17 +61,6 @@ def unsupported(case: Case) -> str | None:
     return problem()
 
 
-def outrun_by_sdpa(case: Case) -> str | None:
-    """Where SDPA's attention may be faster than this library's, of a case that both serve.
-
-    Sequences to 64 tokens are the C++ kernel's anywhere. It is measured faster over long ones in
-    fp32 with AVX-512; processors with products of bf16 have them in SDPA.
-    """
-    if "short" in case.traits or (case.dtype == torch.float32 and instruction_set() == "avx512"):
-        return None
-    return f"SDPA may be faster over long sequences of {case.dtype} with {instruction_set()}"
-
-
 def unsupported_on_cuda(case: Case) -> str | None:
     """What every op of csrc/cuda needs."""
     if case.device_type != "cuda":

@@ -10,7 +10,7 @@ import typer
 
 from sora_engine.cli.app import UsageError
 from sora_engine.cli.options import Common, Frames, Prompt, Strength
-from sora_engine.cli.work import Plan, video_command
+from sora_engine.cli.work import Command, video_command
 
 if TYPE_CHECKING:
     from sora_engine.request.request import VideoRequest
@@ -26,7 +26,7 @@ def _plan(
     prompt: str | None,
     common: Common,
     **options: Any,
-) -> Plan:
+) -> Command:
     """The plan of a function of `tasks`; what is a string among `given` is a file to be read."""
     from sora_engine.request.request import VideoRequest
 
@@ -36,7 +36,7 @@ def _plan(
         return task(model, *given, prompt, **options, **settings)
 
     files = tuple(value for value in given if isinstance(value, str))
-    return Plan(common, VideoRequest(prompt or "", **settings), build, files)
+    return Command(common, VideoRequest(prompt or "", **settings), build, files)
 
 
 _FILE_SUFFIXES = {".mp4", ".gif", ".webp", ".png", ".jpg", ".jpeg", ".mov", ".mkv", ".webm", ".avi"}
@@ -49,7 +49,7 @@ def animate(
     frames: Frames = None,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make a video that begins with a picture."""
     from sora_engine import tasks
 
@@ -68,7 +68,7 @@ def extend(
     prompt: Prompt = None,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make a clip longer, at either end or at both."""
     from sora_engine import tasks
 
@@ -83,7 +83,7 @@ def loop(
     frames: Frames = None,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make a video without a seam: from words, or from a clip that is led back to its beginning."""
     from sora_engine import tasks
     from sora_engine.request.request import VideoRequest
@@ -99,7 +99,7 @@ def loop(
     if prompt is not None:
         raise UsageError(f"--prompt: {target!r} is no file and so the prompt already; drop one")
     request = VideoRequest(target, num_frames=frames, loop=True, **common.settings())
-    return Plan(common, request, lambda _model, _make: request)
+    return Command(common, request, lambda _model, _make: request)
 
 
 @video_command
@@ -110,7 +110,7 @@ def connect(
     prompt: Prompt = None,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Lead from one clip to another."""
     from sora_engine import tasks
 
@@ -126,7 +126,7 @@ def fill(
     prompt: Prompt = None,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make the missing frames of a clip."""
     from sora_engine import tasks
 
@@ -147,7 +147,7 @@ def inpaint(
     prompt: Prompt = None,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make a part of a clip's picture anew."""
     from sora_engine import tasks
 
@@ -161,7 +161,7 @@ def edit(
     strength: Strength = 0.6,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Change a clip to fit a prompt, and keep its layout."""
     from sora_engine import tasks
 
@@ -176,7 +176,7 @@ def upscale(
     strength: Strength = 0.4,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make a clip larger, with its detail drawn anew."""
     from sora_engine import tasks
 

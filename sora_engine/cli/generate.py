@@ -10,7 +10,7 @@ import typer
 
 from sora_engine.cli.app import UsageError
 from sora_engine.cli.options import DEFAULT_MODEL, Common, Frames
-from sora_engine.cli.work import Plan, video_command
+from sora_engine.cli.work import Command, video_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ def generate(
     ] = None,
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make a video from words.
 
     What is not given is as the checkpoint sets it.
@@ -80,7 +80,7 @@ def generate(
             return request
         return tasks.refine(request, make(tasks.draft(model, request)))
 
-    return Plan(common, request, build, () if image is None else (image,))
+    return Command(common, request, build, () if image is None else (image,))
 
 
 @video_command
@@ -88,17 +88,17 @@ def image(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     *,
     common: Common,
-) -> Plan:
+) -> Command:
     """Make one picture from words."""
     from sora_engine import tasks
 
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     request = tasks.image(prompt, **common.settings())
-    return Plan(common, request, lambda _model, _make: request, output="out.png")
+    return Command(common, request, lambda _model, _make: request, output="out.png")
 
 
-def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common) -> Plan:
+def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common) -> Command:
     """The plan of a video that is made again from what its file says."""
     from sora_engine.io.provenance import read_provenance
     from sora_engine.request.request import VideoRequest
@@ -124,7 +124,7 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
         request = request_of(provenance, make, folder=Path(path).parent)
         return replace(request, **changes)
 
-    return Plan(common, VideoRequest(**{"prompt": "", **changes}), build, (path,))
+    return Command(common, VideoRequest(**{"prompt": "", **changes}), build, (path,))
 
 
 def _check_model(path: str, provenance: Provenance, model: ModelFacts) -> None:

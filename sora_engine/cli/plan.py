@@ -27,13 +27,12 @@ def plan(
 ) -> None:
     """Predict each layout's work, bytes, memory and step time on H200s, and pick one."""
     from sora_engine.distributed.auto_layout import describe
-    from sora_engine.distributed.layout_cost import H200, with_link
-    from sora_engine.distributed.layout_cost import plan as find
+    from sora_engine.distributed.layout_cost import H200, layouts_by_cost, with_link
 
     height, width = (None, None) if size is None else parse_size(size)
     try:
         shape, video = describe(model, components, height, width, frames, guidance)
-        costs = find(gpus, shape, video, with_link(H200, interconnect))
+        costs = layouts_by_cost(gpus, shape, video, with_link(H200, interconnect))
     except SoraError as error:
         raise UsageError(in_options(error)) from error
     tokens = sum(video.tokens(length) for _, length in video.spans())

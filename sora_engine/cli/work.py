@@ -41,7 +41,7 @@ Build = Callable[[ModelFacts, "Callable[[VideoRequest], Video]"], VideoRequest]
 the videos that it starts from."""
 
 
-class Plan(NamedTuple):
+class Command(NamedTuple):
     """What a command has made of its own options.
 
     early: what is known of the request before the model is. files: what it will read.
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     output: str = "out.mp4"
 
 
-def video_command(function: Callable[..., Plan]) -> Callable[..., None]:
+def video_command(function: Callable[..., Command]) -> Callable[..., None]:
     """Registers a command that makes a video: its own options, and those of `Common`."""
     own = [
         parameter
@@ -72,10 +72,10 @@ def video_command(function: Callable[..., Plan]) -> Callable[..., None]:
     def command(**values: Any) -> None:
         common = Common(**{f.name: values.pop(f.name) for f in fields(Common)})
         try:
-            plan = function(**values, common=common)
+            made = function(**values, common=common)
         except SoraError as error:
             raise UsageError(in_options(error)) from error
-        run(plan)
+        run(made)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
@@ -83,15 +83,15 @@ def video_command(function: Callable[..., Plan]) -> Callable[..., None]:
     return command
 
 
-def run(plan: Plan) -> None:
+def run(command: Command) -> None:
     """Makes the video of a command, from its checks to the line that tells what was made."""
-    common = plan.common
+    common = command.common
     if int(os.environ.get("RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
         from sora_engine.distributed.torchrun import serve
 
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
-    output = common.output if common.output is not None else plan.output
-    check_before_loading(plan, output)
+    output = common.output if common.output is not None else command.output
+    check_before_loading(command, output)
     if common.model is None:
         say(
             f"sora_engine {version()}: loading sprites, the bundled checkpoint of plain shapes "
@@ -106,7 +106,7 @@ def run(plan: Plan) -> None:
     load_s = time.monotonic() - started
     with closing(engine):
         try:
-            request = plan.build(engine.model, partial(make_first, engine))
+            request = command.build(engine.model, partial(make_first, engine))
             if common.upsample is not None:
                 request = rewritten(request, common)
             resolved = engine.resolve(request)
@@ -138,17 +138,17 @@ class _AnyModel(NamedTuple):
     known_mode: KnownMode = KnownMode.NOISE_LEVEL
 
 
-def check_before_loading(plan: Plan, output: str) -> None:
+def check_before_loading(command: Command, output: str) -> None:
     """Everything that can be told without the model: no one waits for torch to learn of a typo."""
     from sora_engine.io.video_reader import open_video
     from sora_engine.io.video_writer import check_output
 
     try:
-        check_output(output, num_frames=plan.early.num_frames, fps=plan.early.fps)
-        for path in plan.files:
+        check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
+        for path in command.files:
             if not Path(path).is_dir() and read_first_image(path) is None:
                 open_video(path).close()
-        resolve_request(plan.early, _AnyModel(), Limits())
+        resolve_request(command.early, _AnyModel(), Limits())
     except SoraError as error:
         raise UsageError(in_options(error)) from error
 

@@ -63,8 +63,8 @@ class Alone:
         joined = {}
         for canvas, conditional in dict.fromkeys((part.canvas, part.conditional) for part in parts):
             windows = canvas.windows()
-            made = [predictions[id(canvas), window, conditional] for window in windows]
-            blended = blend(made, windows, canvas.window_plan, wraps=canvas.wraps)
+            by_window = [predictions[id(canvas), window, conditional] for window in windows]
+            blended = blend(by_window, windows, canvas.window_plan, wraps=canvas.wraps)
             joined[id(canvas), conditional] = blended
         return joined
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise.model import TransformerShape
-from sora_engine.distributed.layout_cost import Transformer, Video, plan
+from sora_engine.distributed.layout_cost import Transformer, Video, layouts_by_cost
 from sora_engine.models.registry import ModelPath, open_checkpoint
 from sora_engine.request import (
     LatentGrid,
@@ -86,4 +86,4 @@ def auto_layout(
 ) -> ParallelConfig:
     """The layout that `parallel="auto"` stands for: the best for the checkpoint's own defaults."""
     model, video = describe(path, components, None, None, None, None)
-    return plan(num_ranks, model, video)[0].layout
+    return layouts_by_cost(num_ranks, model, video)[0].layout

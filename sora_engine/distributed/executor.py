@@ -82,7 +82,7 @@ class RemoteModel:
         return len(self.from_timesteps)
 
     def expert_at(self, timestep: float) -> int:
-        """As `VideoModel.expert_at`."""
+        """The index of the expert for this timestep."""
         for i, start in enumerate(self.from_timesteps):
             if timestep >= start:
                 return i

@@ -27,30 +27,30 @@ def main() -> None:
     settings: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     from sora_engine.distributed.rank import run_rank
 
-    links: list[int] = settings["links"]
+    connections: list[int] = settings["connections"]
     ranks: dict[int, int] = {}
     launcher = os.getpid()
-    for rank, link in enumerate(links):
+    for rank, connection in enumerate(connections):
         child = os.fork()
         if child == 0:
             code = 1
             try:
                 _die_with(launcher)
-                for later in links[rank + 1 :]:  # those before are closed already
+                for later in connections[rank + 1 :]:  # those before are closed already
                     os.close(later)
                 if rank > 0 and settings.get("store_fd") is not None:
                     os.close(settings["store_fd"])
                 sys.stdin.close()
                 os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # which tells of ranks' ends
-                sock = socket.socket(fileno=link)
-                code = run_rank(rank, settings.get("world", len(links)), sock, settings)
+                sock = socket.socket(fileno=connection)
+                code = run_rank(rank, settings.get("world", len(connections)), sock, settings)
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
         ranks[child] = rank
-        os.close(link)
+        os.close(connection)
     if settings.get("store_fd") is not None:
         os.close(settings["store_fd"])
     try:
@@ -78,7 +78,7 @@ def _watch(ranks: dict[int, int], engine: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux; elsewhere the link's end
+    """Have the kernel kill this process when its parent ends (Linux; elsewhere the connection's end
     of file does)."""
     try:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

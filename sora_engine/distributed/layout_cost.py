@@ -187,11 +187,11 @@ def _cells(layout: ParallelConfig, video: Video) -> list[_Cell]:
     return cells * 2 if split else cells
 
 
-def _fill(segments: list[int], most: int) -> list[list[int]]:
+def _fill(segments: list[int], max_tokens: int) -> list[list[int]]:
     """As `denoise.fill` batches them."""
     passes: list[list[int]] = []
     for tokens in segments:
-        if passes and sum(passes[-1]) + tokens <= most:
+        if passes and sum(passes[-1]) + tokens <= max_tokens:
             passes[-1].append(tokens)
         else:
             passes.append([tokens])
@@ -331,7 +331,9 @@ def _memory(layout: ParallelConfig, model: Transformer, video: Video, tokens: in
     return weights + tokens * (held + exchanged) * each + 8.0 * canvas
 
 
-def plan(num_ranks: int, model: Transformer, video: Video, device: Device = H200) -> list[Cost]:
+def layouts_by_cost(
+    num_ranks: int, model: Transformer, video: Video, device: Device = H200
+) -> list[Cost]:
     """The cost of every layout over `num_ranks` ranks, those that fit in memory first, then by
     the time of a step. The first is the one to take. Raises LayoutError where there is none.
 

@@ -42,7 +42,7 @@ class Message:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Link:
+class Connection:
     """One end of a socket that carries messages. Sending is for any thread, receiving for one."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from sora_engine import errors
 from sora_engine.config import ParallelConfig
-from sora_engine.distributed.message import Link, Message, MessageError
+from sora_engine.distributed.message import Connection, Message, MessageError
 from sora_engine.errors import RankFailedError, SoraError
 
 CAUSE_S = 8.0
@@ -38,7 +38,7 @@ SILENCE_S = 15.0
 class _State:
     """One rank, as far as the engine has heard."""
 
-    link: Link
+    connection: Connection
     reply: Message | None = None
     replied_at: float = 0.0
     heard_at: float = math.inf  # importing everything takes long, and is silent
@@ -64,7 +64,7 @@ class RankPool:
 
     def __init__(
         self,
-        links: list[Link],
+        connections: list[Connection],
         config: ParallelConfig,
         launcher: subprocess.Popen[bytes],
         num_children: int,
@@ -72,13 +72,13 @@ class RankPool:
         self.config = config
         self.failure: RankFailedError | None = None
         self.description: dict[str, Any] = {}
-        self.told: dict[int, str] = {}
+        self.acknowledged: dict[int, str] = {}
         """What each of the other ranks answered when it was told of a failure."""
         self._launcher = launcher
         self._num_children = num_children  # the first ranks; others come from elsewhere
-        self._ranks = [_State(link) for link in links]
-        for link in links:
-            link.socket.settimeout(
+        self._ranks = [_State(connection) for connection in connections]
+        for connection in connections:
+            connection.socket.settimeout(
                 config.timeout_s
             )  # a rank that reads nothing is no reason to hang
         self._closed = False
@@ -109,9 +109,9 @@ class RankPool:
             "store_fd": listener.fileno(),
             "store_port": listener.getsockname()[1],
         }
-        links, launcher = launch(config.num_ranks, settings, [listener.fileno()])
+        connections, launcher = launch(config.num_ranks, settings, [listener.fileno()])
         listener.close()
-        pool = cls(links, config, launcher, config.num_ranks)
+        pool = cls(connections, config, launcher, config.num_ranks)
         try:
             pool.wait_ready()
         except BaseException:
@@ -135,7 +135,7 @@ class RankPool:
             rank.reply, rank.waiting_s = None, None
             rank.heard_at = time.monotonic()
             try:
-                rank.link.send(message)
+                rank.connection.send(message)
             except TimeoutError:
                 self._fail(i, f"has read nothing for {self.config.timeout_s:g} s")
             except OSError:
@@ -163,8 +163,8 @@ class RankPool:
 
     def _listen(self, timeout_s: float) -> None:
         """Take in what ranks and launcher say, for as long at most."""
-        open_ranks = [rank for rank in self._ranks if not rank.link.closed]
-        sources: list[Any] = [rank.link for rank in open_ranks]
+        open_ranks = [rank for rank in self._ranks if not rank.connection.closed]
+        sources: list[Any] = [rank.connection for rank in open_ranks]
         launcher = self._launcher
         assert launcher.stdout is not None
         if not launcher.stdout.closed:
@@ -177,7 +177,7 @@ class RankPool:
             raise
         now = time.monotonic()
         for rank in open_ranks:
-            if rank.link in readable:
+            if rank.connection in readable:
                 self._hear(rank, now)
         if launcher.stdout in readable:
             line = launcher.stdout.readline()
@@ -192,13 +192,13 @@ class RankPool:
     def _hear(self, rank: _State, now: float) -> None:
         rank.heard_at = now
         try:
-            message = rank.link.receive()
+            message = rank.connection.receive()
         except (MessageError, TimeoutError) as error:
             _raised(rank, now, f"sent no whole message: {error}")
-            rank.link.close()
+            rank.connection.close()
             return
         except (EOFError, OSError):
-            rank.link.close()
+            rank.connection.close()
             # Of its own children the launcher tells how they ended.
             child = rank in self._ranks[: self._num_children]
             _gone(rank, now, None if child else _CLOSED)
@@ -292,20 +292,22 @@ class RankPool:
     def _fail(self, culprit: int, reason: str) -> None:
         """Tell the others, end all, and raise."""
         self.failure = RankFailedError(culprit, reason)
-        told = Message("abort", {"rank": culprit, "reason": reason})
+        notice = Message("abort", {"rank": culprit, "reason": reason})
         for i, rank in enumerate(self._ranks):
-            if i != culprit and not rank.link.closed:
-                rank.link.socket.settimeout(1.0)  # of many that are stopped, each costs this
+            if i != culprit and not rank.connection.closed:
+                rank.connection.socket.settimeout(1.0)  # of many that are stopped, each costs this
                 with contextlib.suppress(OSError):
-                    rank.link.send(told)
+                    rank.connection.send(notice)
         until = time.monotonic() + ABORT_S
         while time.monotonic() < until and any(
-            rank.aborted is None and not rank.link.closed and rank.ended is None
+            rank.aborted is None and not rank.connection.closed and rank.ended is None
             for i, rank in enumerate(self._ranks)
             if i != culprit
         ):
             self._listen(0.05)
-        self.told = {i: r.aborted for i, r in enumerate(self._ranks) if r.aborted is not None}
+        self.acknowledged = {
+            i: r.aborted for i, r in enumerate(self._ranks) if r.aborted is not None
+        }
         self.close()
         raise self.failure
 
@@ -325,13 +327,13 @@ class RankPool:
                 with contextlib.suppress(OSError):
                     pipe.close()
         for rank in self._ranks:
-            rank.link.close()
+            rank.connection.close()
 
 
 def launch(
     num_ranks: int, settings: Mapping[str, Any], pass_fds: list[int]
-) -> tuple[list[Link], subprocess.Popen[bytes]]:
-    """Start a launcher with that many ranks as its children, and a link to each of them."""
+) -> tuple[list[Connection], subprocess.Popen[bytes]]:
+    """Start a launcher with that many ranks as its children, and a connection to each of them."""
     pairs = [socket.socketpair() for _ in range(num_ranks)]
     theirs = [pair[1].fileno() for pair in pairs]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
@@ -347,8 +349,8 @@ def launch(
     for pair in pairs:
         pair[1].close()
     assert launcher.stdin is not None
-    launcher.stdin.write(json.dumps({**settings, "links": theirs}).encode() + b"\n")
-    return [Link(pair[0]) for pair in pairs], launcher
+    launcher.stdin.write(json.dumps({**settings, "connections": theirs}).encode() + b"\n")
+    return [Connection(pair[0]) for pair in pairs], launcher
 
 
 _CLOSED = "is gone: its connection closed"

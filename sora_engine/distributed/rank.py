@@ -32,7 +32,7 @@ from sora_engine.denoise.denoise import denoise_step, prepare
 from sora_engine.denoise.packing import Packer
 from sora_engine.distributed.comm import exchange_error, exchanging
 from sora_engine.distributed.mesh import Mesh
-from sora_engine.distributed.message import Link, Message
+from sora_engine.distributed.message import Connection, Message
 from sora_engine.distributed.step_sharing import RankSharing
 from sora_engine.distributed.vae import SplitVAE, shared_copy
 from sora_engine.distributed.wire import (
@@ -62,8 +62,8 @@ class RankJob:
 
 def run_rank(rank: int, size: int, sock: socket.socket, settings: dict[str, Any]) -> int:
     """Serve an engine until it closes the socket; returns the process's exit code."""
-    link = Link(sock)
-    control = Control(link, rank)
+    connection = Connection(sock)
+    control = Control(connection, rank)
     try:
         control.work(lambda: _Rank.start(rank, size, settings, control))
     except RankFailedError:
@@ -74,10 +74,10 @@ def run_rank(rank: int, size: int, sock: socket.socket, settings: dict[str, Any]
 class Control:
     """The engine's voice at a rank: commands for the main thread, and reports of its progress."""
 
-    def __init__(self, link: Link, rank: int) -> None:
+    def __init__(self, connection: Connection, rank: int) -> None:
         self.rank = rank
         self.mesh: Mesh | None = None
-        self._link = link
+        self._connection = connection
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._busy = True
         threading.Thread(target=self._listen, name="sora-rank", daemon=True).start()
@@ -97,7 +97,7 @@ class Control:
                 except SoraError as error:
                     # The request's fault (or the checkpoint's), and the same at all ranks.
                     reply = Message("refused", {"error": type(error).__name__, "why": str(error)})
-                self._link.send(reply)
+                self._connection.send(reply)
                 self._busy = False
                 command = self._commands.get()
                 self._busy = True
@@ -106,10 +106,10 @@ class Control:
             if lost is None:
                 traceback.print_exc()
                 why = f"raised {type(error).__name__}: {error}"
-                self._link.send(Message("failed", {"why": why}))
+                self._connection.send(Message("failed", {"why": why}))
             else:
                 why = str(lost)
-                self._link.send(Message("lost", {"why": why}))
+                self._connection.send(Message("lost", {"why": why}))
             # The engine names the rank that is at fault and then ends this one.
             threading.Event().wait(60)
             raise RankFailedError(self.rank, why) from error
@@ -117,13 +117,13 @@ class Control:
     def _listen(self) -> None:
         try:
             while True:
-                if select.select([self._link], [], [], BEAT_S)[0]:
-                    message = self._link.receive()
+                if select.select([self._connection], [], [], BEAT_S)[0]:
+                    message = self._connection.receive()
                     if message.kind == "abort":
                         self._abort(message)
                     self._commands.put(message)
                 elif self._busy:
-                    self._link.send(Message("beat", self._progress()))
+                    self._connection.send(Message("beat", self._progress()))
         except (OSError, EOFError):
             os._exit(0)  # the engine is gone or has closed
 
@@ -138,7 +138,9 @@ class Control:
     def _abort(self, message: Message) -> None:
         """Another rank failed. Whatever this one is in the middle of, it ends here."""
         error = RankFailedError(message.fields["rank"], message.fields["reason"])
-        self._link.send(Message("aborted", {"error": type(error).__name__, "why": str(error)}))
+        self._connection.send(
+            Message("aborted", {"error": type(error).__name__, "why": str(error)})
+        )
         print(f"sora: rank {self.rank} ends: {error}", file=sys.stderr, flush=True)
         # Not its failure: torchrun would end the engine for it, before that has said what it was.
         os._exit(0)

@@ -51,7 +51,7 @@ class RankSharing:
             branches.setdefault((id(part.canvas), part.conditional), []).append(part)
 
         # For each cell and branch: the windows that it made, and the frames that they touch.
-        made = [
+        windows_by_cell = [
             {
                 branch: [p.window for p in group if owners[_key(p)] == cell]
                 for branch, group in branches.items()
@@ -59,7 +59,7 @@ class RankSharing:
             for cell in range(self.mesh.cells.size)
         ]
         shapes = []
-        for windows_of in made:
+        for windows_of in windows_by_cell:
             sizes = [
                 len(_frames(windows)) * branches[branch][0].canvas.latents[:, 0].numel()
                 for branch, windows in windows_of.items()
@@ -69,18 +69,18 @@ class RankSharing:
         device = next(iter(branches.values()))[0].canvas.latents.device
         mine = [
             self._own_sum(branches[branch][0].canvas, branch, windows, predictions).flatten()
-            for branch, windows in made[self.mesh.cell].items()
+            for branch, windows in windows_by_cell[self.mesh.cell].items()
             if windows
         ]
         flat = torch.cat(mine) if mine else torch.empty(0, device=device)
         sums = self.mesh.cells.all_gather(flat, shapes)
 
         joined = {}
-        taken = [0] * len(made)
+        taken = [0] * len(windows_by_cell)
         for branch, group in branches.items():
             canvas = group[0].canvas
             total = torch.zeros_like(canvas.latents)
-            for cell, windows_of in enumerate(made):
+            for cell, windows_of in enumerate(windows_by_cell):
                 if not windows_of[branch]:
                     continue
                 frames = _frames(windows_of[branch]).to(device)
@@ -100,8 +100,8 @@ class RankSharing:
         windows: Sequence[Window],
         predictions: PartPredictions,
     ) -> Tensor:
-        made = [predictions[branch[0], window, branch[1]] for window in windows]
-        whole = weighted_sum(made, windows, canvas.window_plan, wraps=canvas.wraps)
+        by_window = [predictions[branch[0], window, branch[1]] for window in windows]
+        whole = weighted_sum(by_window, windows, canvas.window_plan, wraps=canvas.wraps)
         return whole.index_select(1, _frames(windows).to(whole.device))
 
     def _owners(self, parts: Sequence[Part]) -> dict[tuple[int, Window, bool], int]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from sora_engine.config import ParallelConfig
 from sora_engine.distributed.layout import check_world, nearest
-from sora_engine.distributed.message import Link, Message
+from sora_engine.distributed.message import Connection, Message
 from sora_engine.distributed.pool import RankPool, launch
 from sora_engine.errors import RankFailedError
 
@@ -68,17 +68,17 @@ def gather(
     with socket.create_server((host, 0), backlog=world) as listener:
         store.set("token", token)
         store.set("address", f"{host}:{listener.getsockname()[1]}")
-        links, launcher = launch(1, settings, [])
-        joined = {0: links[0]}
+        connections, launcher = launch(1, settings, [])
+        joined = {0: connections[0]}
         try:
             _accept(listener, token, joined, world)
         except BaseException:
             launcher.kill()
             launcher.wait()
             raise
-    for number, link in joined.items():
+    for number, connection in joined.items():
         if number > 0:
-            link.send(Message("settings", settings))
+            connection.send(Message("settings", settings))
     pool = RankPool([joined[i] for i in range(world)], config, launcher, num_children=1)
     try:
         pool.wait_ready()
@@ -88,28 +88,28 @@ def gather(
     return pool
 
 
-def _accept(listener: socket.socket, token: str, joined: dict[int, Link], world: int) -> None:
+def _accept(listener: socket.socket, token: str, joined: dict[int, Connection], world: int) -> None:
     until = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     while len(joined) < world:
         listener.settimeout(max(0.1, until - time.monotonic()))
         try:
-            connection, _ = listener.accept()
+            sock, _ = listener.accept()
         except TimeoutError:
             missing = next(i for i in range(world) if i not in joined)
             minutes = JOIN_TIMEOUT.total_seconds() / 60
             raise RankFailedError(missing, f"did not join within {minutes:g} minutes") from None
-        connection.settimeout(10)
-        link = Link(connection)
+        sock.settimeout(10)
+        connection = Connection(sock)
         try:
-            hello = link.receive()
+            hello = connection.receive()
             number = hello.fields["rank"]
             known = hmac.compare_digest(str(hello.fields["token"]), token)
         except (OSError, EOFError, KeyError):
             known, number = False, -1
         if known and isinstance(number, int) and 0 < number < world and number not in joined:
-            joined[number] = link
+            joined[number] = connection
         else:
-            link.close()
+            connection.close()
 
 
 def serve() -> int:
@@ -122,9 +122,9 @@ def serve() -> int:
     token = store.get("token").decode()
     try:
         sock = socket.create_connection((host, int(port)), JOIN_TIMEOUT.total_seconds())
-        link = Link(sock)
-        link.send(Message("hello", {"rank": rank(), "token": token}))
-        settings = link.receive().fields
+        connection = Connection(sock)
+        connection.send(Message("hello", {"rank": rank(), "token": token}))
+        settings = connection.receive().fields
     except (EOFError, ConnectionError):
         # The engine ended before it had use for a rank, and is about to say why: torchrun would
         # end it for a rank that leaves with an error.

@@ -113,9 +113,10 @@ class OffloadedModules:
         if gpu:
             weakref.finalize(self, _unpin, _pin(whole))
         self._at_home = [[t.data for t in tensors] for tensors in self._tensors]
-        most = max(block.nbytes for block in self._blocks)
+        largest = max(block.nbytes for block in self._blocks)
         self._places = [
-            torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(2, len(modules)))
+            torch.empty(largest, dtype=torch.uint8, device=device)
+            for _ in range(min(2, len(modules)))
         ]
         # Laid out once, so that a visit only points parameters elsewhere.
         self._away = [

@@ -51,8 +51,8 @@ class GenerationDefaults:
 class LatentGrid:
     """How pixels map to latents: the sizes that a model can make.
 
-    spatial: (height, width) multiple in pixels of one token; time: frames to a latent frame;
-    vae_spatial: pixels to a latent, each way.
+    channels: of a latent. vae_spatial: pixels to a latent, each way. patch: latents to a token, in
+    frames, rows and columns. time: frames to a latent frame.
     """
 
     channels: int
@@ -62,9 +62,11 @@ class LatentGrid:
 
     @property
     def multiple(self) -> tuple[int, int]:
+        """What heights and widths are multiples of: the pixels of one token."""
         return self.vae_spatial * self.patch[1], self.vae_spatial * self.patch[2]
 
     def latent_frames(self, num_frames: int, *, loop: bool) -> int:
+        """How many latent frames hold so many frames."""
         return num_frames // self.time if loop else (num_frames - 1) // self.time + 1
 
     def shape(

@@ -135,25 +135,25 @@ def request_of(provenance: Provenance, make: Make, *, folder: Path | None = None
 
 
 def _clip_to_json(clip: Clip) -> dict[str, Any]:
-    told: dict[str, Any] = {"at": int(clip.at), "frames": _frames_to_json(clip.frames)}
+    record: dict[str, Any] = {"at": int(clip.at), "frames": _frames_to_json(clip.frames)}
     if clip.mask is not None:
         mask = np.asarray(clip.mask, dtype=bool)
         bits = zlib.compress(np.packbits(mask).tobytes(), 9)
-        told["mask"] = {"shape": list(mask.shape), "bits": base64.b64encode(bits).decode()}
-    return told
+        record["mask"] = {"shape": list(mask.shape), "bits": base64.b64encode(bits).decode()}
+    return record
 
 
-def _clip_from_json(told: dict[str, Any], make: Make, folder: Path | None) -> Clip:
+def _clip_from_json(record: dict[str, Any], make: Make, folder: Path | None) -> Clip:
     mask = None
-    if "mask" in told:
-        shape = told["mask"]["shape"]
+    if "mask" in record:
+        shape = record["mask"]["shape"]
         size = int(np.prod(shape))
         packed = zlib.decompressobj().decompress(
-            base64.b64decode(told["mask"]["bits"]), -(-size // 8)
+            base64.b64decode(record["mask"]["bits"]), -(-size // 8)
         )
         bits = np.unpackbits(np.frombuffer(packed, np.uint8))
         mask = bits[:size].astype(bool).reshape(shape)
-    return Clip(_frames_from_json(told["frames"], make, folder), at=told["at"], mask=mask)
+    return Clip(_frames_from_json(record["frames"], make, folder), at=record["at"], mask=mask)
 
 
 def _frames_to_json(frames: Frames) -> dict[str, Any]:
@@ -164,24 +164,24 @@ def _frames_to_json(frames: Frames) -> dict[str, Any]:
         path = Path(frames)
         return {"path": path.as_posix(), "sha256": _hash_path(path)}
     if isinstance(frames, Video) and frames.provenance is not None:
-        made = frames.provenance
-        return {"made": {f.name: getattr(made, f.name) for f in fields(made)}}
+        origin = frames.provenance
+        return {"made": {f.name: getattr(origin, f.name) for f in fields(origin)}}
     return {"sha256": _hash(np.ascontiguousarray(as_array(frames)).tobytes())}
 
 
-def _frames_from_json(told: dict[str, Any], make: Make, folder: Path | None) -> Frames:
+def _frames_from_json(record: dict[str, Any], make: Make, folder: Path | None) -> Frames:
     whole: WholeFrames
-    if "made" in told:
-        whole = make(request_of(Provenance(**told["made"]), make, folder=folder))
-    elif "path" in told:
-        whole = _find(Path(told["path"]), told["sha256"], folder)
+    if "made" in record:
+        whole = make(request_of(Provenance(**record["made"]), make, folder=folder))
+    elif "path" in record:
+        whole = _find(Path(record["path"]), record["sha256"], folder)
     else:
         raise RequestError(
-            f"it was made from frames given in memory (sha256 {told['sha256'][:12]}), not from a "
+            f"it was made from frames given in memory (sha256 {record['sha256'][:12]}), not from a "
             "file; give them in a request of your own"
         )
-    if "start" in told:
-        return Footage(whole, told["start"], told["stop"])
+    if "start" in record:
+        return Footage(whole, record["start"], record["stop"])
     return whole
 
 

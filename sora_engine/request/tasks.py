@@ -241,8 +241,8 @@ def shots(prompts: Sequence[str], num_frames: Sequence[int], **settings: Any) ->
         raise RequestError(
             f"{len(prompts)} shots have {len(num_frames)} lengths; each shot needs its own"
         )
-    made = tuple(Shot(p, n) for p, n in zip(prompts, num_frames, strict=True))
-    return VideoRequest(" / ".join(prompts), shots=made, **settings)
+    parts = tuple(Shot(p, n) for p, n in zip(prompts, num_frames, strict=True))
+    return VideoRequest(" / ".join(prompts), shots=parts, **settings)
 
 
 def parse_ranges(text: str) -> list[range]:
@@ -327,11 +327,11 @@ def _request(
     source: _Source,
     prompt: str | None,
     settings: dict[str, Any],
-    **made: Any,
+    **fixed: Any,
 ) -> VideoRequest:
     height, width = _size(model, source, settings.get("height"), settings.get("width"))
     prompt = (source.prompt or "") if prompt is None else prompt
-    return VideoRequest(prompt, **{**settings, "height": height, "width": width, **made})
+    return VideoRequest(prompt, **{**settings, "height": height, "width": width, **fixed})
 
 
 def _size(

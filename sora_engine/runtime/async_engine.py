@@ -86,7 +86,7 @@ class AsyncEngine:
             job.cancel()
 
     async def close(self) -> None:
-        """As `Engine.close`."""
+        """Cancel what is queued or running, and wait for the engine to stop."""
         await asyncio.to_thread(self.engine.close)
 
     async def __aenter__(self) -> AsyncEngine:

@@ -107,11 +107,11 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """For each prompt its embedding by every encoder's name."""
-        made: list[dict[str, Tensor]] = [{} for _ in prompts]
+        embeddings: list[dict[str, Tensor]] = [{} for _ in prompts]
         for name, encoder in self.encoders.items():
-            for embedding, tensor in zip(made, encoder.encode(prompts), strict=True):
+            for embedding, tensor in zip(embeddings, encoder.encode(prompts), strict=True):
                 embedding[name] = tensor
-        return made
+        return embeddings
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, by the encoder that makes the most of them."""

@@ -3,7 +3,7 @@
 Tensors are `[B, C, T, H, W]`. Parameter names are those of diffusers' `AutoencoderKLWan` (and so
 the classes nest as there); the arithmetic follows "Wan: Open and Advanced Large-Scale Video
 Generative Models" (arXiv 2503.20314), section 4.1. A layer never keeps anything between calls: what
-it needs from earlier frames comes from a `Tape`, and what it wants kept goes back to it.
+it needs from earlier frames comes from a `FeatureCache`, and what it wants kept goes back to it.
 
 Tensors lie channels-last in memory (`torch.channels_last_3d`): convolutions on GPUs and CPUs are
 fastest so, a norm reads its channels in one piece, and a frame is a picture without a copy.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_engine.vae.native import Layouts, PackableConv3d, PackedConv, native_kernels
-from sora_engine.vae.state import Tape
+from sora_engine.vae.state import FeatureCache
 from sora_kernels import causal_norm_silu, norm_modulate
 from sora_kernels.triton_support import problem as triton_problem
 
@@ -39,37 +39,37 @@ class CausalConv3d(PackableConv3d):
         return F.conv3d(x, self.weight[:, :, -1:], self.bias, 1, self.spatial_padding)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, tape: Tape, norm: RMSNorm | None = None
+        self, x: Tensor, feat_cache: FeatureCache, norm: RMSNorm | None = None
     ) -> Tensor:
         """`[B, c_in, T, H, W] -> [B, c_out, T, H, W]`, for a kernel of 3 frames and stride 1.
 
         With `norm`, x is normalised and goes through SiLU first.
 
         Calls of this class, of `Upsample` and (in the encoder) of `Downsample` do all the padding
-        there is: in time from the tape, in space with zeros around x. So whoever holds but a part
+        there is: in time from the cache, in space with zeros around x. So whoever holds but a part
         of the rows can hand x over with its neighbours' rows around it and cut off what comes of
         them. All else looks at single pixels, but for `AttentionBlock`.
         """
         frames = x.shape[2]
-        x = self._behind_past(x, tape, norm)
+        x = self._behind_past(x, feat_cache, norm)
         # An empty past is zeros: only the last tap sees anything, a third of the work.
         return self._last_tap(x) if x.shape[2] == frames else self.valid(x)
 
-    def _behind_past(self, x: Tensor, tape: Tape, norm: RMSNorm | None) -> Tensor:
+    def _behind_past(self, x: Tensor, feat_cache: FeatureCache, norm: RMSNorm | None) -> Tensor:
         """x, activated, behind two frames of its past, and what the next call finds left on the
-        tape: `[B, C, 2 + T, H, W]`. A lone frame with an empty past stays alone."""
-        past = tape.take()
+        feat_cache: `[B, C, 2 + T, H, W]`. A lone frame with an empty past stays alone."""
+        past = feat_cache.take()
         if norm is not None:
             if past is not None and norm.fuses(x):
                 x, cache = norm.silu_behind(past, x)
-                tape.put(cache)
+                feat_cache.put(cache)
                 return x
             x = norm.silu(x)
         if past is not None:
             x = torch.cat([past, x], dim=2)
         elif x.shape[2] > 1:
             x = F.pad(x, (0, 0, 0, 0, 2, 0))
-        tape.leave(x, 2)
+        feat_cache.leave(x, 2)
         return x
 
 
@@ -137,10 +137,10 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(c_out, c_out, (3, 3, 3))
         self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut.valid(x)
-        x = self.conv1(x, tape, self.norm1)
-        x = self.conv2(x, tape, self.norm2)
+        x = self.conv1(x, feat_cache, self.norm1)
+        x = self.conv2(x, feat_cache, self.norm2)
         return x + shortcut
 
 
@@ -153,7 +153,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         batch, channels, time, height, width = x.shape
         # [B, C, T, H, W] -> [B * T, H * W, C]: 1x1 convolutions are matrix products on the pixels.
         tokens = self.norm(x).permute(0, 2, 3, 4, 1).reshape(batch * time, height * width, channels)
@@ -174,10 +174,10 @@ class MidBlock(nn.Module):
             [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
         )
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        x = self.resnets[0](x, tape)
-        x = self.attentions[0](x, tape)
-        return self.resnets[1](x, tape)
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
+        x = self.resnets[0](x, feat_cache)
+        x = self.attentions[0](x, feat_cache)
+        return self.resnets[1](x, feat_cache)
 
 
 def _convolution(resample: nn.Sequential) -> nn.Conv2d:
@@ -201,7 +201,7 @@ class Downsample(nn.Module):
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride_t=2) if time else None
         self.layouts = Layouts()
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         x = F.pad(x, (0, 1, 0, 1))
         conv = _convolution(self.resample)
         weight = conv.weight.unsqueeze(2)
@@ -217,9 +217,9 @@ class Downsample(nn.Module):
             x = F.conv3d(x, weight, conv.bias, (1, 2, 2))
         if self.time_conv is None:
             return x
-        past = tape.take()
+        past = feat_cache.take()
         joined = None if past is None else torch.cat([past, x], dim=2)
-        tape.leave(x, 1)
+        feat_cache.leave(x, 1)
         if joined is not None:
             return self.time_conv.valid(joined)
         if x.shape[2] == 1:
@@ -240,9 +240,9 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(c_in, c_in * 2, (3, 1, 1)) if time else None
         self.layouts = Layouts()
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         if self.time_conv is not None:
-            x = self._double_time(x, tape)
+            x = self._double_time(x, feat_cache)
         # 2x nearest and then 3x3 is a transposed convolution with the taps that meet summed.
         conv = _convolution(self.resample)
         if self.layouts.wanted:
@@ -254,18 +254,18 @@ class Upsample(nn.Module):
         pictures = F.conv_transpose2d(pictures, kernel, conv.bias, 2, 1)
         return pictures.unflatten(0, (batch, -1)).transpose(1, 2)
 
-    def _double_time(self, x: Tensor, tape: Tape) -> Tensor:
+    def _double_time(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         assert self.time_conv is not None
-        if tape.first:
+        if feat_cache.first:
             head, x = x[:, :, :1], x[:, :, 1:]
             if x.shape[2] == 0:
-                tape.take()
-                tape.leave(None)
+                feat_cache.take()
+                feat_cache.leave(None)
                 return head
         else:
             head = None
         # The first half of the channels is the earlier frame of each pair, the second the later.
-        pairs = self.time_conv(x, tape).permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))
+        pairs = self.time_conv(x, feat_cache).permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))
         x = pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
         return x if head is None else torch.cat([head, x], dim=2)
 

@@ -18,7 +18,7 @@ from sora_engine.vae.blocks import CausalConv3d, Downsample, Upsample
 from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.native import Layouts, give_back
 from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents
-from sora_engine.vae.state import Tape, VAEState
+from sora_engine.vae.state import FeatureCache, VAEState
 
 
 class CausalVAE(nn.Module, ChunkCoder[VAEState]):
@@ -47,11 +47,11 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
         return config
 
     @abstractmethod
-    def encode_step(self, frames: Tensor, tape: Tape) -> Tensor:
+    def encode_step(self, frames: Tensor, feat_cache: FeatureCache) -> Tensor:
         """One pass through the layers: frames to the moments of raw latents `[B, 2z, t, h, w]`."""
 
     @abstractmethod
-    def decode_step(self, raw: Tensor, tape: Tape) -> Tensor:
+    def decode_step(self, raw: Tensor, feat_cache: FeatureCache) -> Tensor:
         """One pass through the layers: raw (not normalised) latents to their frames."""
 
     def prepare(self, wanted: bool = True, *, onednn: bool = True) -> Self:
@@ -93,7 +93,7 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
         return super()._apply(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.load_state_dict`."""
+        """As `nn.Module.load_state_dict`; layouts made for the old weights are let go of."""
         self.prepare(False)
         return super().load_state_dict(*args, **kwargs)
 
@@ -156,9 +156,9 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
             # Latent k stands for the frames up to 1 + k * factor in a video that starts here.
             low = 0 if done == 0 else head + (done - head) * factor
             high = head + (end - head) * factor
-            tape = Tape(caches, keep=keep or end < latents)
-            parts.append(self.encode_step(frames[:, :, low:high], tape))
-            done, caches = end, tape.new
+            feat_cache = FeatureCache(caches, keep=keep or end < latents)
+            parts.append(self.encode_step(frames[:, :, low:high], feat_cache))
+            done, caches = end, feat_cache.new
         moments = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:
             return moments, None
@@ -209,10 +209,10 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
         parts = []
         for low in range(0, count, step):
             high = min(low + step, count)
-            tape = Tape(caches, keep=keep or high < count)
-            parts.append(self.decode_step(self.denormalise(latents[:, :, low:high]), tape))
-            caches = tape.new
-            if tape.first:
+            feat_cache = FeatureCache(caches, keep=keep or high < count)
+            parts.append(self.decode_step(self.denormalise(latents[:, :, low:high]), feat_cache))
+            caches = feat_cache.new
+            if feat_cache.first:
                 give_back()  # the first frame's blocks fit none of those that come later
         frames = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:

@@ -19,7 +19,7 @@ from sora_engine.errors import BackendError
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents
-from sora_engine.vae.state import FixedTape, Tape, VAEState
+from sora_engine.vae.state import FeatureCache, FixedFeatureCache, VAEState
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class SteadyGraph:
 
     def __init__(
         self,
-        step: Callable[[Tensor, Tape], Tensor],
+        step: Callable[[Tensor, FeatureCache], Tensor],
         x: Tensor,
         caches: Sequence[Tensor | None],
         recorder: Recorder,
@@ -70,7 +70,7 @@ class SteadyGraph:
         self._inside: weakref.ref[VAEState] | None = None
 
         def once() -> None:
-            self._output = step(self._input, FixedTape(self._caches))
+            self._output = step(self._input, FixedFeatureCache(self._caches))
 
         with torch.inference_mode():
             self._replay, self.workspace_bytes = recorder(once, x.device)
@@ -131,7 +131,7 @@ class GraphedVAE(ChunkCoder[VAEState]):
     def decode_chunk(
         self, latents: Tensor, state: VAEState | None = None, *, consume: bool = False
     ) -> tuple[Tensor, VAEState]:
-        """As `CausalVAE.decode_chunk`."""
+        """The next latent frames to frames, steady ones by a graph; bits as of `CausalVAE`."""
         check_latents(self.config, latents)
         parts = []
         for latent in latents.split(1, dim=2):
@@ -149,7 +149,7 @@ class GraphedVAE(ChunkCoder[VAEState]):
     def encode_chunk(
         self, frames: Tensor, state: VAEState | None = None, *, consume: bool = False
     ) -> tuple[Tensor, VAEState]:
-        """As `CausalVAE.encode_chunk`."""
+        """The next frames to latents, steady ones by a graph; bits as of `CausalVAE`."""
         check_frames(self.config, frames, first=state is None)
         head, factor = (1 if state is None else 0), self.scale_factor_temporal
         stretches = [1] * head + [factor] * ((frames.shape[2] - head) // factor)
@@ -169,7 +169,7 @@ class GraphedVAE(ChunkCoder[VAEState]):
 
     def _graph_for(
         self,
-        step: Callable[[Tensor, Tape], Tensor],
+        step: Callable[[Tensor, FeatureCache], Tensor],
         x: Tensor,
         state: VAEState | None,
         consume: bool,

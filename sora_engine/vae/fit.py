@@ -83,14 +83,14 @@ class FittedCoder(ChunkCoder[Any]):
     def decode_chunk(
         self, latents: Tensor, state: Any = None, *, consume: bool = False
     ) -> tuple[Tensor, Any]:
-        """As `VideoCoder.decode_chunk`."""
+        """The next latent frames to frames, in tiles where a whole frame does not fit."""
         chosen = self._choose("decode", *latents.shape[-2:])
         return chosen.decode_chunk(latents, state, consume=consume)
 
     def encode_chunk(
         self, frames: Tensor, state: Any = None, *, consume: bool = False
     ) -> tuple[Tensor, Any]:
-        """As `VideoCoder.encode_chunk`."""
+        """The next frames to latents, in tiles where a whole frame does not fit."""
         factor = self.scale_factor_spatial
         chosen = self._choose("encode", *(-(-side // factor) for side in frames.shape[-2:]))
         return chosen.encode_chunk(frames, state, consume=consume)

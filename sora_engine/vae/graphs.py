@@ -136,7 +136,7 @@ class GraphCoder(ChunkCoder[VAEState]):
     def encode_chunk(
         self, frames: Tensor, state: VAEState | None = None, *, consume: bool = False
     ) -> tuple[Tensor, VAEState]:
-        """As `CausalVAE.encode_chunk`, for a batch of one."""
+        """As `VideoCoder.encode_chunk`, for a batch of one."""
         check_frames(self.config, frames, first=state is None)
         return self._chunk("encoder", frames, state, consume)
 

@@ -45,20 +45,20 @@ class Layouts:
 
     def __init__(self, wanted: bool = False, *, onednn: bool = True):
         self.wanted, self.onednn = wanted, onednn
-        self._made: dict[str, Any] = {}
+        self._packed: dict[str, Any] = {}
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        made = self._made.get(name)
-        if made is not None:
-            return made
+        packed = self._packed.get(name)
+        if packed is not None:
+            return packed
         with _laying_out, torch.inference_mode(False), torch.no_grad():
-            if name not in self._made:
-                self._made[name] = make()
-            return self._made[name]
+            if name not in self._packed:
+                self._packed[name] = make()
+            return self._packed[name]
 
     def forget(self, name: str) -> None:
         """Let go of what was made under this name, if anything was."""
-        self._made.pop(name, None)
+        self._packed.pop(name, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(Layouts, self.wanted, onednn=self.onednn), ()
@@ -131,8 +131,8 @@ class PackableConv3d(nn.Conv3d):
 
     def packed(self) -> PackedConv:
         """The convolution, laid out."""
-        made: PackedConv = self.layouts.get("whole", self._pack_whole)
-        return made
+        packed: PackedConv = self.layouts.get("whole", self._pack_whole)
+        return packed
 
     def packed_last_tap(self) -> PackedConv:
         """The convolution of the last frame of the kernel, laid out.
@@ -143,8 +143,8 @@ class PackableConv3d(nn.Conv3d):
         with _laying_out:
             holder = self._holder
             if holder is None:
-                made: PackedConv = self.layouts.get("last", lambda: self._pack_last(self.weight))
-                return made
+                packed: PackedConv = self.layouts.get("last", lambda: self._pack_last(self.weight))
+                return packed
         with torch.inference_mode(False), torch.no_grad():
             return self._pack_last(holder.plain_weight())
 
@@ -167,17 +167,17 @@ class PackableConv3d(nn.Conv3d):
 
     def _pack_whole(self) -> PackedConv:
         weight = self.weight
-        made = PackedConv(
+        packed = PackedConv(
             weight, self.bias, self.stride, self.spatial_padding, onednn=self.layouts.onednn
         )
         # Meta tensors do as a CPU's: what a decode needs is rehearsed on them.
-        if (made.blocked or weight.is_meta) and not weight.requires_grad:
+        if (packed.blocked or weight.is_meta) and not weight.requires_grad:
             # Another parameter, since modules that share their tensors go on using this one.
             stand_in = weight.new_full((1,), float("nan")).expand(weight.shape)
             self._parameters["weight"] = nn.Parameter(stand_in, requires_grad=False)
-            self._holder = made
+            self._holder = packed
             self.layouts.forget("last")
-        return made
+        return packed
 
     def _pack_last(self, weight: Tensor) -> PackedConv:
         return PackedConv(

@@ -52,7 +52,7 @@ class VAEState:
         return VAEState(moved, self.latent_frames, self.home)
 
 
-class Tape:
+class FeatureCache:
     """One pass over the layers: each takes its cache in turn and leaves the one for the next pass.
 
     Caches in a list are dropped from it as they are taken; those in a tuple are the caller's.
@@ -97,7 +97,9 @@ class Tape:
         else:
             self.new.append(inputs[:, :, -frames:].clone())
 
-    def in_parts(self, run: Callable[[Tensor, Tape], Tensor], x: Tensor, frames: int) -> Tensor:
+    def in_parts(
+        self, run: Callable[[Tensor, FeatureCache], Tensor], x: Tensor, frames: int
+    ) -> Tensor:
         """`run(x, self)` of the layers that are left, over stretches of `frames` frames of x one
         after the other: what those layers hold on their way is then that of one stretch."""
         old = None if self._old is None else self._old[self._at :]
@@ -105,14 +107,14 @@ class Tape:
             self._old[self._at :] = [None] * (len(self._old) - self._at)
         outputs, parts = [], x.split(frames, dim=2)
         for i, part in enumerate(parts):
-            tape = Tape(old, keep=self._keep or i + 1 < len(parts))
-            outputs.append(run(part, tape))
-            old = tape.new
+            feat_cache = FeatureCache(old, keep=self._keep or i + 1 < len(parts))
+            outputs.append(run(part, feat_cache))
+            old = feat_cache.new
         self.new.extend(old or ())
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-class FixedTape(Tape):
+class FixedFeatureCache(FeatureCache):
     """A pass whose caches stay at one place: what a layer leaves is written over what it took.
 
     For a step that is recorded once and replayed. All caches must be there, so it is a steady step.
@@ -124,18 +126,20 @@ class FixedTape(Tape):
         self._places = caches
 
     def put(self, cache: Tensor) -> None:
-        """As `Tape.put`, by copying."""
+        """As `FeatureCache.put`, by copying."""
         place = self._places[len(self.new)]
         self.new.append(place.copy_(cache))
 
     def leave(self, inputs: Tensor | None, frames: int = 0) -> None:
-        """As `Tape.leave`; `inputs` has at least so many frames."""
+        """As `FeatureCache.leave`; `inputs` has at least so many frames."""
         assert inputs is not None
         self.put(inputs[:, :, -frames:])
 
-    def in_parts(self, run: Callable[[Tensor, Tape], Tensor], x: Tensor, frames: int) -> Tensor:
-        """As `Tape.in_parts`, each stretch over the caches of the one before."""
+    def in_parts(
+        self, run: Callable[[Tensor, FeatureCache], Tensor], x: Tensor, frames: int
+    ) -> Tensor:
+        """As `FeatureCache.in_parts`, each stretch over the caches of the one before."""
         places = self._places[len(self.new) :]
-        outputs = [run(part, FixedTape(places)) for part in x.split(frames, dim=2)]
+        outputs = [run(part, FixedFeatureCache(places)) for part in x.split(frames, dim=2)]
         self.new.extend(places)
         return torch.cat(outputs, dim=2)

@@ -88,14 +88,14 @@ class TiledCoder(ChunkCoder[TiledState[S]], Generic[S]):
     def decode_chunk(
         self, latents: Tensor, state: TiledState[S] | None = None, *, consume: bool = False
     ) -> tuple[Tensor, TiledState[S]]:
-        """As `VideoCoder.decode_chunk`."""
+        """The next latent frames to frames, tile by tile; the state has one for each tile."""
         factor = self.scale_factor_spatial
         return self._tiled(self.coder.decode_chunk, latents, state, consume, 1, factor)
 
     def encode_chunk(
         self, frames: Tensor, state: TiledState[S] | None = None, *, consume: bool = False
     ) -> tuple[Tensor, TiledState[S]]:
-        """As `VideoCoder.encode_chunk`."""
+        """The next frames to latents, tile by tile; the state has one for each tile."""
         factor = self.scale_factor_spatial
         return self._tiled(self.coder.encode_chunk, frames, state, consume, factor, 1)
 

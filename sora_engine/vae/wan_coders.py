@@ -19,7 +19,7 @@ from sora_engine.vae.blocks import (
     RMSNorm,
     Upsample,
 )
-from sora_engine.vae.state import Tape
+from sora_engine.vae.state import FeatureCache
 from sora_engine.vae.wan_config import WanVAEConfig
 
 
@@ -39,12 +39,12 @@ class DownStage(nn.Module):
         )
         self.downsampler = Downsample(c_out, time=time) if down else None
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         shortcut = self.avg_shortcut(x)
         for block in self.resnets:
-            x = block(x, tape)
+            x = block(x, feat_cache)
         if self.downsampler is not None:
-            x = self.downsampler(x, tape)
+            x = self.downsampler(x, feat_cache)
         return x + shortcut
 
 
@@ -74,15 +74,17 @@ class UpStage(nn.Module):
         elif up:
             self.upsamplers = nn.ModuleList([Upsample(c_out, c_out // 2, time=time)])
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         stage_input = x
         for block in self.resnets:
-            x = block(x, tape)
+            x = block(x, feat_cache)
         if self.upsamplers is not None:
-            return self.upsamplers[0](x, tape)
+            return self.upsamplers[0](x, feat_cache)
         if self.upsampler is None or self.avg_shortcut is None:
             return x
-        return self.upsampler(x, tape) + self.avg_shortcut(stage_input, first=tape.first)
+        return self.upsampler(x, feat_cache) + self.avg_shortcut(
+            stage_input, first=feat_cache.first
+        )
 
 
 class Encoder(nn.Module):
@@ -113,12 +115,12 @@ class Encoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.z_dim * 2, (3, 3, 3))
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        x = self.conv_in(x, tape)
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
+        x = self.conv_in(x, feat_cache)
         for stage in self.down_blocks:
-            x = stage(x, tape)
-        x = self.mid_block(x, tape)
-        return self.conv_out(x, tape, self.norm_out)
+            x = stage(x, feat_cache)
+        x = self.mid_block(x, feat_cache)
+        return self.conv_out(x, feat_cache, self.norm_out)
 
 
 class Decoder(nn.Module):
@@ -149,16 +151,16 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.out_channels, (3, 3, 3))
 
-    def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        x = self.conv_in(x, tape)
-        x = self.mid_block(x, tape)
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
+        x = self.conv_in(x, feat_cache)
+        x = self.mid_block(x, feat_cache)
         for stage in self.up_blocks[:-1]:
-            x = stage(x, tape)
+            x = stage(x, feat_cache)
         if torch.compiler.is_compiling():  # a graph for elsewhere is not unrolled
-            return self._at_full_size(x, tape)
+            return self._at_full_size(x, feat_cache)
         # Here activations are largest, and nothing changes the number of frames any more.
-        return tape.in_parts(self._at_full_size, x, 1)
+        return feat_cache.in_parts(self._at_full_size, x, 1)
 
-    def _at_full_size(self, x: Tensor, tape: Tape) -> Tensor:
-        x = self.up_blocks[-1](x, tape)
-        return self.conv_out(x, tape, self.norm_out)
+    def _at_full_size(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
+        x = self.up_blocks[-1](x, feat_cache)
+        return self.conv_out(x, feat_cache, self.norm_out)

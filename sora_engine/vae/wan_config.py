@@ -147,14 +147,14 @@ class WanVAEConfig:
         stages = len(self.dim_mult) - 1
         temporal = 2 ** sum(self.temperal_downsample)
         spatial = 2**stages * (self.patch_size or 1)
-        for name, made, default in (
+        for name, derived, default in (
             ("scale_factor_temporal", temporal, _DEFAULT_TEMPORAL),
             ("scale_factor_spatial", spatial, _DEFAULT_SPATIAL),
         ):
             declared = getattr(self, name)
-            if declared not in (None, default, made):
-                raise CheckpointError(f"{name} is {declared!r}, but the layers make {made}")
-            object.__setattr__(self, name, made)
+            if declared not in (None, default, derived):
+                raise CheckpointError(f"{name} is {declared!r}, but the layers make {derived}")
+            object.__setattr__(self, name, derived)
 
     @property
     def class_name(self) -> str:

@@ -58,12 +58,12 @@ def lead(size: int) -> None:
     from tests.distributed import cases
 
     folder = tempfile.TemporaryDirectory()
-    links = []
+    connections = []
     for rank in range(size):
         to_rank, from_rank = os.pipe(), os.pipe()
         if os.fork() == 0:
-            for link in (*links, to_rank[1:], from_rank[:1]):
-                for end in link:
+            for connection in (*connections, to_rank[1:], from_rank[:1]):
+                for end in connection:
                     os.close(end)
             store = dist.FileStore(f"{folder.name}/store", size)
             dist.init_process_group(
@@ -73,9 +73,9 @@ def lead(size: int) -> None:
             os._exit(0)
         os.close(to_rank[0])
         os.close(from_rank[1])
-        links.append((to_rank[1], from_rank[0]))
-    writers = [os.fdopen(write, "w") for write, _ in links]
-    readers = [os.fdopen(read) for _, read in links]
+        connections.append((to_rank[1], from_rank[0]))
+    writers = [os.fdopen(write, "w") for write, _ in connections]
+    readers = [os.fdopen(read) for _, read in connections]
     for line in sys.stdin:
         for writer in writers:
             writer.write(line)
@@ -84,7 +84,7 @@ def lead(size: int) -> None:
         print(json.dumps(answers), flush=True)
     for writer in writers:
         writer.close()
-    for _ in links:
+    for _ in connections:
         os.wait()
 
 

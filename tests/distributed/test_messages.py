@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sora_engine.config import Limits
-from sora_engine.distributed.message import Link, Message, MessageError
+from sora_engine.distributed.message import Connection, Message, MessageError
 from sora_engine.distributed.wire import request_from_message, request_to_message
 from sora_engine.request import Clip, Guidance, Shot, VideoRequest, WindowPlan, resolve_request
 from tests.distributed.tiny import tiny_model
@@ -22,7 +22,7 @@ from tests.distributed.tiny import tiny_model
 def ends():
     a, b = socket.socketpair()
     b.settimeout(10)
-    yield Link(a), Link(b)
+    yield Connection(a), Connection(b)
     a.close()
     b.close()
 

@@ -14,7 +14,7 @@ from sora_engine.distributed.layout_cost import (
     Transformer,
     Video,
     cost,
-    plan,
+    layouts_by_cost,
     sent_bytes,
     with_link,
 )
@@ -88,9 +88,9 @@ def test_work_is_that_of_the_published_model():
 
 
 def test_more_ranks_are_faster_and_the_first_is_the_fastest():
-    times = [plan(n, WAN_14B, FIVE_S)[0].step_s for n in (1, 2, 4, 8)]
+    times = [layouts_by_cost(n, WAN_14B, FIVE_S)[0].step_s for n in (1, 2, 4, 8)]
     assert times == sorted(times, reverse=True)
-    eight = plan(8, WAN_14B, FIVE_S)
+    eight = layouts_by_cost(8, WAN_14B, FIVE_S)
     assert eight[0].step_s == min(c.step_s for c in eight)
     assert eight[0].layout.guidance == 2  # branches cost nothing to part
     assert len({c.layout for c in eight}) == len(eight)
@@ -103,7 +103,7 @@ def test_slow_links_and_small_memory_change_the_choice():
     with pytest.raises(LayoutError, match="'token ring' is not known; nvlink, pcie"):
         with_link(H200, "token ring")
     with pytest.raises(LayoutError, match="0 ranks; at least 1"):
-        plan(0, WAN_14B, FIVE_S)
+        layouts_by_cost(0, WAN_14B, FIVE_S)
 
 
 def test_a_checkpoint_is_described_from_its_configuration():
@@ -122,5 +122,5 @@ def test_auto_is_the_planners_choice(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     model, video = describe("sprites", None, None, None, None, None)
     chosen = settle_layout("auto", "sprites", None, "cpu")
-    assert chosen == plan(4, model, video)[0].layout
+    assert chosen == layouts_by_cost(4, model, video)[0].layout
     assert chosen.num_ranks == 4

@@ -15,7 +15,7 @@ import pytest
 
 from sora_engine.config import ParallelConfig
 from sora_engine.distributed import pool as pool_module
-from sora_engine.distributed.message import Link, Message
+from sora_engine.distributed.message import Connection, Message
 from sora_engine.distributed.pool import RankPool
 from sora_engine.errors import RankFailedError
 
@@ -34,27 +34,27 @@ class Ranks:
             start_new_session=True,
         )
         pairs = [socket.socketpair() for _ in range(4)]
-        self.links = [Link(theirs) for _, theirs in pairs]
-        links = [Link(ours) for ours, _ in pairs]
+        self.connections = [Connection(theirs) for _, theirs in pairs]
+        connections = [Connection(ours) for ours, _ in pairs]
         config = ParallelConfig(ring=4, timeout_s=3.0)
-        self.pool = RankPool(links, config, self.launcher, children)
-        for link in self.links:
-            threading.Thread(target=self.answer, args=(link,), daemon=True).start()
+        self.pool = RankPool(connections, config, self.launcher, children)
+        for connection in self.connections:
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
 
     @staticmethod
-    def answer(link: Link) -> None:
+    def answer(connection: Connection) -> None:
         """Say that an abort was heard, as a rank's second thread does."""
         with contextlib.suppress(OSError, EOFError):
-            while link.receive().kind != "abort":
+            while connection.receive().kind != "abort":
                 pass
-            link.send(Message("aborted", {"why": "heard"}))
+            connection.send(Message("aborted", {"why": "heard"}))
 
     def lose(self, *ranks: int) -> None:
         for rank in ranks:
-            self.links[rank].send(LOST)
+            self.connections[rank].send(LOST)
 
     def go(self, rank: int) -> None:
-        self.links[rank].socket.shutdown(socket.SHUT_RDWR)
+        self.connections[rank].socket.shutdown(socket.SHUT_RDWR)
 
     def tell(self, rank: int, code: int) -> None:
         line = json.dumps({"rank": rank, "code": code}) + "\n"
@@ -80,8 +80,8 @@ def ranks(monkeypatch):
     yield make
     for each in made:
         each.pool.close()
-        for link in each.links:
-            link.close()
+        for connection in each.connections:
+            connection.close()
 
 
 def later(delay_s, act, *arguments):
@@ -94,7 +94,7 @@ def test_a_neighbours_exchange_is_not_the_cause_of_a_death(ranks):
     four.lose(0, 1, 3)
     later(1.5, four.tell, 2, -9)
     assert str(four.failure()) == "rank 2 was killed by SIGKILL"
-    assert set(four.pool.told) == {0, 1, 3}
+    assert set(four.pool.acknowledged) == {0, 1, 3}
 
 
 def test_a_link_that_closes_waits_for_how_its_rank_ended(ranks):
@@ -123,7 +123,7 @@ def test_a_rank_elsewhere_is_gone_when_its_connection_closes(ranks):
 def test_what_a_rank_raised_is_the_cause_though_others_say_first_what_they_lost(ranks):
     four = ranks()
     four.lose(0, 2, 3)
-    later(0.5, four.links[1].send, Message("failed", {"why": "raised OSError: on fire"}))
+    later(0.5, four.connections[1].send, Message("failed", {"why": "raised OSError: on fire"}))
     assert str(four.failure()) == "rank 1 raised OSError: on fire"
 
 
@@ -142,7 +142,7 @@ def test_a_rank_at_work_that_others_wait_for_is_the_cause(ranks):
     four = ranks()
     for rank, waiting_s in ((1, 9.0), (2, None), (3, 9.0)):
         beat = {"exchanges": 5, "waiting_s": waiting_s}
-        four.links[rank].send(Message("beat", beat))
+        four.connections[rank].send(Message("beat", beat))
     four.lose(0)
     assert str(four.failure()) == "rank 2 hangs: the others have waited for it for 9 s"
 

@@ -8,7 +8,14 @@ from safetensors.torch import save_file
 
 from sora_engine.cli.options import parse_parallel
 from sora_engine.config import ParallelConfig
-from sora_engine.distributed.layout_cost import H200, Transformer, Video, cost, plan, sent_bytes
+from sora_engine.distributed.layout_cost import (
+    H200,
+    Transformer,
+    Video,
+    cost,
+    layouts_by_cost,
+    sent_bytes,
+)
 from sora_engine.io.safetensors import SafetensorsFile
 from tests.distributed.test_planner import FIVE_S, TINY, WAN_14B
 from tests.distributed.tiny import tiny_transformer
@@ -103,8 +110,8 @@ def test_weights_are_shared_out_where_nothing_else_fits():
     vast = Transformer(layers=128, heads=64, head_dim=128, ffn=32768, patch_channels=64)
     assert vast.parameters * 2 > H200.memory_bytes
     small = Video(frames=5, height=30, width=52)
-    assert not any(c.layout.shard_weights for c in plan(4, WAN_14B, small))
-    best = plan(4, vast, small)[0]
+    assert not any(c.layout.shard_weights for c in layouts_by_cost(4, WAN_14B, small))
+    best = layouts_by_cost(4, vast, small)[0]
     assert best.layout.shard_weights
     assert best.memory_bytes < H200.memory_bytes
 

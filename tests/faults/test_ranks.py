@@ -108,9 +108,9 @@ def check_failure(engine, job, ranks, pattern, since):
     assert wait_gone(ranks, GONE_S)
     assert descendants() == []
     # Every rank that could still speak was told who failed, and said so before it ended.
-    told = engine._workers[0].executor.pool.told
-    assert set(told) == set(range(len(ranks))) - {caught.value.rank}
-    assert all(str(caught.value) in answer for answer in told.values())
+    acknowledged = engine._workers[0].executor.pool.acknowledged
+    assert set(acknowledged) == set(range(len(ranks))) - {caught.value.rank}
+    assert all(str(caught.value) in answer for answer in acknowledged.values())
     return caught.value
 
 

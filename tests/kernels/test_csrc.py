@@ -88,7 +88,7 @@ def test_an_installed_package_has_no_sources_to_differ_from(folders):
 
 
 def test_the_doctor_shows_a_stale_library(folders):
-    from sora_engine.cli import report as doctor
+    from sora_engine.cli import doctor
 
     build(folders[0], b"0123456789abcdef")
     found = dict(doctor.report())["csrc"]

@@ -2,7 +2,8 @@
 
 Random weights as they come are forgiving: modulation near zero, logits near flat. `sharpen` scales
 modulation tables, norm gains, value and output projections up until every part of the model moves
-the result (tests/parity/test_sharpness.py shows it), so that parity means something.
+the result, so that parity means something (`test_the_comparison_would_notice` in test_pipeline.py
+and test_vace.py shows it).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sora_engine.vae.cuda_graph import EAGER_LATENTS, GraphedVAE, graphed
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.meter import NoScores, StorageMeter
 from sora_engine.vae.rehearsal import decode_memory, encode_memory
-from sora_engine.vae.state import FixedTape, VAEState
+from sora_engine.vae.state import FixedFeatureCache, VAEState
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_config import WanVAEConfig
 from tests.parity.vae_models import make_pair, relative
@@ -212,7 +212,7 @@ def test_a_step_in_place_takes_no_more_than_was_promised(side):
         with StorageMeter([later, *vae.parameters()]) as meter:
             meter.count(state.caches)
             held = meter.now
-            output = step(later, FixedTape(state.caches))
+            output = step(later, FixedFeatureCache(state.caches))
             assert meter.now == held + output.nbytes
     promised = measure(config, 12, 20)
     assert held == promised.cache

@@ -14,7 +14,7 @@ from sora_engine.errors import RequestError
 from sora_engine.vae.coder import stream_decode, stream_encode
 from sora_engine.vae.meter import NoScores, StorageMeter
 from sora_engine.vae.rehearsal import decode_memory, encode_memory, plan_tiles
-from sora_engine.vae.state import Tape
+from sora_engine.vae.state import FeatureCache
 from sora_engine.vae.tiling import TiledCoder, TilePlan, blend_weights, starts
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_config import WanVAEConfig
@@ -209,9 +209,11 @@ def test_the_largest_stage_goes_a_frame_at_a_time(monkeypatch):
     latents = _latents(vae, 3, 3, 5)
     frames = vae.decode(latents)
     peak = decode_memory.__wrapped__(WanVAEConfig(), 16, 16).peak
-    whole = Tape.in_parts
+    whole = FeatureCache.in_parts
     monkeypatch.setattr(
-        Tape, "in_parts", lambda tape, run, x, count: whole(tape, run, x, x.shape[2])
+        FeatureCache,
+        "in_parts",
+        lambda feat_cache, run, x, count: whole(feat_cache, run, x, x.shape[2]),
     )
     torch.testing.assert_close(vae.decode(latents), frames, rtol=0, atol=1e-5)
     assert peak < 0.8 * decode_memory.__wrapped__(WanVAEConfig(), 16, 16).peak

@@ -1,7 +1,7 @@
 """Packed attention by csrc/cpu: a share of the queries of one (segment, head) at a time.
 
 SDPA spends its time on set-up where segments are a few tokens long. Of longer ones see
-`csrc.outrun_by_sdpa`.
+`cpu_attention.outrun_by_sdpa`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sora_kernels import csrc
 from sora_kernels.attention.operands import Operands
+from sora_kernels.cpu_attention import outrun_by_sdpa
 from sora_kernels.dispatch import Case
 
 
@@ -19,7 +20,7 @@ def unsupported(case: Case) -> str | None:
 
 
 def outrun(case: Case) -> str | None:
-    return csrc.outrun_by_sdpa(case)
+    return outrun_by_sdpa(case)
 
 
 def run(call: Operands) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels import csrc
+from sora_kernels.cpu_attention import outrun_by_sdpa
 from sora_kernels.dispatch import Case
 from sora_kernels.grids import Grid, starts_of
 
@@ -15,7 +16,7 @@ def unsupported(case: Case) -> str | None:
 
 
 def outrun(case: Case) -> str | None:
-    return csrc.outrun_by_sdpa(case)
+    return outrun_by_sdpa(case)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> Tensor:

@@ -96,7 +96,7 @@ class WanBlock(nn.Module):
     def keys_values(
         self, embedded: Tensor, source: str, backends: Backends
     ) -> tuple[Tensor, Tensor]:
-        """As `WanAttention.keys_values`, of the cross-attention."""
+        """The cross-attention's keys and values `[n, heads, head_dim]` of embedded `[n, dim]`."""
         return self.attn2.keys_values(embedded, source, backends)
 
 

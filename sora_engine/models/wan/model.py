@@ -95,11 +95,15 @@ class WanTransformer(DiffusionTransformer):
     def example_embedding(self, num_tokens: int, device: torch.device) -> Embedding:
         """Zeros of the shapes that `encode_contexts` takes for a text of so many tokens."""
         config = self.config
-        made = {"text": torch.zeros(num_tokens, config.text_dim, dtype=self.dtype, device=device)}
+        embedding = {
+            "text": torch.zeros(num_tokens, config.text_dim, dtype=self.dtype, device=device)
+        }
         if config.image_dim is not None:
             tokens = config.pos_embed_seq_len or CLIP_TOKENS
-            made["image"] = torch.zeros(tokens, config.image_dim, dtype=self.dtype, device=device)
-        return made
+            embedding["image"] = torch.zeros(
+                tokens, config.image_dim, dtype=self.dtype, device=device
+            )
+        return embedding
 
     @property
     def dtype(self) -> torch.dtype:
