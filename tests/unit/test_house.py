@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 import grimp
 import networkx
 import pytest
+
+from sora_engine.request import ResolvedRequest, recipe
+from sora_engine.runtime import savepoint
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {".py", ".cpp", ".cu", ".h", ".cuh"}
@@ -98,3 +102,16 @@ def test_no_family_is_named_outside_its_folder() -> None:
         if len(words) > REGISTRIES.get(name, 0) and not name.startswith(OWN)
     }
     assert not elsewhere
+
+
+def test_every_field_of_a_request_is_carried_wherever_a_request_goes() -> None:
+    """A plain field by its list, any other by code of its own that names it."""
+    carriers = {
+        "runtime/savepoint.py": (savepoint._PLAIN, {"clips", "init", "latents"}),  # in the canvas
+        "request/recipe.py": (recipe._PLAIN, {"prompt", "seed"}),  # the provenance's own fields
+    }
+    for file, (plain, elsewhere) in carriers.items():
+        source = (ROOT / "sora_engine" / file).read_text(encoding="utf-8")
+        for field in dataclasses.fields(ResolvedRequest):
+            named = field.name in elsewhere or f'"{field.name}"' in source
+            assert field.name in plain or named, f"{file} drops {field.name}"
