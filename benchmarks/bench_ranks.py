@@ -71,11 +71,11 @@ class Stepper:
         self._wait()
         self.times.append(time.monotonic() - began)
         self.cpu.append(self._cpu_s() - cpu)
-        self.waits.append(max(getattr(self.engine._workers[0].stages, "waited_s", [0.0])))
+        self.waits.append(max(getattr(self.engine._workers[0].executor, "waited_s", [0.0])))
 
     def _cpu_s(self) -> float:
         """Processor time of this process and of the ranks so far."""
-        pool = getattr(self.engine._workers[0].stages, "pool", None)
+        pool = getattr(self.engine._workers[0].executor, "pool", None)
         ranks: list[str] = []
         if pool is not None:
             launcher = pool._launcher.pid

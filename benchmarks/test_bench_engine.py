@@ -46,7 +46,7 @@ def a_request(tiny: bool, seed: int = 0) -> sora.VideoRequest:
 def test_encode_prompts(benchmark, engine):
     prompts = ["a red circle moves right on a white background", ""]
     encoded = benchmark(engine.model.prompt_encoder.encode, prompts)
-    assert [len(text) for text in encoded] == [10, 1]
+    assert [len(text["text"]) for text in encoded] == [10, 1]
 
 
 @torch.inference_mode()

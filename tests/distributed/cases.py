@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise.denoise import denoise_step, prepare
 from sora_engine.denoise.packing import Packer, Stream
+from sora_engine.distributed.attention import ShardedAttention
 from sora_engine.distributed.layout import bounds
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.sequence import sharded_attention
@@ -90,7 +91,7 @@ def sparse_attention(layout, grids, reach, heads=5, head_dim=8):
     stream = Stream(
         tokens=wide[0], rows=None, coords=torch.zeros(offsets[-1], 3, dtype=torch.int64),
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32), max_seqlen=max(lengths),
-        grids=tuple(grids), shard=shard, sees=tuple(sees),
+        grids=tuple(grids), attend=ShardedAttention(shard), sees=tuple(sees),
     )  # fmt: skip
     q, k, v = wide[:, shard.tokens].float()
     before = dict(mesh.traffic.sent_bytes)

@@ -66,7 +66,7 @@ def test_videos_are_those_of_one_process(engine, alone):
     assert first.progress.steps_done == 3
     assert first.result().receipt.solver == alone[0].receipt.solver
     assert first.result().receipt.ops["packed_attention"]
-    waited_s = engine._workers[0].stages.waited_s
+    waited_s = engine._workers[0].executor.waited_s
     assert len(waited_s) == 4
     assert min(waited_s) > 0
 
@@ -79,7 +79,7 @@ def test_two_replicas_whose_ranks_share_the_weights_out(alone):
         for job, expected in zip(jobs, alone, strict=False):
             made = job.result(300).latents
             assert (made - expected.latents).abs().max() / expected.latents.abs().max() < 1e-5
-        served = [worker.stages.sent_bytes for worker in replicas._workers]
+        served = [worker.executor.sent_bytes for worker in replicas._workers]
     assert len(served) == 2
     assert all(sent[0]["ulysses"] > 0 and sent[0]["weights"] > 0 for sent in served)
 
