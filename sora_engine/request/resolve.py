@@ -318,11 +318,13 @@ def _on_grid(
     A loop's length is always there: cut, it would not close.
     """
     number = integer(name, value, default)
+    closes = name == "num_frames" and bool(request.loop)
+    exact = not (request.round_to_grid or request.strict_grid or closes)
+    least = 1 if exact else remainder or multiple
     if number < 1:
-        raise RequestError(f"{name} must be at least {remainder or multiple}, got {number}")
+        raise RequestError(f"{name} must be at least {least}, got {number}")
     below, above = nearest_on_grid(number, multiple, remainder)
-    open_loop = name == "num_frames" and bool(request.loop)
-    if number in (below, above) or not (request.round_to_grid or request.strict_grid or open_loop):
+    if exact or number in (below, above):
         return number
     if request.round_to_grid:
         return below if number - below <= above - number else above

@@ -65,8 +65,8 @@ def test_numpy_integers_and_floats_are_numbers():
     [
         ({"prompt": None}, "prompt must be a string, got NoneType"),
         ({"negative_prompt": 3}, "negative_prompt must be a string, got int"),
-        ({"height": 0}, "height must be at least 16, got 0"),
-        ({"height": -16}, "height must be at least 16, got -16"),
+        ({"height": 0}, "height must be at least 1, got 0"),
+        ({"height": -16, **STRICT}, "height must be at least 16, got -16"),
         (
             {"height": 100, "strict_grid": True},
             "height must be a multiple of 16, got 100; the nearest are 96 or 112",
