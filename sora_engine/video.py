@@ -22,6 +22,7 @@ class Receipt:
     most_in_company: the most jobs that shared a batch with this one, itself included.
     largest_batch_tokens: tokens of the largest pass that it took part in, others' included.
     noise: `"seed"`, or `"given"` where the request brought its own.
+    canvas: what the model made, where that is larger than the video, whose frames are its middle.
     vae_tiles: the tiles in which frames were coded because they did not fit whole, by "decode" and
         "encode"; empty where they did. Frames in tiles are an approximation: edges are blended.
     resumed_at: the step at which it was taken up from a file; None where it ran in one go.
@@ -40,6 +41,7 @@ class Receipt:
     noise: str
     most_in_company: int
     largest_batch_tokens: int
+    canvas: str | None = None
     vae_tiles: dict[str, str] = field(default_factory=dict)
     resumed_at: int | None = None
     promised_bytes: int | None = None

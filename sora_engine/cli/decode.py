@@ -45,11 +45,17 @@ def decode(
         normalised = decoder.vae.normalise(saved.latents[None])[0]
     except (SoraError, RuntimeError) as error:
         raise UsageError(f"{in_options(error)}") from error
+    from sora_engine.request.frames import crop_middle
+
     total, done = saved.latents.shape[1], 0
+    left = None if saved.size is None else saved.size[0]
     with VideoWriter(output, saved.fps, provenance=saved.provenance) as writer:
         for chunk in decoder.decode(normalised, wraps=saved.loop):
+            if saved.size is not None:
+                chunk = crop_middle(chunk[:left], *saved.size[1:])
             for frame in chunk.numpy():
                 writer.write(frame)
+            left = None if left is None else left - len(chunk)
             done += 1
             say(f"decode {done}/{total} latent frames")
     say(f"{output}: {saved.fps:g} fps ({time.monotonic() - started:.1f} s)")

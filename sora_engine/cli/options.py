@@ -83,6 +83,9 @@ class Common:
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = (
         None
     )
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a size or length off the model's grid.")
+    ] = False
     fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None
@@ -141,6 +144,7 @@ class Common:
             "shift": self.shift,
             "seed": self.seed,
             "solver": self.solver,
+            "strict_grid": self.strict or None,
         }
         return {name: value for name, value in values.items() if value is not None}
 

@@ -113,6 +113,8 @@ def run(command: Command) -> None:
         except (RequestError, MediaError) as error:
             raise UsageError(in_options(error)) from error
         settings = f"{resolved.width}x{resolved.height}, {resolved.num_frames} frames"
+        if resolved.canvas is not None:
+            say(f"{settings} are the middle of what the model makes, {resolved.canvas}")
         say(f"making {settings}, {resolved.num_inference_steps} steps, seed {resolved.seed}")
         try:
             job = make(engine, request, resolved, output, common.model or DEFAULT_MODEL)
@@ -240,7 +242,16 @@ def make(
 
     def keep(latents: Tensor) -> None:
         source = str(Path(model).resolve()) if model != DEFAULT_MODEL else model
-        SavedLatents(latents, resolved.fps, resolved.loop, source, provenance).write(kept)
+        SavedLatents(
+            latents,
+            resolved.fps,
+            resolved.loop,
+            source,
+            size=None
+            if resolved.canvas is None
+            else (resolved.num_frames, resolved.height, resolved.width),
+            provenance=provenance,
+        ).write(kept)
 
     with writer:
         job = engine.submit(replace(request, seed=resolved.seed), on_frames=write, on_latents=keep)

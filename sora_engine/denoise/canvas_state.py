@@ -102,7 +102,7 @@ class CanvasState:
 
 
 def _check(canvas: Canvas, request: ResolvedRequest, model: DiffusionModel) -> None:
-    shape = model.grid.shape(request.height, request.width, request.num_frames, loop=request.loop)
+    shape = request.latent_shape(model.grid)
     for name, tensor in (("latents", canvas.latents), ("noise", canvas.noise)):
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             raise ValueError(f"{name} are {tensor.dtype} {list(tensor.shape)}, not {list(shape)}")

@@ -49,7 +49,7 @@ def preparing(request: ResolvedRequest, model: DiffusionModel) -> Generator[None
 
     Yields where the engine may turn to other jobs, or stop: after each latent frame of a clip.
     """
-    shape = model.grid.shape(request.height, request.width, request.num_frames, loop=request.loop)
+    shape = request.latent_shape(model.grid)
     noise = initial_latents(request, shape).to(model.device)
     schedule = solver_of(request, model).schedule
     if request.resample > 1 and model.known_mode is not KnownMode.REPLACEMENT:
@@ -111,15 +111,15 @@ def frame_texts_of(
     shot_of_frame = [i for i, shot in enumerate(request.shots) for _ in range(shot.num_frames)]
     if not shot_of_frame:
         return (0,) * latent_frames
+    # What is made beyond the last shot is left out at the end, and reads what the last one reads.
+    shot_of_frame += shot_of_frame[-1:] * (request.canvas_frames - len(shot_of_frame))
     spans = (grid.frames_of(i, loop=request.loop) for i in range(latent_frames))
     return tuple(shot_of_frame[span[len(span) // 2]] for span in spans)
 
 
 def step_tokens(request: ResolvedRequest, grid: LatentGrid) -> int:
     """Tokens of one step of a request: all of its windows and branches."""
-    _, frames, height, width = grid.shape(
-        request.height, request.width, request.num_frames, loop=request.loop
-    )
+    _, frames, height, width = request.latent_shape(grid)
     plan = request.window
     if isinstance(plan, WindowPlan) and chain_of(plan, frames, None, wraps=request.loop):
         seen = plan.span
@@ -132,7 +132,7 @@ def step_tokens(request: ResolvedRequest, grid: LatentGrid) -> int:
 
 def num_passes(request: ResolvedRequest, grid: LatentGrid) -> int:
     """How many times the schedule is gone through: once a chained window."""
-    frames = grid.latent_frames(request.num_frames, loop=request.loop)
+    frames = request.latent_shape(grid)[1]
     return max(1, len(chain_of(request.window, frames, None, wraps=request.loop)))
 
 

@@ -16,7 +16,7 @@ from sora_engine.denoise.canvas import Known
 from sora_engine.denoise.model import DiffusionModel
 from sora_engine.errors import RequestError
 from sora_engine.request import Clip, KnownMode, ResolvedRequest
-from sora_engine.request.frames import load_frames
+from sora_engine.request.frames import crop_middle, load_frames
 
 if TYPE_CHECKING:
     from sora_engine.request.request import Frames
@@ -27,14 +27,36 @@ def to_unit_range(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
-class TimeLine:
-    """The frames of a request's clips, each in its place.
+def on_canvas(array: np.ndarray, request: ResolvedRequest, end: int) -> np.ndarray:
+    """Frames or masks `[n, height, width, ...]` of the result's size, in their place on the canvas.
 
-    frames: uint8 `[num_frames, H, W, 3]`; mask: bool `[num_frames, H, W]`, True where known.
+    The margin continues what is at the edge, and so do frames beyond the result's last one, where
+    these end there (`end` is the frame after their last): nothing new is made up that a model would
+    have to agree with. Itself where the canvas is no larger.
+    """
+    tail = request.canvas_frames - request.num_frames if end == request.num_frames else 0
+    top = (request.canvas_height - request.height) // 2
+    left = (request.canvas_width - request.width) // 2
+    margins = [
+        (0, tail),
+        (top, request.canvas_height - request.height - top),
+        (left, request.canvas_width - request.width - left),
+        *[(0, 0)] * (array.ndim - 3),
+    ]
+    if not any(map(any, margins)):
+        return array
+    return np.pad(array, margins, mode="edge")
+
+
+class TimeLine:
+    """The frames of a request's clips, each in its place on the canvas.
+
+    frames: uint8 `[canvas_frames, H, W, 3]`; mask: bool `[canvas_frames, H, W]`, True where known.
     """
 
     def __init__(self, request: ResolvedRequest) -> None:
-        shape = (request.num_frames, request.height, request.width)
+        shape = (request.canvas_frames, request.canvas_height, request.canvas_width)
+        self.request = request
         self.loop = request.loop
         self.frames = np.zeros((*shape, 3), np.uint8)
         self.mask = np.zeros(shape, bool)
@@ -53,13 +75,19 @@ class TimeLine:
                     f"two clips overlap at frame {first}; clips must not share frames, so the one "
                     f"at frame {clip.at} could begin at frame {free}"
                 )
-            self.frames[clip.at : end] = frames
-            self.mask[clip.at : end] = _clip_mask(clip, frames.shape[:3])
+            mask = on_canvas(_clip_mask(clip, frames.shape[:3]), request, end)
+            self.frames[clip.at : clip.at + len(mask)] = on_canvas(frames, request, end)
+            self.mask[clip.at : clip.at + len(mask)] = mask
 
     @property
     def known_frames(self) -> np.ndarray:
         """Indices of frames of which anything is known."""
         return np.flatnonzero(self.mask.any(axis=(1, 2)))
+
+    def picture(self, frame: int) -> Image.Image:
+        """A frame of the result's size, without the canvas's margin."""
+        request = self.request
+        return Image.fromarray(crop_middle(self.frames[frame], request.height, request.width))
 
     def filled(self) -> np.ndarray:
         """The frames as they are encoded: nothing unknown is in them.
@@ -128,7 +156,8 @@ def encode_video(
         raise RequestError(
             f"the start video has {len(loaded)} frames; the request makes {request.num_frames}"
         )
-    return (yield from _encode(loaded, model, before=loaded[-1:] if request.loop else None))
+    placed = on_canvas(loaded, request, len(loaded))
+    return (yield from _encode(placed, model, before=placed[-1:] if request.loop else None))
 
 
 def _encode(
@@ -168,7 +197,7 @@ def _encode_latents(
 ) -> Generator[None, None, Known]:
     """Known latents in their places; only what no unknown frame can touch counts as known."""
     grid = model.grid
-    shape = grid.shape(request.height, request.width, request.num_frames, loop=request.loop)
+    shape = request.latent_shape(grid)
     spans = [grid.frames_of(i, loop=request.loop) for i in range(shape[1])]
     unit = grid.vae_spatial
     by_latent = torch.from_numpy(np.stack([line.mask[list(span)].all(axis=0) for span in spans]))
@@ -231,14 +260,14 @@ def _image_tokens(line: TimeLine, model: DiffusionModel) -> Tensor | None:
     if model.image_encoder is None:
         return None
     known = line.known_frames
-    images = [Image.fromarray(line.frames[known[0]])]
+    images = [line.picture(known[0])]
     if model.takes_last_image:
         if known[-1] != len(line.frames) - 1:
             raise RequestError(
                 "this checkpoint takes a first and a last frame: give a clip that ends at frame "
-                f"{len(line.frames) - 1} too"
+                f"{line.request.num_frames - 1} too"
             )
-        images.append(Image.fromarray(line.frames[known[-1]]))
+        images.append(line.picture(known[-1]))
     return model.image_encoder.encode(images).flatten(0, 1)
 
 

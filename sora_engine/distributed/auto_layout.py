@@ -59,9 +59,7 @@ def transformer_of(
 
 def video_of(request: ResolvedRequest, grid: LatentGrid) -> Video:
     """What a request costs: of chained windows, which wait for each other, one."""
-    channels, frames, height, width = grid.shape(
-        request.height, request.width, request.num_frames, loop=request.loop
-    )
+    channels, frames, height, width = request.latent_shape(grid)
     plan = request.window
     window: dict[str, Any] = {}
     if isinstance(plan, WindowPlan) and plan.schedule == "chained":

@@ -22,7 +22,8 @@ class SavedLatents:
     """Latents float32 `[channels, latent_frames, latent_height, latent_width]`, as the VAE decoder
     takes them (`Video.latents`), and what a decoder must know beside them.
 
-    model: what `Engine.from_pretrained` was given.
+    model: what `Engine.from_pretrained` was given. size: number of frames, height and width of the
+    video, where what the latents hold is larger: it is the middle of the first frames.
     """
 
     latents: Tensor
@@ -30,11 +31,14 @@ class SavedLatents:
     loop: bool
     model: str
     provenance: Provenance | None = None
+    size: tuple[int, int, int] | None = None
 
     def write(self, path: str | Path) -> Path:
         """Write the file whole or not at all; MediaError where that cannot be."""
         path = Path(path)
         metadata = {"fps": repr(self.fps), "loop": str(int(self.loop)), "model": self.model}
+        if self.size is not None:
+            metadata["size"] = "x".join(map(str, self.size))
         if self.provenance is not None:
             metadata["provenance"] = self.provenance.to_json()
         try:
@@ -55,6 +59,10 @@ class SavedLatents:
                     raise MediaError(f"{path} holds {names}: these are no finished latents")
                 latents = file.get_tensor("latents")
             fps, loop = float(metadata["fps"]), metadata.get("loop") == "1"
+            size = None
+            if "size" in metadata:
+                num_frames, height, width = map(int, metadata["size"].split("x"))
+                size = num_frames, height, width
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, MediaError):
                 raise
@@ -65,4 +73,4 @@ class SavedLatents:
                 f"latent_width], got {latents.dtype} {list(latents.shape)}"
             )
         provenance = Provenance.from_json(metadata.get("provenance", ""))
-        return cls(latents, fps, loop, metadata.get("model", ""), provenance)
+        return cls(latents, fps, loop, metadata.get("model", ""), provenance, size)

@@ -76,6 +76,17 @@ class LatentGrid:
         frames = self.latent_frames(num_frames, loop=loop)
         return self.channels, frames, height // self.vae_spatial, width // self.vae_spatial
 
+    def covering(
+        self, height: int, width: int, num_frames: int, *, loop: bool
+    ) -> tuple[int, int, int]:
+        """The smallest height, width and number of frames on the grid that hold these."""
+        rows, columns = self.multiple
+        return (
+            nearest_on_grid(height, rows)[1],
+            nearest_on_grid(width, columns)[1],
+            nearest_on_grid(num_frames, self.time, 0 if loop else 1)[1],
+        )
+
     def frames_of(self, latent_frame: int, *, loop: bool) -> range:
         """The video frames that a latent frame holds: one for the first (unless in a loop)."""
         if loop:

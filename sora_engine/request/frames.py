@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,19 @@ from sora_engine.request.checks import integer
 from sora_engine.request.request import Footage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sora_engine.request.request import Frames
+
+
+Array = TypeVar("Array", np.ndarray, "Tensor")
+
+
+def crop_middle(frames: Array, height: int, width: int) -> Array:
+    """The middle of frames `[..., H, W, 3]`, of that size; a view."""
+    top = (frames.shape[-3] - height) // 2
+    left = (frames.shape[-2] - width) // 2
+    return frames[..., top : top + height, left : left + width, :]
 
 
 def load_frames(

@@ -65,8 +65,11 @@ class VideoRequest:
     Args:
         prompt: what the video shows.
         negative_prompt: what guidance steers away from.
-        height, width: pixels; multiples of the VAE's factor times the patch (16 for Wan).
-        num_frames: one more than a multiple of the VAE's time factor; in a loop, a multiple of it.
+        height, width: pixels, of any size. The model makes the next larger size on its grid
+            (multiples of the VAE's factor times the patch, 16 for Wan); its middle is kept.
+        num_frames: of any length; what the model makes beyond it (it takes one more than a multiple
+            of the VAE's time factor) is left out at the end. In a loop, which a cut would open, it
+            is a multiple of that factor.
         fps: frames a second of the file that is written.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 and less means none.
@@ -84,7 +87,9 @@ class VideoRequest:
             better where the model bears the whole length, and dearer.
         latents: the initial noise, float32, `LatentGrid.shape`:
             `[channels, latent_frames, latent_height, latent_width]`.
-        round_to_grid: take the nearest size and length that the model can make.
+        round_to_grid: take the nearest size and length on the model's grid, in place of the exact
+            ones.
+        strict_grid: refuse a size or a length off the model's grid.
         guidance: the kind of guidance and the part of the steps that it covers; its own scale
             counts where `guidance_scale` is None.
         resample: how often each step is taken where a checkpoint was not trained for known frames
@@ -115,6 +120,7 @@ class VideoRequest:
     window: WindowPlan | SparsePlan | None = None
     latents: torch.Tensor | None = None
     round_to_grid: bool = False
+    strict_grid: bool = False
     guidance: Guidance | None = None
     resample: int = 1
     original_prompt: str | None = None

@@ -38,6 +38,8 @@ EDIT_STRENGTH = 0.6
 class ResolvedRequest:
     """A request with every default filled in and every value checked.
 
+    height, width, num_frames: of the result. canvas_height, canvas_width, canvas_frames: of what
+        the model makes, the next size on its grid; the middle of its first frames is the result.
     window: what it is denoised in: the caller's choice or, where the video is longer than what the
         checkpoint was trained on, the checkpoint's own windows. None: one attention span.
     """
@@ -47,6 +49,9 @@ class ResolvedRequest:
     height: int
     width: int
     num_frames: int
+    canvas_height: int
+    canvas_width: int
+    canvas_frames: int
     fps: float
     num_inference_steps: int
     guidance_scale: float
@@ -76,6 +81,18 @@ class ResolvedRequest:
         """Whether any step takes an unconditional prediction."""
         return needs_unconditional(self.guidance_scale)
 
+    @property
+    def canvas(self) -> str | None:
+        """The canvas in words, where it is larger than the result."""
+        size = self.canvas_width, self.canvas_height, self.canvas_frames
+        if size == (self.width, self.height, self.num_frames):
+            return None
+        return "{}x{}, {} frames".format(*size)
+
+    def latent_shape(self, grid: LatentGrid) -> tuple[int, int, int, int]:
+        """Of the canvas: `(channels, latent_frames, latent_height, latent_width)`."""
+        return grid.shape(self.canvas_height, self.canvas_width, self.canvas_frames, loop=self.loop)
+
     def memory_key(self) -> tuple[object, ...]:
         """All of the request that its memory depends on: everything but words, seed and pixels."""
         contents = ("prompt", "negative_prompt", "original_prompt", "seed", "fps")
@@ -101,7 +118,10 @@ def resolve_request(
     defaults, grid = facts.defaults, facts.grid
     loop = bool(request.loop)
     _check_prompts(request, limits)
-    height, width, num_frames = _resolve_size(request, defaults, grid, limits)
+    height, width, num_frames = _resolve_size(request, defaults, grid)
+    canvas_height, canvas_width, canvas_frames = grid.covering(height, width, num_frames, loop=loop)
+    _check_canvas(canvas_height, canvas_width, canvas_frames, grid, limits, loop=loop)
+    latent_shape = grid.shape(canvas_height, canvas_width, canvas_frames, loop=loop)
     sigmas, steps = _resolve_steps(request, defaults, limits)
     guidance, guidance_scale, guidance_scale_2 = _resolve_guidance(request, defaults)
     if request.solver is not None and solvers and request.solver not in solvers:
@@ -113,13 +133,16 @@ def resolve_request(
     if not 1 <= resample <= MAX_RESAMPLE:
         raise RequestError(f"resample must be from 1 to {MAX_RESAMPLE}, got {resample}")
     if request.latents is not None:
-        _check_latents(request.latents, grid.shape(height, width, num_frames, loop=loop))
+        _check_latents(request.latents, latent_shape)
     return ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or defaults.negative_prompt,
         height=height,
         width=width,
         num_frames=num_frames,
+        canvas_height=canvas_height,
+        canvas_width=canvas_width,
+        canvas_frames=canvas_frames,
         fps=positive("fps", defaults.fps if request.fps is None else request.fps),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
@@ -134,7 +157,7 @@ def resolve_request(
         strength=_resolve_strength(request),
         loop=loop,
         shots=several("shots", request.shots, "Shot(prompt, num_frames)"),
-        window=_resolve_window(request, facts, grid.latent_frames(num_frames, loop=loop)),
+        window=_resolve_window(request, facts, latent_shape[1]),
         latents=request.latents,
         resample=resample,
         original_prompt=request.original_prompt,
@@ -153,19 +176,35 @@ def _check_prompts(request: VideoRequest, limits: Limits) -> None:
 
 
 def _resolve_size(
-    request: VideoRequest, defaults: GenerationDefaults, grid: LatentGrid, limits: Limits
+    request: VideoRequest, defaults: GenerationDefaults, grid: LatentGrid
 ) -> tuple[int, int, int]:
-    """Height, width and number of frames."""
-    loop, nearest = bool(request.loop), bool(request.round_to_grid)
-    height = _on_grid("height", request.height, defaults.height, grid.multiple[0], 0, nearest)
-    width = _on_grid("width", request.width, defaults.width, grid.multiple[1], 0, nearest)
+    """Height, width and number of frames of the result."""
+    if request.round_to_grid and request.strict_grid:
+        raise RequestError(
+            "round_to_grid takes the nearest size and strict_grid refuses it: give one of them"
+        )
+    loop = bool(request.loop)
+    height = _on_grid("height", request.height, defaults.height, grid.multiple[0], 0, request)
+    width = _on_grid("width", request.width, defaults.width, grid.multiple[1], 0, request)
     shots: tuple[Shot, ...] = several("shots", request.shots, "Shot(prompt, num_frames)")
     default_frames = sum(_shot_frames(shot) for shot in shots) or defaults.num_frames
     if loop and request.num_frames is None and not shots:
         default_frames = max(grid.time, default_frames // grid.time * grid.time)
     num_frames = _on_grid(
-        "num_frames", request.num_frames, default_frames, grid.time, 0 if loop else 1, nearest
+        "num_frames", request.num_frames, default_frames, grid.time, 0 if loop else 1, request
     )
+    if shots and sum(shot.num_frames for shot in shots) != num_frames:
+        raise RequestError(
+            f"the shots have {sum(shot.num_frames for shot in shots)} frames together; "
+            f"they must fill num_frames = {num_frames}"
+        )
+    return height, width, num_frames
+
+
+def _check_canvas(
+    height: int, width: int, num_frames: int, grid: LatentGrid, limits: Limits, *, loop: bool
+) -> None:
+    """Limits count what is made: the canvas."""
     if height * width > limits.max_pixels:
         raise RequestError(
             f"{width}x{height} is {height * width} pixels; at most {limits.max_pixels}, so "
@@ -177,12 +216,6 @@ def _resolve_size(
         raise RequestError(
             f"num_frames is {num_frames}; at most {limits.max_frames}, so {longest} would work"
         )
-    if shots and sum(shot.num_frames for shot in shots) != num_frames:
-        raise RequestError(
-            f"the shots have {sum(shot.num_frames for shot in shots)} frames together; "
-            f"they must fill num_frames = {num_frames}"
-        )
-    return height, width, num_frames
 
 
 def _resolve_steps(
@@ -278,15 +311,22 @@ def _default_window(
 
 
 def _on_grid(
-    name: str, value: object, default: int, multiple: int, remainder: int, nearest: bool
+    name: str, value: object, default: int, multiple: int, remainder: int, request: VideoRequest
 ) -> int:
+    """A size or a length as it was asked for, or on the grid where the request wants it there.
+
+    A loop's length is always there: cut, it would not close.
+    """
     number = integer(name, value, default)
+    closes = name == "num_frames" and bool(request.loop)
+    exact = not (request.round_to_grid or request.strict_grid or closes)
+    least = 1 if exact else remainder or multiple
     if number < 1:
-        raise RequestError(f"{name} must be at least {remainder or multiple}, got {number}")
+        raise RequestError(f"{name} must be at least {least}, got {number}")
     below, above = nearest_on_grid(number, multiple, remainder)
-    if number in (below, above):
+    if exact or number in (below, above):
         return number
-    if nearest:
+    if request.round_to_grid:
         return below if number - below <= above - number else above
     rule = f"a multiple of {multiple}" + (f" plus {remainder}" if remainder else "")
     choice = f"{below} or {above}" if below < number else f"{below}"

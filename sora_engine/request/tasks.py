@@ -11,10 +11,12 @@ How a clip comes onto the time line, the same for all:
 - **rate**: a file is resampled to `fps`, by default the checkpoint's; frame i is the one on screen
   i / fps seconds after the first. Frames in memory are taken as they are.
 - **size**: height and width given are taken. Else the clip's own size, made smaller (never larger)
-  until it has no more pixels than the checkpoint's default, each side to the nearest that the
-  model can make. Frames are scaled until they cover that size, and their middle is kept.
-- **length**: where the clip is the whole video, its last frames are left out down to the longest
-  length that the model can make. Where frames are added, never fewer than asked for.
+  until it has no more pixels than the checkpoint's default. Frames are scaled until they cover that
+  size, and their middle is kept.
+- **length**: the clip's own, or with what is added to it. A loop's is a multiple of `grid.time`.
+- **grid**: with `round_to_grid=True` or `strict_grid=True` sizes are the nearest on the model's
+  grid. A clip that is the whole video loses its last frames down to it, and where frames are added
+  there are never fewer.
 - **joints**: a latent frame holds several frames, and is known only where all of them are. Frames
   of a clip that share a latent with new ones, at most `grid.time - 1` at a joint, are made anew.
 - **prompt**: by default the one that the file carries in its metadata, or none.
@@ -79,7 +81,7 @@ def extend(
             f"before_s {before_s:g} and after_s {after_s:g} come to no frame at "
             f"{source.fps:g} fps; {1 / source.fps:g} s is one"
         )
-    time = model.grid.time
+    time = _step(model, settings)
     if before and after:
         at = _up(before, time, 1)
         total = _up(at + source.num_frames + after, time, 1)
@@ -116,7 +118,7 @@ def connect(
     """Two clips with new frames that lead from one to the other. The size is the first one's."""
     source, end = _measure(model, first, settings), _measure(model, second, settings)
     gap = _gap(gap_s, source.fps, model.grid)
-    total = _up(source.num_frames + gap + end.num_frames, model.grid.time, 1)
+    total = _up(source.num_frames + gap + end.num_frames, _step(model, settings), 1)
     clips = (Clip(source.frames, at=0), Clip(end.frames, at=total - end.num_frames))
     return _request(model, source, prompt, settings, clips=clips, num_frames=total)
 
@@ -206,7 +208,7 @@ def upscale(
     if not scale > 1:
         raise RequestError(f"scale {scale:g}: it must be over 1; 2 is twice each side")
     source = _measure(model, clip, settings)
-    rows, columns = model.grid.multiple
+    rows, columns = _multiple(model, settings)
     larger = {
         "height": _near(source.height * scale, rows),
         "width": _near(source.width * scale, columns),
@@ -299,10 +301,10 @@ def _measure(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> _Sour
 
 
 def _whole(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> tuple[_Source, int]:
-    """The source, and the longest length within it that the model can make."""
+    """The source, and the longest length within it that can be made."""
     source = _measure(model, clip, settings)
     remainder = 0 if settings.get("loop") else 1
-    time = model.grid.time
+    time = model.grid.time if settings.get("loop") else _step(model, settings)
     total = (source.num_frames - remainder) // time * time + remainder
     if total < 1:
         raise RequestError(
@@ -329,18 +331,31 @@ def _request(
     settings: dict[str, Any],
     **fixed: Any,
 ) -> VideoRequest:
-    height, width = _size(model, source, settings.get("height"), settings.get("width"))
+    height, width = _size(model, source, settings)
     prompt = (source.prompt or "") if prompt is None else prompt
     return VideoRequest(prompt, **{**settings, "height": height, "width": width, **fixed})
 
 
-def _size(
-    model: ModelFacts, source: _Source, height: int | None, width: int | None
-) -> tuple[int, int]:
+def _on_grid(settings: dict[str, Any]) -> bool:
+    return bool(settings.get("round_to_grid") or settings.get("strict_grid"))
+
+
+def _multiple(model: ModelFacts, settings: dict[str, Any]) -> tuple[int, int]:
+    """What a height and a width that nobody gave are multiples of."""
+    return model.grid.multiple if _on_grid(settings) else (1, 1)
+
+
+def _step(model: ModelFacts, settings: dict[str, Any]) -> int:
+    """By how many frames a length grows."""
+    return model.grid.time if _on_grid(settings) else 1
+
+
+def _size(model: ModelFacts, source: _Source, settings: dict[str, Any]) -> tuple[int, int]:
     """By the module's rule; one side alone given sets the other by the clip's shape."""
-    rows, columns = model.grid.multiple
-    height = None if height is None else integer("height", height, 0)
-    width = None if width is None else integer("width", width, 0)
+    rows, columns = _multiple(model, settings)
+    given = settings.get("height"), settings.get("width")
+    height = None if given[0] is None else integer("height", given[0], 0)
+    width = None if given[1] is None else integer("width", given[1], 0)
     if height is not None and width is not None:
         return height, width
     if height is not None:

@@ -105,7 +105,7 @@ class MemoryPlanner:
         MemoryLimitError, with the figures, where nothing does.
         """
         lengths = self._text_lengths(request)
-        frames = self.model.grid.latent_frames(request.num_frames, loop=request.loop)
+        frames = request.latent_shape(self.model.grid)[1]
         windows = request.window
         single = windows is None or isinstance(windows, SparsePlan) or windows.holds(frames)
         batch_tokens = self.max_batch_tokens if single else self.window_tokens
@@ -221,9 +221,7 @@ class MemoryPlanner:
     def _canvas(self, request: ResolvedRequest, lengths: Sequence[int]) -> Canvas:
         """The request's canvas on meta tensors, at its second window where those are chained."""
         model = self.model
-        shape = model.grid.shape(
-            request.height, request.width, request.num_frames, loop=request.loop
-        )
+        shape = request.latent_shape(model.grid)
         embeddings: list[Embedding] = []
         image: Tensor | None = None
         for n in lengths:
@@ -268,8 +266,10 @@ class MemoryPlanner:
         if not request.clips and request.init is None:
             return text
         unit = self.model.grid.vae_spatial
-        coder = self._coding("encode", (request.height // unit, request.width // unit), request)
-        values = request.height * request.width * 3 * self.model.grid.time
+        coder = self._coding(
+            "encode", (request.canvas_height // unit, request.canvas_width // unit), request
+        )
+        values = request.canvas_height * request.canvas_width * 3 * self.model.grid.time
         # Of uint8 two float32 copies are made, one after the other; the last one goes in.
         entering = coder.cache + values * (1 + 4 + 4)
         copied = 0 if self.model.vae_dtype == torch.float32 else values * 4
@@ -295,7 +295,7 @@ class MemoryPlanner:
             measure = encode_peak_bytes if side == "encode" else decode_peak_bytes
             peak = measure(config, size, dtype, tiles, offload=model.device.type != "cpu")
             return CodingMemory(cache=peak, peak=peak)  # tiles that wait hold most of it
-        length = min(REHEARSED, model.grid.latent_frames(request.num_frames, loop=request.loop))
+        length = min(REHEARSED, request.latent_shape(model.grid)[1])
         if side == "encode":
             coder = video_encode_memory(config, *size, dtype, length)
         else:

@@ -27,6 +27,7 @@ from sora_engine.errors import (
     QueueFullError,
     SoraError,
 )
+from sora_engine.request.frames import crop_middle
 from sora_engine.request.recipe import provenance_of
 from sora_engine.runtime.executor import AnyExecutor
 from sora_engine.runtime.failures import failure_of, is_device_error, is_out_of_memory
@@ -322,12 +323,15 @@ class Worker:
             if chunk is None:
                 yield 0
                 continue
-            start, stop = stop, stop + len(chunk)
-            passed = self.hooks.pass_frames(chunk.numpy(), FrameSpan(request, start, stop))
+            start, stop = stop, min(stop + len(chunk), request.num_frames)
+            cropped = crop_middle(chunk[: stop - start], request.height, request.width)
+            passed = self.hooks.pass_frames(
+                cropped.contiguous().numpy(), FrameSpan(request, start, stop)
+            )
             frames[start:stop] = torch.from_numpy(passed)
             if job.options.on_frames is not None:
                 job.options.on_frames(passed)
-            del chunk, passed
+            del chunk, cropped, passed
             job.count_frames(stop - start)
             job.tell_progress()
             if stop < request.num_frames:
@@ -361,7 +365,8 @@ class Worker:
             noise="seed" if request.latents is None else "given",
             most_in_company=job.most_in_company,
             largest_batch_tokens=job.largest_batch_tokens,
-            vae_tiles=executor.tiles_used(request.height, request.width),
+            vae_tiles=executor.tiles_used(request.canvas_height, request.canvas_width),
+            canvas=request.canvas,
             resumed_at=job.resumed_at,
             promised_bytes=None if job.plan is None else job.plan.peak,
         )

@@ -78,7 +78,9 @@ def test_a_clips_task_and_the_same_again(tmp_path, clip, arguments, num_frames, 
 
 def test_connect_inpaint_and_upscale(tmp_path, clip) -> None:
     run("connect", clip, clip, "--gap", "0.5", *SIZE, "-o", tmp_path / "joined")
-    assert len(frames_of(tmp_path / "joined")) == 25  # 9 + 4 + 9, up to the grid
+    assert len(frames_of(tmp_path / "joined")) == 9 + 4 + 9
+    run("connect", clip, clip, "--gap", "0.5", "--strict", *SIZE, "-o", tmp_path / "longer")
+    assert len(frames_of(tmp_path / "longer")) == 25  # up to the grid
     mask = np.zeros((64, 80, 3), np.uint8)
     mask[:, 48:] = 255
     write_video(tmp_path / "mask.png", [mask], 1)
@@ -165,7 +167,7 @@ def test_like_takes_changes_and_names_what_stands_in_the_way(tmp_path, clip, eng
         (["image", "x", "--size", "4096x4096"], "at most"),
         (["generate", "x", "--shot", "y", "--shot-frames", "5"], "take the place of PROMPT 'x'"),
         (["generate", "--shot", "y"], "1 shots have 0 lengths"),
-        (["generate", "--shot", "y", "--shot-frames", "7"], "the nearest are 5 or 9"),
+        (["generate", "--shot", "y", "--shot-frames", "7", "--strict"], "are 5 or 9"),
         (["generate", "--like", "none.mp4"], "none.mp4 does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -48,13 +48,13 @@ def test_a_batch_over_a_csv_of_prompts(tmp_path, capsys):
     table.write_text(
         "prompt,name,seed,height,width,num_frames,num_inference_steps\n"
         "a red circle,circle,1,32,32,5,2\n"
-        "a bad size,bad,1,33,32,5,2\n"
+        "a bad size,bad,1,0,32,5,2\n"
         '"a square, blue",,2,32,48,9,2\n'
     )
     written = example("batch_csv").main(str(table), str(tmp_path / "out"))
     assert [path.name for path in written] == ["circle.mp4", "0002.mp4"]
     assert read_video(written[1])[0].shape == (9, 32, 48, 3)
-    assert "row 2: height must be a multiple of 16, got 33" in capsys.readouterr().err
+    assert "row 2: height must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_progress_ui_in_the_terminal():

@@ -134,7 +134,7 @@ def test_an_error_in_one_job_is_its_own(engine, monkeypatch):
 def test_a_bad_request_is_refused_before_any_work(engine):
     good = sora.VideoRequest("a cat", **SMALL)
     with pytest.raises(sora.RequestError, match="height must be a multiple of 32"):
-        engine.generate([good, sora.VideoRequest("a cat", height=33)])
+        engine.generate([good, sora.VideoRequest("a cat", height=33, strict_grid=True)])
     with pytest.raises(sora.RequestError, match="must be a VideoRequest, got str"):
         engine.submit("a cat")
     clip = sora.Clip(np.zeros((5, 32, 32, 3), np.uint8), at=3)

@@ -108,7 +108,11 @@ def test_every_field_of_a_request_is_carried_wherever_a_request_goes() -> None:
     """A plain field by its list, any other by code of its own that names it."""
     carriers = {
         "runtime/savepoint.py": (savepoint._PLAIN, {"clips", "init", "latents"}),  # in the canvas
-        "request/recipe.py": (recipe._PLAIN, {"prompt", "seed"}),  # the provenance's own fields
+        "request/recipe.py": (
+            recipe._PLAIN,
+            # The provenance's own fields, and what follows from the grid.
+            {"prompt", "seed", "canvas_height", "canvas_width", "canvas_frames"},
+        ),
     }
     for file, (plain, elsewhere) in carriers.items():
         source = (ROOT / "sora_engine" / file).read_text(encoding="utf-8")

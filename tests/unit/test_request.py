@@ -31,6 +31,7 @@ DEFAULTS = GenerationDefaults(
     guidance_scale_2=3.0,
 )
 GRID = LatentGrid(channels=16, vae_spatial=8, patch=(1, 2, 2), time=4)
+STRICT = {"strict_grid": True}
 FACTS = SimpleNamespace(grid=GRID, defaults=DEFAULTS, known_mode=KnownMode.REPLACEMENT)
 
 
@@ -64,14 +65,23 @@ def test_numpy_integers_and_floats_are_numbers():
     [
         ({"prompt": None}, "prompt must be a string, got NoneType"),
         ({"negative_prompt": 3}, "negative_prompt must be a string, got int"),
-        ({"height": 0}, "height must be at least 16, got 0"),
-        ({"height": -16}, "height must be at least 16, got -16"),
-        ({"height": 100}, "height must be a multiple of 16, got 100; the nearest are 96 or 112"),
-        ({"width": 7}, "width must be a multiple of 16, got 7; the nearest are 16"),
+        ({"height": 0}, "height must be at least 1, got 0"),
+        ({"height": -16, **STRICT}, "height must be at least 16, got -16"),
+        (
+            {"height": 100, "strict_grid": True},
+            "height must be a multiple of 16, got 100; the nearest are 96 or 112",
+        ),
+        (
+            {"width": 7, "strict_grid": True},
+            "width must be a multiple of 16, got 7; the nearest are 16",
+        ),
         ({"width": 64.0}, "width must be an integer, got 64.0"),
         ({"width": True}, "width must be an integer, got True"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
-        ({"num_frames": 80}, "a multiple of 4 plus 1, got 80; the nearest are 77 or 81"),
+        (
+            {"num_frames": 80, "strict_grid": True},
+            "a multiple of 4 plus 1, got 80; the nearest are 77 or 81",
+        ),
         ({"num_frames": 81, "loop": True}, "a multiple of 4, got 81; the nearest are 80 or 84"),
         ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 1000, got 0"),
         ({"num_inference_steps": 1.5}, "num_inference_steps must be an integer, got 1.5"),
@@ -95,7 +105,10 @@ def test_numpy_integers_and_floats_are_numbers():
         ({"window": 21}, "window must be a WindowPlan or a SparsePlan, got int 21"),
         ({"clips": [Clip("x.png", at=81)]}, "begins at frame 81; frames run from 0 to 80"),
         ({"clips": [Clip("x.png", at=-1)]}, "begins at frame -1"),
-        ({"shots": [Shot("a", 40), Shot("b", 40)]}, "num_frames must be a multiple of 4 plus 1"),
+        (
+            {"shots": [Shot("a", 40), Shot("b", 40)], "strict_grid": True},
+            "num_frames must be a multiple of 4 plus 1",
+        ),
         ({"shots": [Shot("a", 40)], "num_frames": 81}, "the shots have 40 frames together"),
         ({"shots": [Shot("a", 0)]}, "a shot's num_frames must be at least 1, got 0"),
         ({"latents": torch.zeros(16, 21, 60, 100)}, r"\(16, 21, 60, 104\) for this request"),
@@ -105,6 +118,35 @@ def test_numpy_integers_and_floats_are_numbers():
 def test_bad_values_are_named(values, message):
     with pytest.raises(RequestError, match=message):
         resolve(**values)
+
+
+@pytest.mark.parametrize(
+    ("asked", "canvas"),
+    [
+        ((1080, 1920, 81), (1088, 1920, 81)),
+        ((1920, 1080, 33), (1920, 1088, 33)),
+        ((281, 500, 34), (288, 512, 37)),
+        ((1, 1, 2), (16, 16, 5)),
+        ((480, 832, 81), (480, 832, 81)),
+    ],
+)
+def test_sizes_are_as_asked_on_the_next_canvas_of_the_grid(asked, canvas):
+    height, width, num_frames = asked
+    resolved = resolve(height=height, width=width, num_frames=num_frames)
+    assert (resolved.height, resolved.width, resolved.num_frames) == asked
+    assert (resolved.canvas_height, resolved.canvas_width, resolved.canvas_frames) == canvas
+    assert (resolved.canvas is None) == (asked == canvas)
+    latents = (canvas[2] - 1) // 4 + 1, canvas[0] // 8, canvas[1] // 8
+    assert resolved.latent_shape(GRID) == (16, *latents)
+
+
+def test_limits_count_the_canvas():
+    with pytest.raises(RequestError, match="2048x2064 is 4227072 pixels; at most 4194304"):
+        resolve(height=2050, width=2046)
+    with pytest.raises(RequestError, match="num_frames is 101; at most 100, so 97 would work"):
+        resolve(num_frames=98, limits=Limits(max_frames=100))
+    with pytest.raises(RequestError, match="give one of them"):
+        resolve(round_to_grid=True, strict_grid=True)
 
 
 def test_rounding_to_the_grid_is_by_request_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ MODEL = Facts(
         height=96, width=96, num_frames=33, fps=8.0, num_inference_steps=20, guidance_scale=5.0
     ),
 )
+
+
+GRID = {"strict_grid": True}
 
 
 def a_clip(n: int, height: int = 64, width: int = 96) -> np.ndarray:
@@ -51,12 +55,35 @@ def spans(request) -> list[tuple[int, int]]:
         (1, 1, 16, 33, 9),  # the clip begins with a latent frame
     ],
 )
-def test_extend(before_s, after_s, clip, total, at):
-    request = tasks.extend(MODEL, a_clip(clip), before_s=before_s, after_s=after_s)
+def test_extend_on_the_grid(before_s, after_s, clip, total, at):
+    request = tasks.extend(MODEL, a_clip(clip), before_s=before_s, after_s=after_s, **GRID)
     assert request.num_frames == total
     assert spans(request) == [(at, at + clip)]
     assert at >= 8 * before_s
     assert total - at - clip >= 8 * after_s
+
+
+@pytest.mark.parametrize(
+    ("task", "total", "at"),
+    [
+        (lambda m, c: tasks.extend(m, c, after_s=1), 42, [0]),
+        (lambda m, c: tasks.extend(m, c, before_s=1), 42, [8]),
+        (lambda m, c: tasks.extend(m, c, before_s=1, after_s=1), 50, [8]),
+        (lambda m, c: tasks.connect(m, c, c[:9], gap_s=1), 51, [0, 42]),
+        (lambda m, c: tasks.fill(m, c, [range(4, 8)]), 34, [0]),
+        (lambda m, c: tasks.inpaint(m, c, np.eye(281, 500, dtype=bool)), 34, [0]),
+        (lambda m, c: tasks.edit(m, c), 34, []),
+        (lambda m, c: tasks.upscale(m, c, scale=2), 34, []),
+        (lambda m, c: tasks.animate(m, c, num_frames=34), 34, [0]),
+    ],
+)
+def test_sizes_and_lengths_are_exact(task, total, at):
+    wide = MODEL._replace(defaults=replace(MODEL.defaults, height=720, width=1280))
+    request = task(wide, a_clip(34, 281, 500))
+    assert request.num_frames == total
+    assert [clip.at for clip in request.clips] == at
+    scale = 2 if request.strength == tasks.UPSCALE_STRENGTH else 1
+    assert (request.height, request.width) == (281 * scale, 500 * scale)
 
 
 @pytest.mark.parametrize(("n", "gap_s", "total"), [(16, 1.0, 24), (17, 1.0, 28), (16, 0.2, 20)])
@@ -67,13 +94,13 @@ def test_a_clip_becomes_a_loop(n, gap_s, total):
 
 
 def test_connect_takes_the_first_clips_size():
-    request = tasks.connect(MODEL, a_clip(9), a_clip(12, 32, 32), gap_s=1.0)
+    request = tasks.connect(MODEL, a_clip(9), a_clip(12, 32, 32), gap_s=1.0, **GRID)
     assert (request.height, request.width, request.num_frames) == (64, 96, 29)
     assert spans(request) == [(0, 9), (17, 29)]
 
 
 def test_fill_marks_what_is_missing_and_leaves_the_last_frames_off_the_grid():
-    request = tasks.fill(MODEL, a_clip(35), [range(5, 9), range(12, 13)])
+    request = tasks.fill(MODEL, a_clip(35), [range(5, 9), range(12, 13)], **GRID)
     (clip,) = request.clips
     assert request.num_frames == 33
     assert spans(request) == [(0, 33)]
@@ -91,12 +118,12 @@ def test_inpaint_marks_what_stays(tmp_path):
     (scaled,) = tasks.inpaint(MODEL, a_clip(9), mask, height=32, width=48).clips
     np.testing.assert_array_equal(scaled.mask, ~mask[::2, ::2])
     moving = np.stack([np.roll(mask, i, 1) for i in range(11)])
-    (clip,) = tasks.inpaint(MODEL, a_clip(11), moving).clips
+    (clip,) = tasks.inpaint(MODEL, a_clip(11), moving, **GRID).clips
     np.testing.assert_array_equal(clip.mask, ~moving[:9])
 
 
 def test_edit_and_upscale_start_from_the_clip():
-    request = tasks.edit(MODEL, a_clip(10), "a cat", strength=0.3)
+    request = tasks.edit(MODEL, a_clip(10), "a cat", strength=0.3, **GRID)
     assert (request.init.start, request.init.stop, request.num_frames) == (0, 9, 9)
     assert (request.prompt, request.strength) == ("a cat", 0.3)
     request = tasks.upscale(MODEL, a_clip(9), scale=1.5)
@@ -127,20 +154,20 @@ def test_a_draft_is_half_the_size_in_half_the_steps():
     ],
 )
 def test_the_size_of_a_task_follows_its_clip(size, given, expected):
-    request = tasks.animate(MODEL, a_clip(1, *size), **given)
+    request = tasks.animate(MODEL, a_clip(1, *size), **given, **GRID)
     assert (request.height, request.width) == expected
 
 
 def test_files_are_measured_at_the_requests_rate_and_tell_their_prompt(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, a_clip(48), 24, provenance=Provenance(prompt="a red circle", seed=1))
-    request = tasks.extend(MODEL, path, after_s=1)
+    request = tasks.extend(MODEL, path, after_s=1, **GRID)
     assert request.num_frames == 25  # 2 s at 8 fps, one more second, and the grid
     assert request.prompt == "a red circle"
     assert request.clips[0].frames == path
-    other = tasks.extend(MODEL, path, "a cat", after_s=1, fps=4)
+    other = tasks.extend(MODEL, path, "a cat", after_s=1, fps=4, **GRID)
     assert (other.num_frames, other.prompt, other.fps) == (13, "a cat", 4)
-    part = tasks.edit(MODEL, Footage(path, 2, 12)).init
+    part = tasks.edit(MODEL, Footage(path, 2, 12), **GRID).init
     assert (part.frames, part.start, part.stop) == (path, 2, 11)
 
 
