@@ -1,0 +1,294 @@
+"""The pictures of a video file in the order and at the times that they are shown.
+
+A picture is decoded as it comes and turned into RGB only when it is asked for (`Shown.pixels`).
+
+- **which stream**: the first that plays by default; covers and thumbnails are none.
+- **times**: a picture stands until the next one comes. Where the times of a file begin anew (clips
+  joined byte for byte, a recorder's restart) they go on from the end of what was before; so they do
+  after a gap of over 10 s in a transport or program stream, as in the ffmpeg command.
+- **interlaced** pictures are deinterlaced by bwdif (Weston 3 fields and yadif), a frame a frame.
+- **transparency** is laid on white, a display matrix and pixels that are not square are applied.
+- **HDR** (PQ, HLG) and wide colours are brought to SDR by `hdr`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.filter import Graph
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
+from av.video.reformatter import Interpolation
+from PIL import Image
+
+from sora_engine.errors import MediaError
+from sora_engine.io import hdr
+from sora_engine.io.images import check_size, fit, on_white
+from sora_engine.io.orientation import orient
+
+logger = logging.getLogger(__name__)
+
+# swscale's default takes short cuts: darker by one level, and 4 dB further off.
+_TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+# Containers without an index, in which a long gap between two pictures is a break of the recording.
+_BROADCAST = ("mpegts", "mpeg", "mpegvideo")
+_GAP_S = 10.0
+
+# Of these a place can be found by its time: they have an index, and one clock.
+_SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_SEEK_FROM_S = 1.0
+
+_NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+_DOLBY_VISION = ("dvh1", "dvhe", "dvav", "dva1", "dav1")
+
+
+class Shown(NamedTuple):
+    """A picture, when it is shown (seconds), and its pixels on demand: uint8 [height, width, 3]."""
+
+    start: float
+    end: float
+    picture: Any
+    stream: VideoStream
+
+    def pixels(self, height: int | None, width: int | None) -> np.ndarray:
+        return self.stream.pixels(self.picture, height, width)
+
+
+class VideoStream:
+    """The video of an open PyAV container. path is for messages."""
+
+    def __init__(self, container: Any, path: Path):
+        self._container, self._path = container, path
+        self._stream = _choose(container, path)
+        self._codec = self._stream.codec_context
+        self._stream.thread_type = "AUTO"
+        check_size(path, self._codec.width, self._codec.height)
+        self._own_decoder = self._decoder_of_alpha()
+        self._step = 1 / float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self._broadcast = container.format.name in _BROADCAST
+        self._deinterlacer: _Deinterlacer | None = None
+
+    def shown(self) -> Iterator[Shown]:
+        """Every picture, from the first on."""
+        try:
+            yield from self._timed(self._decoded())
+        except MediaError:
+            raise
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(f"{self._path} is damaged: {reason(error)}") from error
+
+    def expected_frames(self, fps: float | None) -> int:
+        """How many frames the container's header lets expect; at least 1."""
+        if fps is None:
+            return max(1, self._stream.frames)
+        return max(1, math.ceil((self._container.duration or 0) / av.time_base * fps))
+
+    def can_seek(self, later_s: float) -> bool:
+        """Whether a place so long after the first picture can be gone to."""
+        return later_s > _SEEK_FROM_S and self._container.format.name in _SEEKABLE
+
+    def seek(self, first: float, later_s: float) -> Iterator[Shown] | None:
+        """The pictures from some way before `later_s` seconds after the first, at `first`, on.
+
+        None where no place to begin at was found; the container is then of no more use.
+        """
+        back_s = max(_SEEK_FROM_S, 5 * self._step)
+        while back_s < later_s:
+            target = first + later_s - back_s
+            self._container.seek(int(target / self._stream.time_base), stream=self._stream)
+            if self._own_decoder is not None:
+                self._own_decoder = self._decoder_of_alpha()
+            self._deinterlacer = None
+            found = self.shown()
+            begin = next(found, None)
+            # A frame of room before: a deinterlacer looks at its neighbours.
+            if begin is not None and begin.start <= first + later_s - 3 * self._step:
+                return _chain(begin, found)
+            back_s *= 8
+        return None
+
+    def _decoder_of_alpha(self) -> Any:
+        """libvpx's decoder for VP8 and VP9 with transparency, which FFmpeg's own leaves out."""
+        name = self._codec.name
+        if self._stream.metadata.get("alpha_mode") != "1" or name not in ("vp8", "vp9"):
+            return None
+        library = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[name]
+        try:
+            decoder = av.CodecContext.create(library, "r")
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(
+                f"{self._path} has transparency, which takes FFmpeg with {library}; this one has "
+                f"none. `ffmpeg -i FILE -c:v ffv1 -pix_fmt yuva420p clip.mkv` elsewhere would work"
+            ) from error
+        decoder.width, decoder.height = self._codec.width, self._codec.height
+        return decoder
+
+    def _decoded(self) -> Iterator[Any]:
+        """Decoded pictures, whole ones only, deinterlaced where they are interlaced."""
+        for packet in self._container.demux(self._stream):
+            # A transport stream counts its packets: where clips were joined they do not add up.
+            if packet.is_corrupt and not self._broadcast:
+                raise MediaError(f"{self._path} is damaged or was cut: a picture is not whole")
+            if self._own_decoder is None:
+                pictures = packet.decode()
+            else:
+                pictures = self._own_decoder.decode(packet if packet.size else None)
+            for picture in pictures:
+                if picture.is_corrupt:  # the decoder painted over what it could not read
+                    at = picture.time
+                    where = "" if at is None else f" at {float(at):.2f} s"
+                    raise MediaError(f"{self._path} is damaged{where}")
+                check_size(self._path, picture.width, picture.height)
+                if picture.interlaced_frame and self._deinterlacer is None:
+                    self._deinterlacer = _Deinterlacer(self._path)
+                if self._deinterlacer is None:
+                    yield picture
+                else:
+                    yield from self._deinterlacer.push(picture)
+        if self._deinterlacer is not None:
+            yield from self._deinterlacer.push(None)
+
+    def _timed(self, pictures: Iterator[Any]) -> Iterator[Shown]:
+        held: tuple[float, float, Any] | None = None
+        shift = 0.0
+        clock = 0.0
+        for picture in pictures:
+            time = clock - shift if picture.time is None else float(picture.time)
+            claimed = float((picture.duration or 0) * (picture.time_base or 0)) or self._step
+            if held is not None:
+                anew = time + shift < held[0]
+                gap = self._broadcast and time + shift - held[1] > _GAP_S
+                if anew or gap:
+                    shift = held[1] - time
+                # A frame stands until the next one comes, whatever duration it claims.
+                yield Shown(held[0], time + shift, held[2], self)
+            held = (time + shift, time + shift + claimed, picture)
+            clock = held[1]
+        if held is not None:
+            yield Shown(*held, self)
+
+    def pixels(self, picture: Any, height: int | None, width: int | None) -> np.ndarray:
+        """A decoded picture as uint8 [height, width, 3]: upright, of square pixels, then fitted."""
+        try:
+            rgb = self._rgb(picture)
+        except MediaError as error:
+            raise MediaError(f"{self._path}: {error}") from None
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(f"{self._path} cannot be turned into RGB: {reason(error)}") from error
+        aspect = self._stream.sample_aspect_ratio
+        if aspect and aspect != 1:
+            columns = max(1, round(rgb.shape[1] * Fraction(aspect)))
+            check_size(self._path, columns, rgb.shape[0])
+            rgb = np.asarray(Image.fromarray(rgb).resize((columns, rgb.shape[0])))
+        matrix = picture.side_data.get(SideData.DISPLAYMATRIX)
+        rgb = orient(rgb, None if matrix is None else bytes(matrix))
+        if height is None and width is None:
+            return rgb
+        image = Image.fromarray(np.ascontiguousarray(rgb))
+        return np.asarray(fit(image, height=height, width=width))
+
+    def _rgb(self, picture: Any) -> np.ndarray:
+        transfer = int(getattr(picture, "color_trc", None) or self._codec.color_trc or 2)
+        primaries = int(
+            getattr(picture, "color_primaries", None) or self._codec.color_primaries or 2
+        )
+        if transfer == 2 and self._codec.codec_tag.lower() in _DOLBY_VISION:
+            raise MediaError(
+                "it is Dolby Vision without a plain layer, whose colours only its own decoder "
+                "knows; export it as HLG, HDR10 or SDR"
+            )
+        if hdr.needs_conversion(transfer, primaries):
+            deep = picture.to_ndarray(format="rgb48le", interpolation=_TO_RGB)
+            return hdr.to_sdr(deep, transfer, primaries)
+        if picture.format.has_palette or any(part.is_alpha for part in picture.format.components):
+            rgba = picture.to_ndarray(format="rgba", interpolation=_TO_RGB)
+            return np.asarray(on_white(Image.fromarray(rgba)))
+        return picture.to_ndarray(format="rgb24", interpolation=_TO_RGB)
+
+
+class _Deinterlacer:
+    """bwdif over pictures of one size after the other; those that are progressive pass through."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._graph: Any = None
+        self._layout: tuple[Any, ...] = ()
+
+    def push(self, picture: Any) -> Iterator[Any]:
+        """The pictures that are ready once another has come; None stands for the end."""
+        layout = () if picture is None else (picture.width, picture.height, picture.format.name)
+        if self._graph is not None and layout != self._layout:
+            self._graph.push(None)
+            yield from self._ready()
+            self._graph = None
+        if picture is None:
+            return
+        if self._graph is None:
+            self._layout = layout
+            self._graph = self._built(picture)
+        self._graph.push(picture)
+        yield from self._ready()
+
+    def _built(self, picture: Any) -> Any:
+        try:
+            graph = Graph()
+            source = graph.add_buffer(
+                width=picture.width,
+                height=picture.height,
+                format=picture.format,
+                time_base=picture.time_base,
+            )
+            bwdif = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+            sink = graph.add("buffersink")
+            source.link_to(bwdif)
+            bwdif.link_to(sink)
+            graph.configure()
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(
+                f"{self._path} is interlaced and cannot be deinterlaced here ({reason(error)}); "
+                "`ffmpeg -i FILE -vf bwdif=0 clip.mp4` would work"
+            ) from error
+        return graph
+
+    def _ready(self) -> Iterator[Any]:
+        while True:
+            try:
+                yield self._graph.pull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+
+
+def _choose(container: Any, path: Path) -> Any:
+    """The stream that plays: the first of those that do by default."""
+    streams = [s for s in container.streams.video if not s.disposition & _NOT_VIDEO]
+    if not streams:
+        only = ": its only picture is a cover" if container.streams.video else ""
+        raise MediaError(f"{path} has no video stream{only}; a file of moving pictures would work")
+    chosen = next((s for s in streams if s.disposition & Disposition.default), streams[0])
+    if len(streams) > 1:
+        sizes = ", ".join(f"{s.codec_context.width}x{s.codec_context.height}" for s in streams)
+        logger.warning(
+            "%s holds %d video streams (%s); number %d is read",
+            path,
+            len(streams),
+            sizes,
+            streams.index(chosen) + 1,
+        )
+    return chosen
+
+
+def _chain(first: Shown, rest: Iterator[Shown]) -> Iterator[Shown]:
+    yield first
+    yield from rest
+
+
+def reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
