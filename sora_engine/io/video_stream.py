@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 from av.filter import Graph
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import Interpolation
 from PIL import Image
 
@@ -56,10 +58,11 @@ class Shown(NamedTuple):
     start: float
     end: float
     picture: Any
+    matrix: bytes | None
     stream: VideoStream
 
     def pixels(self, height: int | None, width: int | None) -> np.ndarray:
-        return self.stream.pixels(self.picture, height, width)
+        return self.stream.pixels(self.picture, self.matrix, height, width)
 
 
 class VideoStream:
@@ -75,6 +78,7 @@ class VideoStream:
         self._step = 1 / float(self._stream.average_rate or self._stream.guessed_rate or 25)
         self._broadcast = container.format.name in _BROADCAST
         self._deinterlacer: _Deinterlacer | None = None
+        self._matrix: bytes | None = None
 
     def shown(self) -> Iterator[Shown]:
         """Every picture, from the first on."""
@@ -108,9 +112,14 @@ class VideoStream:
                 self._own_decoder = self._decoder_of_alpha()
             self._deinterlacer = None
             found = self.shown()
-            begin = next(found, None)
-            # A frame of room before: a deinterlacer looks at its neighbours.
-            if begin is not None and begin.start <= first + later_s - 3 * self._step:
+            try:
+                begin = next(found, None)
+            except MediaError:  # what was left out before may be what it lacks
+                begin = None
+            # Frames of room before: a deinterlacer looks at its neighbours. And a picture of its
+            # own to begin with: a stream of gradual refresh takes frames until it is whole.
+            in_time = begin is not None and begin.start <= first + later_s - 3 * self._step
+            if in_time and begin.picture.pict_type in (PictureType.I, PictureType.NONE):
                 return _chain(begin, found)
             back_s *= 8
         return None
@@ -157,10 +166,14 @@ class VideoStream:
             yield from self._deinterlacer.push(None)
 
     def _timed(self, pictures: Iterator[Any]) -> Iterator[Shown]:
-        held: tuple[float, float, Any] | None = None
+        held: tuple[float, float, Any, bytes | None] | None = None
         shift = 0.0
         clock = 0.0
         for picture in pictures:
+            # H.264 and HEVC tell it once, for all pictures that follow. A picture that was asked for
+            # its own `side_data` would hold itself in memory until the garbage is collected.
+            told = SideDataContainer(picture).get(SideData.DISPLAYMATRIX)
+            self._matrix = self._matrix if told is None else bytes(told)
             time = clock - shift if picture.time is None else float(picture.time)
             claimed = float((picture.duration or 0) * (picture.time_base or 0)) or self._step
             if held is not None:
@@ -169,13 +182,15 @@ class VideoStream:
                 if anew or gap:
                     shift = held[1] - time
                 # A frame stands until the next one comes, whatever duration it claims.
-                yield Shown(held[0], time + shift, held[2], self)
-            held = (time + shift, time + shift + claimed, picture)
+                yield Shown(held[0], time + shift, held[2], held[3], self)
+            held = (time + shift, time + shift + claimed, picture, self._matrix)
             clock = held[1]
         if held is not None:
             yield Shown(*held, self)
 
-    def pixels(self, picture: Any, height: int | None, width: int | None) -> np.ndarray:
+    def pixels(
+        self, picture: Any, matrix: bytes | None, height: int | None, width: int | None
+    ) -> np.ndarray:
         """A decoded picture as uint8 [height, width, 3]: upright, of square pixels, then fitted."""
         try:
             rgb = self._rgb(picture)
@@ -188,9 +203,8 @@ class VideoStream:
             columns = max(1, round(rgb.shape[1] * Fraction(aspect)))
             check_size(self._path, columns, rgb.shape[0])
             rgb = np.asarray(Image.fromarray(rgb).resize((columns, rgb.shape[0])))
-        matrix = picture.side_data.get(SideData.DISPLAYMATRIX)
-        rgb = orient(rgb, None if matrix is None else bytes(matrix))
-        if height is None and width is None:
+        rgb = orient(rgb, matrix)
+        if height in (None, rgb.shape[0]) and width in (None, rgb.shape[1]):
             return rgb
         image = Image.fromarray(np.ascontiguousarray(rgb))
         return np.asarray(fit(image, height=height, width=width))

@@ -5,7 +5,7 @@ such a file that was cut, only a last picture that is broken can be noticed, by 
 
 Sources: ISO/IEC 14496-12 (MP4, MOV, HEIF), RFC 8794 and 9559 (Matroska), Microsoft's AVI and ASF
 specifications, Adobe's FLV and SWF, ISO/IEC 13818-1 (TS, PS), RFC 3533 (Ogg), SMPTE ST 377-1 (MXF),
-AV1's low-overhead format, IVF, YUV4MPEG2, IEC 61834 (DV), GIF89a, WebP's and PNG's specifications.
+AV1's low-overhead format, IVF, YUV4MPEG2, NUT, IEC 61834 (DV), GIF89a, WebP's and PNG's specifications.
 """
 
 from __future__ import annotations
@@ -312,7 +312,18 @@ def _ps(file: BinaryIO, end: int) -> str | None:
             return None
         else:
             at += 6 + int.from_bytes(tail[at + 4 : at + 6], "big")
-    return _MIDDLE.format("packet") if at > len(tail) else None
+    begun = 0 <= at < len(tail) < at + 6 and b"\x00\x00\x01".startswith(tail[at : at + 3])
+    return _MIDDLE.format("packet") if begun or at > len(tail) else None
+
+
+_NUT_INDEX = bytes.fromhex("4e58dd672f23e64e")
+
+
+def _nut(file: BinaryIO, end: int) -> str | None:
+    back = int.from_bytes(_read(file, max(0, end - 12), 8), "big")
+    if back <= end and _read(file, end - back, 8) == _NUT_INDEX:
+        return None
+    return "it ends without the index that closes it: the recording was cut or never finished"
 
 
 _MXF_PARTITION = bytes.fromhex("060e2b34020501010d01020101")
@@ -381,6 +392,7 @@ _CHECKS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO, int], str | No
     (lambda head: head.startswith(b"OggS"), _ogg),
     (lambda head: head.startswith(b"\x00\x00\x01\xba"), _ps),
     (lambda head: head.startswith(_MXF_PARTITION), _mxf),
+    (lambda head: head.startswith(b"nut/multimedia container\0"), _nut),
     (lambda head: head.startswith((b"GIF87a", b"GIF89a")), _gif),
     (lambda head: head.startswith(b"\x89PNG"), _apng),
     (lambda head: any(_is_ts(head, size) for size in (188, 192, 204)), _ts),
