@@ -170,8 +170,8 @@ class VideoStream:
         shift = 0.0
         clock = 0.0
         for picture in pictures:
-            # H.264 and HEVC tell it once, for all pictures that follow. A picture that was asked for
-            # its own `side_data` would hold itself in memory until the garbage is collected.
+            # H.264 and HEVC tell it once, for all pictures that follow. A picture asked for its own
+            # `side_data` holds itself in memory until the garbage is collected.
             told = SideDataContainer(picture).get(SideData.DISPLAYMATRIX)
             self._matrix = self._matrix if told is None else bytes(told)
             time = clock - shift if picture.time is None else float(picture.time)

@@ -5,7 +5,8 @@ such a file that was cut, only a last picture that is broken can be noticed, by 
 
 Sources: ISO/IEC 14496-12 (MP4, MOV, HEIF), RFC 8794 and 9559 (Matroska), Microsoft's AVI and ASF
 specifications, Adobe's FLV and SWF, ISO/IEC 13818-1 (TS, PS), RFC 3533 (Ogg), SMPTE ST 377-1 (MXF),
-AV1's low-overhead format, IVF, YUV4MPEG2, NUT, IEC 61834 (DV), GIF89a, WebP's and PNG's specifications.
+AV1's low-overhead format, IVF, YUV4MPEG2, NUT, IEC 61834 (DV), GIF89a, the specifications of WebP
+and PNG.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_an_mp4_whose_last_box_goes_to_the_end(tmp_path: Path, noise: np.ndarray
     path.write_bytes(data)
     assert len(read_video(path)[0]) == NUM_FRAMES
     path.write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(MediaError, match="tells of pictures at byte|a picture is not whole"):
+    with pytest.raises(MediaError, match=r"tells of pictures at byte|a picture is not whole"):
         read_video(path)
 
 
