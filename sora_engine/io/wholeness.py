@@ -19,6 +19,10 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 _MIDDLE = "it ends in the middle of a {}"
+_JOINED = (
+    "it is several {} files joined byte for byte, of which players show the first; ffmpeg's concat "
+    "demuxer joins them"
+)
 
 
 def what_is_missing(file: BinaryIO) -> str | None:
@@ -73,10 +77,7 @@ def _boxes(file: BinaryIO, end: int) -> str | None:
             return _MIDDLE.format("box")
         if kind == b"moov":
             if seen.count(b"ftyp") > 1 and b"moov" in seen:
-                return (
-                    "it is several MP4 files joined byte for byte, of which players show the "
-                    "first; ffmpeg's concat demuxer joins them"
-                )
+                return _JOINED.format("MP4")
             chunks = max(chunks, _last_chunk(_read(file, at + 8, size - 8)))
         seen.append(kind)
         at += size
@@ -119,10 +120,7 @@ def _matroska(file: BinaryIO, end: int) -> str | None:
             segments += 1
             whole = 0 if size is None else at + head + size
             if segments > 1:
-                return (
-                    "it is several Matroska files joined byte for byte, of which players show the "
-                    "first; ffmpeg's concat demuxer joins them"
-                )
+                return _JOINED.format("Matroska")
         if size is None:  # a recording whose size was not known when it began
             if name not in (_SEGMENT, _CLUSTER):
                 return None
@@ -154,9 +152,7 @@ def _avi(file: BinaryIO, end: int) -> str | None:
         if head[:4] != b"RIFF" or head[8:] not in (b"AVI ", b"AVIX"):
             break
         if at and head[8:] == b"AVI ":
-            return (
-                "it is several AVI files joined byte for byte; ffmpeg's concat demuxer joins them"
-            )
+            return _JOINED.format("AVI")
         size = int.from_bytes(head[4:8], "little")
         if size in (0, 0xFFFFFFFF):
             return "its size was never filled in: the recording was cut or never finished"
@@ -182,6 +178,8 @@ def _asf(file: BinaryIO, end: int) -> str | None:
     if at < 0 or int.from_bytes(header[at + 88 : at + 92], "little") & 1:  # broadcast: no size
         return None
     size = int.from_bytes(header[at + 40 : at + 48], "little")
+    if _read(file, size, 16) == _ASF_HEADER:
+        return _JOINED.format("WMV")
     return f"it ends at byte {end} of the {size} that its header tells of" if size > end else None
 
 
@@ -194,8 +192,10 @@ def _flv(file: BinaryIO, end: int) -> str | None:
             return f"it ends at byte {end} of the {size:.0f} that its header tells of"
     at = int.from_bytes(head[5:9], "big") + 4
     while at < end:
-        size = int.from_bytes(_read(file, at + 1, 3), "big")
-        at += 11 + size + 4
+        head = _read(file, at, 4)
+        if head == b"FLV\x01":
+            return _JOINED.format("FLV")
+        at += 11 + int.from_bytes(head[1:], "big") + 4
     return _MIDDLE.format("tag") if at > end else None
 
 
@@ -209,6 +209,8 @@ def _ivf(file: BinaryIO, end: int) -> str | None:
     at, count, times = int.from_bytes(_read(file, 6, 2), "little"), 0, [0, 0]
     while at + 12 <= end:
         head = _read(file, at, 12)
+        if head[:4] == b"DKIF":
+            return _JOINED.format("IVF")
         at += 12 + int.from_bytes(head[:4], "little")
         times = [times[1], int.from_bytes(head[4:], "little")]
         count += 1
@@ -265,6 +267,8 @@ def _y4m(file: BinaryIO, end: int) -> str | None:
     at = len(line) + 1
     while at < end:
         head = _read(file, at, 128)
+        if head.startswith(b"YUV4MPEG2"):
+            return _JOINED.format("Y4M")
         at += head.find(b"\n") + 1 + frame
         if not head.startswith(b"FRAME") or at > end:
             return _MIDDLE.format("frame")

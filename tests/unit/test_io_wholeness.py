@@ -131,7 +131,7 @@ def test_what_lies_behind_a_whole_mkv_does_not_count(tmp_path: Path, noise: np.n
     assert len(read_video(path)[0]) == NUM_FRAMES
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi", "flv", "wmv", "ivf", "y4m"])
 def test_files_joined_byte_for_byte_are_not_read_as_the_first(
     tmp_path: Path, noise: np.ndarray, suffix: str
 ) -> None:
