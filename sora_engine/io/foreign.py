@@ -70,7 +70,7 @@ _KINDS = (
     (b"BIK", 0, "a Bink video", _OTHER_VIDEO),
     (b"SMK", 0, "a Smacker video", _OTHER_VIDEO),
     (b"CWS", 0, "a Flash film", _OTHER_VIDEO),
-    (b"{", 8, "a safetensors file", _TENSORS),
+    (b'{"', 8, "a safetensors file", _TENSORS),
 )
 HEAD_BYTES = 512
 

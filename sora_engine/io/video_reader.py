@@ -252,6 +252,8 @@ def open_video(path: str | Path) -> Any:
     try:
         head = file.read(HEAD_BYTES)
         missing = what_is_missing(file)
+        if missing is not None and (known := what_it_is(head)) is not None:
+            raise MediaError(f"{path} cannot be read as a video: {known}")
         if missing is not None:
             raise MediaError(f"{path} is damaged: {missing}")
         file.seek(0)
@@ -264,6 +266,8 @@ def open_video(path: str | Path) -> Any:
         # FFmpeg says "invalid argument" of a container that is not on the list.
         unknown = getattr(error, "errno", None) == errno.EINVAL
         told = "it is none of the known containers" if unknown else reason(error)
+        if isinstance(error, av.InvalidDataError):
+            told = "it is none of the known containers, or its beginning is damaged"
         raise MediaError(f"{path} cannot be read as a video: {what_it_is(head) or told}") from error
 
 
