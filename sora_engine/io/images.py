@@ -45,8 +45,9 @@ def read_image(
     if image is None:
         with open_file(Path(path)) as file:
             head = file.read(HEAD_BYTES)
-        kind = video_kind(head)
-        what = what_it_is(head) if kind is None else f"it is {kind}; read_video reads it"
+        what, video = what_it_is(head), video_kind(head)
+        if what is None and video is not None:
+            what = f"it is {video}; read_video reads it"
         told = "" if what is None else f": {what}"
         raise MediaError(f"{path} is not a PNG, JPEG, WebP, GIF, AVIF or HEIC image{told}")
     with image:

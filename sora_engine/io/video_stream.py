@@ -13,6 +13,7 @@ A picture is decoded as it comes and turned into RGB only when it is asked for (
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ _GAP_S = 10.0
 # Of these a place can be found by its time: they have an index, and one clock.
 _SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _SEEK_FROM_S = 1.0
+
+# PyAV's type stubs leave out its constructor.
+_side_data_of: Any = SideDataContainer
 
 _NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _DOLBY_VISION = ("dvh1", "dvhe", "dvav", "dva1", "dav1")
@@ -118,9 +122,12 @@ class VideoStream:
                 begin = None
             # Frames of room before: a deinterlacer looks at its neighbours. And a picture of its
             # own to begin with: a stream of gradual refresh takes frames until it is whole.
-            in_time = begin is not None and begin.start <= first + later_s - 3 * self._step
-            if in_time and begin.picture.pict_type in (PictureType.I, PictureType.NONE):
-                return _chain(begin, found)
+            if (
+                begin is not None
+                and begin.start <= first + later_s - 3 * self._step
+                and begin.picture.pict_type in (PictureType.I, PictureType.NONE)
+            ):
+                return itertools.chain([begin], found)
             back_s *= 8
         return None
 
@@ -172,7 +179,7 @@ class VideoStream:
         for picture in pictures:
             # H.264 and HEVC tell it once, for all pictures that follow. A picture asked for its own
             # `side_data` holds itself in memory until the garbage is collected.
-            told = SideDataContainer(picture).get(SideData.DISPLAYMATRIX)
+            told = _side_data_of(picture).get(SideData.DISPLAYMATRIX)
             self._matrix = self._matrix if told is None else bytes(told)
             time = clock - shift if picture.time is None else float(picture.time)
             claimed = float((picture.duration or 0) * (picture.time_base or 0)) or self._step
@@ -297,11 +304,6 @@ def _choose(container: Any, path: Path) -> Any:
             streams.index(chosen) + 1,
         )
     return chosen
-
-
-def _chain(first: Shown, rest: Iterator[Shown]) -> Iterator[Shown]:
-    yield first
-    yield from rest
 
 
 def reason(error: BaseException) -> str:
