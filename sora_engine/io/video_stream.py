@@ -53,6 +53,7 @@ _SEEK_FROM_S = 1.0
 _side_data_of: Any = SideDataContainer
 
 _NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+_UNNAMED = 2  # "unspecified" of H.273
 _DOLBY_VISION = ("dvh1", "dvhe", "dvav", "dva1", "dav1")
 
 
@@ -217,22 +218,30 @@ class VideoStream:
         return np.asarray(fit(image, height=height, width=width))
 
     def _rgb(self, picture: Any) -> np.ndarray:
-        transfer = int(getattr(picture, "color_trc", None) or self._codec.color_trc or 2)
-        primaries = int(
-            getattr(picture, "color_primaries", None) or self._codec.color_primaries or 2
-        )
-        if transfer == 2 and self._codec.codec_tag.lower() in _DOLBY_VISION:
+        """The colours of a decoded picture for an SDR screen, on white."""
+        transfer = self._named(picture, "color_trc")
+        primaries = self._named(picture, "color_primaries")
+        if transfer == _UNNAMED and self._codec.codec_tag.lower() in _DOLBY_VISION:
             raise MediaError(
                 "it is Dolby Vision without a plain layer, whose colours only its own decoder "
                 "knows; export it as HLG, HDR10 or SDR"
             )
-        if hdr.needs_conversion(transfer, primaries):
-            deep = picture.to_ndarray(format="rgb48le", interpolation=_TO_RGB)
-            return hdr.to_sdr(deep, transfer, primaries)
-        if picture.format.has_palette or any(part.is_alpha for part in picture.format.components):
-            rgba = picture.to_ndarray(format="rgba", interpolation=_TO_RGB)
-            return np.asarray(on_white(Image.fromarray(rgba)))
-        return picture.to_ndarray(format="rgb24", interpolation=_TO_RGB)
+        deep = hdr.needs_conversion(transfer, primaries)
+        clear = picture.format.has_palette or any(p.is_alpha for p in picture.format.components)
+        kind = ("rgba64le" if clear else "rgb48le") if deep else ("rgba" if clear else "rgb24")
+        rgb = picture.to_ndarray(format=kind, interpolation=_TO_RGB)
+        if deep:
+            shown = hdr.to_sdr(rgb[..., :3], transfer, primaries)
+            rgb = np.dstack([shown, (rgb[..., 3] >> 8).astype(np.uint8)]) if clear else shown
+        return np.asarray(on_white(Image.fromarray(rgb))) if clear else rgb
+
+    def _named(self, picture: Any, name: str) -> int:
+        """A code of H.273 that the picture names, or else its container; 2 where neither does."""
+        for holder in (picture, self._codec):
+            value = int(getattr(holder, name, None) or _UNNAMED)
+            if value != _UNNAMED:
+                return value
+        return _UNNAMED
 
 
 class _Deinterlacer:
