@@ -255,7 +255,11 @@ def open_video(path: str | Path) -> Any:
         if missing is not None and (known := what_it_is(head)) is not None:
             raise MediaError(f"{path} cannot be read as a video: {known}")
         if missing is not None:
-            raise MediaError(f"{path} is damaged: {missing}")
+            # Without its index an MP4 is lost to FFmpeg too; of several, copying keeps the first.
+            advice = "; `ffmpeg -i FILE -c copy clip.mkv` keeps what there is"
+            if "moov" in missing or "joined" in missing:
+                advice = ""
+            raise MediaError(f"{path} is damaged: {missing}{advice}")
         file.seek(0)
         return av.open(file, "r", options={"format_whitelist": _CONTAINERS})
     except MediaError:

@@ -156,7 +156,7 @@ def _avi(file: BinaryIO, end: int) -> str | None:
         size = int.from_bytes(head[4:8], "little")
         if size in (0, 0xFFFFFFFF):
             return "its size was never filled in: the recording was cut or never finished"
-        if at + 8 + size > end:
+        if at + size > end:  # not its own head: some writers count that in
             return _MIDDLE.format("chunk")
         at += 8 + size + size % 2
     return None
