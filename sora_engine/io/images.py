@@ -30,6 +30,9 @@ MAX_PIXELS = 2 * 7680 * 4320
 
 EXIF_IMAGE_DESCRIPTION = 0x010E
 
+_PRIMARIES = "h273_primaries"
+"""Where an open image keeps what its file names outside of a profile."""
+
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 
 
@@ -73,15 +76,18 @@ def open_image(path: Path) -> Image.Image | None:
         missing = what_is_missing(file)
         if missing is not None:
             raise MediaError(f"{path} cannot be read as an image: it is damaged: {missing}")
-        _check_colours(path, file, kind, head)
+        primaries = _named_primaries(path, file, kind, head)
         file.seek(0)
         if kind == "HEIC":
             with file:
-                return open_heic(path, file, check_size)
+                image = open_heic(path, file, check_size)
+                image.info[_PRIMARIES] = primaries
+                return image
         if kind == "AVIF" and not features.check("avif"):
             raise MediaError(f"{path} is an AVIF picture, which this Pillow was built without")
         image = Image.open(file, formats=_FORMATS)
         check_size(path, *image.size)
+        image.info[_PRIMARIES] = primaries
         return image
     except MediaError:
         file.close()
@@ -118,16 +124,18 @@ def image_format(head: bytes) -> str | None:
     return heif_format(head)
 
 
-def _check_colours(path: Path, file: BinaryIO, kind: str, head: bytes) -> None:
-    """Raises MediaError for a picture that says it is HDR: as SDR its white would be grey."""
-    transfer = None
+def _named_primaries(path: Path, file: BinaryIO, kind: str, head: bytes) -> int | None:
+    """The primaries, in H.273's codes, that a file names outside of a profile.
+
+    Raises MediaError for a picture that says it is HDR: as SDR its white would be grey.
+    """
+    colours: tuple[int, int] | None = None
     if kind in ("AVIF", "HEIC"):
         colours = coded_colours(file)
-        transfer = None if colours is None else colours[1]
-    elif kind == "PNG":
-        at = head.find(b"cICP", 33)
-        transfer = head[at + 5] if 0 <= at < len(head) - 8 else None
-    _refuse_hdr(path, transfer)
+    elif kind == "PNG" and 0 <= (at := head.find(b"cICP", 33)) < len(head) - 8:
+        colours = head[at + 4], head[at + 5]
+    _refuse_hdr(path, None if colours is None else colours[1])
+    return None if colours is None else colours[0]
 
 
 def _refuse_hdr(path: str | Path, transfer: int | None) -> None:
@@ -177,6 +185,10 @@ def decode(
         _refuse_hdr(path, transfer_of(profile) if profile else None)
         colours, alpha = _colours_and_alpha(ImageOps.exif_transpose(image), path)
         rgb = to_srgb(colours, profile, path) if profile else colours.convert("RGB")
+        primaries = image.info.get(_PRIMARIES)
+        if not profile and primaries is not None and hdr.needs_conversion(1, primaries):
+            deep = np.asarray(rgb, dtype=np.uint16) * 257
+            rgb = Image.fromarray(hdr.to_sdr(deep, 1, primaries))
         if alpha is not None:
             rgb.putalpha(alpha)
             rgb = on_white(rgb)

@@ -6,7 +6,7 @@ import errno
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -53,8 +53,8 @@ def read_video(
       shape. Rotation and non-square pixels are applied first.
     max_frames: reading stops after as many.
     start, stop: frames start to stop alone (those that there are), the same as of the whole file.
-      Nothing else is turned into pixels; of MP4, MOV and Matroska at a rate, what lies before is
-      not decoded either.
+      Nothing else is turned into pixels; of MP4, MOV, Matroska and transport streams at a rate,
+      what lies before is not decoded either.
     A still image or a folder of PNGs has no rate of its own: it counts as 1, or `fps`, a second.
 
     Raises MediaError for a missing, cut or corrupt file, one without a video stream, a picture over
@@ -194,16 +194,25 @@ class _Due:
             if first is None:
                 return
             yield first.start, first
-            if not stream.can_seek(later_s):
+            entries = self._entries(stream) if stream.can_seek(later_s) else []
+            if entries == []:
                 yield from ((first.start, picture) for picture in pictures)
                 return
-            found = stream.seek(first.start, later_s)
-            if found is not None:
-                yield from ((first.start, picture) for picture in found)
-                return
+            # What went wrong may be for want of what lies before.
+            with suppress(MediaError):
+                found = stream.seek(first.start, later_s, entries)
+                if found is not None:
+                    yield from ((first.start, picture) for picture in found)
+                    return
         # No place to begin at was found: from the beginning, what was seen already counts once.
         with open_video(self._path) as container:
             yield from _with_first(VideoStream(container, self._path).shown())
+
+    def _entries(self, stream: VideoStream) -> list[float] | None:
+        if stream.is_indexed:
+            return None
+        with open_video(self._path) as again:
+            return VideoStream(again, self._path).entry_times()
 
 
 class _Stack:

@@ -45,8 +45,10 @@ _TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FUL
 _BROADCAST = ("mpegts", "mpeg", "mpegvideo")
 _GAP_S = 10.0
 
-# Of these a place can be found by its time: they have an index, and one clock.
-_SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Of these a place can be found by its time: they have an index, and one clock. A transport stream
+# has none, and its clock must be looked at first.
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_UNINDEXED = ("mpegts",)
 _SEEK_FROM_S = 1.0
 
 # PyAV's type stubs leave out its constructor.
@@ -84,6 +86,7 @@ class VideoStream:
         self._broadcast = container.format.name in _BROADCAST
         self._deinterlacer: _Deinterlacer | None = None
         self._matrix: bytes | None = None
+        self._landing = False
 
     def shown(self) -> Iterator[Shown]:
         """Every picture, from the first on."""
@@ -102,34 +105,66 @@ class VideoStream:
 
     def can_seek(self, later_s: float) -> bool:
         """Whether a place so long after the first picture can be gone to."""
-        return later_s > _SEEK_FROM_S and self._container.format.name in _SEEKABLE
+        known = self.is_indexed or self._container.format.name in _UNINDEXED
+        return known and later_s > _SEEK_FROM_S
 
-    def seek(self, first: float, later_s: float) -> Iterator[Shown] | None:
+    @property
+    def is_indexed(self) -> bool:
+        return self._container.format.name in _INDEXED
+
+    def entry_times(self) -> list[float]:
+        """When the pictures that decoding can begin at are shown (seconds), in order.
+
+        None at all where times begin anew or leap. Reads every packet, and decodes none.
+        """
+        times, before = [], None
+        gap = _GAP_S / float(self._stream.time_base)
+        for packet in self._container.demux(self._stream):
+            if packet.dts is None:
+                continue
+            if before is not None and not 0 <= packet.dts - before <= gap:
+                return []
+            before = packet.dts
+            if packet.is_keyframe and packet.pts is not None:
+                times.append(float(packet.pts * self._stream.time_base))
+        return times
+
+    def seek(
+        self, first: float, later_s: float, entries: list[float] | None = None
+    ) -> Iterator[Shown] | None:
         """The pictures from some way before `later_s` seconds after the first, at `first`, on.
 
-        None where no place to begin at was found; the container is then of no more use.
+        entries: `entry_times` of the file, where it has no index. None where no place to begin at
+        was found; the container is then of no more use.
         """
-        back_s = max(_SEEK_FROM_S, 5 * self._step)
-        while back_s < later_s:
-            target = first + later_s - back_s
+        # Frames of room before: a deinterlacer looks at its neighbours.
+        latest = first + later_s - max(3 * self._step, 0.1)
+        if entries is None:
+            backs = itertools.takewhile(
+                lambda s: s < later_s, (_SEEK_FROM_S * 8**i for i in range(9))
+            )
+            targets = [first + later_s - back for back in backs]
+        else:
+            targets = [time - 0.5 for time in entries if time <= latest][:-3:-1]
+        for target in targets:
             self._container.seek(int(target / self._stream.time_base), stream=self._stream)
             if self._own_decoder is not None:
                 self._own_decoder = self._decoder_of_alpha()
             self._deinterlacer = None
+            self._landing = entries is not None
             found = self.shown()
             try:
                 begin = next(found, None)
             except MediaError:  # what was left out before may be what it lacks
-                begin = None
-            # Frames of room before: a deinterlacer looks at its neighbours. And a picture of its
-            # own to begin with: a stream of gradual refresh takes frames until it is whole.
+                continue
+            # A picture of its own to begin with: a stream of gradual refresh takes frames until it
+            # is whole.
             if (
                 begin is not None
-                and begin.start <= first + later_s - 3 * self._step
+                and begin.start <= latest
                 and begin.picture.pict_type in (PictureType.I, PictureType.NONE)
             ):
                 return itertools.chain([begin], found)
-            back_s *= 8
         return None
 
     def _decoder_of_alpha(self) -> Any:
@@ -154,6 +189,9 @@ class VideoStream:
             # A transport stream counts its packets: where clips were joined they do not add up.
             if packet.is_corrupt and not self._broadcast:
                 raise MediaError(f"{self._path} is damaged or was cut: a picture is not whole")
+            if self._landing and not packet.is_keyframe:
+                continue
+            self._landing = False
             if self._own_decoder is None:
                 pictures = packet.decode()
             else:

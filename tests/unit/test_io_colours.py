@@ -203,6 +203,18 @@ def test_an_embedded_profile_is_brought_to_srgb(tmp_path: Path, suffix: str) -> 
     assert np.abs(picture[0, [0, 40]] - truth).max() > 8
 
 
+def test_primaries_that_a_png_names_are_brought_to_bt709(tmp_path: Path) -> None:
+    from PIL import PngImagePlugin
+
+    picture = np.zeros((8, 16, 3), np.uint8)
+    picture[:, :8], picture[:, 8:] = (200, 120, 60), (90, 160, 140)
+    info = PngImagePlugin.PngInfo()
+    info.add(b"cICP", bytes([9, 13, 0, 1]))
+    Image.fromarray(picture).save(tmp_path / "a.png", pnginfo=info)
+    truth = 255 * ((picture / 255) ** 2.4 @ TO_709.T).clip(0, 1) ** (1 / 2.4)
+    assert np.abs(read_image(tmp_path / "a.png") - truth).max() < 1
+
+
 def test_srgb_s_own_profile_changes_nothing(tmp_path: Path) -> None:
     from PIL import ImageCms
 

@@ -148,8 +148,15 @@ def test_an_hdr_picture_is_refused(tmp_path: Path, kind: str, transfer: int, nam
     )
     with pytest.raises(MediaError, match=rf"HDR picture \({name}\)"):
         read_image(path)
-    path.write_bytes(tiled(kind, colour=box(b"colr", b"nclx", struct.pack(">HHHB", 1, 13, 6, 128))))
+    plain = box(b"colr", b"nclx", struct.pack(">HHHB", 1, 13, 6, 128))
+    path.write_bytes(tiled(kind, colour=plain))
     assert read_image(path).shape == (180, 200, 3)
+    wide = box(b"colr", b"nclx", struct.pack(">HHHB", 12, 13, 6, 128))  # Display P3
+    stored = read_image(path)[40, 40].astype(int)
+    path.write_bytes(tiled(kind, colour=wide))
+    shown = read_image(path)[40, 40].astype(int)
+    assert shown[0] > stored[0]  # P3's red lies outside: more red, less green
+    assert shown[1] < stored[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,6 +31,8 @@ CODECS = {
     "mpeg4.avi": ("mpeg4", {"g": "30", "bf": "2"}),
     "mpeg2.mpg": ("mpeg2video", {"g": "12", "bf": "2"}),
     "h264.ts": ("libx264", {"g": "30"}),
+    "open.ts": ("libx264", {"x264-params": "open-gop=1:keyint=25:bframes=4"}),
+    "refresh.ts": ("libx264", {"x264-params": "intra-refresh=1:keyint=40"}),
     "interlaced.mp4": ("libx264", {"g": "30", "flags": "+ildct+ilme", "x264-params": "tff=1"}),
 }
 
@@ -77,7 +79,7 @@ def test_a_part_has_the_whole_s_pixels(tmp_path: Path, name: str, fps: float | N
         read_video(path, fps=fps, start=n)
 
 
-@pytest.mark.parametrize("name", ["closed.mp4", "hevc.mkv", "vp9.webm", "fragments.mp4"])
+@pytest.mark.parametrize("name", ["closed.mp4", "hevc.mkv", "vp9.webm", "fragments.mp4", "h264.ts"])
 def test_what_lies_before_a_part_is_not_decoded(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +169,16 @@ def test_parts_that_are_not_there_name_what_is(
     for source in (str(path), frames):
         with pytest.raises(RequestError, match="it has 150, so from 0 to 150 would work"):
             load_frames(Footage(source, start, stop), 48, 64, 25.0)
+
+
+def test_a_part_of_a_stream_whose_times_begin_anew(tmp_path: Path) -> None:
+    path = written(tmp_path / "h264.ts", moving(100, 48, 64))
+    path.write_bytes(path.read_bytes() * 2)
+    whole, _ = read_video(path, fps=25.0)
+    assert len(whole) == 200
+    for start in (60, 97, 150):
+        part, _ = read_video(path, fps=25.0, start=start, stop=start + 9)
+        np.testing.assert_array_equal(part, whole[start : start + 9])
 
 
 def test_a_part_of_frames_in_memory(tmp_path: Path) -> None:
