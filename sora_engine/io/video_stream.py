@@ -185,6 +185,7 @@ class VideoStream:
 
     def _decoded(self) -> Iterator[Any]:
         """Decoded pictures, whole ones only, deinterlaced where they are interlaced."""
+        coded = decoded = 0
         for packet in self._container.demux(self._stream):
             # A transport stream counts its packets: where clips were joined they do not add up.
             if packet.is_corrupt and not self._broadcast:
@@ -192,16 +193,15 @@ class VideoStream:
             if self._landing and not packet.is_keyframe:
                 continue
             self._landing = False
+            if packet.size and not packet.is_discard and (coded or packet.is_keyframe):
+                coded += 1
             if self._own_decoder is None:
                 pictures = packet.decode()
             else:
                 pictures = self._own_decoder.decode(packet if packet.size else None)
             for picture in pictures:
-                if picture.is_corrupt:  # the decoder painted over what it could not read
-                    at = picture.time
-                    where = "" if at is None else f" at {float(at):.2f} s"
-                    raise MediaError(f"{self._path} is damaged{where}")
-                check_size(self._path, picture.width, picture.height)
+                decoded += 1
+                self._check(picture)
                 if picture.interlaced_frame and self._deinterlacer is None:
                     self._deinterlacer = _Deinterlacer(self._path)
                 if self._deinterlacer is None:
@@ -210,6 +210,18 @@ class VideoStream:
                     yield from self._deinterlacer.push(picture)
         if self._deinterlacer is not None:
             yield from self._deinterlacer.push(None)
+        # A packet may hold one of a picture's two fields, and the first ones may lean on what was
+        # never there. A decoder that gives up on more than that does so without a word.
+        if coded > 2 * decoded + 4:
+            raise MediaError(
+                f"{self._path} is damaged: {decoded} of its {coded} pictures can be decoded"
+            )
+
+    def _check(self, picture: Any) -> None:
+        if picture.is_corrupt:  # the decoder painted over what it could not read
+            where = "" if picture.time is None else f" at {float(picture.time):.2f} s"
+            raise MediaError(f"{self._path} is damaged{where}")
+        check_size(self._path, picture.width, picture.height)
 
     def _timed(self, pictures: Iterator[Any]) -> Iterator[Shown]:
         held: tuple[float, float, Any, bytes | None] | None = None
