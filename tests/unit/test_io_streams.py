@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import struct
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -354,3 +356,47 @@ def test_a_size_is_remembered_of_a_file_that_has_settled(
     assert measure_video(path, fps=8) == (16, 64, 64)
     monkeypatch.setattr(video_reader, "read_video", None)  # would raise TypeError
     assert measure_video(path, fps=8) == (16, 64, 64)
+
+
+class Forgetful:
+    """A packet whose decoder keeps one of four pictures and says nothing of the others.
+
+    FFmpeg's does so with H.264 whose pixels claim 100:1 in a transport stream.
+    """
+
+    count = 0
+
+    def __init__(self, packet: Any):
+        self._packet = packet
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._packet, name)
+
+    def decode(self) -> list[Any]:
+        kept = []
+        for picture in self._packet.decode():
+            kept += [picture] if Forgetful.count % 4 == 0 else []
+            Forgetful.count += 1
+        return kept
+
+
+def test_pictures_that_a_decoder_leaves_out_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = flat(tmp_path / "a.ts", plain(RED))
+    opened = video_reader.open_video
+
+    @contextmanager
+    def forgetful(path: Path) -> Any:
+        with opened(path) as container:
+            yield SimpleNamespace(
+                streams=container.streams,
+                format=container.format,
+                duration=container.duration,
+                demux=lambda stream: map(Forgetful, container.demux(stream)),
+            )
+
+    monkeypatch.setattr(video_reader, "open_video", forgetful)
+    monkeypatch.setattr(Forgetful, "count", 0)
+    with pytest.raises(MediaError, match="4 of its 16 pictures can be decoded"):
+        read_video(path)
