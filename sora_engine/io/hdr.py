@@ -30,7 +30,6 @@ _PRIMARIES = {
 }
 _D65 = (0.3127, 0.3290)
 
-_HLG_PEAK = 1000.0  # cd/m2, for which BT.2100's system gamma is 1.2
 _BAND = 64  # rows at a time, so that what is in between stays in the cache
 
 
@@ -59,13 +58,15 @@ def to_sdr(picture: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     shown = np.empty(picture.shape, np.uint8)
     for top in range(0, len(picture), _BAND):
         light = np.take(linear, picture[top : top + _BAND], mode="clip")
-        if transfer == 18:
-            # The system gamma (BT.2100, table 5) follows the luminance of the scene.
-            scene = light @ luminance
-            light *= (_HLG_PEAK * np.maximum(scene, 1e-6) ** np.float32(0.2))[..., None]
         if transfer in TRANSFERS:
-            nits = np.maximum(light @ luminance, np.float32(1e-6))
-            light *= (_method_c(nits) / (100 * nits))[..., None]
+            # By the root of the luminance, whose steps lie closer in the dark, and in between by a
+            # straight line: without it a brighter colour could come out darker.
+            place = np.sqrt(np.clip(light @ luminance, 0, 1)) * np.float32(65534)
+            below = place.astype(np.uint16)
+            gain, slope = _gain(transfer)
+            factor = np.take(gain, below, mode="clip")
+            factor += np.take(slope, below, mode="clip") * (place - below)
+            light *= factor[..., None]
         light = (light.reshape(-1, 3) @ to_709).reshape(light.shape)
         np.clip(light, 0, 1, out=light)
         # Codes lie closer together in the dark, and so does the root of the light.
@@ -74,24 +75,34 @@ def to_sdr(picture: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     return shown
 
 
-def _method_c(nits: np.ndarray) -> np.ndarray:
-    """Luminance for SDR (100 is white) of HDR's, both in cd/m2: BT.2446-1, 5.1.4."""
+@lru_cache(maxsize=2)
+def _gain(transfer: int) -> tuple[np.ndarray, np.ndarray]:
+    """What light is multiplied with for SDR with white at 1, by the root of its luminance in
+    65534ths, and the way to the next.
+
+    HLG's system gamma (BT.2100, table 5), then BT.2446-1, 5.1.4.
+    """
+    luminance = np.maximum(np.arange(65536) / 65534, 1e-6) ** 2
+    nits = 1000 * luminance**1.2 if transfer == 18 else 10000 * luminance
     k1, k3, bend = 0.83802, 0.74204, 58.535 / 0.83802
     k2 = k1 * bend * (1 - k3)
     k4 = k1 * bend - k2 * math.log(1 - k3)
     above = k2 * np.log(np.maximum(nits / bend, 1) - k3) + k4
-    return np.where(nits < bend, k1 * nits, above)
+    shown = np.where(nits < bend, k1 * nits, above)
+    gain = shown / 100 / luminance
+    return gain.astype(np.float32), np.diff(gain, append=gain[-1]).astype(np.float32)
 
 
 @lru_cache(maxsize=4)
 def _linear_light(transfer: int) -> np.ndarray:
-    """Light of each 16-bit code, float32: PQ in cd/m2, the others with white at 1."""
+    """Light of each 16-bit code, float32 up to 1: the screen's for PQ (10,000 cd/m2) and SDR, the
+    scene's for HLG."""
     code = np.arange(65536) / 65535
     if transfer == 16:
         m1, m2 = 2610 / 16384, 2523 / 4096 * 128
         c1, c2, c3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
         root = code ** (1 / m2)
-        light = 10000 * (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1)
+        light = (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1)
     elif transfer == 18:
         a, b, c = 0.17883277, 0.28466892, 0.55991073
         light = np.where(code <= 0.5, code**2 / 3, (np.exp((code - c) / a) + b) / 12)
