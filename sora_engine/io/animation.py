@@ -20,7 +20,7 @@ import numpy as np
 from PIL import GifImagePlugin, Image
 
 from sora_engine.errors import MediaError
-from sora_engine.io.images import EXIF_IMAGE_DESCRIPTION, decode
+from sora_engine.io.images import EXIF_IMAGE_DESCRIPTION
 
 GIF_MAX_FPS = 50  # players slow down what claims to be faster (a delay under 2/100 s)
 WEBP_MAX_FPS = 90  # likewise (under 11 ms)
@@ -181,15 +181,26 @@ def _u24(value: int) -> bytes:
     return value.to_bytes(3, "little")
 
 
-def animation_frames(
-    image: Image.Image, path: str | Path, *, height: int | None, width: int | None
-) -> Iterator[tuple[float, float, np.ndarray]]:
-    """(start_s, end_s, uint8 [height, width, 3]) of each frame of an open image, stills included.
+_ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")
+"""Formats whose several pictures follow each other; a JPEG's are other views of one."""
+
+
+def frame_range(image: Image.Image) -> range:
+    """The pictures of an open image file that are shown one after the other; of a still, one.
+
+    The picture that a PNG shows where animations are unknown is none of its frames.
+    """
+    count = getattr(image, "n_frames", 1) if image.format in _ANIMATIONS else 1
+    return range(1 if count > 1 and image.info.get("default_image") else 0, count)
+
+
+def animation_times(image: Image.Image, path: str | Path) -> Iterator[tuple[float, float]]:
+    """(start_s, end_s) of each frame of an open image, stills included; the image stands at it.
 
     A frame without a duration, or with one of 10 ms or less, stands for 100 ms, as in browsers.
     """
     start = 0.0
-    for index in range(getattr(image, "n_frames", 1)):
+    for index in frame_range(image):
         try:
             image.seek(index)
             image.load()
@@ -197,5 +208,5 @@ def animation_frames(
             raise MediaError(f"{path}: frame {index} cannot be decoded: {error}") from error
         milliseconds = float(image.info.get("duration", 0) or 0)
         end = start + (milliseconds / 1000 if milliseconds > 10 else 0.1)
-        yield start, end, decode(image, path, height=height, width=width)
+        yield start, end
         start = end

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import errno
 import math
-import os
-from collections.abc import Iterator
-from functools import lru_cache
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple, Protocol
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 from PIL import Image
 
 from sora_engine.errors import MediaError
-from sora_engine.io.animation import animation_frames
+from sora_engine.io.animation import animation_times, frame_range
+from sora_engine.io.foreign import HEAD_BYTES, what_it_is
 from sora_engine.io.formats import NUMBERED_PNG, check_rate
-from sora_engine.io.images import check_size, fit, open_file, open_image
-
-# swscale's default takes short cuts: darker by one level, and 4 dB further off.
-_TO_RGB = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+from sora_engine.io.images import decode, open_file, open_image, read_image
+from sora_engine.io.video_stream import VideoStream, reason
+from sora_engine.io.wholeness import what_is_missing
 
 # What a clip may take in memory once it is decoded and resized.
 MAX_DECODED_BYTES = 4 << 30
@@ -40,6 +40,8 @@ def read_video(
     height: int | None = None,
     width: int | None = None,
     max_frames: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> tuple[np.ndarray, float]:
     """Reads a video, an animation, an image or a folder of PNGs.
 
@@ -50,74 +52,206 @@ def read_video(
     height, width: both scale the picture to cover them and keep its middle; one alone keeps the
       shape. Rotation and non-square pixels are applied first.
     max_frames: reading stops after as many.
+    start, stop: frames start to stop alone (those that there are), the same as of the whole file.
+      Nothing else is turned into pixels; of MP4, MOV, Matroska and transport streams at a rate,
+      what lies before is not decoded either.
     A still image or a folder of PNGs has no rate of its own: it counts as 1, or `fps`, a second.
 
-    Raises MediaError for a missing or corrupt file, one without a video stream, a picture over
-    MAX_PIXELS or a clip over MAX_DECODED_BYTES.
+    Raises MediaError for a missing, cut or corrupt file, one without a video stream, a picture over
+    MAX_PIXELS, a clip over MAX_DECODED_BYTES or one that ends before `start`.
     """
     path = Path(path)
-    if fps is not None:
-        check_rate(fps)
     if max_frames is not None and max_frames < 1:
         raise MediaError(f"max_frames {max_frames}: it must be 1 or more")
-    if path.is_dir():
-        source, rate = _folder_frames(path, height, width, fps or 1.0), fps or 1.0
-        fps = None
-    elif (image := open_image(path)) is not None:
-        source = _image_frames(image, path, height, width, fps or 1.0)
-        rate = None
-    else:
-        source, rate = _stream_frames(path, height, width), None
-
-    frames: list[np.ndarray] = []
-    start = end = 0.0
-    size_bytes = 0
-    first: float | None = None
-    for start, end, frame in source:
-        first = start if first is None else first
-        if fps is None:
-            repeats = 1
-        else:
-            # A millionth of a second of slack, against time stamps that are rounded up.
-            due = math.ceil((end - first) * fps - 1e-6 * fps)
-            repeats = max(0, due - len(frames))
-        if max_frames is not None:
-            repeats = min(repeats, max_frames - len(frames))
-        size_bytes += repeats * frame.nbytes
-        if size_bytes > MAX_DECODED_BYTES:
-            raise MediaError(
-                f"{path}: its frames take over {MAX_DECODED_BYTES >> 20} MiB; "
-                "read fewer (max_frames, fps) or smaller ones (height, width)"
-            )
-        frames.extend([frame] * repeats)
-        if max_frames is not None and len(frames) >= max_frames:
-            break
-    if first is None:
-        raise MediaError(f"{path} holds no frames that can be decoded")
-    if not frames:  # shorter than one frame at this rate
-        frames.append(frame)
+    if start < 0 or (stop is not None and stop <= start):
+        raise MediaError(f"frames {start} to {stop}: start must be 0 or more, and stop over it")
+    if max_frames is not None:
+        stop = start + max_frames if stop is None else min(stop, start + max_frames)
+    due = _Due(path, fps, start, stop)
+    stack = _Stack(path)
+    for picture, count in due.pictures():
+        stack.add(picture.pixels(height, width), count, due.expected)
+    if not len(stack):
+        raise MediaError(f"{path} has {due.passed} frames; there is none from frame {start} on")
     if fps is not None:
         rate = fps
-    elif rate is None:
-        rate = len(frames) / (end - first) if end > first else 1.0
-    return np.stack(frames), float(rate)
+    elif due.played_s > 0 and not due.is_folder:
+        rate = due.passed / due.played_s
+    else:
+        rate = 1.0
+    return stack.frames(), float(rate)
 
 
-def measure_video(path: str | Path, *, fps: float | None = None) -> tuple[int, int, int]:
+def measure_video(
+    path: str | Path, *, fps: float | None = None, stop: int | None = None
+) -> tuple[int, int, int]:
     """(num_frames, height, width) of what `read_video` gives at this rate, at the file's own size.
 
-    The whole file is decoded, because containers do not know: MediaError as of `read_video`.
+    The file is decoded, because containers do not know: MediaError as of `read_video`.
+    stop: frames are counted up to as many, and of what can be read from any place on (see
+      `read_video`) only those about there are decoded.
     """
     path = Path(path)
-    stamp = path.stat().st_mtime_ns if path.exists() else 0
-    return _measure(path, stamp, fps)
-
-
-@lru_cache(maxsize=64)
-def _measure(path: Path, _stamp: int, fps: float | None) -> tuple[int, int, int]:
+    stamp = _stamp(path)
+    known = _measured.get((path, fps, stop))
+    if known is not None and known[0] == stamp is not None:
+        return known[1]
     first, _ = read_video(path, max_frames=1)
-    small, _ = read_video(path, fps=fps, height=8, width=8)
-    return len(small), first.shape[1], first.shape[2]
+    due = _Due(path, fps, 0 if stop is None else max(0, stop - 1), stop)
+    for _ in due.pictures():
+        pass
+    size = due.passed, first.shape[1], first.shape[2]
+    # Times of files are coarse: one that was written just now may yet change within the same tick.
+    if stamp is not None and time.time_ns() - max(entry[2] for entry in stamp) > _SETTLED_NS:
+        if len(_measured) >= 64:
+            _measured.clear()
+        _measured[path, fps, stop] = stamp, size
+    return size
+
+
+_Stamp = tuple[tuple[str, int, int, int], ...]
+_SETTLED_NS = 3_000_000_000  # FAT counts in steps of two seconds
+_measured: dict[tuple[Path, float | None, int | None], tuple[_Stamp, tuple[int, int, int]]] = {}
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """What changes when a file, or a file of a folder, does: (name, size, times, inode) of each."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        stats = [(file.name, file.stat()) for file in files]
+    except OSError:
+        return None
+    return tuple(
+        (name, s.st_size, max(s.st_mtime_ns, s.st_ctime_ns), s.st_ino) for name, s in stats
+    )
+
+
+class _Due:
+    """Which pictures of a file make up frames start to stop at a rate, and how often each.
+
+    passed, played_s: how many frames were gone through, and how long they play. expected: how many
+      there may be in all, a guess.
+    """
+
+    def __init__(self, path: Path, fps: float | None, start: int, stop: int | None):
+        if fps is not None:
+            check_rate(fps)
+        self.is_folder = path.is_dir()
+        self.expected = 1
+        self.passed = 0
+        self.played_s = 0.0
+        self._path = path
+        # The frames of a folder have no times: each is one frame at any rate.
+        self._fps = None if self.is_folder else fps
+        self._shown_fps = fps or 1.0
+        self._start, self._stop = start, stop
+
+    def pictures(self) -> Iterator[tuple[Any, int]]:
+        """Each picture with a part in the frames, and how many of them it is."""
+        picture = None
+        with closing(self._source()) as source:
+            for begin, picture in source:
+                due = self._due(picture.end - begin)
+                count = min(due, self._stop or due) - max(self.passed, self._start)
+                if count > 0:
+                    yield picture, count
+                self.passed = max(self.passed, due)
+                self.played_s = picture.end - begin
+                if self._stop is not None and self.passed >= self._stop:
+                    self.passed = self._stop
+                    return
+        if picture is None:
+            raise MediaError(f"{self._path} holds no frames that can be decoded")
+        if self.passed == 0:  # shorter than one frame at this rate
+            self.passed = 1
+            if self._start == 0:
+                yield picture, 1
+
+    def _due(self, played_s: float) -> int:
+        """How many frames have begun before a time after the first."""
+        if self._fps is None:
+            return self.passed + 1
+        # A millionth of a second of slack, against time stamps that are rounded up.
+        return math.ceil(played_s * self._fps - 1e-6 * self._fps)
+
+    def _source(self) -> Generator[tuple[float, _Picture], None, None]:
+        """When the first picture of all begins, and a picture, one after the other."""
+        if self.is_folder:
+            yield from _with_first(_folder_frames(self._path, self._shown_fps))
+        elif (image := open_image(self._path)) is not None:
+            with image:
+                yield from _with_first(_image_frames(image, self._path, self._shown_fps))
+        else:
+            yield from self._stream_frames()
+
+    def _stream_frames(self) -> Iterator[tuple[float, _Picture]]:
+        later_s = 0.0 if self._fps is None else self._start / self._fps
+        with open_video(self._path) as container:
+            stream = VideoStream(container, self._path)
+            self.expected = stream.expected_frames(self._fps)
+            pictures = stream.shown()
+            first = next(pictures, None)
+            if first is None:
+                return
+            yield first.start, first
+            entries = self._entries(stream) if stream.can_seek(later_s) else []
+            if entries == []:
+                yield from ((first.start, picture) for picture in pictures)
+                return
+            # What went wrong may be for want of what lies before.
+            with suppress(MediaError):
+                found = stream.seek(first.start, later_s, entries)
+                if found is not None:
+                    yield from ((first.start, picture) for picture in found)
+                    return
+        # No place to begin at was found: from the beginning, what was seen already counts once.
+        with open_video(self._path) as container:
+            yield from _with_first(VideoStream(container, self._path).shown())
+
+    def _entries(self, stream: VideoStream) -> list[float] | None:
+        if stream.is_indexed:
+            return None
+        with open_video(self._path) as again:
+            return VideoStream(again, self._path).entry_times()
+
+
+class _Stack:
+    """Frames one after the other in one array, which grows in place: they are never held twice."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._array: np.ndarray | None = None
+        self._count = 0
+
+    def add(self, frame: np.ndarray, times: int, expected: int) -> None:
+        """expected: how many frames there may be in all; a guess."""
+        end = self._count + times
+        if end * frame.nbytes > MAX_DECODED_BYTES:
+            raise MediaError(
+                f"{self._path}: its frames take over {MAX_DECODED_BYTES >> 20} MiB; "
+                "read fewer (max_frames, start and stop, fps) or smaller ones (height, width)"
+            )
+        if self._array is None:
+            room = min(max(expected, end), max(1, MAX_DECODED_BYTES // frame.nbytes))
+            self._array = np.empty((room, *frame.shape), np.uint8)
+        if frame.shape != self._array.shape[1:]:
+            (h, w), (rows, columns) = self._array.shape[1:3], frame.shape[:2]
+            raise MediaError(
+                f"{self._path}: its pictures change from {w}x{h} to {columns}x{rows}; with a "
+                "height and a width all are scaled to one size"
+            )
+        if end > len(self._array):
+            self._array.resize((max(end, len(self._array) * 5 // 4), *frame.shape), refcheck=False)
+        self._array[self._count : end] = frame
+        self._count = end
+
+    def __len__(self) -> int:
+        return self._count
+
+    def frames(self) -> np.ndarray:
+        assert self._array is not None
+        self._array.resize((self._count, *self._array.shape[1:]), refcheck=False)
+        return self._array
 
 
 def open_video(path: str | Path) -> Any:
@@ -125,7 +259,17 @@ def open_video(path: str | Path) -> Any:
     path = Path(path)
     file = open_file(path)
     try:
-        _check_whole(path, file)
+        head = file.read(HEAD_BYTES)
+        missing = what_is_missing(file)
+        if missing is not None and (known := what_it_is(head)) is not None:
+            raise MediaError(f"{path} cannot be read as a video: {known}")
+        if missing is not None:
+            # Without its index an MP4 is lost to FFmpeg too; of several, copying keeps the first.
+            advice = "; `ffmpeg -i FILE -c copy clip.mkv` keeps what there is"
+            if "moov" in missing or "joined" in missing:
+                advice = ""
+            raise MediaError(f"{path} is damaged: {missing}{advice}")
+        file.seek(0)
         return av.open(file, "r", options={"format_whitelist": _CONTAINERS})
     except MediaError:
         file.close()
@@ -134,101 +278,53 @@ def open_video(path: str | Path) -> Any:
         file.close()
         # FFmpeg says "invalid argument" of a container that is not on the list.
         unknown = getattr(error, "errno", None) == errno.EINVAL
-        reason = "it is none of the known containers" if unknown else _reason(error)
-        raise MediaError(f"{path} cannot be read as a video: {reason}") from error
+        told = "it is none of the known containers" if unknown else reason(error)
+        if isinstance(error, av.InvalidDataError):
+            told = "it is none of the known containers, or its beginning is damaged"
+        raise MediaError(f"{path} cannot be read as a video: {what_it_is(head) or told}") from error
 
 
-def _check_whole(path: Path, file: BinaryIO) -> None:
-    """Raises MediaError for an MP4 or MOV file that ends early, which FFmpeg reads without a word.
+class _Picture(Protocol):
+    """A picture, until when it is shown (seconds), and its pixels: uint8 [height, width, 3]."""
 
-    Walks the top-level boxes (ISO/IEC 14496-12, 4.2) and holds their sizes against the file's.
-    """
-    end = file.seek(0, os.SEEK_END)
-    at = 0
-    while at + 8 <= end:
-        file.seek(at)
-        head = file.read(16)
-        size, kind = int.from_bytes(head[:4], "big"), head[4:8]
-        if at == 0 and kind not in (b"ftyp", b"moov", b"mdat", b"wide", b"free"):
-            break  # another container
-        if size == 1:
-            size = int.from_bytes(head[8:16], "big")
-        if size == 0:
-            break  # up to the end of the file
-        if size < 8 or at + size > end:
-            raise MediaError(f"{path} is damaged: it ends in the middle of a box")
-        at += size
-    file.seek(0)
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+    def pixels(self, height: int | None, width: int | None) -> np.ndarray: ...
 
 
-def _stream_frames(
-    path: Path, height: int | None, width: int | None
-) -> Iterator[tuple[float, float, np.ndarray]]:
-    """(start_s, end_s, frame) of each frame of a file's first video stream."""
-    with open_video(path) as container:
-        if not container.streams.video:
-            raise MediaError(f"{path} has no video stream")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        check_size(path, stream.codec_context.width, stream.codec_context.height)
-        step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-        held: tuple[float, float, np.ndarray] | None = None
-        clock = 0.0
-        try:
-            for picture in container.decode(stream):
-                start = clock if picture.time is None else float(picture.time)
-                if held is not None:
-                    # A frame stands until the next one comes, whatever duration it claims.
-                    yield held[0], max(start, held[0]), held[2]
-                if picture.is_corrupt:  # the decoder painted over what it could not read
-                    raise MediaError(f"{path} is damaged at {start:.2f} s")
-                check_size(path, picture.width, picture.height)
-                claimed = float((picture.duration or 0) * (picture.time_base or 0)) or step
-                held = (start, start + claimed, _pixels(picture, stream, height, width))
-                clock = start + claimed
-        except MediaError:
-            raise
-        except (av.FFmpegError, ValueError) as error:
-            raise MediaError(f"{path} is damaged: {_reason(error)}") from error
-        if held is not None:
-            yield held
+class _Drawn(NamedTuple):
+    """A picture out of an image file, to be asked for before the next one."""
+
+    start: float
+    end: float
+    draw: Callable[..., np.ndarray]
+
+    def pixels(self, height: int | None, width: int | None) -> np.ndarray:
+        return self.draw(height=height, width=width)
 
 
-def _pixels(picture: Any, stream: Any, height: int | None, width: int | None) -> np.ndarray:
-    """A decoded picture as uint8 [height, width, 3]: upright, with square pixels, then fitted."""
-    image = Image.fromarray(picture.to_ndarray(format="rgb24", interpolation=_TO_RGB))
-    aspect = stream.sample_aspect_ratio
-    if aspect and aspect != 1:
-        image = image.resize((max(1, round(image.width * aspect)), image.height))
-    if picture.rotation % 360:
-        image = image.rotate(picture.rotation, expand=True)
-    return np.asarray(fit(image, height=height, width=width))
+def _with_first(pictures: Iterator[_Picture]) -> Iterator[tuple[float, _Picture]]:
+    first: float | None = None
+    for picture in pictures:
+        first = picture.start if first is None else first
+        yield first, picture
 
 
-def _image_frames(
-    image: Image.Image, path: Path, height: int | None, width: int | None, fps: float
-) -> Iterator[tuple[float, float, np.ndarray]]:
-    with image:
-        still = getattr(image, "n_frames", 1) == 1
-        for start, end, frame in animation_frames(image, path, height=height, width=width):
-            yield start, (start + 1 / fps if still else end), frame
+def _image_frames(image: Image.Image, path: Path, fps: float) -> Iterator[_Picture]:
+    still = frame_range(image) == range(1)
+    for start, end in animation_times(image, path):
+        yield _Drawn(start, start + 1 / fps if still else end, partial(decode, image, path))
 
 
-def _folder_frames(
-    path: Path, height: int | None, width: int | None, fps: float
-) -> Iterator[tuple[float, float, np.ndarray]]:
+def _folder_frames(path: Path, fps: float) -> Iterator[_Picture]:
     names = [p for p in path.iterdir() if NUMBERED_PNG.fullmatch(p.name)]
     if not names:
-        raise MediaError(f"{path} holds no numbered PNG files")
+        held = sorted(p.name for p in path.iterdir())
+        told = f" (it holds {held[0]}{', ...' if len(held) > 1 else ''})" if held else ""
+        raise MediaError(
+            f"{path} holds no numbered PNG files{told}; 00000.png, 00001.png, ... would work"
+        )
     for index, name in enumerate(sorted(names, key=lambda p: int(p.stem))):
-        image = open_image(name)
-        if image is None:
-            raise MediaError(f"{name} is not a PNG image")
-        with image:
-            for _, _, frame in animation_frames(image, name, height=height, width=width):
-                yield index / fps, (index + 1) / fps, frame
-                break
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        yield _Drawn(index / fps, (index + 1) / fps, partial(read_image, name))

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from sora_engine.errors import RequestError
-from sora_engine.io.images import fit
-from sora_engine.io.video_reader import read_video
+from sora_engine.io.images import decode, fit
+from sora_engine.io.video_reader import measure_video, read_video
 from sora_engine.request.checks import integer
 from sora_engine.request.request import Footage
 
@@ -61,7 +61,7 @@ def as_array(frames: object, what: str = "clip") -> np.ndarray:
     if isinstance(frames, Video):
         frames = frames.frames
     if isinstance(frames, Image.Image):
-        frames = np.asarray(frames.convert("RGB"))[None]
+        frames = decode(frames, f"the {what}'s picture")[None]
     if isinstance(frames, Tensor):
         frames = frames.cpu().numpy()
     if not isinstance(frames, np.ndarray):
@@ -80,12 +80,25 @@ def as_array(frames: object, what: str = "clip") -> np.ndarray:
 
 
 def _part_of(part: Footage, height: int, width: int, fps: float | None, what: str) -> np.ndarray:
-    frames = load_frames(part.frames, height, width, fps, what)
     start = integer(f"a {what}'s start", part.start, 0)
-    stop = integer(f"a {what}'s stop", part.stop, len(frames))
-    if not 0 <= start < stop <= len(frames):
-        raise RequestError(
-            f"frames {start} to {stop} of a {what} were asked for; it has {len(frames)}, so "
-            f"from 0 to {len(frames)} would work"
-        )
-    return frames[start:stop]
+    stop = None if part.stop is None else integer(f"a {what}'s stop", part.stop, 0)
+    ordered = start >= 0 and (stop is None or start < stop)
+    if not isinstance(part.frames, (str, PathLike)):
+        array = as_array(part.frames, what)
+        total = len(array)
+        if ordered and start < total and (stop is None or stop <= total):
+            return load_frames(array[start:stop], height, width, fps, what)
+    else:
+        path = Path(part.frames)
+        if ordered:
+            last = start + 1 if stop is None else stop  # whether it is there costs little to tell
+            total, _, _ = measure_video(path, fps=fps, stop=last)
+            if start < total and (stop is None or stop <= total):
+                return read_video(
+                    path, fps=fps, height=height, width=width, start=start, stop=stop
+                )[0]
+        total, _, _ = measure_video(path, fps=fps)
+    raise RequestError(
+        f"frames {start} to {total if stop is None else stop} of a {what} were asked for; it has "
+        f"{total}, so from 0 to {total} would work"
+    )

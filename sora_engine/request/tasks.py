@@ -58,7 +58,7 @@ def animate(
     model: ModelFacts, picture: Frames, prompt: str | None = None, **settings: Any
 ) -> VideoRequest:
     """A video whose first frame is a picture."""
-    source = _measure(model, picture, settings)
+    source = _measure(model, picture, settings, at_most=2)
     clip = Clip(_part(source, 0, 1), at=0)
     return _request(model, source, prompt, settings, clips=(clip,))
 
@@ -270,7 +270,10 @@ class _Source(NamedTuple):
     prompt: str | None
 
 
-def _measure(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> _Source:
+def _measure(
+    model: ModelFacts, clip: Frames, settings: dict[str, Any], at_most: int | None = None
+) -> _Source:
+    """at_most: how many frames matter; a long clip's others are not looked at."""
     from sora_engine.io.provenance import read_provenance
     from sora_engine.io.video_reader import measure_video
 
@@ -284,7 +287,9 @@ def _measure(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> _Sour
     provenance = getattr(whole, "provenance", None)
     if isinstance(whole, (str, PathLike)):
         path = Path(whole)
-        n, height, width = measure_video(path, fps=fps)
+        seen = start + at_most if stop is None and at_most is not None else stop
+        ordered = seen is not None and 0 <= start < seen
+        n, height, width = measure_video(path, fps=fps, stop=seen if ordered else None)
         provenance = read_provenance(path)
     else:
         from sora_engine.request.frames import as_array

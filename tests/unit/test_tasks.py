@@ -11,6 +11,7 @@ import pytest
 from sora_engine import tasks
 from sora_engine.errors import MediaError, RequestError
 from sora_engine.io.provenance import Provenance
+from sora_engine.io.video_stream import VideoStream
 from sora_engine.io.video_writer import write_video
 from sora_engine.request import Clip, Footage, GenerationDefaults, LatentGrid, VideoRequest
 
@@ -272,3 +273,23 @@ def test_clips_are_kept_as_they_were_given():
     array = a_clip(9)
     assert tasks.extend(MODEL, array, after_s=1).clips[0].frames is array
     assert isinstance(tasks.extend(MODEL, array, after_s=1).clips[0], Clip)
+
+
+def test_a_picture_out_of_a_long_clip_looks_at_that_alone(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", a_clip(200), 8)
+    passed = []
+    plain = VideoStream._decoded
+    monkeypatch.setattr(
+        VideoStream, "_decoded", lambda stream: (passed.append(p) or p for p in plain(stream))
+    )
+    request = tasks.animate(MODEL, path, fps=8.0)
+    part = request.clips[0].frames
+    assert (part.frames, part.start, part.stop) == (path, 0, 1)
+    assert len(passed) < 12
+    request = tasks.animate(MODEL, Footage(path, 150), fps=8.0)
+    assert (request.clips[0].frames.start, request.clips[0].frames.stop) == (150, 151)
+    request = tasks.edit(MODEL, Footage(path, 3, 20), "sea", fps=8.0)
+    assert (request.init.start, request.init.stop) == (3, 20)
+    for start, stop in ((200, None), (0, 201), (5, 5), (-1, 2)):
+        with pytest.raises(RequestError, match="it has 200, so from 0 to 200 would work"):
+            tasks.edit(MODEL, Footage(path, start, stop), "sea", fps=8.0)
