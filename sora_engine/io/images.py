@@ -269,4 +269,4 @@ def write_png(file: BinaryIO, frame: np.ndarray, comment: str = "") -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

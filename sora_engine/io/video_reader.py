@@ -270,7 +270,10 @@ def open_video(path: str | Path) -> Any:
                 advice = ""
             raise MediaError(f"{path} is damaged: {missing}{advice}")
         file.seek(0)
-        return av.open(file, "r", options={"format_whitelist": _CONTAINERS})
+        # Old programs write tags in other alphabets than UTF-8: they matter to no picture.
+        return av.open(
+            file, "r", options={"format_whitelist": _CONTAINERS}, metadata_errors="replace"
+        )
     except MediaError:
         file.close()
         raise

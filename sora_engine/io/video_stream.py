@@ -353,8 +353,14 @@ def _choose(container: Any, path: Path) -> Any:
         only = ": its only picture is a cover" if container.streams.video else ""
         raise MediaError(f"{path} has no video stream{only}; a file of moving pictures would work")
     chosen = next((s for s in streams if s.disposition & Disposition.default), streams[0])
+    if chosen.codec_context is None:
+        raise MediaError(
+            f"{path} is in a codec that this FFmpeg does not know; H.264, HEVC, VP9 or AV1 would "
+            "work"
+        )
     if len(streams) > 1:
-        sizes = ", ".join(f"{s.codec_context.width}x{s.codec_context.height}" for s in streams)
+        codecs = [s.codec_context for s in streams]
+        sizes = ", ".join("?" if c is None else f"{c.width}x{c.height}" for c in codecs)
         logger.warning(
             "%s holds %d video streams (%s); number %d is read",
             path,
@@ -366,4 +372,6 @@ def _choose(container: Any, path: Path) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    """What an error says, in one line."""
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return said or type(error).__name__

@@ -10,6 +10,7 @@ import wave
 import zipfile
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from sora_engine.errors import MediaError
 from sora_engine.io.images import read_image
 from sora_engine.io.video_reader import read_video
+from sora_engine.io.video_writer import write_video
 
 BOX = b"\0\0\0\x18ftyp"
 
@@ -119,6 +121,41 @@ def test_what_is_not_known_says_so(tmp_path: Path) -> None:
         read_video(tmp_path / "a.mp4")
     with pytest.raises(MediaError, match=r"is not a PNG, JPEG, WebP, GIF, AVIF or HEIC image$"):
         read_image(tmp_path / "a.mp4")
+
+
+def test_a_codec_that_is_not_known_is_told(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", np.zeros((3, 32, 32, 3), np.uint8), 8)
+    data = path.read_bytes()
+    assert data.count(b"avc1") == 2  # a brand of the file, and the track's own
+    at = data.rindex(b"avc1")
+    path.write_bytes(data[:at] + b"zzz9" + data[at + 4 :])
+    with pytest.raises(MediaError, match="a codec that this FFmpeg does not know"):
+        read_video(path)
+
+
+def test_tags_in_another_alphabet_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as output:
+        output.metadata["title"] = "MARK of a title"
+        stream = output.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+        output.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"MARK", b"caf\xe9"))
+    assert read_video(path)[0].shape == (1, 32, 32, 3)
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "a.heic"
+    heif.from_pillow(Image.new("RGB", (64, 64))).save(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"iloc") + 8
+    data[at : at + 12] = b"\x44\x00" + b"\xff" * 10
+    path.write_bytes(data)
+    with pytest.raises(MediaError) as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_numbered_pngs_says_what_it_holds(tmp_path: Path) -> None:
