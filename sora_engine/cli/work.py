@@ -115,7 +115,7 @@ def run(command: Command) -> None:
         settings = f"{resolved.width}x{resolved.height}, {resolved.num_frames} frames"
         if resolved.canvas is not None:
             say(f"{settings} are the middle of what the model makes, {resolved.canvas}")
-        say(f"making {settings}, {resolved.num_inference_steps} steps, seed {resolved.seed}")
+        say(f"making {settings}, {resolved.steps_taken} steps, seed {resolved.seed}")
         try:
             job = make(engine, request, resolved, output, common.model or DEFAULT_MODEL)
         except RequestError as error:  # what shows only once the clips are read
@@ -135,7 +135,7 @@ class _AnyModel(NamedTuple):
 
     grid: LatentGrid = LatentGrid(channels=1, vae_spatial=1, patch=(1, 1, 1), time=1)
     defaults: GenerationDefaults = GenerationDefaults(
-        height=1, width=1, num_frames=1, fps=1.0, num_inference_steps=1, guidance_scale=1.0
+        height=1, width=1, num_frames=1, fps=1.0, num_inference_steps=1000, guidance_scale=1.0
     )
     known_mode: KnownMode = KnownMode.NOISE_LEVEL
 

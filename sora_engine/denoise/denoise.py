@@ -26,8 +26,7 @@ from sora_engine.denoise.packing import Packer
 from sora_engine.denoise.preview import LatentPreview
 from sora_engine.denoise.sharing import ALONE, Part, PartPredictions, Predictions, StepSharing
 from sora_engine.denoise.windows import chain_of, plan_windows
-from sora_engine.errors import RequestError
-from sora_engine.request import KnownMode, LatentGrid, ResolvedRequest, WindowPlan
+from sora_engine.request import LatentGrid, ResolvedRequest, WindowPlan
 from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
 from sora_engine.samplers.prediction import to_x0
 
@@ -52,11 +51,6 @@ def preparing(request: ResolvedRequest, model: DiffusionModel) -> Generator[None
     shape = request.latent_shape(model.grid)
     noise = initial_latents(request, shape).to(model.device)
     schedule = solver_of(request, model).schedule
-    if request.resample > 1 and model.known_mode is not KnownMode.REPLACEMENT:
-        raise RequestError(
-            f"resample is {request.resample}: this checkpoint was trained for known frames, and "
-            "takes each step once; 1 would work"
-        )
     known, image = yield from encode_known(request, model)
     latents = noise
     if request.init is not None:

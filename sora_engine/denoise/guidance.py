@@ -84,22 +84,24 @@ def guide(
         return cond.new_zeros(cond.shape), running
     if not guidance.needs_unconditional(step, num_inference_steps):
         return cond, running
+    scale = guidance.scale
+    assert scale is not None
     if uncond is None:
         raise ValueError(f"step {step} of {num_inference_steps} is guided and has no uncond")
     if guidance.kind == "apg":
         guided, running = apg(
             cond,
             uncond,
-            guidance.scale,
+            scale,
             eta=guidance.eta,
             norm_threshold=guidance.norm_threshold,
             momentum=guidance.momentum,
             running=running,
         )
     elif guidance.kind == "cfg_zero_star":
-        guided = cfg_zero_star(cond, uncond, guidance.scale)
+        guided = cfg_zero_star(cond, uncond, scale)
     else:
-        guided = cfg(cond, uncond, guidance.scale)
+        guided = cfg(cond, uncond, scale)
     if guidance.rescale > 0.0:
         guided = rescaled(guided, cond, guidance.rescale)
     return guided, running

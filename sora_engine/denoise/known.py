@@ -136,10 +136,6 @@ def encode_known(
     if model.known_mode is KnownMode.VACE:
         return (yield from _encode_control(TimeLine(request), request, model)), None
     if not request.clips:
-        if model.known_mode is KnownMode.CHANNELS:
-            raise RequestError(
-                "this checkpoint animates an image: give one, as Clip(image, at=0) in `clips`"
-            )
         return None, None
     line = TimeLine(request)
     if model.known_mode is KnownMode.CHANNELS:

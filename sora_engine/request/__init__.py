@@ -3,7 +3,7 @@
 from sora_engine.request.facts import GenerationDefaults, KnownMode, LatentGrid, ModelFacts
 from sora_engine.request.guidance import Guidance
 from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
-from sora_engine.request.resolve import ResolvedRequest, resolve_request
+from sora_engine.request.resolve import ResolvedRequest, check_for_mode, resolve_request
 from sora_engine.request.windows import SparsePlan, WindowPlan
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "SparsePlan",
     "VideoRequest",
     "WindowPlan",
+    "check_for_mode",
     "resolve_request",
 ]

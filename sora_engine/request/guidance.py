@@ -17,8 +17,8 @@ def needs_unconditional(scale: float) -> bool:
 class Guidance:
     """How one request is guided.
 
-    kind: "cfg", "cfg_zero_star" or "apg". scale: 1 or less is no guidance. rescale: see
-    `denoise.guidance.rescaled`.
+    kind: "cfg", "cfg_zero_star" or "apg". scale: 1 or less is no guidance; None stands for the
+    checkpoint's own. rescale: see `denoise.guidance.rescaled`.
     start, stop: the part of the steps that is guided, as fractions (Kynkäänniemi et al.,
     arXiv 2404.07724); step i of n is guided if `int(start n) <= i < int(stop n)`.
     zero_init_steps: CFG-Zero*'s first steps, whose prediction is 0. eta, norm_threshold, momentum:
@@ -26,7 +26,7 @@ class Guidance:
     """
 
     kind: Literal["cfg", "cfg_zero_star", "apg"] = "cfg"
-    scale: float = 1.0
+    scale: float | None = None
     rescale: float = 0.0
     start: float = 0.0
     stop: float = 1.0
@@ -54,6 +54,7 @@ class Guidance:
 
     def needs_unconditional(self, step: int, num_inference_steps: int) -> bool:
         """Whether step `step` of `num_inference_steps` takes an unconditional prediction."""
+        assert self.scale is not None, "a request's own guidance has its scale settled"
         if step < self.zero_init_steps or not needs_unconditional(self.scale):
             return False
         n = num_inference_steps

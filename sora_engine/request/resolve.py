@@ -78,8 +78,14 @@ class ResolvedRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether any step takes an unconditional prediction."""
-        return needs_unconditional(self.guidance_scale)
+        """Whether any step of any expert may take an unconditional prediction."""
+        return any(map(needs_unconditional, (self.guidance_scale, self.guidance_scale_2)))
+
+    @property
+    def steps_taken(self) -> int:
+        """Of `num_inference_steps`, those that a start video of this strength leaves."""
+        steps = self.num_inference_steps
+        return steps if self.strength is None else min(int(steps * self.strength), steps)
 
     @property
     def canvas(self) -> str | None:
@@ -154,7 +160,7 @@ def resolve_request(
         seed=seed,
         clips=_checked_clips(several("clips", request.clips, "Clip(frames, at)"), num_frames),
         init=request.init,
-        strength=_resolve_strength(request),
+        strength=_resolve_strength(request, steps),
         loop=loop,
         shots=several("shots", request.shots, "Shot(prompt, num_frames)"),
         window=_resolve_window(request, facts, latent_shape[1]),
@@ -162,6 +168,19 @@ def resolve_request(
         resample=resample,
         original_prompt=request.original_prompt,
     )
+
+
+def check_for_mode(request: ResolvedRequest, mode: KnownMode) -> None:
+    """Refuse what a checkpoint that is told of known frames in this way cannot do."""
+    if request.resample > 1 and mode is not KnownMode.REPLACEMENT:
+        raise RequestError(
+            f"resample is {request.resample}: this checkpoint was trained for known frames, and "
+            "takes each step once; 1 would work"
+        )
+    if mode is KnownMode.CHANNELS and not request.clips:
+        raise RequestError(
+            "this checkpoint animates an image: give one, as Clip(image, at=0) in `clips`"
+        )
 
 
 def _check_prompts(request: VideoRequest, limits: Limits) -> None:
@@ -258,7 +277,7 @@ def _resolve_guidance(
     return guidance, first, second
 
 
-def _resolve_strength(request: VideoRequest) -> float | None:
+def _resolve_strength(request: VideoRequest, steps: int) -> float | None:
     if request.init is None:
         if request.strength is not None:
             raise RequestError(
@@ -268,6 +287,11 @@ def _resolve_strength(request: VideoRequest) -> float | None:
     strength = finite("strength", request.strength, EDIT_STRENGTH)
     if not 0 < strength <= 1:
         raise RequestError(f"strength must lie in (0, 1], got {strength}")
+    if int(steps * strength) == 0:
+        raise RequestError(
+            f"strength = {strength} of {steps} steps leaves no step; the least that does is "
+            f"{math.ceil(1e4 / steps) / 1e4:g}"
+        )
     return strength
 
 

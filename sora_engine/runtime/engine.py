@@ -18,7 +18,7 @@ from sora_engine.errors import LayoutError, RequestError
 from sora_engine.models.loading import USABLE, load_video_model
 from sora_engine.models.registry import ModelPath
 from sora_engine.models.video_model import VideoModel
-from sora_engine.request import ResolvedRequest, VideoRequest, resolve_request
+from sora_engine.request import ResolvedRequest, VideoRequest, check_for_mode, resolve_request
 from sora_engine.runtime.executor import AnyExecutor, LocalExecutor, ServedModel
 from sora_engine.runtime.hooks import Hooks
 from sora_engine.runtime.job import (
@@ -228,7 +228,9 @@ class Engine:
 
     def resolve(self, request: VideoRequest) -> ResolvedRequest:
         """The request with the checkpoint's defaults, checked; raises RequestError."""
-        return resolve_request(request, self.model, self.limits, solvers=SOLVERS)
+        resolved = resolve_request(request, self.model, self.limits, solvers=SOLVERS)
+        check_for_mode(resolved, self.model.known_mode)
+        return resolved
 
     def plan(self, request: VideoRequest) -> MemoryPlan:
         """The memory that a request would take, stage by stage; raises as `submit`.
@@ -286,9 +288,7 @@ class Engine:
             job.plan = self._planner.plan(request)
             job.batch_tokens = job.plan.batch_tokens
         job.tokens = step_tokens(request, self.model.grid)
-        steps = job.planned_steps = request.num_inference_steps * num_passes(
-            request, self.model.grid
-        )
+        steps = job.planned_steps = request.steps_taken * num_passes(request, self.model.grid)
         if saved is not None:
             steps = max(0, steps - saved.step)
             job.resumed_at = saved.step

@@ -101,7 +101,7 @@ class Job:
         self.saved: Savepoint | None = None
         self.decoding: Iterator[int] | None = None
         self.tokens = 0
-        self.planned_steps = request.num_inference_steps  # the engine counts chained windows in
+        self.planned_steps = request.steps_taken  # the engine counts chained windows in
         self.batch_tokens = 1
         self.plan: MemoryPlan | None = None
         self.seconds_a_frame: float | None = None

@@ -133,7 +133,7 @@ def load_state(path: Path, model: SavedFor) -> Savepoint:
         request = _request_of(metadata, tensors)
         provenance = Provenance.from_json(metadata["provenance"])
         state = CanvasState(tensors, tuple(metadata["frame_texts"]))
-        num_steps = request.num_inference_steps * num_passes(request, model.grid)
+        num_steps = request.steps_taken * num_passes(request, model.grid)
         if provenance is None or num_steps < state.step:
             raise ValueError(f"{state.step} steps of {num_steps}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -43,7 +43,7 @@ def denoise_known(resample: int, solver: str) -> torch.Tensor:
         noise=noise,
         solver=made,
         prompts=Prompts((), (), None),
-        guidances=(Guidance(),),
+        guidances=(Guidance(scale=1.0),),
         patch_size=(1, 1, 1),
         known=known,
         resample=resample,

@@ -14,10 +14,12 @@ from sora_engine.errors import RequestError
 from sora_engine.request import (
     Clip,
     GenerationDefaults,
+    Guidance,
     KnownMode,
     LatentGrid,
     Shot,
     VideoRequest,
+    check_for_mode,
     resolve_request,
 )
 
@@ -98,6 +100,10 @@ def test_numpy_integers_and_floats_are_numbers():
         ({"strength": 0.5}, "give an `init` video too"),
         ({"init": "x.mp4", "strength": 1.5}, r"strength must lie in \(0, 1\], got 1.5"),
         ({"init": "x.mp4", "strength": 0}, r"strength must lie in \(0, 1\], got 0"),
+        (
+            {"init": "x.mp4", "strength": 0.3, "num_inference_steps": 3},
+            "strength = 0.3 of 3 steps leaves no step; the least that does is 0.3334",
+        ),
         ({"clips": ["x.png"]}, "clips must be Clip objects, got str"),
         ({"clips": Clip("x.png")}, r"clips must be a list of Clip\(frames, at\), got Clip"),
         ({"shots": Shot("a", 81)}, "shots must be a list of Shot.*, got Shot"),
@@ -207,3 +213,42 @@ def test_the_checkpoint_may_name_a_solver():
     ):
         facts = SimpleNamespace(**{**vars(FACTS), "defaults": defaults})
         assert resolve_request(request, facts, Limits()).solver == solver
+
+
+def test_a_start_video_of_some_strength_leaves_fewer_steps():
+    assert resolve(num_inference_steps=10).steps_taken == 10
+    assert resolve(num_inference_steps=10, init="x.mp4", strength=0.35).steps_taken == 3
+    assert resolve(num_inference_steps=10, init="x.mp4", strength=1.0).steps_taken == 10
+
+
+def test_a_kind_of_guidance_without_a_scale_takes_the_checkpoints():
+    plain = resolve()
+    other = resolve(guidance=Guidance("apg", eta=0.5))
+    assert plain.guidance_scale > 1
+    assert (other.guidance_scale, other.guidance_scale_2) == (
+        plain.guidance_scale,
+        plain.guidance_scale_2,
+    )
+    assert resolve(guidance=Guidance("apg", scale=2.5)).guidance_scale == 2.5
+
+
+def test_the_second_experts_scale_alone_takes_unconditional_predictions():
+    assert resolve(guidance_scale=1.0, guidance_scale_2=3.0).guided
+    assert resolve(guidance_scale=3.0, guidance_scale_2=1.0).guided
+    assert not resolve(guidance_scale=1.0).guided
+
+
+@pytest.mark.parametrize("mode", list(KnownMode))
+def test_what_a_way_of_knowing_frames_cannot_do_is_told_at_once(mode):
+    often, with_picture = resolve(resample=2), resolve(clips=[Clip("x.png")])
+    if mode is KnownMode.REPLACEMENT:
+        check_for_mode(often, mode)
+    else:
+        with pytest.raises(RequestError, match="resample is 2: this checkpoint was trained"):
+            check_for_mode(often, mode)
+    if mode is KnownMode.CHANNELS:
+        with pytest.raises(RequestError, match="animates an image: give one"):
+            check_for_mode(resolve(), mode)
+    else:
+        check_for_mode(resolve(), mode)
+    check_for_mode(with_picture, mode)
