@@ -85,7 +85,8 @@ class Checkpoint:
 
     variant: which of its family's it is, for people.
     experts: by falling noise level.
-    text_encoders: by the names under which the transformer reads them; none where it reads labels.
+    text_encoders: by the names under which the transformer reads them. A table of labels is one
+        too; there is none where the transformer reads nothing but the video.
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     defaults: of the family's published pipelines; a checkpoint's own go before them.
@@ -140,7 +141,8 @@ class Family(Protocol):
     def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         """Open a folder whose pipeline class is in `layout`.
 
-        settings: of the folder's `generation_config.json`, which may hold keys of the family's own.
+        settings: of the folder's `generation_config.json`: defaults of requests, and `text_tokens`,
+        the length that texts are padded to.
         Raises CheckpointError.
         """
         ...

@@ -125,11 +125,13 @@ def make_solver(
         return DDIMSolver(schedule, eta=eta, clip=config.clip_sample_range)
     if config.solver == "ddpm":
         return DDPMSolver(schedule, variance=config.variance_type, clip=config.clip_sample_range)
-    return DPMSolver(
-        schedule,
-        order=config.solver_order,
-        variant="heun" if config.solver_type == "heun" else "midpoint",
-        sde=config.solver == "dpm++sde",
-        lower_order_final=config.lower_order_final,
-        euler_at_final=config.euler_at_final,
-    )
+    if config.solver in ("dpm++", "dpm++sde"):
+        return DPMSolver(
+            schedule,
+            order=config.solver_order,
+            variant="heun" if config.solver_type == "heun" else "midpoint",
+            sde=config.solver == "dpm++sde",
+            lower_order_final=config.lower_order_final,
+            euler_at_final=config.euler_at_final,
+        )
+    raise AssertionError(f"solver {config.solver!r} has a name and no class")
