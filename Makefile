@@ -2,6 +2,7 @@
 #
 #   make video            a video from a default prompt: out.mp4
 #   make test             the quick tests       (PYTEST_ARGS="tests/unit" picks some)
+#   make slow             the slow tests        (PART=2/6 runs the second of six parts)
 #   make lint             ruff, mypy, import-linter
 #   make bench-kernels    the kernels' benchmarks
 #   make install          the engine alone, in .venv
@@ -13,15 +14,19 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: video test lint bench-kernels install install-dev clean
+.PHONY: video test slow lint bench-kernels install install-dev clean
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+PART ?=
 PROMPT ?= a red circle moves right on a white background
 OUT ?= out.mp4
+
+# Two processes take the test files in turn. A file stays in one, and the longest come first.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The first of these that is Python 3.11 or newer.
 PYTHONS := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14 python
@@ -32,8 +37,12 @@ video: install
 	$(VENV)/bin/sora generate "$(PROMPT)" -o $(OUT) --seed 7
 
 test: install-dev
-	@echo "Running $(if $(PYTEST_ARGS),tests as PYTEST_ARGS says,the quick tests: 10 to 15 minutes on two cores)"
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	@echo "Running $(if $(PYTEST_ARGS),tests as PYTEST_ARGS says,the quick tests: 8 minutes on two cores)"
+	$(RUN) -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+slow: install-dev
+	@echo "Running $(if $(PART),part $(PART) of the slow tests: up to 8 minutes,all slow tests: an hour) on two cores"
+	$(RUN) -m pytest $(if $(PART),--slow-part $(PART),-m slow) --durations=5 $(PYTEST_ARGS)
 
 lint: install-dev
 	@echo "Linting, formatting and types, then which room imports which: under a minute"

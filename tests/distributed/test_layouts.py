@@ -61,7 +61,7 @@ def every_layout():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("request_name", REQUESTS)
-@pytest.mark.parametrize("layout", every_layout(), ids=lambda layout: str(layout))
+@pytest.mark.parametrize("layout", list(every_layout()), ids=lambda layout: str(layout))
 def test_every_layout_with_every_request(fleet, layout, request_name):
     check(fleet, layout, request_name)
 

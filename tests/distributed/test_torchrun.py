@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sora_engine import cli
 from sora_engine.io.video_reader import read_video
 from tests.faults.processes import descendants
 
@@ -56,8 +57,7 @@ def finish(process):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "frames"
-    command = [sys.executable, "-m", "sora_engine", *COMMAND, "-o", str(folder)]
-    subprocess.run(command, env=environment(), check=True, stdout=subprocess.PIPE)
+    assert cli.main([*COMMAND, "-o", str(folder)]) == 0
     return read_video(folder)[0]
 
 
@@ -94,6 +94,7 @@ def test_two_nodes_make_the_video_of_one(tmp_path, alone):
     check_same(tmp_path / "frames", alone)
 
 
+@pytest.mark.slow
 def test_a_layout_of_another_size_is_refused(tmp_path):
     run = torchrun("--nproc-per-node", "2", "--master-port", free_port())
     process = run(*COMMAND, "--parallel", "ring=3", "-o", str(tmp_path / "frames"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -20,7 +21,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).parents[2]
 
 hypothesis.settings.register_profile(
-    "quick", max_examples=25, deadline=None, derandomize=True, database=None
+    "quick", max_examples=10, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile(
+    "slow", max_examples=50, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("thorough", max_examples=400, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("SORA_HYPOTHESIS", "quick"))
@@ -32,18 +36,30 @@ def native_library() -> None:
     no compiler."""
     from sora_kernels import csrc
 
-    if csrc.problem() is not None:
-        if shutil.which("c++") is None and shutil.which("g++") is None:
-            pytest.skip("no C++ compiler to build the native library")
-        subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-            cwd=ROOT,
-            check=True,
-            env={**os.environ, "SORA_REQUIRE_NATIVE": "1"},
-            capture_output=True,
-        )
-    csrc.problem.cache_clear()
+    with (ROOT / "setup.py").open() as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)  # another worker may be building it
+        csrc.problem.cache_clear()
+        if csrc.problem() is not None:
+            if shutil.which("c++") is None and shutil.which("g++") is None:
+                pytest.skip("no C++ compiler to build the native library")
+            subprocess.run(
+                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+                cwd=ROOT,
+                check=True,
+                env={**os.environ, "SORA_REQUIRE_NATIVE": "1"},
+                capture_output=True,
+            )
+            csrc.problem.cache_clear()
     assert csrc.problem() is None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """Kernels divide their work among threads, of which a worker of `-n 2` may have but one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,12 @@ def run_both(pair, kind, *, seed=0, scheduler="unipc", size=(32, 48), frames=9, 
     return denormalised(expected, pipe), video.latents, video, pipe
 
 
+@pytest.fixture(scope="module")
+def usual(pair):
+    """What `run_both` makes of a kind by its defaults; each once."""
+    return functools.cache(lambda kind: run_both(pair, kind))
+
+
 def denormalised(latents, pipe):
     """diffusers' final latents, as its VAE's decoder takes them."""
     config = pipe.vae.config
@@ -123,9 +131,9 @@ def test_long_and_odd_prompts(pair):
 
 
 @pytest.mark.parametrize("kind", ["t2v", "ti2v-5b-i2v"])
-def test_frames_equal_diffusers(pair, kind):
+def test_frames_equal_diffusers(usual, kind):
     """Decoded frames: diffusers' VAE on the engine's latents, and the engine's own."""
-    _, latents, video, pipe = run_both(pair, kind)
+    _, latents, video, pipe = usual(kind)
     with torch.no_grad():
         decoded = pipe.vae.decode(latents[None], return_dict=False)[0]
     frames = pipe.video_processor.postprocess_video(decoded, output_type="np")[0]
@@ -178,11 +186,11 @@ def test_company_changes_nothing(pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("left_out", ["rope", "text", "half a point of guidance", "image"])
-def test_the_oracles_are_sharp(pair, kind, left_out, monkeypatch):
+def test_the_oracles_are_sharp(pair, usual, kind, left_out, monkeypatch):
     """Leaving out a part moves the latents by over 100 times the tolerance of parity."""
     if left_out == "image" and not takes_image(kind):
         pytest.skip("the task has no image")
-    _, actual, _, _ = run_both(pair, kind)
+    _, actual, _, _ = usual(kind)
     more = 0.0
     if left_out == "rope":
         flat = model_module.rope_tables

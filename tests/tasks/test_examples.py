@@ -24,9 +24,12 @@ def example(name):
     return module
 
 
-@pytest.fixture(autouse=True)
-def a_cache_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module", autouse=True)
+def a_cache_of_their_own(tmp_path_factory):
+    """The first engine measures the batches that saturate it, and the others find them there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def test_an_asyncio_service(capsys):

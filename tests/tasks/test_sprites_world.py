@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,15 @@ def reading_facts(scene: world.Scene, frames: torch.Tensor) -> tuple[str, set[tu
     }
 
 
-@pytest.mark.parametrize("motion", list(world.MOTIONS))
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 160), (160, 96), (128, 128)])
+def every_motion_and_size() -> Iterator[object]:
+    """Quick are one size for each motion, in turn."""
+    for i, (height, width) in enumerate([(64, 64), (64, 160), (160, 96), (128, 128)]):
+        for j, motion in enumerate(world.MOTIONS):
+            marks = [pytest.mark.slow] if i != j % 4 else []
+            yield pytest.param(motion, height, width, marks=marks)
+
+
+@pytest.mark.parametrize(("motion", "height", "width"), list(every_motion_and_size()))
 def test_reads_every_motion_shape_and_size(motion: str, height: int, width: int) -> None:
     rng = random.Random(f"{motion} {height} {width}")
     wanted = {(shape, size) for shape in world.SHAPES for size in world.SIZES}

@@ -238,7 +238,9 @@ def test_texts_are_encoded_once_a_request(engine, monkeypatch):
 def test_the_second_expert_is_let_go_of_where_memory_is_short(tmp_path, monkeypatch):
     pipe = tiny_pipeline("a14b-t2v", 0)
     pipe.save_pretrained(tmp_path)
-    request = sora.VideoRequest("a cat", height=32, width=32, num_frames=5, seed=1)
+    request = sora.VideoRequest(
+        "a cat", height=32, width=32, num_frames=5, num_inference_steps=8, seed=1
+    )
     with sora.Engine.from_pretrained(tmp_path, device="cpu") as engine:
         roomy = engine.generate(request)
         assert all(expert.transformer is not None for expert in engine.model.experts)
@@ -265,7 +267,9 @@ def test_single_files_make_what_the_folder_makes(folder, tmp_path):
         config = (tmp_path / "folder" / name / "config.json").read_text()
         (tmp_path / name / "config.json").write_text(config)
         files.append(file)
-    request = sora.VideoRequest("a cat", height=32, width=32, num_frames=5, seed=1)
+    request = sora.VideoRequest(
+        "a cat", height=32, width=32, num_frames=5, num_inference_steps=8, seed=1
+    )
     with sora.Engine.from_pretrained(tmp_path / "folder", device="cpu") as engine:
         expected = engine.generate(request)
     with sora.Engine.from_pretrained(files, components=tmp_path / "folder", device="cpu") as engine:

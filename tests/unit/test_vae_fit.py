@@ -44,7 +44,9 @@ def fitted(vae: WanVAE, budget: int | None = None) -> FittedCoder:
 
 @pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan21", "wan22"])
 @pytest.mark.parametrize("side", ["decode", "encode"])
-@pytest.mark.parametrize(("pixels_h", "pixels_w"), [(1088, 1920), (2048, 2048)])
+@pytest.mark.parametrize(
+    ("pixels_h", "pixels_w"), [(1088, 1920), pytest.param(2048, 2048, marks=pytest.mark.slow)]
+)
 def test_large_frames_fit_a_small_card(config, side, pixels_h, pixels_w):
     height, width = pixels_h // config.factor_spatial, pixels_w // config.factor_spatial
     budget = 4 << 30

@@ -60,7 +60,8 @@ def test_after_coding_weights_are_held_once(vae, weights):
     held = sum(storage.nbytes() for storage in storages.values())
     folded = 0
     for module in vae.modules():
-        for made in getattr(getattr(module, "layouts", None), "_made", {}).values():
+        layouts = getattr(module, "layouts", None)
+        for made in layouts._packed.values() if layouts is not None else ():
             # oneDNN's tensors have no storage to ask: channels are padded to blocks of 16 there.
             size = made.weight.numel() if isinstance(made, PackedConv) else made.numel()
             if isinstance(module, PackableConv3d):
