@@ -122,12 +122,12 @@ def weights_table() -> list[str]:
 
 def step_flops(height: int, width: int, num_frames: int) -> float:
     """Of a step with guidance."""
-    transformer = layout_cost.Transformer(
+    transformer = layout_cost.TransformerCost(
         layers=WAN_1_3B.layers, heads=WAN_1_3B.heads, head_dim=WAN_1_3B.head_dim,
         ffn=WAN_1_3B.ffn_dim, patch_channels=4 * WAN_1_3B.channels,
     )  # fmt: skip
     frames = (num_frames - 1) // 4 + 1
-    video = layout_cost.Video(frames=frames, height=height // 8, width=width // 8)
+    video = layout_cost.VideoCost(frames=frames, height=height // 8, width=width // 8)
     return layout_cost.plan(1, transformer, video)[0].flops
 
 

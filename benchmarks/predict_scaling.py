@@ -5,12 +5,12 @@ PYTHONPATH=.:kernels python benchmarks/predict_scaling.py
 
 from __future__ import annotations
 
-from sora_engine.distributed.layout_cost import Transformer, Video, layouts_by_cost
+from sora_engine.distributed.layout_cost import TransformerCost, VideoCost, layouts_by_cost
 
-WAN_14B = Transformer(layers=40, heads=40, head_dim=128, ffn=13824, patch_channels=64)
+WAN_14B = TransformerCost(layers=40, heads=40, head_dim=128, ffn=13824, patch_channels=64)
 VIDEOS = {
-    "5 s": Video(frames=21, height=90, width=160),
-    "60 s": Video(frames=241, height=90, width=160, window=21, overlap=5),
+    "5 s": VideoCost(frames=21, height=90, width=160),
+    "60 s": VideoCost(frames=241, height=90, width=160, window=21, overlap=5),
 }
 
 

@@ -7,18 +7,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds that hold for every request, checked before it is queued.
+    """What a request may ask of an engine, and how much the engine works on at a time.
 
-    max_running_jobs: how many jobs are under way at a time; further ones wait in the queue.
-    max_batch_tokens: how many tokens are packed into one forward pass; a request whose single
-        window is larger still runs, alone.
-    pack_tokens: below how many tokens several jobs share a pass, each of a quarter of that or less
-        beside the first; None measures on this machine from where on that gains nothing.
-    vae_memory_bytes: what coding one video may take beside the weights; frames that need more are
-        coded in tiles, which is an approximation and stands in the receipt. None: what is free.
-    memory_bytes: what all jobs together may take beside the weights; None: nine tenths of what was
-        free when the engine was made. A request that needs more is refused, one that fits later
-        waits.
+    Raises ValueError where a value is not an integer of at least 1; the last three may be None.
+
+    Checked when a request is submitted, before it is queued:
+
+    max_queued_jobs: the most jobs that wait, for each replica. One more raises QueueFullError.
+    max_pixels: the most pixels of a frame, `height * width` as the model makes it, margin included.
+        More raise RequestError.
+    max_frames: the most frames as the model makes them, those left out at the end included. More
+        raise RequestError.
+    max_inference_steps: the largest `num_inference_steps`. A larger one raises RequestError. How
+        many `sigmas` a request lists is not bounded.
+    max_prompt_chars: the most characters of `prompt` and of `negative_prompt`, each. More raise
+        RequestError. The prompts of shots are not bounded.
+    memory_bytes: what all jobs together may take beside the weights. A request that needs more
+        raises MemoryLimitError; one that fits later waits. None: nine tenths of what was free when
+        the engine was made. Over ranks it does nothing.
+
+    Kept to while jobs run:
+
+    max_running_jobs: the most jobs under way at a time, for each replica; further ones wait.
+    max_batch_tokens: the most tokens of one forward pass. A single window that is larger still
+        runs, alone.
+    pack_tokens: the most tokens of a pass that several jobs share, or several windows of one long
+        video; `max_batch_tokens` bounds it. A job joins another's pass if it has at most a quarter
+        of this. None: measured once on this machine for a model, and kept on disk; over ranks
+        nothing is measured, and it is `max_batch_tokens`.
+    vae_memory_bytes: what coding one video may take beside the weights. Frames that need more are
+        coded in tiles, which is an approximation and stands in the receipt. A request whose
+        smallest tiles need more raises RequestError. None: what is free. Over ranks it does
+        nothing: they code whole frames, or rows of them, and never tiles.
     """
 
     max_queued_jobs: int = 256
@@ -44,6 +64,9 @@ class Limits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """Over how many ranks an engine runs, and what each of them takes a share of.
+
+    Raises ValueError where a number of ranks is not an integer of at least 1, `guidance` is over 2,
+    `timeout_s` is not over 0, or `shard_weights` has one rank alone to share weights over.
 
     ulysses, ring: tokens are sharded over `ulysses * ring` ranks; attention exchanges heads inside
         a Ulysses group (arXiv 2309.14509), keys and values around a ring (arXiv 2310.01889).

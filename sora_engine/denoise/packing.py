@@ -18,6 +18,9 @@ from sora_engine.denoise.conditioning import Context, KeyValues
 from sora_kernels import AttentionPlan, BlockPlan
 
 Grid = tuple[int, int, int]
+"""Patches of a window in frames, rows and columns."""
+PatchSize = tuple[int, int, int]
+"""Latents of a patch in frames, rows and columns."""
 
 VIDEO = "video"
 """The stream of the latents' own tokens."""
@@ -66,14 +69,20 @@ class Stream:
         context's stream `[N, dim]`.
     rows: int64 `[N]`, the row of the modulation table that each token reads; None when there is
         one row for all.
-    coords: int64 `[N, 3]`, position of each token in its window's patch grid, for RoPE; of a
-        context's stream (place in the text, 0, 0).
+    coords: int64 `[N, 3]`, (frame, row, column) of each token for RoPE: its place in its window's
+        patch grid, and behind anchors `ANCHOR_GAP` frames later; of a context's stream (place in
+        the text, 0, 0).
     cu_seqlens: int32 `[segments + 1]`.
+    max_seqlen: tokens of the longest segment.
+    grids: of each segment; of a context's stream (tokens of the text, 1, 1).
     attend: how self-attention is done where the tokens are one rank's share of a batch;
-        `cu_seqlens` and `grids` are then the whole batch's, and the rest is this rank's.
-    plans: what attention planned for these offsets, kept from step to step.
+        `cu_seqlens`, `max_seqlen` and `grids` are then the whole batch's, and the rest is this
+        rank's.
+    plans: what attention planned for these offsets. The video's are its layout's (over ranks, its
+        shard's) and live from step to step, as offsets stay the same; a context's are this batch's.
     sees: for each segment bool `[T, T]`, which frames of tokens each one attends to; None: all, in
-        every segment. sparse_plans: what attention planned for them, kept for the step.
+        every segment. It changes with each step.
+    sparse_plans: what attention planned for `sees`. They are this batch's, for all of its layers.
     """
 
     tokens: Tensor
@@ -148,10 +157,10 @@ class Packer:
     """Packs segments, and keeps the layouts of the last few compositions that it met.
 
     From one denoising step to the next only tokens and noise levels change, so coordinates,
-    sequence offsets and the joined text keys are built once a run.
+    sequence offsets and the joined text keys are built once for a composition.
     """
 
-    patch_size: Grid
+    patch_size: PatchSize
     device: torch.device
     max_layouts: int = 4
     _layouts: dict[tuple[object, ...], tuple[PackLayout, object]] = field(default_factory=dict)
@@ -209,14 +218,14 @@ class Packer:
         self._layouts.clear()
 
 
-def patchify(latents: Tensor, patch_size: Grid) -> Tensor:
+def patchify(latents: Tensor, patch_size: PatchSize) -> Tensor:
     """`[C, T, H, W]` -> tokens `[T' * H' * W', C * pt * ph * pw]`, channel first in each token."""
     (C, T, H, W), (pt, ph, pw) = latents.shape, patch_size
     x = latents.reshape(C, T // pt, pt, H // ph, ph, W // pw, pw)
     return x.permute(1, 3, 5, 0, 2, 4, 6).reshape(-1, C * pt * ph * pw)
 
 
-def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid, channels: int) -> Tensor:
+def unpatchify(tokens: Tensor, grid: Grid, patch_size: PatchSize, channels: int) -> Tensor:
     """Tokens `[N, pt * ph * pw * C]`, channel last as models emit them -> `[C, T, H, W]`."""
     (T, H, W), (pt, ph, pw) = grid, patch_size
     x = tokens.reshape(T, H, W, pt, ph, pw, channels).permute(6, 0, 3, 1, 4, 2, 5)
@@ -227,7 +236,7 @@ def lay_out(
     grids: Sequence[Grid],
     contexts: Sequence[tuple[tuple[Context, int], ...]],
     anchors: Sequence[int],
-    patch_size: Grid,
+    patch_size: PatchSize,
     device: torch.device,
 ) -> PackLayout:
     """Coordinates and offsets of segments with these patch grids, and their joined contexts."""
@@ -283,6 +292,9 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
         counts = torch.tensor([run.padding for run in runs], dtype=torch.float32)
         log_padding = counts.log().repeat_interleave(torch.tensor(run_lengths)).to(device)
     single = len(runs) == 1
+    # Padding is the model's token and not the text's (Wan's is what its text embedder makes of a
+    # zero row), and all of a batch is at one expert: the first run's key and value are everyone's.
+    assert all((run.padding_keys is None) == (runs[0].padding_keys is None) for run in runs)
     return ContextRuns(
         cu_seqlens_q=_cumulative(run_lengths, device),
         cu_seqlens_k=_cumulative(key_lengths, device),
@@ -378,7 +390,7 @@ def _sight(
     return tuple(sight)
 
 
-def _grid(latents: Tensor, patch_size: Grid) -> Grid:
+def _grid(latents: Tensor, patch_size: PatchSize) -> Grid:
     if latents.ndim != 4:
         raise ValueError(f"latents must be [channels, T, H, W], got shape {tuple(latents.shape)}")
     size = tuple(latents.shape[1:])

@@ -8,7 +8,7 @@ from typing import Any
 
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise.model import TransformerShape
-from sora_engine.distributed.layout_cost import Transformer, Video, layouts_by_cost
+from sora_engine.distributed.layout_cost import TransformerCost, VideoCost, layouts_by_cost
 from sora_engine.models.registry import ModelPath, open_checkpoint
 from sora_engine.request import (
     LatentGrid,
@@ -26,7 +26,7 @@ def describe(
     width: int | None,
     num_frames: int | None,
     guidance_scale: float | None,
-) -> tuple[Transformer, Video]:
+) -> tuple[TransformerCost, VideoCost]:
     """A checkpoint and a request as `layout_cost` takes them. Raises CheckpointError and
     RequestError."""
     checkpoint, _ = open_checkpoint(path, components)
@@ -43,9 +43,9 @@ def describe(
 
 def transformer_of(
     shape: TransformerShape, grid: LatentGrid, *, bytes_each: int = 2
-) -> Transformer:
+) -> TransformerCost:
     """What a transformer's shape costs."""
-    return Transformer(
+    return TransformerCost(
         layers=shape.num_layers,
         heads=shape.num_heads,
         head_dim=shape.head_dim,
@@ -57,7 +57,7 @@ def transformer_of(
     )
 
 
-def video_of(request: ResolvedRequest, grid: LatentGrid) -> Video:
+def video_of(request: ResolvedRequest, grid: LatentGrid) -> VideoCost:
     """What a request costs: of chained windows, which wait for each other, one."""
     channels, frames, height, width = request.latent_shape(grid)
     plan = request.window
@@ -66,7 +66,7 @@ def video_of(request: ResolvedRequest, grid: LatentGrid) -> Video:
         frames = min(frames, plan.length) if plan.holds(frames) else plan.span
     elif isinstance(plan, WindowPlan):
         window = {"window": plan.length, "overlap": plan.overlap}
-    return Video(
+    return VideoCost(
         frames=frames,
         height=height,
         width=width,

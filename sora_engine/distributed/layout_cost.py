@@ -21,8 +21,11 @@ from sora_engine.errors import LayoutError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Transformer:
-    """The sizes of a transformer. patch_channels: values that a token's prediction has."""
+class TransformerCost:
+    """The sizes of a transformer, and what they cost.
+
+    patch_channels: values that a token's prediction has.
+    """
 
     layers: int
     heads: int
@@ -63,8 +66,8 @@ class Transformer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Video:
-    """A request: its canvas in latents, its windows, its branches.
+class VideoCost:
+    """What a request's cost depends on: its canvas in latents, its windows, its branches.
 
     patch: latents a token, in frames, rows and columns. window: latent frames; None: one span.
     batch_tokens: `Limits.max_batch_tokens`, up to which windows and branches share a pass.
@@ -168,7 +171,7 @@ class _Cell:
         return sum(map(sum, self.passes))
 
 
-def _cells(layout: ParallelConfig, video: Video) -> list[_Cell]:
+def _cells(layout: ParallelConfig, video: VideoCost) -> list[_Cell]:
     """As `RankSharing._owners` shares out one canvas."""
     spans = video.spans()
     branches = 2 if video.guided else 1
@@ -198,7 +201,9 @@ def _fill(segments: list[int], max_tokens: int) -> list[list[int]]:
     return passes
 
 
-def sent_bytes(layout: ParallelConfig, model: Transformer, video: Video) -> list[dict[str, int]]:
+def sent_bytes(
+    layout: ParallelConfig, model: TransformerCost, video: VideoCost
+) -> list[dict[str, int]]:
     """What each rank sends in one step of one video, by purpose.
 
     Where weights are sharded, the first step has one gathering more, to encode the texts.
@@ -228,7 +233,9 @@ def sent_bytes(layout: ParallelConfig, model: Transformer, video: Video) -> list
     return found
 
 
-def _ulysses(layout: ParallelConfig, model: Transformer, cuts: Sequence[int], place: int) -> int:
+def _ulysses(
+    layout: ParallelConfig, model: TransformerCost, cuts: Sequence[int], place: int
+) -> int:
     """Bytes that a rank sends in a layer: q, k and v of its tokens for others' heads, and the
     result of its heads for others' tokens."""
     first = place // layout.ulysses * layout.ulysses
@@ -242,7 +249,7 @@ def _ulysses(layout: ParallelConfig, model: Transformer, cuts: Sequence[int], pl
 
 def _ring(
     layout: ParallelConfig,
-    model: Transformer,
+    model: TransformerCost,
     cuts: Sequence[int],
     offsets: Sequence[int],
     place: int,
@@ -263,7 +270,7 @@ def _ring(
     return 2 * keys * heads * model.head_dim * model.bytes_each
 
 
-def cost(layout: ParallelConfig, model: Transformer, video: Video, device: Device) -> Cost:
+def cost(layout: ParallelConfig, model: TransformerCost, video: VideoCost, device: Device) -> Cost:
     """One step of a video over a layout."""
     cells = _cells(layout, video)
     sent = sent_bytes(layout, model, video)
@@ -317,7 +324,7 @@ def _largest_share(cells: list[_Cell], layout: ParallelConfig) -> int:
     return max(bounds(sum(p), layout.sequence)[1] for cell in cells for p in cell.passes)
 
 
-def _memory(layout: ParallelConfig, model: Transformer, video: Video, tokens: int) -> float:
+def _memory(layout: ParallelConfig, model: TransformerCost, video: VideoCost, tokens: int) -> float:
     """Weights (sharded: a rank's share, the block that runs and the next one), and the tensors of
     one block that live at once, about: the residual stream in fp32, q, k, v, what Ulysses and ring
     hold beside them, the feed-forward's middle, and the canvas."""
@@ -332,7 +339,7 @@ def _memory(layout: ParallelConfig, model: Transformer, video: Video, tokens: in
 
 
 def layouts_by_cost(
-    num_ranks: int, model: Transformer, video: Video, device: Device = H200
+    num_ranks: int, model: TransformerCost, video: VideoCost, device: Device = H200
 ) -> list[Cost]:
     """The cost of every layout over `num_ranks` ranks, those that fit in memory first, then by
     the time of a step. The first is the one to take. Raises LayoutError where there is none.

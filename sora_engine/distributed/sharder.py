@@ -21,7 +21,7 @@ from sora_engine.errors import LayoutError
 
 
 @dataclass(slots=True)
-class Sharder:
+class BatchSharder:
     """Cuts packed batches, and keeps what depends on their composition alone."""
 
     mesh: Mesh

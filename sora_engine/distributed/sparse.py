@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sora_engine.denoise.packing import Grid
 from sora_engine.distributed.shard import TokenShard
+from sora_engine.models.attention import NO_WINDOW
 from sora_kernels import BlockPlan, plan_attention, windowed_attention
 
 
@@ -121,7 +122,7 @@ def sparse_ring_attention(
         values.contiguous(),
         sparse.cu_seqlens,
         sparse.grids,
-        (-1, -1, -1),
+        NO_WINDOW,
         key_grids=sparse.key_grids,
         plan=plan,
         backend=backend,

@@ -20,7 +20,7 @@ from sora_engine.denoise.sharing import Part, PartPredictions, Predictions
 from sora_engine.denoise.windows import Window, divided, weight_sum, weighted_sum
 from sora_engine.distributed.layout import share
 from sora_engine.distributed.mesh import Mesh
-from sora_engine.distributed.sharder import Sharder
+from sora_engine.distributed.sharder import BatchSharder
 
 
 class RankSharing:
@@ -28,7 +28,7 @@ class RankSharing:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self._sharder = Sharder(mesh)
+        self._sharder = BatchSharder(mesh)
 
     def own(self, parts: Sequence[Part]) -> list[Part]:
         """Those of a step's parts that this rank's cell makes, in their order."""

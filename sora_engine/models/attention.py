@@ -16,6 +16,9 @@ from sora_kernels import (
     windowed_attention,
 )
 
+NO_WINDOW = (-1, -1, -1)
+"""The whole of each axis: the masks of a plan alone say who sees whom."""
+
 
 def planned(
     plans: Plans, q: Tensor, cu_seqlens: Tensor, backend: str, num_tokens: int | None = None
@@ -79,7 +82,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, *, backend
         v,
         stream.cu_seqlens,
         stream.grids,
-        (-1, -1, -1),
+        NO_WINDOW,
         plan=stream.sparse_plans[key],
         backend=backend,
     )

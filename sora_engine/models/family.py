@@ -21,7 +21,7 @@ from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The tensors of a file: their names and shapes."""
-Sharder = Callable[[nn.Module], Mapping[str, range]]
+ShardWeights = Callable[[nn.Module], Mapping[str, range]]
 """Makes a module on the meta device one of several that share its weights out; tells which rows of
 which parameters this process then has. See `io.loading.load_into`."""
 
@@ -35,7 +35,7 @@ class Fill(Protocol):
         *,
         device: torch.device | str,
         dtype: torch.dtype,
-        shard: Sharder | None = None,
+        shard: ShardWeights | None = None,
     ) -> None:
         """Fill a module that was built on the meta device. Raises CheckpointError."""
         ...

@@ -17,12 +17,29 @@ def needs_unconditional(scale: float) -> bool:
 class Guidance:
     """How one request is guided.
 
-    kind: "cfg", "cfg_zero_star" or "apg". scale: 1 or less is no guidance; None stands for the
-    checkpoint's own. rescale: see `denoise.guidance.rescaled`.
-    start, stop: the part of the steps that is guided, as fractions (Kynkäänniemi et al.,
-    arXiv 2404.07724); step i of n is guided if `int(start n) <= i < int(stop n)`.
-    zero_init_steps: CFG-Zero*'s first steps, whose prediction is 0. eta, norm_threshold, momentum:
-    see `denoise.guidance.apg`.
+    kind: "cfg" (classifier-free guidance, arXiv 2207.12598), "cfg_zero_star" (CFG-Zero*, arXiv
+        2503.18886) or "apg" (adaptive projected guidance, arXiv 2410.02416).
+    scale: the weight of the difference between the conditional and the unconditional prediction. 1
+        or less is no guidance. A request's `guidance_scale` goes before it; where neither is given,
+        the checkpoint's counts.
+    rescale: from 0 (none) to 1: how far the guided prediction is moved towards the standard
+        deviation of the conditional one (arXiv 2305.08891, section 3.4).
+    start, stop: the part of the steps that is guided, as fractions that rise within 0 to 1
+        (Kynkäänniemi et al., arXiv 2404.07724). Step i of n is guided if
+        `int(start n) <= i < int(stop n)`; all others take the conditional prediction.
+    zero_init_steps: with "cfg_zero_star", how many first steps have 0 for their prediction.
+
+    "apg" alone reads the last three; others pass them over:
+
+    eta: the share that stays of that part of the difference between the two predictions which lies
+        along the conditional one: 1, all of it; 0, none. Any number.
+    norm_threshold: the longest that the difference may be, as its Euclidean norm over a request's
+        whole prediction; a longer one is scaled down to it. 0 or less: no limit.
+    momentum: how much of the difference of the step before, with what it carried on itself, is
+        added to this step's. 0: none; as a rule it is negative. Any number.
+
+    Raises RequestError, when it is made, for a kind that is not known, `start`, `stop` or `rescale`
+    outside these, and `zero_init_steps` with another kind.
     """
 
     kind: Literal["cfg", "cfg_zero_star", "apg"] = "cfg"

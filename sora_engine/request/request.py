@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Footage:
-    """A part of a clip: its frames `start` to `stop`, counted at the request's frame rate.
+    """A part of a clip: its frames `start` to `stop - 1`.
 
-    frames: as `Clip.frames`. stop: None stands for the end.
+    A file's frames are counted at the request's frame rate, those in memory as they are.
+
+    frames: as `Clip.frames`. stop: the frame after the last one; None stands for the end.
+
+    An empty part, or one outside the clip, raises RequestError: from a task that is given it, or
+    else from `Job.result`, as the frames are read when the job runs.
     """
 
     frames: WholeFrames
@@ -37,10 +42,18 @@ class Footage:
 class Clip:
     """Known frames on the time line of a request.
 
-    frames: uint8 `[n, height, width, 3]`, a PIL image, the path of an image or a video, a `Video`
-        that an engine has made, or `Footage`, a part of any of these.
+    frames: uint8 `[n, height, width, 3]` or `[height, width, 3]` (a NumPy array or a torch tensor),
+        a PIL image, the path of an image or a video, a `Video` that an engine has made, or
+        `Footage`, a part of any of these. Of another size than the request's they are scaled until
+        they cover it, and their middle is kept.
     at: the frame of the time line at which they begin.
-    mask: bool `[n, height, width]`, `[height, width]` or `[n]`, True where known; None: everywhere.
+    mask: bool `[n, height, width]`, `[height, width]` or `[n]`, in the request's size and at its
+        frame rate: True where known (the opposite of the mask of `tasks.inpaint`, which is True
+        where the picture is made anew). None: everywhere.
+
+    An `at` outside the video raises RequestError on submission. Frames are read when the job runs:
+    those that overlap another clip's or pass the video's end, and a mask of another shape, raise
+    RequestError from `Job.result`, and a file that cannot be read raises MediaError there.
     """
 
     frames: Frames
@@ -60,7 +73,9 @@ class Shot:
 class VideoRequest:
     """One video (or, with one frame, one image) to be made.
 
-    None stands for the checkpoint's own default everywhere.
+    None stands for the checkpoint's own default everywhere. Making a request checks nothing:
+    `Engine.submit` raises RequestError for a bad value. What only the frames of clips or the
+    checkpoint's schedule can tell is found when the job runs, and raised by `Job.result`.
 
     Args:
         prompt: what the video shows.
@@ -70,31 +85,36 @@ class VideoRequest:
         num_frames: of any length; what the model makes beyond it (it takes one more than a multiple
             of the VAE's time factor) is left out at the end. In a loop, which a cut would open, it
             is a multiple of that factor.
-        fps: frames a second of the file that is written.
+        fps: frames a second of the result; clips and start videos from files are read at it too.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 and less means none.
         guidance_scale_2: the same for the low-noise expert of a two-expert checkpoint.
         shift: shift of the flow schedule, `s' = k s / (1 + (k - 1) s)`.
-        sigmas: explicit noise levels, decreasing, in place of the schedule's.
+        sigmas: explicit noise levels for a flow checkpoint, decreasing within (0, 1], in place of
+            the schedule's; they pass through `shift`, and 1 takes them as they are. One step each:
+            `num_inference_steps` is then not used.
         solver: `"euler"`, `"unipc"`, ...; by default the checkpoint's own.
         seed: of the initial noise; drawn at random where it is None, and told with the result.
         clips: known frames.
         init: a start video of `num_frames` frames (SDEdit, arXiv 2108.01073), as `Clip.frames`.
-        strength: in (0, 1], how far back towards noise `init` is taken.
+        strength: in (0, 1], how far back towards noise `init` is taken; 0.6 by default. Of n steps
+            only the last `int(n * strength)` are taken. It needs `init`.
         loop: the video's end joins its beginning.
-        shots: stretches with prompts of their own, which fill `num_frames`.
-        window: `WindowPlan` for videos longer than the model's trained length, or `SparsePlan`:
-            better where the model bears the whole length, and dearer.
-        latents: the initial noise, float32, `LatentGrid.shape`:
+        shots: stretches with prompts of their own, which fill `num_frames`; the model does not read
+            `prompt` then. A latent frame takes the text of its middle frame.
+        window: `WindowPlan` for videos longer than the model's trained length, or `SparsePlan`,
+            which agrees better over time and costs more, if the model can take the whole length.
+        latents: the initial noise, float32, in the shape of the canvas, which is of the next larger
+            size and length on the model's grid (`LatentGrid.shape`):
             `[channels, latent_frames, latent_height, latent_width]`.
         round_to_grid: take the nearest size and length on the model's grid, in place of the exact
             ones.
         strict_grid: refuse a size or a length off the model's grid.
         guidance: the kind of guidance and the part of the steps that it covers; its own scale
             counts where `guidance_scale` is None.
-        resample: how often each step is taken where a checkpoint was not trained for known frames
-            and they are put into its sample (RePaint, arXiv 2201.09865): more make the rest agree
-            with them better, at as many times the cost.
+        resample: how often each step is taken where known frames are put into the sample (RePaint,
+            arXiv 2201.09865), so that the rest agrees with them better: for checkpoints of
+            `KnownMode.REPLACEMENT`, 1 to 50; others take 1. n costs n times as much.
         original_prompt: what the prompt was before a prompt upsampler rewrote it; kept with the
             result, and nothing else.
     """

@@ -20,6 +20,13 @@ How a clip comes onto the time line, the same for all:
 - **joints**: a latent frame holds several frames, and is known only where all of them are. Frames
   of a clip that share a latent with new ones, at most `grid.time - 1` at a joint, are made anew.
 - **prompt**: by default the one that the file carries in its metadata, or none.
+
+What a task makes itself, its clips and as a rule `num_frames`, goes before a setting of that name.
+
+Every task with a clip raises RequestError for frames in no form that `Clip` takes, an empty
+`Footage` or one outside its clip, a size that is no integer, and an `fps` that is not over 0. It
+raises MediaError for a file that cannot be read. A setting that `VideoRequest` lacks raises
+TypeError. All other values are checked when the request is submitted.
 """
 
 from __future__ import annotations
@@ -29,14 +36,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sora_engine.errors import RequestError
-from sora_engine.request.checks import finite, integer, positive, several
+from sora_engine.request.checks import finite, integer, several
 from sora_engine.request.facts import LatentGrid, ModelFacts, nearest_on_grid
-from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
+from sora_engine.request.masks import read_mask
+from sora_engine.request.request import Clip, Shot, VideoRequest
 from sora_engine.request.resolve import EDIT_STRENGTH
+from sora_engine.request.source import Source, measure, part_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +52,9 @@ if TYPE_CHECKING:
     from sora_engine.request.request import Frames
 
 DRAFT_SCALE = 0.5
+"""Of each side."""
 DRAFT_STEPS = 0.5
+"""Of the denoising steps."""
 UPSCALE_STRENGTH = 0.4
 """Enough noise to draw new detail, too little to move what is there."""
 
@@ -57,9 +67,12 @@ def image(prompt: str, **settings: Any) -> VideoRequest:
 def animate(
     model: ModelFacts, picture: Frames, prompt: str | None = None, **settings: Any
 ) -> VideoRequest:
-    """A video whose first frame is a picture."""
-    source = _measure(model, picture, settings, at_most=2)
-    clip = Clip(_part(source, 0, 1), at=0)
+    """A video whose first frame is a picture, or the first frame of a clip.
+
+    Raises as every task with a clip.
+    """
+    source = measure(model, picture, settings, at_most=2)
+    clip = Clip(part_of(source, 0, 1), at=0)
     return _request(model, source, prompt, settings, clips=(clip,))
 
 
@@ -72,8 +85,13 @@ def extend(
     after_s: float = 0.0,
     **settings: Any,
 ) -> VideoRequest:
-    """A clip made longer at its end, at its beginning or at both."""
-    source = _measure(model, clip, settings)
+    """A clip made longer at its end, at its beginning or at both.
+
+    before_s, after_s: seconds that are added, rounded to frames.
+    Raises RequestError for seconds that are negative or no number, or no frame together; and as
+    every task with a clip.
+    """
+    source = measure(model, clip, settings)
     before = _frames("before_s", before_s, source.fps)
     after = _frames("after_s", after_s, source.fps)
     if not before and not after:
@@ -81,7 +99,7 @@ def extend(
             f"before_s {before_s:g} and after_s {after_s:g} come to no frame at "
             f"{source.fps:g} fps; {1 / source.fps:g} s is one"
         )
-    time = _step(model, settings)
+    time = _frame_multiple(model, settings)
     if before and after:
         at = _up(before, time, 1)
         total = _up(at + source.num_frames + after, time, 1)
@@ -97,9 +115,13 @@ def loop(
 ) -> VideoRequest:
     """A clip made into a loop: new frames lead from its end to its beginning.
 
+    gap_s: seconds of new frames, rounded to frames. The gap has one latent frame (`grid.time`
+    frames) at least, and as many more frames as bring the loop to a multiple of that.
     A loop from words alone is `VideoRequest(prompt, loop=True)`.
+    Raises RequestError for a gap that is negative, no number or no frame; and as every task with a
+    clip.
     """
-    source = _measure(model, clip, settings)
+    source = measure(model, clip, settings)
     gap = _gap(gap_s, source.fps, model.grid)
     total = _up(source.num_frames + gap, model.grid.time, 0)
     placed = Clip(source.frames, at=0)
@@ -115,10 +137,14 @@ def connect(
     gap_s: float,
     **settings: Any,
 ) -> VideoRequest:
-    """Two clips with new frames that lead from one to the other. The size is the first one's."""
-    source, end = _measure(model, first, settings), _measure(model, second, settings)
+    """Two clips with new frames that lead from one to the other. The size is the first one's.
+
+    gap_s: seconds of new frames, rounded to frames; one latent frame (`grid.time` frames) at least.
+    Raises as `loop`.
+    """
+    source, end = measure(model, first, settings), measure(model, second, settings)
     gap = _gap(gap_s, source.fps, model.grid)
-    total = _up(source.num_frames + gap + end.num_frames, _step(model, settings), 1)
+    total = _up(source.num_frames + gap + end.num_frames, _frame_multiple(model, settings), 1)
     clips = (Clip(source.frames, at=0), Clip(end.frames, at=total - end.num_frames))
     return _request(model, source, prompt, settings, clips=clips, num_frames=total)
 
@@ -130,7 +156,12 @@ def fill(
     prompt: str | None = None,
     **settings: Any,
 ) -> VideoRequest:
-    """A clip some of whose frames are made anew. missing: ranges of frames, at `fps`."""
+    """A clip some of whose frames are made anew.
+
+    missing: ranges of frames, counted at `fps`, such as `[range(4, 8)]`.
+    Raises RequestError for what is no range of the video's frames, and where no frame or every one
+    is missing; and as every task with a clip.
+    """
     import numpy as np
 
     source, total = _whole(model, clip, settings)
@@ -150,7 +181,7 @@ def fill(
     if known.all() or not known.any():
         what = "no frame is" if known.all() else f"all {total} frames are"
         raise RequestError(f"{what} missing; name some of frames 0 to {total - 1}, such as 4-7")
-    placed = Clip(_part(source, 0, total), at=0, mask=known)
+    placed = Clip(part_of(source, 0, total), at=0, mask=known)
     return _request(model, source, prompt, settings, clips=(placed,), num_frames=total)
 
 
@@ -163,17 +194,27 @@ def inpaint(
 ) -> VideoRequest:
     """A clip a part of whose picture is made anew.
 
-    mask: bool `[height, width]` or `[n, height, width]`, True where the picture is made anew, or
-    the path of an image or a video that is bright there; of the clip's own size and length.
+    mask: bool `[height, width]` or `[n, height, width]`, True where the picture is made anew (the
+    opposite of `Clip.mask`, which is True where it is known), or the path of an image or a video
+    that is bright there. Of the clip's own size or the request's, and of one frame or the clip's
+    length at `fps`.
+    Raises RequestError for a mask of another type, size or length, and for one that marks nothing
+    or everything; and as every task with a clip.
     """
     source, total = _whole(model, clip, settings)
     request = _request(model, source, prompt, settings, num_frames=total)
     assert request.height is not None
     assert request.width is not None
-    known = ~_read_mask(mask, source, request.height, request.width)
+    known = ~read_mask(
+        mask,
+        num_frames=source.num_frames,
+        clip_size=(source.height, source.width),
+        size=(request.height, request.width),
+        fps=source.fps,
+    )
     if known.ndim == 3:
         known = known[:total]
-    return replace(request, clips=(Clip(_part(source, 0, total), at=0, mask=known),))
+    return replace(request, clips=(Clip(part_of(source, 0, total), at=0, mask=known),))
 
 
 def edit(
@@ -187,10 +228,11 @@ def edit(
     """A clip changed to fit a prompt (SDEdit, arXiv 2108.01073).
 
     strength: in (0, 1], how far back towards noise the clip is taken: low keeps it, high leaves
-    only its layout.
+    only its layout. It is checked when the request is submitted.
+    Raises as every task with a clip.
     """
     source, total = _whole(model, clip, settings)
-    init = _part(source, 0, total)
+    init = part_of(source, 0, total)
     return _request(model, source, prompt, settings, init=init, strength=strength, num_frames=total)
 
 
@@ -203,11 +245,17 @@ def upscale(
     strength: float = UPSCALE_STRENGTH,
     **settings: Any,
 ) -> VideoRequest:
-    """A clip at a larger size, with its detail drawn anew: twice each side unless told."""
+    """A clip at a larger size, with its detail drawn anew.
+
+    scale: what each side of the clip is multiplied by, over 1; 2 by default. `height` and `width`
+    go before it. strength: as of `edit`.
+    Raises RequestError for a scale of 1 or less, or that is no number; and as every task with a
+    clip.
+    """
     scale = finite("scale", scale, 2.0)
     if not scale > 1:
         raise RequestError(f"scale {scale:g}: it must be over 1; 2 is twice each side")
-    source = _measure(model, clip, settings)
+    source = measure(model, clip, settings)
     rows, columns = _multiple(model, settings)
     larger = {
         "height": _near(source.height * scale, rows),
@@ -217,7 +265,12 @@ def upscale(
 
 
 def draft(model: ModelFacts, request: VideoRequest) -> VideoRequest:
-    """The small, short-step version of a request, whose result `refine` takes to the full size."""
+    """The small, short-step version of a request, whose result `refine` takes to the full size.
+
+    Half of each side, to the nearest on the model's grid, and half of the steps, rounded up. The
+    steps of a request with `sigmas` stay as they are.
+    Raises RequestError for a size or a number of steps that is no integer.
+    """
     defaults = model.defaults
     height = integer("height", request.height, defaults.height)
     width = integer("width", request.width, defaults.width)
@@ -233,12 +286,18 @@ def draft(model: ModelFacts, request: VideoRequest) -> VideoRequest:
 
 
 def refine(request: VideoRequest, made: Frames, *, strength: float = EDIT_STRENGTH) -> VideoRequest:
-    """The request at its full size, from the video that its draft became."""
+    """The request at its full size, from the video that its draft became.
+
+    strength: as of `edit`. Both are checked when the request is submitted.
+    """
     return replace(request, init=made, strength=strength)
 
 
 def shots(prompts: Sequence[str], num_frames: Sequence[int], **settings: Any) -> VideoRequest:
-    """A video of several shots, each with its prompt and its number of frames."""
+    """A video of several shots, each with its prompt and its number of frames.
+
+    Raises RequestError where there are not as many lengths as prompts.
+    """
     if len(prompts) != len(num_frames):
         raise RequestError(
             f"{len(prompts)} shots have {len(num_frames)} lengths; each shot needs its own"
@@ -259,57 +318,11 @@ def parse_ranges(text: str) -> list[range]:
     return found
 
 
-class _Source(NamedTuple):
-    """A clip and what was measured of it."""
-
-    frames: Frames
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    prompt: str | None
-
-
-def _measure(
-    model: ModelFacts, clip: Frames, settings: dict[str, Any], at_most: int | None = None
-) -> _Source:
-    """at_most: how many frames matter; a long clip's others are not looked at."""
-    from sora_engine.io.provenance import read_provenance
-    from sora_engine.io.video_reader import measure_video
-
-    given = settings.get("fps")
-    fps = positive("fps", model.defaults.fps if given is None else given)
-    start, stop = 0, None
-    whole = clip
-    if isinstance(clip, Footage):
-        whole, start = clip.frames, integer("a clip's start", clip.start, 0)
-        stop = None if clip.stop is None else integer("a clip's stop", clip.stop, 0)
-    provenance = getattr(whole, "provenance", None)
-    if isinstance(whole, (str, PathLike)):
-        path = Path(whole)
-        seen = start + at_most if stop is None and at_most is not None else stop
-        ordered = seen is not None and 0 <= start < seen
-        n, height, width = measure_video(path, fps=fps, stop=seen if ordered else None)
-        provenance = read_provenance(path)
-    else:
-        from sora_engine.request.frames import as_array
-
-        n, height, width, _ = as_array(whole).shape
-    end = n if stop is None else stop
-    if not 0 <= start < end <= n:
-        raise RequestError(
-            f"frames {start} to {end} of a clip were asked for; it has {n}, so from 0 to {n} "
-            "would work"
-        )
-    prompt = None if provenance is None else provenance.prompt
-    return _Source(clip, end - start, height, width, fps, prompt)
-
-
-def _whole(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> tuple[_Source, int]:
+def _whole(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> tuple[Source, int]:
     """The source, and the longest length within it that can be made."""
-    source = _measure(model, clip, settings)
+    source = measure(model, clip, settings)
     remainder = 0 if settings.get("loop") else 1
-    time = model.grid.time if settings.get("loop") else _step(model, settings)
+    time = model.grid.time if settings.get("loop") else _frame_multiple(model, settings)
     total = (source.num_frames - remainder) // time * time + remainder
     if total < 1:
         raise RequestError(
@@ -319,19 +332,9 @@ def _whole(model: ModelFacts, clip: Frames, settings: dict[str, Any]) -> tuple[_
     return source, total
 
 
-def _part(source: _Source, start: int, stop: int) -> Frames:
-    """Frames `start` to `stop` of a source; itself where that is all."""
-    if start == 0 and stop == source.num_frames:
-        return source.frames
-    inner = source.frames
-    if isinstance(inner, Footage):
-        return Footage(inner.frames, inner.start + start, inner.start + stop)
-    return Footage(inner, start, stop)
-
-
 def _request(
     model: ModelFacts,
-    source: _Source,
+    source: Source,
     prompt: str | None,
     settings: dict[str, Any],
     **fixed: Any,
@@ -350,12 +353,12 @@ def _multiple(model: ModelFacts, settings: dict[str, Any]) -> tuple[int, int]:
     return model.grid.multiple if _on_grid(settings) else (1, 1)
 
 
-def _step(model: ModelFacts, settings: dict[str, Any]) -> int:
+def _frame_multiple(model: ModelFacts, settings: dict[str, Any]) -> int:
     """By how many frames a length grows."""
     return model.grid.time if _on_grid(settings) else 1
 
 
-def _size(model: ModelFacts, source: _Source, settings: dict[str, Any]) -> tuple[int, int]:
+def _size(model: ModelFacts, source: Source, settings: dict[str, Any]) -> tuple[int, int]:
     """By the module's rule; one side alone given sets the other by the clip's shape."""
     rows, columns = _multiple(model, settings)
     given = settings.get("height"), settings.get("width")
@@ -397,49 +400,3 @@ def _gap(gap_s: float, fps: float, grid: LatentGrid) -> int:
             f"{grid.time / fps:g} s"
         )
     return max(gap, grid.time)
-
-
-def _read_mask(
-    mask: np.ndarray | str | PathLike[str], source: _Source, height: int, width: int
-) -> np.ndarray:
-    """Bool `[height, width]` or `[n, height, width]`, True where the picture is made anew."""
-    import numpy as np
-    from PIL import Image
-
-    from sora_engine.io.images import fit
-    from sora_engine.io.video_reader import read_video
-
-    if isinstance(mask, (str, PathLike)):
-        name = f"the mask {mask}"
-        planes = read_video(Path(mask), fps=source.fps)[0].mean(axis=-1) >= 128
-        stack = planes[0] if len(planes) == 1 else planes
-    else:
-        name, stack = "the mask", np.asarray(mask)
-        if stack.dtype != bool or stack.ndim not in (2, 3):
-            raise RequestError(
-                f"a mask is bool [height, width] or [n, height, width], True where the picture is "
-                f"made anew, got {stack.dtype} {list(stack.shape)}"
-            )
-    if stack.ndim == 3 and len(stack) != source.num_frames:
-        raise RequestError(
-            f"{name} has {len(stack)} frames and the clip {source.num_frames} at "
-            f"{source.fps:g} fps; {source.num_frames} frames, or one for all, would work"
-        )
-    if stack.shape[-2:] not in ((source.height, source.width), (height, width)):
-        raise RequestError(
-            f"{name} is {stack.shape[-1]}x{stack.shape[-2]}; the clip is "
-            f"{source.width}x{source.height}, and so must its mask be"
-        )
-    if not stack.any() or stack.all():
-        share = "everything" if stack.any() else "nothing"
-        raise RequestError(f"{name} marks {share}; it marks what is made anew, and leaves the rest")
-    if stack.shape[-2:] == (height, width):
-        return stack
-    planes = stack[None] if stack.ndim == 2 else stack
-    fitted = np.stack(
-        [
-            np.asarray(fit(Image.fromarray(p.astype(np.uint8) * 255), height=height, width=width))
-            for p in planes
-        ]
-    )
-    return (fitted[0] if stack.ndim == 2 else fitted) >= 128

@@ -15,10 +15,16 @@ SCHEDULES = ("static", "moving", "chained")
 class WindowPlan:
     """How a canvas's time is cut into windows.
 
-    length, overlap: in latent frames. A lead is a part of the overlap: from 2 on, neighbours are
-        blended; at 1 each frame is made in one window; at 0 there is no lead.
-    weights: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where neighbours overlap), over
-        the frames behind a lead, whose own weight is 0.
+    The first latent frame of a window that begins within the video (in a loop: of every window) is
+    its *lead*: it is seen, and its prediction is left out. It counts as one frame of `overlap`.
+
+    length: latent frames of a window, at least 1. A video that one window holds is not cut.
+    overlap: latent frames that neighbours share, from 0 to `length - 1`: 0, no lead; 1, a lead
+        alone, and nothing is blended; 2 and more, blended behind the lead. Where the video's length
+        does not come out even, and at the ends of `moving` windows, some neighbours share more than
+        that, and it is blended too.
+    weights: how windows are blended: `flat`, `pyramid` (1, 2, .., 2, 1) or `overlap` (a ramp where
+        neighbours overlap), over the frames behind a lead, whose own weight is 0.
     schedule: `static`; `moving`: the joints shift at every step; or `chained`: windows are denoised
         one after the other, each to its last step, and what it shares with those before is known to
         it. What the prompt leaves open is so handed on from window to window. For checkpoints that
@@ -27,10 +33,14 @@ class WindowPlan:
         so that what the prompt leaves open is drawn once for the whole video. It has no part where
         a request brings its own noise.
     anchors: with chained windows, how many latent frames of the first one every later one sees
-        beside its own, known: its last ones. What a window goes on from has passed through all
-        those before it, and what each loses is lost to the next; anchors are as they were at
-        first (frame sinks: arXiv 2309.17453 for tokens, 2509.22622 for video). They cost each
-        window their tokens.
+        beside its own, known: its last ones; from 0 to `length - 1`. What a window goes on from has
+        passed through all those before it, and what each loses is lost to the next; anchors are as
+        they were at first (frame sinks: arXiv 2309.17453 for tokens, 2509.22622 for video). They
+        cost each window their tokens.
+
+    Raises RequestError, when it is made, for a length, an overlap or a number of anchors outside
+    these, names of weights or a schedule that are not known, chained windows with an overlap under
+    2, and anchors without chained windows.
     """
 
     length: int
@@ -85,12 +95,19 @@ class WindowPlan:
 
 @dataclass(frozen=True, slots=True)
 class SparsePlan:
-    """A long video in one attention span, of which each frame sees a part (LVSA).
+    """A long video in one attention span, of which each frame sees a part.
 
-    Each latent frame attends to those at most `reach` away, to the first frame, and to `num_keys`
-    key frames at even distances, whose places move by one with each step: after some steps every
-    frame has seen every stretch. A step's cost grows linearly with the length.
-    Of no effect where `reach` covers the video.
+    Long Video Sparse Attention (LVSA, arXiv 2605.31057): each latent frame attends to its
+    neighbours, to the first frame, and to key frames at even distances, whose places move by one
+    latent frame with each step. So after some steps every frame has seen every stretch. A step's
+    cost grows linearly with the length.
+
+    reach: how many latent frames to each side one attends to, at least 1; in a loop across the
+        joint too. A video of at most `reach + 1` latent frames is attended to as a whole, as if
+        there were no plan.
+    num_keys: how many key frames, 0 or more.
+
+    Raises RequestError, when it is made, for a value outside these.
     """
 
     reach: int

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FrameSpan:
-    """Which frames of which request a hook is shown: `start` to `stop - 1`."""
+    """Which frames of which request a hook is shown: the result's `start` to `stop - 1`."""
 
     request: ResolvedRequest
     start: int
@@ -29,13 +29,19 @@ FramesHook = Callable[["np.ndarray", FrameSpan], "np.ndarray"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
-    """Both refuse by raising RefusedError, whose message the caller sees.
+    """Two callables of a service, either of which may be None. Each refuses by raising
+    RefusedError, whose message the caller sees.
 
-    check_request: called with each request (prompts, shots, clips) in the thread that submits it,
-        before it is queued.
+    check_request: called with each request (prompts, shots, clips), its defaults filled in, in the
+        thread that submits or resumes it, before it is queued. What it raises, RefusedError or
+        another exception, comes out of `submit` or `resume` as it is.
     check_frames: called with frames (uint8 `[n, height, width, 3]`) as they are decoded, in order,
         on the engine's thread; what it returns, of the same shape and dtype, goes on to the caller.
-        Nothing else of the video leaves the engine then: no latents, no previews.
+        What it raises fails the job, and `Job.result` raises it: RefusedError (and any other
+        SoraError) as it is; MemoryError as JobMemoryError; any other exception, and a result of
+        another shape or dtype, as JobFailedError, whose cause it is. Frames that passed before have
+        gone on to `on_frames`. No latents and no previews are given to the caller; files that
+        `Job.save` and `save_to` write hold the job's latents all the same.
     """
 
     check_request: RequestHook | None = None

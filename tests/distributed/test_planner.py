@@ -11,8 +11,8 @@ from sora_engine.distributed.auto_layout import describe
 from sora_engine.distributed.executor import settle_layout
 from sora_engine.distributed.layout_cost import (
     H200,
-    Transformer,
-    Video,
+    TransformerCost,
+    VideoCost,
     cost,
     layouts_by_cost,
     sent_bytes,
@@ -20,16 +20,16 @@ from sora_engine.distributed.layout_cost import (
 )
 from sora_engine.errors import LayoutError
 
-TINY = Transformer(
+TINY = TransformerCost(
     layers=2, heads=5, head_dim=12, ffn=32, patch_channels=16, text_tokens=16, bytes_each=4
 )
 VIDEOS = {
-    "guided": Video(frames=3, height=6, width=10, channels=4),
-    "windows": Video(frames=7, height=4, width=6, channels=4, window=3, overlap=1),
-    "shots": Video(frames=3, height=6, width=10, channels=4),
+    "guided": VideoCost(frames=3, height=6, width=10, channels=4),
+    "windows": VideoCost(frames=7, height=4, width=6, channels=4, window=3, overlap=1),
+    "shots": VideoCost(frames=3, height=6, width=10, channels=4),
 }
-WAN_14B = Transformer(layers=40, heads=40, head_dim=128, ffn=13824, patch_channels=64)
-FIVE_S = Video(frames=21, height=90, width=160)
+WAN_14B = TransformerCost(layers=40, heads=40, head_dim=128, ffn=13824, patch_channels=64)
+FIVE_S = VideoCost(frames=21, height=90, width=160)
 
 
 def test_bytes_of_small_batches(fleet):
@@ -71,7 +71,7 @@ def test_bytes_are_those_of_a_run(fleet, layout, request_name):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ulysses_sends_under_four_shares_of_the_tokens(ranks):
     tokens = FIVE_S.tokens(21) * WAN_14B.width * WAN_14B.bytes_each
-    unguided = Video(frames=21, height=90, width=160, guided=False)
+    unguided = VideoCost(frames=21, height=90, width=160, guided=False)
     for sent in sent_bytes(ParallelConfig(ulysses=ranks), WAN_14B, unguided):
         assert sent["ulysses"] <= WAN_14B.layers * 4 / ranks * tokens
 

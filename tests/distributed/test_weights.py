@@ -10,8 +10,8 @@ from sora_engine.cli.options import parse_parallel
 from sora_engine.config import ParallelConfig
 from sora_engine.distributed.layout_cost import (
     H200,
-    Transformer,
-    Video,
+    TransformerCost,
+    VideoCost,
     cost,
     layouts_by_cost,
     sent_bytes,
@@ -74,7 +74,7 @@ def test_bytes_are_those_of_the_planner(fleet, weights):
     config = ParallelConfig(ulysses=2, ring=2, shard_weights=True)
     layout = {"ulysses": 2, "ring": 2, "shard_weights": True}
     ranks = fleet.run("denoise", layout=layout, request="guided", weights=str(weights))[:4]
-    video = Video(frames=3, height=6, width=10, channels=4, batch_tokens=10**6)
+    video = VideoCost(frames=3, height=6, width=10, channels=4, batch_tokens=10**6)
     for rank, sent in zip(ranks, sent_bytes(config, TINY, video), strict=True):
         # One gathering more than there are steps: the texts are encoded once.
         gathered = sent.pop("weights")
@@ -107,9 +107,9 @@ def test_the_planner_counts_a_share_of_the_weights():
 
 
 def test_weights_are_shared_out_where_nothing_else_fits():
-    vast = Transformer(layers=128, heads=64, head_dim=128, ffn=32768, patch_channels=64)
+    vast = TransformerCost(layers=128, heads=64, head_dim=128, ffn=32768, patch_channels=64)
     assert vast.parameters * 2 > H200.memory_bytes
-    small = Video(frames=5, height=30, width=52)
+    small = VideoCost(frames=5, height=30, width=52)
     assert not any(c.layout.shard_weights for c in layouts_by_cost(4, WAN_14B, small))
     best = layouts_by_cost(4, vast, small)[0]
     assert best.layout.shard_weights
