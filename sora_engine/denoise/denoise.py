@@ -141,7 +141,8 @@ def denoise_step(
     """One step of every canvas. All are at the same expert (the scheduler sees to that).
 
     What goes wrong in the packed part is raised, and no canvas has moved then. What goes wrong in
-    one canvas's own part is returned by its index, and the others have moved.
+    one canvas's own part, where steps taken again are too, is returned by its index: that canvas is
+    of no more use, and the others have moved.
 
     sharing: who takes the step together; each of them calls this with the same canvases.
     """
