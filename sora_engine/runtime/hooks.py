@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sora_engine.errors import RefusedError
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -58,6 +56,3 @@ class Hooks:
                 f"check_frames must return {frames.dtype} {list(frames.shape)}, got {dtype} {shape}"
             )
         return passed
-
-
-__all__ = ["FrameSpan", "Hooks", "RefusedError"]

@@ -52,8 +52,10 @@ REHEARSED = 4
 class MemoryPlan:
     """Bytes that a request adds to the idle engine's, at the peak of each stage.
 
+    encode, denoise, decode: the peak of each stage.
     held: the most that stays between two turns, while other jobs compute.
-    batch_tokens: of the largest batch that this holds for.
+    batch_tokens: the figures hold for batches of at most this many tokens, or of one window where
+        that has more.
     """
 
     encode: int
@@ -64,6 +66,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
+        """The most of all stages."""
         return max(self.encode, self.denoise, self.decode)
 
     @property
@@ -94,7 +97,7 @@ class MemoryPlanner:
         self.limit = limit
         self.max_batch_tokens = max_batch_tokens
         self.window_tokens = min(window_tokens or max_batch_tokens, max_batch_tokens)
-        self._known: dict[tuple[object, ...], MemoryPlan] = {}
+        self._plans: dict[tuple[object, ...], MemoryPlan] = {}
         self._lock = threading.Lock()
         self._rehearsed: VideoModel | None = None
 
@@ -164,11 +167,11 @@ class MemoryPlanner:
     ) -> MemoryPlan:
         key = (*request.memory_key(), tuple(lengths), batch_tokens)
         with self._lock:
-            if key not in self._known:
-                while len(self._known) >= 512:
-                    self._known.pop(next(iter(self._known)))
-                self._known[key] = self._rehearse(request, lengths, batch_tokens)
-            return self._known[key]
+            if key not in self._plans:
+                while len(self._plans) >= 512:
+                    self._plans.pop(next(iter(self._plans)))
+                self._plans[key] = self._rehearse(request, lengths, batch_tokens)
+            return self._plans[key]
 
     def _fewer(self, request: ResolvedRequest, batch_tokens: int) -> int | None:
         """The next smaller batch: half of the parts of a step that it held; None at one part."""

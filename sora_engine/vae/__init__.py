@@ -2,7 +2,7 @@
 
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import VideoCoder, stream_decode, stream_encode
-from sora_engine.vae.registry import VAEKind, register_vae
+from sora_engine.vae.registry import VAEKind, register_vae, unregister_vae
 from sora_engine.vae.shapes import VAEConfig
 from sora_engine.vae.state import VAEState
 from sora_engine.vae.tiling import TiledCoder, TilePlan
@@ -18,4 +18,5 @@ __all__ = [
     "register_vae",
     "stream_decode",
     "stream_encode",
+    "unregister_vae",
 ]

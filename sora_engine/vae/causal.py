@@ -147,11 +147,11 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
         factor = self.scale_factor_temporal
         head = 1 if state is None else 0
         latents = head + (frames.shape[2] - head) // factor
-        step = latents if latents_per_call is None else latents_per_call
+        per_call = latents if latents_per_call is None else latents_per_call
         caches = _open(state, consume)
         done, parts = 0, []
         while done < latents:
-            take = min(step, latents - done)
+            take = min(per_call, latents - done)
             end = done + take
             # Latent k stands for the frames up to 1 + k * factor in a video that starts here.
             low = 0 if done == 0 else head + (done - head) * factor
@@ -204,11 +204,11 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
         check_latents(self.config, latents)
         self._lay_out("decoder")
         count = latents.shape[2]
-        step = count if latents_per_call is None else latents_per_call
+        per_call = count if latents_per_call is None else latents_per_call
         caches = _open(state, consume)
         parts = []
-        for low in range(0, count, step):
-            high = min(low + step, count)
+        for low in range(0, count, per_call):
+            high = min(low + per_call, count)
             feat_cache = FeatureCache(caches, keep=keep or high < count)
             parts.append(self.decode_step(self.denormalise(latents[:, :, low:high]), feat_cache))
             caches = feat_cache.new

@@ -34,8 +34,16 @@ _KINDS: dict[str, VAEKind | str] = {"AutoencoderKLWan": "sora_engine.vae.wan"}
 
 
 def register_vae(class_name: str, kind: VAEKind) -> None:
-    """Make a kind known by the class name that its configurations carry."""
+    """Make a kind known by the class name that its configurations carry. ValueError where another
+    has that name."""
+    if class_name in _KINDS:
+        raise ValueError(f"the class {class_name!r} has its kind already")
     _KINDS[class_name] = kind
+
+
+def unregister_vae(class_name: str) -> None:
+    """Forget a kind that was registered."""
+    del _KINDS[class_name]
 
 
 def vae_kind(class_name: object, *, path: str | Path | None = None) -> VAEKind:

@@ -33,7 +33,8 @@ from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.samplers.noise import initial_noise
 from sora_engine.text import register_text_encoder
-from sora_engine.vae import CausalVAE, VAEKind, register_vae
+from sora_engine.vae import CausalVAE, VAEKind, register_vae, unregister_vae
+from sora_engine.vae.registry import vae_kind
 
 WORDS = ["", "red", "blue"]  # the first is the null label
 DIM, CHANNELS = 6, 12
@@ -133,11 +134,11 @@ class ToyVAE(CausalVAE):
         super().__init__(config)
         self.encoder, self.decoder = nn.Identity(), nn.Identity()
 
-    def encode_step(self, frames, tape):
+    def encode_step(self, frames, feat_cache):
         folded = nn.functional.pixel_unshuffle(frames.transpose(1, 2), 2).transpose(1, 2)
         return torch.cat([folded, torch.zeros_like(folded)], dim=1)
 
-    def decode_step(self, raw, tape):
+    def decode_step(self, raw, feat_cache):
         return nn.functional.pixel_shuffle(raw.transpose(1, 2), 2).transpose(1, 2).clamp(-1, 1)
 
 
@@ -221,6 +222,7 @@ def folder(tmp_path: Path):
     register_text_encoder("ToyLabels", Labels)
     yield tmp_path
     unregister_family(family)
+    unregister_vae("AutoencoderToy")
 
 
 def by_hand(weights: dict, request: sora.VideoRequest, scale: float) -> torch.Tensor:
@@ -288,6 +290,19 @@ def test_what_a_family_brings_is_its_alone(folder):
     assert (checkpoint.family, checkpoint.variant, name) == ("toy", "labels", folder.name)
     claimed = [family.claims_file({"by_label.weight": (1, 1)}) for family in families()]
     assert claimed == [False, True]
+
+
+def test_the_class_of_an_autoencoder_has_one_kind(folder):
+    toy = VAEKind(config=ToyConfig, layers=ToyVAE)
+    for taken in ("AutoencoderToy", "AutoencoderKLWan"):
+        with pytest.raises(ValueError, match=f"the class '{taken}' has its kind already"):
+            register_vae(taken, toy)
+    unregister_vae("AutoencoderToy")
+    with pytest.raises(CheckpointError, match="the vae's class is 'AutoencoderToy'"):
+        vae_kind("AutoencoderToy")
+    register_vae("AutoencoderToy", toy)
+    assert vae_kind("AutoencoderToy") is toy
+    assert vae_kind("AutoencoderKLWan") is not toy
 
 
 def test_what_no_family_claims_is_told_with_what_is_known(folder, tmp_path):

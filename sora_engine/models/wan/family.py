@@ -108,6 +108,8 @@ def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
             )
         },
         image_encoder=image_encoder,
+        # Only checkpoints that are shown two pictures, the first and the last frame, learned
+        # positions for the pictures' tokens.
         takes_last_image=config.pos_embed_seq_len is not None,
     )
 
@@ -130,15 +132,18 @@ def _published_defaults(found: WanCheckpoint, grid: LatentGrid) -> GenerationDef
     if found.expand_timesteps:  # TI2V-5B
         height, width, num_frames, fps = 704, 1280, 121, 24.0
     two = found.transformer_2 is not None
+    # What was published is a number of latent frames, told in frames of Wan's VAEs, of which a
+    # latent frame holds 4. With a VAE of another factor the latent frames stay the same.
+    latent_frames = (num_frames - 1) // 4 + 1
     return GenerationDefaults(
         height=height,
         width=width,
-        num_frames=(num_frames - 1) // 4 * grid.time + 1,
+        num_frames=(latent_frames - 1) * grid.time + 1,
         fps=fps,
         num_inference_steps=40 if two else 50,
         guidance_scale=4.0 if two else 5.0,
         guidance_scale_2=3.0 if two else None,
-        max_window=(num_frames - 1) // 4 + 1,
+        max_window=latent_frames,
     )
 
 
