@@ -18,10 +18,10 @@ class Limits:
         More raise RequestError.
     max_frames: the most frames as the model makes them, those left out at the end included. More
         raise RequestError.
-    max_inference_steps: the largest `num_inference_steps`. A larger one raises RequestError. How
-        many `sigmas` a request lists is not bounded.
-    max_prompt_chars: the most characters of `prompt` and of `negative_prompt`, each. More raise
-        RequestError. The prompts of shots are not bounded.
+    max_inference_steps: the largest `num_inference_steps`, and the most `sigmas`. More raise
+        RequestError.
+    max_prompt_chars: the most characters of `prompt`, of `negative_prompt` and of a shot's prompt,
+        each. More raise RequestError.
     memory_bytes: what all jobs together may take beside the weights. A request that needs more
         raises MemoryLimitError; one that fits later waits. None: nine tenths of what was free when
         the engine was made. Over ranks it does nothing.

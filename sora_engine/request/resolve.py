@@ -124,7 +124,7 @@ def resolve_request(
     defaults, grid = facts.defaults, facts.grid
     loop = bool(request.loop)
     _check_prompts(request, limits)
-    height, width, num_frames = _resolve_size(request, defaults, grid)
+    height, width, num_frames = _resolve_size(request, defaults, grid, limits)
     canvas_height, canvas_width, canvas_frames = grid.covering(height, width, num_frames, loop=loop)
     _check_canvas(canvas_height, canvas_width, canvas_frames, grid, limits, loop=loop)
     latent_shape = grid.shape(canvas_height, canvas_width, canvas_frames, loop=loop)
@@ -195,7 +195,7 @@ def _check_prompts(request: VideoRequest, limits: Limits) -> None:
 
 
 def _resolve_size(
-    request: VideoRequest, defaults: GenerationDefaults, grid: LatentGrid
+    request: VideoRequest, defaults: GenerationDefaults, grid: LatentGrid, limits: Limits
 ) -> tuple[int, int, int]:
     """Height, width and number of frames of the result."""
     if request.round_to_grid and request.strict_grid:
@@ -206,7 +206,7 @@ def _resolve_size(
     height = _on_grid("height", request.height, defaults.height, grid.multiple[0], 0, request)
     width = _on_grid("width", request.width, defaults.width, grid.multiple[1], 0, request)
     shots: tuple[Shot, ...] = several("shots", request.shots, "Shot(prompt, num_frames)")
-    default_frames = sum(_shot_frames(shot) for shot in shots) or defaults.num_frames
+    default_frames = sum(_shot_frames(shot, limits) for shot in shots) or defaults.num_frames
     if loop and request.num_frames is None and not shots:
         default_frames = max(grid.time, default_frames // grid.time * grid.time)
     num_frames = _on_grid(
@@ -252,6 +252,10 @@ def _resolve_steps(
         return None, steps
     levels = several("sigmas", request.sigmas, "noise levels")
     sigmas = tuple(finite("sigmas", s, None) for s in levels)
+    if len(sigmas) > limits.max_inference_steps:
+        raise RequestError(
+            f"sigmas has {len(sigmas)} noise levels; at most {limits.max_inference_steps}"
+        )
     falling = all(a > b for a, b in itertools.pairwise(sigmas))
     if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
         raise RequestError(f"sigmas must fall strictly, within (0, 1], got {list(sigmas)}")
@@ -368,11 +372,15 @@ def _size_within(max_pixels: int, height: int, width: int, grid: LatentGrid) -> 
     return f"{max(columns, max_pixels // height // columns * columns)}x{height}"
 
 
-def _shot_frames(shot: Shot) -> int:
+def _shot_frames(shot: Shot, limits: Limits) -> int:
     if not isinstance(shot, Shot):
         raise RequestError(f"shots must be Shot objects, got {type(shot).__name__}")
     if not isinstance(shot.prompt, str):
         raise RequestError(f"a shot's prompt must be a string, got {type(shot.prompt).__name__}")
+    if len(shot.prompt) > limits.max_prompt_chars:
+        raise RequestError(
+            f"a shot's prompt has {len(shot.prompt)} characters; at most {limits.max_prompt_chars}"
+        )
     frames = integer("a shot's num_frames", shot.num_frames, 0)
     if frames < 1:
         raise RequestError(f"a shot's num_frames must be at least 1, got {frames}")

@@ -170,6 +170,8 @@ def test_limits_are_checked():
         ({"num_frames": 13}, "num_frames is 13; at most 9, so 9 would work"),
         ({"num_inference_steps": 5}, "from 1 to 4, got 5"),
         ({"prompt": "a cat sat"}, "prompt has 9 characters; at most 5"),
+        ({"shots": [Shot("a cat sat", 9)]}, "a shot's prompt has 9 characters; at most 5"),
+        ({"sigmas": [0.9, 0.7, 0.5, 0.3, 0.1]}, "sigmas has 5 noise levels; at most 4"),
     ]:
         with pytest.raises(RequestError, match=message):
             resolve(limits=small, **{**fits, **change})
