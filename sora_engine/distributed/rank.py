@@ -44,7 +44,7 @@ from sora_engine.errors import RankFailedError, SoraError
 from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
 from sora_engine.vae.coder import ChunkCoder
-from sora_engine.vae.decoding import decoding
+from sora_engine.vae.decoding import as_kept, decoding
 
 BEAT_S = 1.0
 STORE_TIMEOUT = timedelta(minutes=10)  # ranks of several nodes may start minutes apart
@@ -268,7 +268,7 @@ class _Rank:
             if self._split is not None and active > 1:
                 vae = self._split
             job.frames = decoding(
-                job.canvas.latents,
+                as_kept(job.canvas.latents, self.model.vae),
                 vae,
                 dtype=self.model.vae_dtype,
                 device=self.model.device,

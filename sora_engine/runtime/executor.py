@@ -20,7 +20,7 @@ from sora_engine.denoise.packing import Packer
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 from sora_engine.runtime.saturation import saturation_point
-from sora_engine.vae.decoding import decoding
+from sora_engine.vae.decoding import as_kept, decoding
 
 
 class ScalesLatents(Protocol):
@@ -175,9 +175,7 @@ class LocalExecutor:
 
     def decoding(self, canvas: Canvas) -> Iterator[Tensor | None]:
         model = self.model
-        # Of what `Video.latents` keeps: `sora decode` makes the same bits.
-        kept = model.vae.denormalise(canvas.latents[None]).float().cpu()
-        latents = model.vae.normalise(kept)[0].to(canvas.latents)
+        latents = as_kept(canvas.latents, model.vae)
         return decoding(
             latents, model.vae, dtype=model.vae_dtype, device=model.device, wraps=canvas.wraps
         )

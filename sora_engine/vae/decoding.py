@@ -41,6 +41,23 @@ def decoding(
         del made
 
 
+class Scales(Protocol):
+    """A VAE's way from a model's latents to its own, and back."""
+
+    def normalise(self, latents: Tensor) -> Tensor: ...
+    def denormalise(self, latents: Tensor) -> Tensor: ...
+
+
+def as_kept(latents: Tensor, vae: Scales) -> Tensor:
+    """Latents `[C, T, H, W]` as they come back from `Video.latents` or a file, to the last bit.
+
+    Those are denormalised, and the way there and back moves a last digit. What decodes a canvas
+    takes it too, so that decoding its latents again makes the same frames.
+    """
+    kept = vae.denormalise(latents[None]).float().cpu()
+    return vae.normalise(kept)[0].to(latents)
+
+
 @runtime_checkable
 class ComparesStates(Protocol):
     """A VAE that holds a part of the state, and asks those that hold the rest."""
