@@ -24,7 +24,7 @@ from sora_engine.distributed.layout import check_devices, check_heads, check_wor
 from sora_engine.distributed.message import Message
 from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message, state_from_message, state_to_message
-from sora_engine.errors import EngineDeadError, JobFailedError, RankFailedError
+from sora_engine.errors import EngineDeadError, RankFailedError, error_from_fields
 from sora_engine.models.device import resolve_device, resolve_dtype
 from sora_engine.models.registry import ModelPath, open_checkpoint
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
@@ -202,11 +202,11 @@ class RankExecutor:
         replies = _pool_of(canvases).call(message)
         self.sent_bytes = [reply.fields["sent"] for reply in replies]
         self.waited_s = [reply.fields["waited_s"] for reply in replies]
-        failed: dict[str, str] = replies[0].fields["failed"]
+        failed: dict[str, dict[str, Any]] = replies[0].fields["failed"]
         failures: dict[int, Exception] = {}
         for i, canvas in enumerate(canvases):
             if str(i) in failed:
-                failures[i] = JobFailedError(failed[str(i)])
+                failures[i] = error_from_fields(failed[str(i)])
             else:
                 canvas.step += 1
         return failures
@@ -215,6 +215,9 @@ class RankExecutor:
         """As `vae.decoding.decoding`; each rank makes some rows of a frame."""
         while True:
             replies = canvas.pool.call(Message("decode", {"job": canvas.number}))
+            failed = [r.fields["failed"] for r in replies if "failed" in r.fields]
+            if failed:
+                raise error_from_fields(failed[0])
             rows = [r.tensors["frames"] for r in replies if "frames" in r.tensors]
             if rows:
                 yield torch.cat(rows, dim=1)

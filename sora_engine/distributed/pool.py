@@ -20,10 +20,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sora_engine import errors
 from sora_engine.config import ParallelConfig
 from sora_engine.distributed.message import Connection, Message, MessageError
-from sora_engine.errors import RankFailedError, SoraError
+from sora_engine.errors import RankFailedError, error_from_fields
 
 CAUSE_S = 8.0
 """After the first sign of a failure, how long to listen for its cause. A loaded machine tells of a
@@ -158,7 +157,7 @@ class RankPool:
             odd = next(i for i, r in enumerate(replies) if r.kind == "refused")
             self._fail(odd, f"alone refused: {replies[odd].fields['why']}")
         if refused:
-            raise _as_error(refused[0])
+            raise error_from_fields(refused[0].fields)
         return replies
 
     def _listen(self, timeout_s: float) -> None:
@@ -371,13 +370,3 @@ def _how(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
-
-
-def _as_error(refused: Message) -> SoraError:
-    """A rank's refusal as the error that it was."""
-    why = refused.fields["why"]
-    kind = getattr(errors, refused.fields["error"], errors.JobFailedError)
-    try:
-        return kind(why)
-    except TypeError:  # an error that takes more than a text
-        return errors.JobFailedError(why)
