@@ -134,6 +134,10 @@ class EngineDeadError(EngineClosedError):
     """The device does not answer any more: this engine is done, and a new process is needed."""
 
 
+class EngineForkedError(EngineDeadError):
+    """The process was forked after the engine was made: its thread and device are the parent's."""
+
+
 class QueueFullError(SoraError):
     """The queue is as long as `Limits` allows; a place may be free in `retry_after_s` seconds."""
 

@@ -107,7 +107,8 @@ def encode_prompts(
     check_finite(encoded, "a prompt or an image", stage="encoding", dtype=model.dtype)
     negative = texts.pop() if request.guided else None
     frame_texts = frame_texts_of(request, model.grid, latent_frames)
-    return Prompts(tuple(texts), frame_texts, negative, image)
+    cut = model.prompt_encoder.cut(prompts_of(request))
+    return Prompts(tuple(texts), frame_texts, negative, image, cut)
 
 
 def prompts_of(request: ResolvedRequest) -> list[str]:

@@ -62,6 +62,10 @@ class PromptEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Sequence[Embedding]: ...
 
+    def cut(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """A line for each prompt of which the end is not read."""
+        ...
+
 
 class ImageEncoder(Protocol):
     """What turns pictures into tokens that a transformer reads beside a text."""

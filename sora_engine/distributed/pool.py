@@ -23,6 +23,7 @@ from typing import Any
 from sora_engine.config import ParallelConfig
 from sora_engine.distributed.message import Connection, Message, MessageError
 from sora_engine.errors import RankFailedError, error_from_fields
+from sora_engine.io.system import usable_cores
 
 CAUSE_S = 8.0
 """After the first sign of a failure, how long to listen for its cause. A loaded machine tells of a
@@ -103,7 +104,7 @@ class RankPool:
             "parallel": asdict(config),
             "device": device,
             "first_device": first_device,
-            "threads": threads or max(1, len(os.sched_getaffinity(0)) // config.num_ranks),
+            "threads": threads or max(1, usable_cores() // config.num_ranks),
             "model": dict(model),
             "store_fd": listener.fileno(),
             "store_port": listener.getsockname()[1],

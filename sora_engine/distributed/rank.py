@@ -228,7 +228,12 @@ class _Rank:
         self._jobs[command.fields["job"]] = RankJob(canvas)
         timesteps = [float(t) for t in canvas.solver.schedule.timesteps]
         timesteps *= max(1, len(canvas.chain))
-        fields = {"solver": canvas.solver_name, "timesteps": timesteps, "step": canvas.step}
+        fields = {
+            "solver": canvas.solver_name,
+            "timesteps": timesteps,
+            "step": canvas.step,
+            "cut_prompts": list(canvas.cut_prompts),
+        }
         return Message("done", fields)
 
     def _state(self, command: Message) -> Message:
@@ -309,7 +314,8 @@ def join(rank: int, size: int, device: torch.device, settings: dict[str, Any]) -
         dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT, device_id=device_id)
         return
     # Nothing but the loopback: gloo would take the address of the host's name.
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
     store = dist.TCPStore(
         "127.0.0.1",
         settings["store_port"],

@@ -64,7 +64,8 @@ class VideoRequest:
 
     Args:
         prompt: what the video shows.
-        negative_prompt: what guidance steers away from.
+        negative_prompt: what guidance steers away from; "" for nothing, whatever the checkpoint's
+            own is.
         height, width: pixels; multiples of the VAE's factor times the patch (16 for Wan).
         num_frames: one more than a multiple of the VAE's time factor; in a loop, a multiple of it.
         fps: frames a second of the file that is written.
@@ -95,7 +96,7 @@ class VideoRequest:
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
