@@ -6,11 +6,44 @@ Errors about what a caller passed are also `ValueError`s, so that plain Python c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class SoraError(Exception):
-    """Base of every error that the engine raises on purpose."""
+    """Base of every error that the engine raises on purpose.
+
+    Its message and its attributes survive pickling, and `to_fields` as JSON.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), str(self), self.__dict__)
+
+    def to_fields(self) -> dict[str, Any]:
+        """The error as JSON values, for another process."""
+        attributes = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in self.__dict__.items()
+        }
+        return {"error": type(self).__name__, "why": str(self), "attributes": attributes}
+
+
+def error_from_fields(fields: Mapping[str, Any]) -> SoraError:
+    """The error that `SoraError.to_fields` wrote; JobFailedError for a class that is not here."""
+    kind = globals().get(fields["error"])
+    known = isinstance(kind, type) and issubclass(kind, SoraError)
+    attributes = dict(fields.get("attributes", {}))
+    if attributes.get("path") is not None:
+        attributes["path"] = Path(attributes["path"])
+    return _restore(kind if known else JobFailedError, fields["why"], attributes)
+
+
+def _restore(kind: Any, message: str, attributes: Mapping[str, Any]) -> Any:
+    # Not by its constructor: some take more than the message, or write more into it.
+    error = kind.__new__(kind, message)
+    error.__dict__.update(attributes)
+    return error
 
 
 class RequestError(SoraError, ValueError):
@@ -68,6 +101,15 @@ class JobFailedError(SoraError, RuntimeError):
     """The engine met an unexpected error in a job; `__cause__` is that error."""
 
 
+class NonFiniteError(SoraError, RuntimeError):
+    """NaN or infinity where a video was in the making. `stage` is where (encoding, denoising or
+    decoding), `step` which denoising step or latent frame, from 1; None while encoding."""
+
+    def __init__(self, message: str, *, stage: str, step: int | None = None):
+        self.stage, self.step = stage, step
+        super().__init__(message)
+
+
 class DeadlineExceededError(SoraError, TimeoutError):
     """The job was not done by the deadline that it was submitted with."""
 
@@ -90,6 +132,10 @@ class EngineClosedError(SoraError, RuntimeError):
 
 class EngineDeadError(EngineClosedError):
     """The device does not answer any more: this engine is done, and a new process is needed."""
+
+
+class EngineForkedError(EngineDeadError):
+    """The process was forked after the engine was made: its thread and device are the parent's."""
 
 
 class QueueFullError(SoraError):

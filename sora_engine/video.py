@@ -27,6 +27,7 @@ class Receipt:
         "encode"; empty where they did. Frames in tiles are an approximation: edges are blended.
     resumed_at: the step at which it was taken up from a file; None where it ran in one go.
     promised_bytes: the peak of memory that was computed before work began.
+    cut_prompts: a line for each text of which the text encoder did not read the end.
     lossy: options that trade accuracy, each with its measured relative error; empty unless asked
         for.
     """
@@ -45,6 +46,7 @@ class Receipt:
     vae_tiles: dict[str, str] = field(default_factory=dict)
     resumed_at: int | None = None
     promised_bytes: int | None = None
+    cut_prompts: list[str] = field(default_factory=list)
     lossy: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -17,8 +17,8 @@ from scoring import Bench, asked, changes, mean
 
 import sora_engine as sora
 from sora_engine.denoise.windows import plan_windows
-from sora_engine.request import SparsePlan, WindowPlan
-from sora_engine.request.windows import default_overlap
+from sora_engine.request import GenerationDefaults, SparsePlan, WindowPlan
+from sora_engine.request.windows import default_plan
 
 SECONDS = 60
 STRETCH_S = 10
@@ -29,13 +29,14 @@ INK = 64
 Plan = WindowPlan | SparsePlan | None
 
 
-def plan_named(mode: str, trained: int | None) -> Plan:
-    """The windows of a long video by name; None leaves them to the engine."""
-    if mode == "default" or trained is None:
+def plan_named(mode: str, defaults: GenerationDefaults) -> Plan:
+    """The windows of a long video by name, with the overlap and the anchors that the checkpoint
+    asks for under its own schedule; None leaves them to the engine."""
+    if mode == "default" or defaults.max_window is None:
         return None
     if mode == "sparse":
-        return SparsePlan(trained // 2)
-    return WindowPlan(trained, default_overlap(trained), schedule=mode)
+        return SparsePlan(defaults.max_window // 2)
+    return default_plan(defaults, mode)
 
 
 def minute(bench: Bench, plan: Plan) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def main() -> None:
             steps=args.steps,
             sheets=args.sheets,
         )
-        plan = plan_named(args.window, engine.model.defaults.max_window)
+        plan = plan_named(args.window, engine.model.defaults)
         score: dict[str, Callable[[Bench], dict[str, Any]]] = {
             **QUICK,
             "edit": task_scores.edits(args.strengths),

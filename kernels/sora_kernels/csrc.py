@@ -18,6 +18,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PACKAGE = Path(__file__).parent
 SOURCES = PACKAGE.parents[1] / "csrc"  # of a source tree; an installed package has none
 BUILD = "python setup.py build_ext --inplace"
+INSTALL = (
+    "in an environment with torch, setuptools and a C++ compiler, `pip install "
+    "--no-build-isolation .` in the project's sources builds it"
+)
 # csrc/bindings.cpp writes this and the digest of its sources into the library.
 MARK = rb"sora_kernels csrc ([0-9a-f]{16})\0"
 
@@ -31,6 +35,8 @@ def problem() -> str | None:
     """
     found = sorted(PACKAGE.glob("_native*.so"))
     if not found:
+        if not SOURCES.is_dir():
+            return f"the native library is not in this installation; {INSTALL}"
         return f"the native library is not built; run `{BUILD}`"
     if is_stale(found[-1], SOURCES):
         why = f"{found[-1].name} was built from other sources than csrc has now; run `{BUILD}`"
@@ -39,7 +45,8 @@ def problem() -> str | None:
     try:
         torch.ops.load_library(found[-1])
     except OSError as error:
-        return f"{found[-1].name} does not load (built for another torch?): {error}"
+        mend = f"run `{BUILD}`" if SOURCES.is_dir() else INSTALL
+        return f"{found[-1].name} does not load (built for another torch?): {error}; {mend}"
     return None
 
 

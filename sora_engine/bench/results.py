@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_engine.errors import SoraError
+from sora_engine.io.system import total_memory_bytes
 from sora_engine.version import version
 
 FORMAT = 1
@@ -174,7 +175,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round((total_memory_bytes() or 0) / 2**30, 1),
         "system": platform.platform(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "native_kernels": csrc.instruction_set() or "none",

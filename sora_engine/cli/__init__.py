@@ -4,7 +4,7 @@ torch is imported by the commands that need it, after their first line of output
 `--version` and a mistyped option answer at once.
 
 Exit codes: 0 done; 1 it failed at work; 2 a value on the command line is wrong (nothing was made);
-130 interrupted by Ctrl-C, 143 by SIGTERM. Errors are one line on stderr.
+129 ended by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM. Errors are one line on stderr.
 """
 
 from __future__ import annotations

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sora_engine.errors import SoraError
 from sora_engine.version import version
 
 INTERRUPTED = 130
+HUNG_UP = 129
 TERMINATED = 143
+
+
+class UsageError(Exception):
+    """A wrong value on the command line, as one line for its user."""
+
+
+class OnceCommand(TyperCommand):
+    """A command of which an option that holds one value is given once.
+
+    click takes the last of several without a word.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter, count in Counter(order).items():
+            single = parameter.param_type_name == "option" and not parameter.multiple
+            if single and count > 1:
+                name = max(parameter.opts, key=len)
+                raise UsageError(f"{name} is given {count} times; it takes one value")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     help="Inference for Sora-class video diffusion transformers.",
@@ -25,15 +53,16 @@ app = typer.Typer(
 )
 
 
-class UsageError(Exception):
-    """A wrong value on the command line, as one line for its user."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code; raises nothing."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    _prepare_streams()
+    _prepare_signals()
+    _unsaid.clear()
     try:
-        return app(args=arguments, prog_name="sora", standalone_mode=False) or 0
+        code = app(args=arguments, prog_name="sora", standalone_mode=False) or 0
+        if _unsaid:
+            return _complain(f"standard output cannot be written: {_unsaid[0]}", 1)
+        return code
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
     except typer.Abort:  # how typer passes on a Ctrl-C that came before a command ran
@@ -42,10 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 1
     except UsageError as error:
         return _complain(str(error), 2)
-    except BrokenPipeError:
-        # Whoever read the output has gone (`| head`); Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
             return _complain(error.format_message(), 2)
@@ -58,12 +83,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"sora: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _to_stderr(f"sora: error: {' '.join(message.split())}")
     return code
 
 
-def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
+def warn(message: str) -> None:
+    """One line beside the output that the work goes on from."""
+    _to_stderr(f"sora: warning: {' '.join(message.split())}")
+
+
+def _to_stderr(line: str) -> None:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # nobody can be told
+            print(line, file=sys.stderr, flush=True)
+
+
+def _prepare_streams() -> None:
+    """Make what is written to a closed or a narrow stream harmless."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Else the next file that is opened takes its number, and libraries that print would
+            # print into the video. The lowest free number is given out, which is this one.
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _prepare_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name, code in (("SIGTERM", TERMINATED), ("SIGHUP", HUNG_UP)):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # nohup has it ignored, and so it stays.
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _on_signal(code))
+
+
+def _on_signal(code: int) -> Callable[[int, FrameType | None], None]:
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        raise SystemExit(code)
+
+    return end
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,5 +147,18 @@ def _root(
     pass
 
 
+_unsaid: list[Exception] = []
+"""Why standard output could not be written, once it could not."""
+
+
 def say(line: str) -> None:
-    print(line, flush=True)
+    """Print a line. Where that fails the work goes on, and the exit code tells of it."""
+    if _unsaid or sys.stdout is None:
+        return
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError) as error:  # the reader has gone, the disk is full
+        _unsaid.append(error)
+        with contextlib.suppress(OSError, ValueError):
+            # What is buffered would be tried, and complained of, once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

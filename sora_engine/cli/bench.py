@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from sora_engine.cli.app import UsageError, app, say
+from sora_engine.cli.app import OnceCommand, UsageError, app, say
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def bench(
     profile: Annotated[
         str, typer.Option(help="cpu (under 5 minutes), cpu-long or h200 (under 9).")

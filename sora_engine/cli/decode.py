@@ -7,21 +7,33 @@ from typing import Annotated
 
 import typer
 
-from sora_engine.cli.app import UsageError, app, say
-from sora_engine.cli.options import Device, Dtype, VAEBackend, in_options, parse_size
+from sora_engine.cli.app import OnceCommand, UsageError, app, say
+from sora_engine.cli.options import (
+    Components,
+    Device,
+    Dtype,
+    ModelPath,
+    VAEBackend,
+    in_options,
+    model_path,
+    named,
+    parse_size,
+)
 from sora_engine.errors import SoraError
 from sora_engine.version import version
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def decode(
     latents: Annotated[str, typer.Argument(help="A file of finished latents.")],
     output: Annotated[
         str, typer.Option("--output", "-o", help="As of `sora generate`.")
     ] = "out.mp4",
     model: Annotated[
-        str | None, typer.Option(help="Whose VAE; by default the model that made the latents.")
+        list[str] | None,
+        typer.Option(help="Whose VAE; by default the model that made the latents."),
     ] = None,
+    components: Components = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
@@ -35,13 +47,21 @@ def decode(
         saved = SavedLatents.read(latents)
     except SoraError as error:
         raise UsageError(str(error)) from error
-    name = model or saved.model
-    say(f"sora_engine {version()}: loading the VAE of {name}")
+    path: ModelPath = saved.model
+    if model:
+        path = model_path(model)
+    else:
+        components = components or saved.components
+    if dtype == "auto" and saved.provenance is not None:
+        dtype = str(saved.provenance.settings.get("dtype", dtype))  # the VAE's follows from it
+    say(f"sora_engine {version()}: loading the VAE of {named(path)}")
     started = time.monotonic()
     from sora_engine.models.loading import load_video_decoder
 
     try:
-        decoder = load_video_decoder(name, device=device, dtype=dtype, vae_backend=vae_backend)
+        decoder = load_video_decoder(
+            path, device=device, dtype=dtype, vae_backend=vae_backend, components=components
+        )
         normalised = decoder.vae.normalise(saved.latents[None])[0]
     except (SoraError, RuntimeError) as error:
         raise UsageError(f"{in_options(error)}") from error
@@ -61,9 +81,10 @@ def decode(
     say(f"{output}: {saved.fps:g} fps ({time.monotonic() - started:.1f} s)")
 
 
-@app.command("export-vae")
+@app.command("export-vae", cls=OnceCommand)
 def export_vae(
     model: Annotated[str, typer.Argument(help="A checkpoint, as of `sora generate --model`.")],
+    components: Components = None,
     backend: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
     output: Annotated[
         str | None, typer.Option(help="Folder; by default the cache where the engine looks.")
@@ -87,7 +108,7 @@ def export_vae(
     pixels = [parse_size(size) for size in sizes.split(",") if size.strip()]
     try:
         target = resolve_device(device)
-        fitted = load_video_decoder(model, device="cpu").vae
+        fitted = load_video_decoder(model, device="cpu", components=components).vae
         assert isinstance(fitted, FittedCoder)
         vae = fitted.layers
         assert vae is not None

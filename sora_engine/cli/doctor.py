@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sora_engine.cli.app import app, say
+from sora_engine.cli.app import OnceCommand, app, say
+from sora_engine.io.system import total_memory_bytes, usable_cores
 
 OPTIONAL_PACKAGES = {
     "onnx": "VAE export",
@@ -21,7 +22,7 @@ OPTIONAL_PACKAGES = {
 }
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def doctor() -> None:
     """Print what was found: CPU, GPU, torch, Triton, csrc, FFmpeg, optional packages."""
     for name, finding in report():
@@ -77,20 +78,14 @@ def _cpu() -> str:
         features = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in has.items())
     else:
         features = "instruction sets unknown here"
-    return f"{model}, {_usable_cores()} of {os.cpu_count()} cores, {features}"
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return f"{model}, {usable_cores()} of {os.cpu_count()} cores, {features}"
 
 
 def _memory() -> str:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return f"{total / 2**30:.1f} GiB"
+        total = total_memory_bytes()
+        return "unknown here" if total is None else f"{total / 2**30:.1f} GiB"
     kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
     text = f"{kib['MemTotal'] / 2**20:.1f} GiB, {kib['MemAvailable'] / 2**20:.1f} GiB available"
     limit = Path("/sys/fs/cgroup/memory.max")

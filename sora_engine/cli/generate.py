@@ -113,7 +113,7 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
     if common.model is None:
         if provenance.model != DEFAULT_MODEL:
             raise UsageError(f"--like: {path} was made by {provenance.model!r}; name it by --model")
-        common = replace(common, model=DEFAULT_MODEL)
+        common = replace(common, model=[DEFAULT_MODEL])
     if common.dtype == "auto":
         common = replace(common, dtype=str(provenance.settings.get("dtype", "auto")))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -39,6 +41,9 @@ _OPTION_OF = {
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Components = Annotated[
+    str | None, typer.Option(help="Folder with the VAE and text encoder of a .safetensors --model.")
+]
 VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
 
 
@@ -69,17 +74,14 @@ class Common:
         ),
     ] = None
     model: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="A diffusers folder, a .safetensors file, or 'sprites', the bundled checkpoint "
-            "(the default).",
+            "(the default). Of two experts in two files: twice, the one for high noise first.",
             show_default=False,
         ),
     ] = None
-    components: Annotated[
-        str | None,
-        typer.Option(help="Folder with the VAE and text encoder of a .safetensors --model."),
-    ] = None
+    components: Components = None
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = (
         None
     )
@@ -96,7 +98,12 @@ class Common:
     seed: Annotated[
         int | None, typer.Option(help="Of the initial noise; drawn at random by default.")
     ] = None
-    negative_prompt: Annotated[str, typer.Option(help="What to steer away from.")] = ""
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What to steer away from; the checkpoint's by default, and '' for nothing."
+        ),
+    ] = None
     solver: Annotated[
         str | None, typer.Option(help="Such as unipc or euler; the checkpoint's by default.")
     ] = None
@@ -134,7 +141,7 @@ class Common:
         """What was given of a `VideoRequest`'s values."""
         height, width = (None, None) if self.size is None else parse_size(self.size)
         values = {
-            "negative_prompt": self.negative_prompt or None,
+            "negative_prompt": self.negative_prompt,
             "height": height,
             "width": width,
             "fps": self.fps,
@@ -147,6 +154,28 @@ class Common:
             "strict_grid": self.strict or None,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+ModelPath = str | tuple[str, ...]
+
+
+def model_path(given: Sequence[str] | None) -> ModelPath:
+    """What `Engine.from_pretrained` takes of the `--model`s that were given."""
+    if not given:
+        return DEFAULT_MODEL
+    return given[0] if len(given) == 1 else tuple(given)
+
+
+def absolute(path: ModelPath) -> ModelPath:
+    """The same from any folder. Links stay: what a hub's cache has behind them has no names."""
+    if isinstance(path, tuple):
+        return tuple(str(Path(part).absolute()) for part in path)
+    return path if path == DEFAULT_MODEL else str(Path(path).absolute())
+
+
+def named(path: ModelPath) -> str:
+    """A model for its user to read."""
+    return path if isinstance(path, str) else " and ".join(path)
 
 
 def parse_size(size: str) -> tuple[int, int]:

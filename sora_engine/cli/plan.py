@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from sora_engine.cli.app import UsageError, app, say
+from sora_engine.cli.app import OnceCommand, UsageError, app, say
 from sora_engine.cli.options import DEFAULT_MODEL, in_options, parse_size
 from sora_engine.errors import SoraError
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def plan(
     model: Annotated[str, typer.Option(help="As of `sora generate`.")] = DEFAULT_MODEL,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,

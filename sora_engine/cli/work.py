@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from sora_engine.cli.app import UsageError, app, say
-from sora_engine.cli.options import DEFAULT_MODEL, Common, in_options, parse_parallel
+from sora_engine.cli.app import OnceCommand, UsageError, app, say, warn
+from sora_engine.cli.options import (
+    DEFAULT_MODEL,
+    Common,
+    absolute,
+    in_options,
+    model_path,
+    named,
+    parse_parallel,
+)
 from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
 from sora_engine.request import (
@@ -79,7 +88,7 @@ def video_command(function: Callable[..., Command]) -> Callable[..., None]:
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    app.command()(command)
+    app.command(cls=OnceCommand)(command)
     return command
 
 
@@ -92,15 +101,16 @@ def run(command: Command) -> None:
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
     output = common.output if common.output is not None else command.output
     check_before_loading(command, output)
-    if common.model is None:
+    if not common.model:
         say(
             f"sora_engine {version()}: loading sprites, the bundled checkpoint of plain shapes "
             "that move (--model for others)"
         )
     else:
-        if common.model != DEFAULT_MODEL and not Path(common.model).exists():
-            raise UsageError(f"--model: {common.model} does not exist")
-        say(f"sora_engine {version()}: loading {common.model}")
+        for path in common.model:
+            if path != DEFAULT_MODEL and not Path(path).exists():
+                raise UsageError(f"--model: {path} does not exist")
+        say(f"sora_engine {version()}: loading {named(model_path(common.model))}")
     started = time.monotonic()
     engine = load_engine(common)
     load_s = time.monotonic() - started
@@ -117,7 +127,7 @@ def run(command: Command) -> None:
             say(f"{settings} are the middle of what the model makes, {resolved.canvas}")
         say(f"making {settings}, {resolved.steps_taken} steps, seed {resolved.seed}")
         try:
-            job = make(engine, request, resolved, output, common.model or DEFAULT_MODEL)
+            job = make(engine, request, resolved, output, common)
         except RequestError as error:  # what shows only once the clips are read
             raise UsageError(in_options(error)) from error
     times_s = {
@@ -172,7 +182,7 @@ def load_engine(common: Common) -> Engine:
 
     try:
         return Engine.from_pretrained(
-            common.model or DEFAULT_MODEL,
+            model_path(common.model),
             parallel=None if common.parallel is None else parse_parallel(common.parallel),
             components=common.components,
             device=common.device,
@@ -216,13 +226,14 @@ def make_first(engine: Engine, request: VideoRequest) -> Video:
 
 
 def make(
-    engine: Engine, request: VideoRequest, resolved: ResolvedRequest, output: str, model: str
+    engine: Engine, request: VideoRequest, resolved: ResolvedRequest, output: str, common: Common
 ) -> Job:
     """Runs one job to its end, frames going into the file as they are decoded.
 
     The finished latents lie beside the output while it is decoded: a decode that fails, or is
-    killed, loses nothing.
+    killed, loses nothing. Where they cannot be written the video is made all the same.
     """
+    from sora_engine.io.atomic import name_beside
     from sora_engine.io.latents import SUFFIX, SavedLatents
     from sora_engine.io.video_writer import VideoWriter
     from sora_engine.request.recipe import provenance_of
@@ -234,24 +245,28 @@ def make(
         )
     except MediaError as error:
         raise UsageError(in_options(error)) from error
-    kept = Path(output).with_name(Path(output).name + SUFFIX)
+    kept: list[Path] = []
 
     def write(frames: np.ndarray) -> None:
         for frame in frames:
             writer.write(frame)
 
     def keep(latents: Tensor) -> None:
-        source = str(Path(model).resolve()) if model != DEFAULT_MODEL else model
-        SavedLatents(
+        saved = SavedLatents(
             latents,
             resolved.fps,
             resolved.loop,
-            source,
+            absolute(model_path(common.model)),
+            provenance,
+            None if common.components is None else str(Path(common.components).absolute()),
             size=None
             if resolved.canvas is None
             else (resolved.num_frames, resolved.height, resolved.width),
-            provenance=provenance,
-        ).write(kept)
+        )
+        try:
+            kept.append(saved.write(name_beside(Path(output), SUFFIX)))
+        except (MediaError, OSError) as error:
+            warn(f"finished latents are not kept while they are decoded: {error}")
 
     with writer:
         job = engine.submit(replace(request, seed=resolved.seed), on_frames=write, on_latents=keep)
@@ -261,16 +276,19 @@ def make(
             job.cancel()
             with suppress(Exception):
                 job.result()  # the engine must have let go of the file before it is removed
-            if kept.exists():
-                say(f"the finished latents are in {kept}; `sora decode {kept} -o {output}` goes on")
+            for path in kept:
+                advice = shlex.join(["sora", "decode", str(path), "-o", output])
+                say(f"the finished latents are in {path}; `{advice}` goes on")
             raise
-    kept.unlink(missing_ok=True)
+    for path in kept:
+        with suppress(OSError):
+            path.unlink()
     return job
 
 
 def follow(job: Job) -> None:
     """Shows a job's finished steps and decoded frames until it is done; raises its error."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return _follow_in_lines(job)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -278,9 +296,14 @@ def follow(job: Job) -> None:
     with Progress(*columns, TimeElapsedColumn()) as bars:
         denoise = bars.add_task("denoise", total=job.progress.num_steps)
         decode = bars.add_task("decode ", total=job.progress.num_frames, start=False)
+        told = False
         while True:
             done = _wait(job, 0.1)
             progress = job.progress
+            if job.cut_prompts and not told:
+                told = True
+                for line in job.cut_prompts:
+                    bars.console.print(f"warning: {line}", markup=False, highlight=False)
             bars.update(denoise, completed=progress.steps_done, total=progress.num_steps)
             if progress.frames_decoded or progress.state == "decoding":
                 bars.start_task(decode)
@@ -292,9 +315,14 @@ def follow(job: Job) -> None:
 def _follow_in_lines(job: Job) -> None:
     """The same for a log file: a line at each tenth of a stage, and at its end."""
     shown: dict[str, int] = {}
+    told = False
     while True:
         done = _wait(job, 0.05)
         progress = job.progress
+        if job.cut_prompts and not told:
+            told = True
+            for line in job.cut_prompts:
+                warn(line)
         for name, count, total in (
             ("denoise", progress.steps_done, progress.num_steps),
             ("decode", progress.frames_decoded, progress.num_frames),

@@ -92,6 +92,11 @@ class Canvas:
         return type(self.solver).__name__
 
     @property
+    def cut_prompts(self) -> tuple[str, ...]:
+        """A line for each text of which the encoder does not read the end."""
+        return self.prompts.cut
+
+    @property
     def num_steps(self) -> int:
         return len(self.solver.schedule) * max(1, len(self.chain))
 

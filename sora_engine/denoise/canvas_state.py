@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sora_engine.denoise.canvas import Canvas, Known, lay_out_canvas
 from sora_engine.denoise.conditioning import Embedding, Prompts
+from sora_engine.denoise.denoise import prompts_of
 from sora_engine.denoise.model import DiffusionModel
 from sora_engine.errors import CheckpointError
 from sora_engine.request import ResolvedRequest
@@ -90,6 +91,7 @@ class CanvasState:
                 self.frame_texts,
                 named("negative.") or None,
                 here.get("image"),
+                model.prompt_encoder.cut(prompts_of(request)),
             ),
             known=Known(model.known_mode, **content) if content else None,
         )

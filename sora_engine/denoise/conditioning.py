@@ -20,13 +20,15 @@ class Prompts:
 
     texts: of the prompt, or of each shot. frame_texts: for each latent frame the index into `texts`
     of what it reads. negative: what the unconditional branch reads, where there is one. image:
-    tokens of an image encoder `[n, image_dim]`, where the transformer reads such.
+    tokens of an image encoder `[n, image_dim]`, where the transformer reads such. cut: a line for
+    each text of which the encoder does not read the end.
     """
 
     texts: tuple[Embedding, ...]
     frame_texts: tuple[int, ...]
     negative: Embedding | None
     image: Tensor | None = None
+    cut: tuple[str, ...] = ()
 
     @property
     def branches(self) -> tuple[Embedding, ...]:

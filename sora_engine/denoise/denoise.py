@@ -26,9 +26,11 @@ from sora_engine.denoise.packing import Packer
 from sora_engine.denoise.preview import LatentPreview
 from sora_engine.denoise.sharing import ALONE, Part, PartPredictions, Predictions, StepSharing
 from sora_engine.denoise.windows import chain_of, plan_windows
+from sora_engine.errors import NonFiniteError, RequestError
 from sora_engine.request import LatentGrid, ResolvedRequest, WindowPlan
 from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
 from sora_engine.samplers.prediction import to_x0
+from sora_engine.vae.finite import check_finite, is_finite
 
 
 def prepare(request: ResolvedRequest, model: DiffusionModel) -> Canvas:
@@ -52,9 +54,13 @@ def preparing(request: ResolvedRequest, model: DiffusionModel) -> Generator[None
     noise = initial_latents(request, shape).to(model.device)
     schedule = solver_of(request, model).schedule
     known, image = yield from encode_known(request, model)
+    if known is not None:
+        content = [part for part in (known.latents, known.channels) if part is not None]
+        check_finite(content, "a known clip", stage="encoding", dtype=model.vae_dtype)
     latents = noise
     if request.init is not None:
         start = yield from encode_video(request.init, request, model)
+        check_finite([start], "the start video", stage="encoding", dtype=model.vae_dtype)
         latents = schedule.add_noise(start, noise, 0)
     return lay_out_canvas(
         request,
@@ -69,7 +75,10 @@ def preparing(request: ResolvedRequest, model: DiffusionModel) -> Generator[None
 def initial_latents(request: ResolvedRequest, shape: tuple[int, ...]) -> Tensor:
     """The request's own noise, or that of its seed (float32, on the host)."""
     if request.latents is not None:
-        return request.latents.detach().to("cpu", torch.float32)
+        given = request.latents.detach().to("cpu", torch.float32)
+        if not is_finite(given):
+            raise RequestError("latents hold NaN or infinity; normal noise would work")
+        return given
     plan = request.window
     if (
         isinstance(plan, WindowPlan)
@@ -88,9 +97,13 @@ def encode_prompts(
 ) -> Prompts:
     """Embeddings of the prompts, and which of them each latent frame reads."""
     texts = list(model.prompt_encoder.encode(prompts_of(request)))
+    encoded = [tensor for text in texts for tensor in text.values()]
+    encoded += [] if image is None else [image]
+    check_finite(encoded, "a prompt or an image", stage="encoding", dtype=model.dtype)
     negative = texts.pop() if request.guided else None
     frame_texts = frame_texts_of(request, model.grid, latent_frames)
-    return Prompts(tuple(texts), frame_texts, negative, image)
+    cut = model.prompt_encoder.cut(prompts_of(request))
+    return Prompts(tuple(texts), frame_texts, negative, image, cut)
 
 
 def prompts_of(request: ResolvedRequest) -> list[str]:
@@ -142,7 +155,8 @@ def denoise_step(
 
     What goes wrong in the packed part is raised, and no canvas has moved then. What goes wrong in
     one canvas's own part, where steps taken again are too, is returned by its index: that canvas is
-    of no more use, and the others have moved.
+    of no more use, and the others have moved. So is NonFiniteError for a step that made NaN or
+    infinity.
 
     sharing: who takes the step together; each of them calls this with the same canvases.
     """
@@ -165,6 +179,15 @@ def denoise_step(
             failures[i] = error
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # progress counts steps that are done
+    for i, canvas in enumerate(canvases):
+        if i not in failures:
+            what = f"step {canvas.step} of {canvas.num_steps}"
+            try:
+                check_finite(
+                    [canvas.latents], what, stage="denoising", dtype=model.dtype, step=canvas.step
+                )
+            except NonFiniteError as error:
+                failures[i] = error
     return failures
 
 

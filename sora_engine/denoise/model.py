@@ -62,6 +62,10 @@ class PromptEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Sequence[Embedding]: ...
 
+    def cut(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """A line for each prompt of which the end is not read."""
+        ...
+
 
 class ImageEncoder(Protocol):
     """What turns pictures into tokens that a transformer reads beside a text."""
@@ -92,6 +96,8 @@ class DiffusionModel(Protocol):
     def learned_variance(self) -> bool: ...
     @property
     def vae(self) -> ChunkCoder[Any]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     @property
     def vae_dtype(self) -> torch.dtype: ...
     @property

@@ -24,7 +24,8 @@ from sora_engine.distributed.layout import check_devices, check_heads, check_wor
 from sora_engine.distributed.message import Message
 from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message, state_from_message, state_to_message
-from sora_engine.errors import EngineDeadError, JobFailedError, RankFailedError
+from sora_engine.errors import EngineDeadError, LayoutError, RankFailedError, error_from_fields
+from sora_engine.io.system import usable_cores
 from sora_engine.models.device import resolve_device, resolve_dtype
 from sora_engine.models.registry import ModelPath, open_checkpoint
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
@@ -101,6 +102,7 @@ class RemoteCanvas:
     timesteps: tuple[float, ...]
     solver_name: str
     step: int = 0
+    cut_prompts: tuple[str, ...] = ()
     preview: None = None
     num_windows: int = 1  # ranks share windows out by themselves
     _latents: Tensor | None = None
@@ -189,6 +191,7 @@ class RankExecutor:
             timesteps=tuple(reply["timesteps"]),
             solver_name=reply["solver"],
             step=reply["step"],
+            cut_prompts=tuple(reply["cut_prompts"]),
         )
 
     def state_of(self, canvas: RemoteCanvas) -> CanvasState:
@@ -202,19 +205,22 @@ class RankExecutor:
         replies = _pool_of(canvases).call(message)
         self.sent_bytes = [reply.fields["sent"] for reply in replies]
         self.waited_s = [reply.fields["waited_s"] for reply in replies]
-        failed: dict[str, str] = replies[0].fields["failed"]
+        failed: dict[str, dict[str, Any]] = replies[0].fields["failed"]
         failures: dict[int, Exception] = {}
         for i, canvas in enumerate(canvases):
             if str(i) in failed:
-                failures[i] = JobFailedError(failed[str(i)])
+                failures[i] = error_from_fields(failed[str(i)])
             else:
                 canvas.step += 1
         return failures
 
-    def decoding(self, canvas: RemoteCanvas) -> Iterator[Tensor | None]:
-        """As `vae.decoding.decoding`; each rank makes some rows of a frame."""
+    def decoding(self, canvas: RemoteCanvas, raw: Tensor) -> Iterator[Tensor | None]:
+        """As `vae.decoding.decoding`; each rank makes some rows of a frame, of its own latents."""
         while True:
             replies = canvas.pool.call(Message("decode", {"job": canvas.number}))
+            failed = [r.fields["failed"] for r in replies if "failed" in r.fields]
+            if failed:
+                raise error_from_fields(failed[0])
             rows = [r.tensors["frames"] for r in replies if "frames" in r.tensors]
             if rows:
                 yield torch.cat(rows, dim=1)
@@ -293,6 +299,8 @@ def start_replicas(
 
     Raises LayoutError before anything is started; as `load_video_model`; RankFailedError.
     """
+    if not hasattr(os, "fork"):
+        raise LayoutError(f"{parallel} needs os.fork, which Windows has not; one rank would work")
     target = resolve_device(device)
     num_heads = _heads_of(path, components)
     check_heads(parallel, num_heads)
@@ -312,7 +320,7 @@ def start_replicas(
     layout = replace(parallel, data=1)
     if torchrun.launched():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = max(1, len(os.sched_getaffinity(0)) // local)
+        threads = max(1, usable_cores() // local)
         pool = torchrun.gather(layout, device=target.type, model=model, threads=threads)
         return [RankExecutor(_never_again, pool)]
     replicas: list[RankExecutor] = []
@@ -324,7 +332,7 @@ def start_replicas(
                 device=target.type,
                 model=model,
                 first_device=i * layout.num_ranks,
-                threads=max(1, len(os.sched_getaffinity(0)) // layout.num_ranks // parallel.data),
+                threads=max(1, usable_cores() // layout.num_ranks // parallel.data),
             )
             replicas.append(RankExecutor.started(start))
     except BaseException:

@@ -41,6 +41,8 @@ def main() -> None:
                 if rank > 0 and settings.get("store_fd") is not None:
                     os.close(settings["store_fd"])
                 sys.stdin.close()
+                if sys.stderr is None:  # the engine's process has it closed
+                    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
                 os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # which tells of ranks' ends
                 sock = socket.socket(fileno=connection)
                 code = run_rank(rank, settings.get("world", len(connections)), sock, settings)

@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sora_engine import errors
 from sora_engine.config import ParallelConfig
 from sora_engine.distributed.message import Connection, Message, MessageError
-from sora_engine.errors import RankFailedError, SoraError
+from sora_engine.errors import RankFailedError, error_from_fields
+from sora_engine.io.system import usable_cores
 
 CAUSE_S = 8.0
 """After the first sign of a failure, how long to listen for its cause. A loaded machine tells of a
@@ -104,7 +104,7 @@ class RankPool:
             "parallel": asdict(config),
             "device": device,
             "first_device": first_device,
-            "threads": threads or max(1, len(os.sched_getaffinity(0)) // config.num_ranks),
+            "threads": threads or max(1, usable_cores() // config.num_ranks),
             "model": dict(model),
             "store_fd": listener.fileno(),
             "store_port": listener.getsockname()[1],
@@ -158,7 +158,7 @@ class RankPool:
             odd = next(i for i, r in enumerate(replies) if r.kind == "refused")
             self._fail(odd, f"alone refused: {replies[odd].fields['why']}")
         if refused:
-            raise _as_error(refused[0])
+            raise error_from_fields(refused[0].fields)
         return replies
 
     def _listen(self, timeout_s: float) -> None:
@@ -371,13 +371,3 @@ def _how(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
-
-
-def _as_error(refused: Message) -> SoraError:
-    """A rank's refusal as the error that it was."""
-    why = refused.fields["why"]
-    kind = getattr(errors, refused.fields["error"], errors.JobFailedError)
-    try:
-        return kind(why)
-    except TypeError:  # an error that takes more than a text
-        return errors.JobFailedError(why)

@@ -40,7 +40,7 @@ from sora_engine.distributed.wire import (
     state_from_message,
     state_to_message,
 )
-from sora_engine.errors import RankFailedError, SoraError
+from sora_engine.errors import JobFailedError, NonFiniteError, RankFailedError, SoraError
 from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
 from sora_engine.vae.coder import ChunkCoder
@@ -96,7 +96,7 @@ class Control:
                         reply = served.carry_out(command)
                 except SoraError as error:
                     # The request's fault (or the checkpoint's), and the same at all ranks.
-                    reply = Message("refused", {"error": type(error).__name__, "why": str(error)})
+                    reply = Message("refused", error.to_fields())
                 self._connection.send(reply)
                 self._busy = False
                 command = self._commands.get()
@@ -228,7 +228,12 @@ class _Rank:
         self._jobs[command.fields["job"]] = RankJob(canvas)
         timesteps = [float(t) for t in canvas.solver.schedule.timesteps]
         timesteps *= max(1, len(canvas.chain))
-        fields = {"solver": canvas.solver_name, "timesteps": timesteps, "step": canvas.step}
+        fields = {
+            "solver": canvas.solver_name,
+            "timesteps": timesteps,
+            "step": canvas.step,
+            "cut_prompts": list(canvas.cut_prompts),
+        }
         return Message("done", fields)
 
     def _state(self, command: Message) -> Message:
@@ -244,7 +249,7 @@ class _Rank:
         for error in failures.values():
             if exchange_error(error) is not None:  # no job's fault
                 raise error
-        failed = {str(i): f"{type(e).__name__}: {e}" for i, e in failures.items()}
+        failed = {str(i): _typed(error).to_fields() for i, error in failures.items()}
         sent = {k: n - before.get(k, 0) for k, n in self.mesh.traffic.sent_bytes.items()}
         waited_s = self.mesh.traffic.waited_s - waited_s
         return Message("done", {"sent": sent, "waited_s": waited_s, "failed": failed})
@@ -278,6 +283,8 @@ class _Rank:
             frames = next(job.frames)
         except StopIteration:
             return Message("done", {"more": False})
+        except NonFiniteError as error:  # maybe in this rank's rows alone: no refusal of all ranks
+            return Message("done", {"more": False, "failed": error.to_fields()})
         return Message("done", {"more": True}, {} if frames is None else {"frames": frames})
 
     def _ops(self, command: Message) -> Message:
@@ -291,6 +298,13 @@ class _Rank:
         return Message("done")
 
 
+def _typed(error: Exception) -> SoraError:
+    """The error of a job, as it can cross to the engine."""
+    if isinstance(error, SoraError):
+        return error
+    return JobFailedError(f"{type(error).__name__}: {error}")
+
+
 def join(rank: int, size: int, device: torch.device, settings: dict[str, Any]) -> None:
     """Make the default process group: of ranks that an engine started, by a store whose listener
     it bound; of torchrun's, by torchrun's own."""
@@ -300,7 +314,8 @@ def join(rank: int, size: int, device: torch.device, settings: dict[str, Any]) -
         dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT, device_id=device_id)
         return
     # Nothing but the loopback: gloo would take the address of the host's name.
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
     store = dist.TCPStore(
         "127.0.0.1",
         settings["store_port"],

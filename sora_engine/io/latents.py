@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sora_engine.errors import MediaError
 from sora_engine.io.atomic import write_atomically
+from sora_engine.io.file_kind import kind_of
 from sora_engine.io.provenance import Provenance
 
 SUFFIX = ".latents.safetensors"
@@ -22,21 +24,29 @@ class SavedLatents:
     """Latents float32 `[channels, latent_frames, latent_height, latent_width]`, as the VAE decoder
     takes them (`Video.latents`), and what a decoder must know beside them.
 
-    model: what `Engine.from_pretrained` was given. size: number of frames, height and width of the
-    video, where what the latents hold is larger: it is the middle of the first frames.
+    model, components: what `Engine.from_pretrained` was given; of two experts both files.
+    size: number of frames, height and width of the video, where what the latents hold is larger: it
+        is the middle of the first frames.
     """
 
     latents: Tensor
     fps: float
     loop: bool
-    model: str
+    model: str | tuple[str, ...]
     provenance: Provenance | None = None
+    components: str | None = None
     size: tuple[int, int, int] | None = None
 
     def write(self, path: str | Path) -> Path:
         """Write the file whole or not at all; MediaError where that cannot be."""
         path = Path(path)
-        metadata = {"fps": repr(self.fps), "loop": str(int(self.loop)), "model": self.model}
+        metadata = {"fps": repr(self.fps), "loop": str(int(self.loop))}
+        if isinstance(self.model, str):
+            metadata["model"] = self.model
+        else:
+            metadata["experts"] = json.dumps(self.model)
+        if self.components is not None:
+            metadata["components"] = self.components
         if self.size is not None:
             metadata["size"] = "x".join(map(str, self.size))
         if self.provenance is not None:
@@ -44,7 +54,7 @@ class SavedLatents:
         try:
             write_atomically(path, save({"latents": self.latents.float().contiguous()}, metadata))
         except OSError as error:
-            raise MediaError(f"{path} cannot be written: {error.strerror}") from error
+            raise MediaError(f"{path} cannot be written: {error.strerror or error}") from error
         return path
 
     @classmethod
@@ -56,21 +66,37 @@ class SavedLatents:
                 metadata = file.metadata() or {}
                 names = list(file.keys())
                 if names != ["latents"] or "fps" not in metadata:
-                    raise MediaError(f"{path} holds {names}: these are no finished latents")
+                    raise MediaError(f"{path} {_instead(names, metadata)}")
                 latents = file.get_tensor("latents")
             fps, loop = float(metadata["fps"]), metadata.get("loop") == "1"
             size = None
             if "size" in metadata:
                 num_frames, height, width = map(int, metadata["size"].split("x"))
                 size = num_frames, height, width
-        except (SafetensorError, OSError, ValueError) as error:
+            model: str | tuple[str, ...] = metadata.get("model", "")
+            if "experts" in metadata:
+                model = tuple(str(expert) for expert in json.loads(metadata["experts"]))
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             if isinstance(error, MediaError):
                 raise
-            raise MediaError(f"{path} cannot be read as latents: {error}") from error
+            what = kind_of(path)
+            reason = error if what is None else f"it is {what}; {_WANTED}"
+            raise MediaError(f"{path} cannot be read as latents: {reason}") from error
         if latents.ndim != 4 or latents.dtype != torch.float32 or 0 in latents.shape:
             raise MediaError(
                 f"{path}: latents are float32 [channels, latent_frames, latent_height, "
                 f"latent_width], got {latents.dtype} {list(latents.shape)}"
             )
         provenance = Provenance.from_json(metadata.get("provenance", ""))
-        return cls(latents, fps, loop, metadata.get("model", ""), provenance, size)
+        return cls(latents, fps, loop, model, provenance, metadata.get("components"), size)
+
+
+_WANTED = f"a file of finished latents ends in {SUFFIX}"
+
+
+def _instead(names: list[str], metadata: dict[str, str]) -> str:
+    """What a safetensors file holds that is no finished latents."""
+    if "sora_engine" in metadata:
+        return "is a saved job, which has not been denoised to its end: `Engine.resume` goes on"
+    some = f"{names}" if len(names) < 4 else f"{len(names)} tensors such as {', '.join(names[:3])}"
+    return f"holds {some}: these are no finished latents; {_WANTED}"

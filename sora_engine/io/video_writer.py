@@ -9,13 +9,13 @@
 
 Everything is written beside its target under a temporary name and moved into place at the end, so
 a failure leaves nothing half-written. An existing file is replaced; an existing folder only when it
-is empty or holds nothing but numbered PNGs.
+is empty or holds nothing but numbered PNGs. A symbolic link stays one: the file or the folder that
+it points at is written, in the format that the link's own name says.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Sized
@@ -29,6 +29,7 @@ import numpy as np
 
 from sora_engine.errors import MediaError
 from sora_engine.io.animation import GifWriter, WebpWriter
+from sora_engine.io.atomic import name_max, temporary_beside, written_through
 from sora_engine.io.formats import NUMBERED_PNG, SUFFIXES, check_rate
 from sora_engine.io.images import check_frame, write_png
 from sora_engine.io.provenance import Provenance
@@ -64,7 +65,8 @@ class VideoWriter:
         comment = "" if provenance is None else provenance.to_json()
         self._shape: tuple[int, ...] | None = None
         self._count = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+        self._target = written_through(self.path)
+        self._temporary = temporary_beside(self._target)
         self._file: BinaryIO | None = None
         self._closed = False
         try:
@@ -118,12 +120,12 @@ class VideoWriter:
                 raise MediaError(f"{self.path}: a video needs at least one frame")
             self._writer.close()
             if self._file is None:
-                _replace_folder(self._temporary, self.path)
+                _replace_folder(self._temporary, self._target)
             else:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
-                os.replace(self._temporary, self.path)
+                os.replace(self._temporary, self._target)
         except (OSError, av.FFmpegError) as error:
             self.abort()
             raise MediaError(f"{self.path} cannot be written: {error}") from error
@@ -199,14 +201,20 @@ def check_output(
         check_rate(fps, suffix)
     if not path.name or path.name == "..":
         raise MediaError(f"{path}: name a file or a new folder")
-    if not path.parent.is_dir():
-        raise MediaError(f"{path}: the folder {path.parent} does not exist")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
+    if "\0" in str(path):
+        raise MediaError(f"{str(path)!r}: a name has no null characters")
+    longest, length = name_max(path.parent), len(os.fsencode(path.name))
+    if length > longest:
         raise MediaError(
-            f"{path}: the folder {path.parent} is not writable: {error.strerror}"
-        ) from error
+            f"{path}: the name has {length} bytes; {longest} is the most that a file here has"
+        )
+    try:
+        folder = written_through(path).parent
+        if not folder.is_dir():
+            raise MediaError(f"{path}: the folder {folder} does not exist")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise MediaError(f"{path} cannot be written: {error.strerror or error}") from error
     if suffix and path.is_dir():
         raise MediaError(f"{path} is a folder")
     if not suffix and path.exists():

@@ -120,4 +120,8 @@ def _paths_of(path: ModelPath) -> tuple[list[Path], str]:
                 "and nothing is downloaded",
                 path=each,
             )
+        if len(found) > 1 and each.is_dir():
+            raise CheckpointError(
+                "a folder; two paths are two experts, each a .safetensors file", path=each
+            )
     return found, found[0].name

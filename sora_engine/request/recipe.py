@@ -1,8 +1,9 @@
 """How a result was made, as plain values in its file, and from there the same request again.
 
-A clip is remembered by its path and the hash of its bytes, or, if it was itself made by the engine,
-by its own recipe. Frames, noise and images that were only in memory are remembered by their hash:
-that is enough to say what is missing.
+A clip is remembered by its name and the hash of its bytes, or, if it was itself made by the
+engine, by its own recipe. Its folder is not: results go to others, and where things lie on a server
+is none of their business. Frames, noise and images that were only in memory are remembered by their
+hash: that is enough to say what is missing.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
 def request_of(provenance: Provenance, make: Make, *, folder: Path | None = None) -> VideoRequest:
     """The request that made a result.
 
-    make: makes the videos that the request started from, where it started from some. folder: where
-    clips are looked for that are not at their path any more; that of the result.
+    make: makes the videos that the request started from, where it started from some. folder: that
+    of the result; clips are looked for there, and in the current folder.
     Raises RequestError or MediaError for a clip that is missing, was changed, or was never a file.
     """
     settings = provenance.settings
@@ -162,7 +163,7 @@ def _frames_to_json(frames: Frames) -> dict[str, Any]:
         return {**inner, "start": frames.start, "stop": frames.stop}
     if isinstance(frames, (str, PathLike)):
         path = Path(frames)
-        return {"path": path.as_posix(), "sha256": _hash_path(path)}
+        return {"name": path.name or path.resolve().name, "sha256": _hash_path(path)}
     if isinstance(frames, Video) and frames.provenance is not None:
         origin = frames.provenance
         return {"made": {f.name: getattr(origin, f.name) for f in fields(origin)}}
@@ -173,7 +174,9 @@ def _frames_from_json(record: dict[str, Any], make: Make, folder: Path | None) -
     whole: WholeFrames
     if "made" in record:
         whole = make(request_of(Provenance(**record["made"]), make, folder=folder))
-    elif "path" in record:
+    elif "name" in record:
+        whole = _find(Path(Path(record["name"]).name), record["sha256"], folder)
+    elif "path" in record:  # of version 0.2 and before, which wrote the whole path
         whole = _find(Path(record["path"]), record["sha256"], folder)
     else:
         raise RequestError(
@@ -186,11 +189,18 @@ def _frames_from_json(record: dict[str, Any], make: Make, folder: Path | None) -
 
 
 def _find(path: Path, sha256: str, folder: Path | None) -> Path:
-    """The clip's file, where it was or beside the result, if it is still the same."""
-    places = [path] if folder is None else [path, folder / path, folder / path.name]
+    """The clip's file: beside the result or in the current folder, if it is still the same."""
+    here = Path.cwd()
+    places = [path, here / path.name]
+    if folder is not None:
+        places[:0] = [folder / path, folder / path.name]
     found = [place for place in places if place.exists()]
     if not found:
-        raise MediaError(f"the clip {path} is not there any more")
+        looked = here if folder is None else f"{folder}, and not in {here}"
+        raise MediaError(
+            f"the clip {path.name} (sha256 {sha256[:12]}) is not there any more: it is not in "
+            f"{looked}; a copy of it, or a link to it, beside the result would work"
+        )
     for place in found:
         if (place.is_file() or place.is_dir()) and _hash_path(place) == sha256:
             return place

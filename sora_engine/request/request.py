@@ -79,7 +79,8 @@ class VideoRequest:
 
     Args:
         prompt: what the video shows.
-        negative_prompt: what guidance steers away from.
+        negative_prompt: what guidance steers away from; "" for nothing, whatever the checkpoint's
+            own is.
         height, width: pixels, of any size. The model makes the next larger size on its grid
             (multiples of the VAE's factor times the patch, 16 for Wan); its middle is kept.
         num_frames: of any length; what the model makes beyond it (it takes one more than a multiple
@@ -120,7 +121,7 @@ class VideoRequest:
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None

@@ -142,7 +142,9 @@ def resolve_request(
         _check_latents(request.latents, latent_shape)
     return ResolvedRequest(
         prompt=request.prompt,
-        negative_prompt=request.negative_prompt or defaults.negative_prompt,
+        negative_prompt=(
+            defaults.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        ),
         height=height,
         width=width,
         num_frames=num_frames,
@@ -186,6 +188,8 @@ def check_for_mode(request: ResolvedRequest, mode: KnownMode) -> None:
 def _check_prompts(request: VideoRequest, limits: Limits) -> None:
     for name in ("prompt", "negative_prompt"):
         text: object = getattr(request, name)
+        if name == "negative_prompt" and text is None:
+            continue
         if not isinstance(text, str):
             raise RequestError(f"{name} must be a string, got {type(text).__name__}")
         if len(text) > limits.max_prompt_chars:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sora_engine.errors import EngineDeadError
 from sora_engine.request.request import VideoRequest
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job, Progress
@@ -28,6 +29,11 @@ class AsyncEngine:
     async def from_pretrained(cls, *arguments: Any, **options: Any) -> AsyncEngine:
         """As `Engine.from_pretrained`, without holding up the event loop."""
         return cls(await asyncio.to_thread(Engine.from_pretrained, *arguments, **options))
+
+    @property
+    def error(self) -> EngineDeadError | None:
+        """As `Engine.error`."""
+        return self.engine.error
 
     def submit(self, request: VideoRequest, **options: Any) -> Job:
         """Queue a request; takes and raises what `Engine.submit` does."""

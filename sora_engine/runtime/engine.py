@@ -14,7 +14,7 @@ import torch
 from sora_engine.config import NO_LIMIT, Limits, ParallelConfig
 from sora_engine.denoise.denoise import num_passes, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
-from sora_engine.errors import LayoutError, RequestError
+from sora_engine.errors import EngineDeadError, LayoutError, RequestError
 from sora_engine.models.loading import USABLE, load_video_model
 from sora_engine.models.registry import ModelPath
 from sora_engine.models.video_model import VideoModel
@@ -28,6 +28,7 @@ from sora_engine.runtime.job import (
     LatentsCallback,
     ProgressCallback,
 )
+from sora_engine.runtime.lifetime import Origin, stop_when_dropped
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
 from sora_engine.runtime.savepoint import Savepoint, load_state
 from sora_engine.runtime.scheduler import MAX_PRIORITY
@@ -40,7 +41,8 @@ from sora_engine.video import Video
 class Engine:
     """Makes videos with one model. A context manager: leaving it cancels what is still running.
 
-    Safe to use from several threads.
+    Safe to use from several threads, and in the process that made it. One that nobody holds any
+    more finishes its jobs, and then its thread and its memory go.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Engine:
     ) -> None:
         """model: loaded in this process. replicas: what does the work where the model is elsewhere:
         each serves its own jobs."""
+        self._origin = Origin()
         self.limits = limits or Limits()
         self.hooks = hooks or Hooks()
         # What ranks need is not rehearsed: their model is not here.
@@ -72,6 +75,7 @@ class Engine:
         self._workers = [
             Worker(replica, self.limits, self.hooks, self._planner) for replica in replicas
         ]
+        stop_when_dropped(self, self._workers)
 
     @classmethod
     def from_pretrained(
@@ -198,7 +202,7 @@ class Engine:
         The callbacks are called on the engine's thread; an exception in one fails the job.
 
         Raises RequestError for a bad value, MemoryLimitError, RefusedError, QueueFullError,
-        EngineClosedError.
+        EngineClosedError, EngineDeadError (see `error`).
         """
         options = JobOptions(
             priority=priority,
@@ -219,6 +223,7 @@ class Engine:
         options: those of `submit`. Raises CheckpointError for a file that is none, or that another
         model or dtype left; and as `submit`.
         """
+        self._origin.check()
         if options.get("save_to") is not None:
             options["save_to"] = Path(options["save_to"])
         saved = load_state(Path(path), self.model)
@@ -237,6 +242,7 @@ class Engine:
 
         RequestError for an engine over several ranks, whose memory is not planned.
         """
+        self._origin.check()
         if self._planner is None:
             raise RequestError("the memory of several ranks is not planned")
         return self._planner.plan(self.resolve(request))
@@ -249,6 +255,19 @@ class Engine:
         return self._planner.model
 
     @property
+    def error(self) -> EngineDeadError | None:
+        """Whether the engine is dead, and why; None for one that serves, or was closed.
+
+        Dead is an engine whose device does not answer any more, at all of its replicas, and one in
+        a process that was forked after it was made (EngineForkedError). It is asked without waiting
+        and without submitting, so a health check may ask it.
+        """
+        if (forked := self._origin.error) is not None:
+            return forked
+        errors = [worker.error for worker in self._workers]
+        return errors[0] if all(errors) else None
+
+    @property
     def num_queued(self) -> int:
         """Jobs that wait to be started."""
         return sum(worker.num_queued for worker in self._workers)
@@ -259,7 +278,12 @@ class Engine:
         return sum(worker.num_running for worker in self._workers)
 
     def close(self) -> None:
-        """Cancel what is queued or running, and stop. Further requests raise EngineClosedError."""
+        """Cancel what is queued or running, and stop. Further requests raise EngineClosedError.
+
+        In a forked process it does nothing: what would be stopped is the parent's.
+        """
+        if not self._origin.here:
+            return
         for worker in self._workers:
             worker.close()
 
@@ -277,6 +301,7 @@ class Engine:
     def _enqueue(
         self, request: ResolvedRequest, options: JobOptions, saved: Savepoint | None = None
     ) -> Job:
+        self._origin.check()
         check_options(options)
         if options.on_latents is not None and self.hooks.check_frames is not None:
             raise RequestError("on_latents is not to be had where a hook checks all frames")
@@ -294,7 +319,8 @@ class Engine:
             job.resumed_at = saved.step
             job.provenance = saved.provenance
             job.saved = saved
-        idlest = min(self._workers, key=lambda worker: worker.num_queued + worker.num_running)
+        alive = [worker for worker in self._workers if worker.error is None] or self._workers
+        idlest = min(alive, key=lambda worker: worker.num_queued + worker.num_running)
         idlest.enqueue(job, steps + DECODE_STEPS)
         return job
 

@@ -20,7 +20,7 @@ from sora_engine.denoise.packing import Packer
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 from sora_engine.runtime.saturation import saturation_point
-from sora_engine.vae.decoding import as_kept, decoding
+from sora_engine.vae.decoding import decoding
 
 
 class ScalesLatents(Protocol):
@@ -75,6 +75,8 @@ class ServedCanvas(Protocol):
     @property
     def solver_name(self) -> str: ...
     @property
+    def cut_prompts(self) -> tuple[str, ...]: ...
+    @property
     def preview(self) -> np.ndarray | None: ...
     @property
     def latents(self) -> Tensor: ...
@@ -114,9 +116,12 @@ class Executor(Protocol[C]):
         """See `denoise.denoise_step`."""
         ...
 
-    def decoding(self, canvas: C) -> Iterator[Tensor | None]:
+    def decoding(self, canvas: C, raw: Tensor) -> Iterator[Tensor | None]:
         """See `vae.decoding.decoding`. The canvas stays as it is: saved now, its job is resumed
-        from what was denoised."""
+        from what was denoised.
+
+        raw: its latents as `Video.latents` keeps them, float32 on the host: what is decoded
+        follows from them where that is possible, so that `sora decode` makes the same bits."""
         ...
 
     def tiles_used(self, height: int, width: int) -> dict[str, str]:
@@ -173,9 +178,9 @@ class LocalExecutor:
     def step(self, canvases: Sequence[Canvas], max_tokens: int) -> dict[int, Exception]:
         return denoise_step(canvases, self.model, self._packer, max_tokens)
 
-    def decoding(self, canvas: Canvas) -> Iterator[Tensor | None]:
+    def decoding(self, canvas: Canvas, raw: Tensor) -> Iterator[Tensor | None]:
         model = self.model
-        latents = as_kept(canvas.latents, model.vae)
+        latents = model.vae.normalise(raw[None])[0].to(canvas.latents)
         return decoding(
             latents, model.vae, dtype=model.vae_dtype, device=model.device, wraps=canvas.wraps
         )

@@ -16,6 +16,7 @@ from sora_engine.errors import DeadlineExceededError, JobCancelledError, JobFail
 from sora_engine.io.provenance import Provenance
 from sora_engine.request import ResolvedRequest
 from sora_engine.runtime.executor import ServedCanvas
+from sora_engine.runtime.lifetime import Origin
 from sora_engine.runtime.memory import MemoryPlan
 from sora_engine.runtime.savepoint import Savepoint
 from sora_engine.runtime.scheduler import Ticket
@@ -95,7 +96,10 @@ class Job:
         self.preview: np.ndarray | None = None
         """What the last step makes of the video: uint8 `[latent_frames, latent_height,
         latent_width, 3]`, for checkpoints that bring a projection to colours."""
+        self.save_error: OSError | None = None
+        """Why `save_to` could not be written the last time; the job goes on without it."""
         # What the engine's thread keeps here.
+        self._origin = Origin()
         self.canvas_or_none: ServedCanvas | None = None
         self.preparing: Generator[None, None, ServedCanvas] | None = None
         self.saved: Savepoint | None = None
@@ -112,6 +116,7 @@ class Job:
         self.save_orders: list[SaveOrder] = []
         self._ticket: Ticket | None = None
 
+        self._cut_prompts: tuple[str, ...] = ()
         self._timings_s: dict[str, float] = {}
         self._state = JobState.QUEUED
         self._steps_done = 0
@@ -130,6 +135,11 @@ class Job:
     @property
     def state(self) -> JobState:
         return self._state
+
+    @property
+    def cut_prompts(self) -> tuple[str, ...]:
+        """A line for each text that is longer than the text encoder reads, once it is encoded."""
+        return self._cut_prompts
 
     @property
     def progress(self) -> Progress:
@@ -174,6 +184,7 @@ class Job:
         A job that is still queued or encoding is saved once it denoises; the job goes on. Raises
         TimeoutError, JobFailedError for a job that ended before, OSError.
         """
+        self._origin.check()
         order = SaveOrder(Path(path))
         with self._lock:
             if self._done.is_set():
@@ -193,8 +204,10 @@ class Job:
         """The finished video.
 
         Raises TimeoutError after `timeout_s` (the job goes on), JobCancelledError, or the error
-        that failed the job.
+        that failed the job; EngineForkedError in a process that was forked before it was done.
         """
+        if not self._done.is_set():
+            self._origin.check()
         if not self._done.wait(timeout_s):
             raise TimeoutError(f"the job is still {self._state} after {timeout_s} s")
         if self._error is not None:
@@ -241,6 +254,7 @@ class Job:
         """Denoising begins: at the first step, or where a saved job was left."""
         self._steps_done = self._first_step = canvas.step
         self.canvas_or_none = canvas
+        self._cut_prompts = canvas.cut_prompts
         self.enter(JobState.DENOISING)
 
     def count_step(self) -> None:

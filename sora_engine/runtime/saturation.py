@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +16,7 @@ import torch
 
 from sora_engine.denoise.packing import Packer, Segment
 from sora_engine.io.atomic import write_atomically
+from sora_engine.io.cache import cache_folder
 from sora_engine.models.video_model import VideoModel
 
 logger = logging.getLogger(__name__)
@@ -31,15 +33,17 @@ PASSES = 5
 def saturation_point(model: VideoModel, limit: int, *, cache: Path | None = None) -> int:
     """Tokens a batch, at most `limit`; measured once for a model on a machine.
 
-    cache: the file of measurements, `$XDG_CACHE_HOME/sora_engine/saturation.json` by default.
+    cache: the file of measurements, `$XDG_CACHE_HOME/sora_engine/saturation.json` by default. Where
+    it cannot be, every engine measures for itself.
     """
-    path = default_cache() if cache is None else cache
+    path = cache_folder("saturation.json") if cache is None else cache
     key = _key(model)
-    known = _read(path)
+    known = {} if path is None else _read(path)
     if key not in known:
         known[key] = measure_saturation(model, limit)
         logger.info("batches of %d tokens saturate %s", known[key], model.device)
-        _write(path, {**_read(path), key: known[key]})
+        if path is not None:
+            _write(path, {**_read(path), key: known[key]})
     return min(known[key], limit)
 
 
@@ -90,14 +94,9 @@ def find_saturation(seconds: Callable[[int], float], limit: int) -> int:
     return tokens
 
 
-def default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "sora_engine" / "saturation.json"
-
-
 def _key(model: VideoModel) -> str:
     device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     transformer = model.loaded_transformer
     text = json.dumps(

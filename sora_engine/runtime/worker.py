@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -34,9 +33,10 @@ from sora_engine.runtime.failures import failure_of, is_device_error, is_out_of_
 from sora_engine.runtime.hooks import FrameSpan, Hooks
 from sora_engine.runtime.job import Job, JobState
 from sora_engine.runtime.memory import MemoryPlanner
-from sora_engine.runtime.savepoint import save_state
+from sora_engine.runtime.receipt import receipt_of
+from sora_engine.runtime.saving import carry_out_orders, keep_state
 from sora_engine.runtime.scheduler import Scheduler
-from sora_engine.video import Receipt, Video
+from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Worker:
         self._running: list[Job] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._let_go = False
+        self._idle = False
         self._dead: EngineDeadError | None = None
         self._seconds_a_pixel: float | None = None
         self._ends: list[float] = []
@@ -72,6 +74,11 @@ class Worker:
         self._thread.start()
 
     # For any thread.
+
+    @property
+    def error(self) -> EngineDeadError | None:
+        """Why it can do no more work, once it cannot."""
+        return self._dead
 
     @property
     def num_queued(self) -> int:
@@ -103,14 +110,34 @@ class Worker:
 
     def close(self) -> None:
         """Cancel all jobs, and end the thread."""
+        self.cancel()
+        self.join()
+        self.executor.close()
+
+    def cancel(self) -> None:
+        """Cancel all jobs, and have the thread end."""
         with self._wake:
             self._closed = True
             for job in (*self._queue, *self._running):
                 job.cancel()
             self._wake.notify_all()
+
+    def let_go(self) -> None:
+        """Nobody can ask for more: end once all jobs are done, which is now where there are none.
+
+        Called by the garbage collector, in whichever thread that runs.
+        """
+        with self._wake:
+            self._closed = self._let_go = True
+            idle = self._idle and not (self._queue or self._running)
+            self._wake.notify_all()
+        if idle:  # no caller's code is on its way there, so this cannot wait for itself
+            self.join()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the thread's end, unless this is it."""
         if threading.current_thread() is not self._thread:
-            self._thread.join()
-        self.executor.close()
+            self._thread.join(timeout_s)
 
     def _retry_after_s(self) -> float:
         """When a place may be free: the mean time between the last jobs' ends, or a job's ETA."""
@@ -125,9 +152,11 @@ class Worker:
         while True:
             with self._wake:
                 while not (self._queue or self._running or self._closed):
+                    self._idle = True
                     self._wake.wait()
+                    self._idle = False
                 if self._closed and not (self._queue or self._running):
-                    return
+                    break
             try:
                 self.turn()
             except Exception as error:
@@ -135,6 +164,8 @@ class Worker:
                 # for ever because of it.
                 logger.exception("the engine failed")
                 self._fail([*self._queue, *self._running], failure_of(error))
+        if self._let_go:
+            self.executor.close()
 
     def turn(self) -> None:
         """One turn: stop who is to be stopped, admit, encode, then a step or a latent frame."""
@@ -146,7 +177,7 @@ class Worker:
         for job in [job for job in self._running if job.state is JobState.ENCODING]:
             self._attempt(job, self._encode)
         for job in [job for job in self._running if job.save_orders and job.canvas_or_none]:
-            self._attempt(job, self._save)
+            self._attempt(job, lambda job: carry_out_orders(job, self.executor))
         ready = [job for job in self._running if job.state is not JobState.ENCODING]
         ordered = self._scheduler.in_order(ready)
         if not ordered:
@@ -217,6 +248,8 @@ class Worker:
             if self._seconds_a_pixel is not None:
                 job.seconds_a_frame = self._seconds_a_pixel * job.request.height * job.request.width
             job.begin(prepared.value)
+            for cut in job.canvas.cut_prompts:
+                logger.warning("%s", cut)
             if job.canvas.finished:  # it was saved after its last step
                 self._finish_denoising(job)
 
@@ -266,23 +299,8 @@ class Worker:
             job.preview = job.canvas.preview
         options = job.options
         if options.save_to is not None and job.canvas.step % options.save_every == 0:
-            self._write_state(job, options.save_to)
+            keep_state(job, options.save_to, self.executor)
         job.tell_progress()
-
-    def _save(self, job: Job) -> None:
-        while job.save_orders:
-            order = job.save_orders.pop()
-            try:
-                self._write_state(job, order.path)
-            except Exception as error:  # the caller's path: it goes to who asked
-                order.error = error
-            order.over.set()
-
-    def _write_state(self, job: Job, path: Path) -> None:
-        if job.provenance is None:
-            job.provenance = provenance_of(job.request, self.model)
-        state = self.executor.state_of(job.canvas)
-        save_state(path, job.request, state, self.model, job.provenance)
 
     def _finish_denoising(self, job: Job) -> None:
         job.enter(JobState.DECODING)
@@ -295,7 +313,7 @@ class Worker:
             job.latents = latents
             if job.options.on_latents is not None:
                 job.options.on_latents(latents)
-        job.decoding = self._decoded(job)
+        job.decoding = self._decoded(job, latents)
 
     def _decode(self, job: Job) -> None:
         assert job.decoding is not None
@@ -312,14 +330,17 @@ class Worker:
             self._seconds_a_pixel = (time.monotonic() - started) / pixels
 
     @torch.inference_mode()
-    def _decoded(self, job: Job) -> Iterator[int]:
-        """Decode a job; yields how many frames each turn made. Completes the job at its end."""
+    def _decoded(self, job: Job, latents: torch.Tensor) -> Iterator[int]:
+        """Decode a job's latents (`Video.latents`); yields how many frames each turn made.
+        Completes the job at its end."""
         request, canvas = job.request, job.canvas
         frames = torch.empty(
             (request.num_frames, request.height, request.width, 3), dtype=torch.uint8
         )
         stop = 0
-        for chunk in self.executor.decoding(canvas):
+        chunks = self.executor.decoding(canvas, latents)
+        del latents
+        for chunk in chunks:
             if chunk is None:
                 yield 0
                 continue
@@ -347,29 +368,10 @@ class Worker:
             seed=request.seed,
             timings_s=job.timings_s,
             provenance=job.provenance or provenance_of(request, self.model),
-            receipt=self._receipt(job),
+            receipt=receipt_of(job, self.executor),
         )
         self._retire(job)
         job.complete(video)
-
-    def _receipt(self, job: Job) -> Receipt:
-        request, model, executor = job.request, self.model, self.executor
-        return Receipt(
-            device=str(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            vae=executor.vae_name,
-            vae_dtype=str(model.vae_dtype).removeprefix("torch."),
-            ops=executor.ops(),
-            solver=job.canvas.solver_name,
-            seed=request.seed,
-            noise="seed" if request.latents is None else "given",
-            most_in_company=job.most_in_company,
-            largest_batch_tokens=job.largest_batch_tokens,
-            vae_tiles=executor.tiles_used(request.canvas_height, request.canvas_width),
-            canvas=request.canvas,
-            resumed_at=job.resumed_at,
-            promised_bytes=None if job.plan is None else job.plan.peak,
-        )
 
     # When things go wrong.
 

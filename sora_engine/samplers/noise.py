@@ -5,14 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from sora_engine.errors import RequestError
 
+TORCH_SEEDS = 2**32
+"""So many seeds a CPU generator of torch tells apart: of a larger one it takes the lower bits."""
+
 
 def initial_noise(seed: int, shape: Sequence[int]) -> torch.Tensor:
-    """float32 noise of `shape`, the numbers that diffusers draws for a CPU generator of `seed`."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    """float32 noise of `shape`; every bit of `seed`, from 0 to 2**63 - 1, counts.
+
+    Below 2**32 these are the numbers that diffusers draws for a CPU generator of `seed`. From there
+    on, where those would begin anew, they are `numpy.random.RandomState`'s for the seed's lower and
+    upper 32 bits, whose stream NumPy has frozen (NEP 19).
+    """
+    if seed < TORCH_SEEDS:
+        return _randn(shape, torch.Generator("cpu").manual_seed(seed))
+    drawn = np.random.RandomState([seed % TORCH_SEEDS, seed // TORCH_SEEDS])
+    return torch.from_numpy(drawn.standard_normal(tuple(shape)).astype(np.float32))
 
 
 def noise_for(seed: int, step: int, shape: Sequence[int]) -> torch.Tensor:
@@ -22,12 +34,12 @@ def noise_for(seed: int, step: int, shape: Sequence[int]) -> torch.Tensor:
     device the request runs and from wherever it is taken up again. Steps are independent of each
     other and of `initial_noise(seed)`.
     """
-    return torch.randn(tuple(shape), generator=_generator("step", seed, step))
+    return _randn(shape, _generator("step", seed, step))
 
 
 def resampling_noise(seed: int, step: int, visit: int, shape: Sequence[int]) -> torch.Tensor:
     """As `noise_for`, for the way back before the `visit`th time that a step is taken again."""
-    return torch.randn(tuple(shape), generator=_generator(f"resample {visit}", seed, step))
+    return _randn(shape, _generator(f"resample {visit}", seed, step))
 
 
 def free_noise(
@@ -54,15 +66,24 @@ def free_noise(
     generator = _generator("free", seed, 0)
     while len(order) < repeated:
         block = order[len(order) - window :][:stride]
-        order += [block[j] for j in torch.randperm(stride, generator=generator).tolist()]
+        order += [block[j] for j in _shuffled(stride, generator)]
     noise = base[:, order[:repeated]]
     if repeated == frames:
         return noise
     tail = (channels, frames - repeated, height, width)
-    return torch.cat([noise, torch.randn(tail, generator=_generator("tail", seed, 0))], dim=1)
+    return torch.cat([noise, _randn(tail, _generator("tail", seed, 0))], dim=1)
 
 
 def _generator(stream: str, seed: int, step: int) -> torch.Generator:
     """A generator whose stream is unrelated to those of neighbouring seeds and steps."""
     digest = hashlib.blake2b(f"{stream}:{seed}:{step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _randn(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    # Both are said: a host may have changed torch's defaults.
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _shuffled(count: int, generator: torch.Generator) -> list[int]:
+    return [int(i) for i in torch.randperm(count, generator=generator, device="cpu")]

@@ -28,8 +28,8 @@ class TextEncoder(Protocol):
         """An embedding `[tokens, text_dim]` (pooled: `[text_dim]`) for each prompt, on `device`."""
         ...
 
-    def count(self, prompt: str) -> int:
-        """Tokens of a prompt, as `encode` cuts it."""
+    def count(self, prompt: str, *, whole: bool = False) -> int:
+        """Tokens of a prompt, as `encode` cuts it, or of the whole of it."""
         ...
 
     def activation_bytes(self, num_tokens: int) -> int:
@@ -116,6 +116,20 @@ class PromptEncoder:
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, by the encoder that makes the most of them."""
         return max((encoder.count(prompt) for encoder in self.encoders.values()), default=1)
+
+    def cut(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """A line for each prompt of which some encoder does not read the end."""
+        lines = []
+        for prompt in dict.fromkeys(prompts):
+            for name, encoder in self.encoders.items():
+                tokens = encoder.count(prompt, whole=True)
+                if tokens > encoder.max_tokens:
+                    start = f"{prompt[:40]}..." if len(prompt) > 40 else prompt
+                    lines.append(
+                        f"the prompt {start!r} is cut: it has {tokens} tokens, and the encoder "
+                        f"{name!r} reads {encoder.max_tokens}"
+                    )
+        return tuple(lines)
 
     def activation_bytes(self, num_tokens: int) -> int:
         """The most that encoding a text holds beside weights: encoders run one after the other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import Weights, find_weights
 from sora_engine.text.prompt import clean_prompt
+from sora_engine.text.sentencepiece import SentencePieceModel
 from sora_engine.text.settings import read_settings
 
 MAX_TOKENS = 512
 """Where Wan's pipelines truncate a prompt."""
 TOKENIZER_CLASSES = ("T5Tokenizer", "T5TokenizerFast")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+UNK_ID = 2
+"""What T5's vocabularies have for an unknown piece, after padding and the end mark."""
 
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 250112,
@@ -112,10 +115,10 @@ class UMT5Encoder:
         self.model.to(device)
         return self
 
-    def count(self, prompt: str) -> int:
-        """Tokens of a prompt, as `encode` cuts it."""
-        ids = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.max_tokens)
-        return len(ids.input_ids)
+    def count(self, prompt: str, *, whole: bool = False) -> int:
+        """Tokens of a prompt, as `encode` cuts it, or of the whole of it; its end mark counts."""
+        ids = self.tokenizer(clean_prompt(prompt), truncation=False, verbose=False).input_ids
+        return len(ids) if whole else min(len(ids), self.max_tokens)
 
     def activation_bytes(self, num_tokens: int) -> int:
         """The most that one text holds beside the weights: queries to values, scores and their
@@ -174,9 +177,15 @@ def load_umt5(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' `T5Tokenizer` from the files of `folder`; no code of the folder's own runs."""
+    """transformers' `T5Tokenizer` from the files of `folder`; no code of the folder's own runs.
+
+    `tokenizer.json`, or `spiece.model` where that is all there is; `tokenizer_config.json` may be
+    missing beside either. Raises CheckpointError.
+    """
     path = folder / "tokenizer_config.json"
-    config = read_json_object(path)
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    # T5's hundred sentinels stand in no prompt, and a file that lacks them may fill the encoder.
+    config = {"extra_ids": 0} if present and not path.exists() else read_json_object(path)
     if "auto_map" in config:
         raise CheckpointError("auto_map asks for code of the folder's own", path=path)
     name = config.get("tokenizer_class", TOKENIZER_CLASSES[0])
@@ -184,16 +193,46 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(
             f"tokenizer_class is {name!r}; supported: {', '.join(TOKENIZER_CLASSES)}", path=path
         )
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if not present:
         raise CheckpointError(f"no {' and no '.join(TOKENIZER_FILES)}", path=folder)
-    if (folder / TOKENIZER_FILES[0]).is_file():
-        read_json_object(folder / TOKENIZER_FILES[0])
     from transformers import T5Tokenizer
 
     try:
+        if present[0] == "spiece.model":
+            return _from_pieces(folder / present[0], config)
+        read_json_object(folder / present[0])
+        options = {} if path.exists() else config
         return T5Tokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder), local_files_only=True, trust_remote_code=False, **options
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # the library raises what it likes for files that it cannot use
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"not a T5 tokenizer: {reason}", path=folder) from error
+
+
+def _from_pieces(path: Path, config: Mapping[str, Any]) -> Any:
+    """The tokenizer of a SentencePiece model: transformers would want two more libraries for it."""
+    from transformers import T5Tokenizer
+
+    model = SentencePieceModel.read(path)
+    if model.unk_id != UNK_ID:
+        raise CheckpointError(
+            f"the unknown piece has the id {model.unk_id}; T5's has {UNK_ID}", path=path
+        )
+    extra = [f"<extra_id_{i}>" for i in reversed(range(int(config.get("extra_ids", 100))))]
+    names = ("eos_token", "unk_token", "pad_token")
+    tokens = {key: _content(config[key]) for key in names if config.get(key) is not None}
+    return T5Tokenizer(
+        vocab=[*model.pieces, *((token, 0.0) for token in extra)],
+        _spm_precompiled_charsmap=model.charsmap,
+        extra_ids=len(extra),
+        additional_special_tokens=extra or None,
+        **tokens,
+    )
+
+
+def _content(token: Any) -> str:
+    """A special token, which configurations write as a text or as an object around one."""
+    return str(token["content"] if isinstance(token, Mapping) else token)

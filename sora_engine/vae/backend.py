@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
-import os
+import logging
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +15,15 @@ from typing import Any
 import torch
 
 from sora_engine.errors import BackendError, RequestError
+from sora_engine.io.cache import cache_folder
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import VideoCoder
 from sora_engine.vae.cuda_graph import graphed
 from sora_engine.vae.graphs import SPEC_FILE, GraphSet
 
+logger = logging.getLogger(__name__)
+
 BACKENDS = ("auto", "torch", "onnx", "tensorrt")
-
-
-def default_cache() -> Path:
-    """Where exported graphs and engines are kept: `$XDG_CACHE_HOME/sora_engine/vae`."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "sora_engine" / "vae"
 
 
 def open_coder(
@@ -40,8 +39,9 @@ def open_coder(
 
     "auto" and "torch" give `vae` itself, on a GPU with its steady steps as CUDA graphs (see
     `vae.cuda_graph`; `cuda_graphs` is auto, on or off). The others want `vae` in float32. "onnx"
-    exports it, once, into the cache. "tensorrt" takes engines of `dtype` that `export_vae` has
-    built and builds none. Raises BackendError.
+    exports it, once, into the cache (`$XDG_CACHE_HOME/sora_engine/vae` by default); where there can
+    be no cache, into a temporary folder that goes with the process. "tensorrt" takes engines of
+    `dtype` that `export_vae` has built and builds none. Raises BackendError.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
@@ -50,16 +50,21 @@ def open_coder(
         return graphed(vae, cuda_graphs, device)
     if cuda_graphs == "on":
         raise BackendError(f"CUDA graphs are of vae_backend 'torch', not of {backend!r}")
-    cache = Path(cache) if cache is not None else default_cache()
+    place = Path(cache) if cache is not None else cache_folder("vae")
     if backend == "onnx":
         from sora_engine.vae.onnx_run import OnnxVAE
 
-        return OnnxVAE(_export_once(vae, cache / _key(vae, torch.float32), torch.float32), device)
+        return OnnxVAE(_graphs_of(vae, place), device)
     from sora_engine.vae.tensorrt_run import TensorRTVAE, missing, require_tensorrt
 
     require_tensorrt()
-    folder = cache / _key(vae, dtype)
-    if not (folder / SPEC_FILE).is_file():
+    if place is None:
+        raise BackendError(
+            "vae_backend 'tensorrt' looks for its engines in a cache, and this user has no home to "
+            "have one in; an absolute XDG_CACHE_HOME names another place"
+        )
+    folder = place / _key(vae, dtype)
+    if not _is_file(folder / SPEC_FILE):
         raise missing("this VAE", dtype)
     return TensorRTVAE(folder, folder / "engines", device=device)
 
@@ -77,6 +82,7 @@ def export_vae(
     from them too, in its subfolder `engines`, for the pixel `sizes` (height, width).
 
     Without `output` it all goes into the cache, where `open_coder` finds it. Returns the folder.
+    Raises BackendError where it cannot be written.
     """
     if backend not in ("onnx", "tensorrt"):
         raise BackendError(f"a VAE is exported to onnx or tensorrt, not to {backend!r}")
@@ -87,14 +93,22 @@ def export_vae(
         require_tensorrt()
         if not latents:
             raise BackendError("TensorRT engines are built for sizes: --sizes 480x832,720x1280")
-    if output is None:
-        folder = _export_once(vae, default_cache() / _key(vae, dtype), dtype)
-    else:
-        from sora_engine.vae.onnx_export import export_onnx
+    place = cache_folder("vae") if output is None else Path(output)
+    if place is None:
+        raise BackendError("this user has no home for a cache; --output names a folder")
+    try:
+        if output is None:
+            folder = _export_once(vae, place / _key(vae, dtype), dtype)
+        else:
+            from sora_engine.vae.onnx_export import export_onnx
 
-        folder = export_onnx(vae, output, dtype=dtype).folder
-    if backend == "tensorrt":
-        build_engines(GraphSet.load(folder), folder / "engines", latents, device=device)
+            folder = export_onnx(vae, output, dtype=dtype).folder
+        if backend == "tensorrt":
+            build_engines(GraphSet.load(folder), folder / "engines", latents, device=device)
+    except OSError as error:
+        raise BackendError(
+            f"{place} cannot be written ({error.strerror or error}); --output names another folder"
+        ) from error
     return folder
 
 
@@ -111,9 +125,36 @@ def latent_sizes(vae: CausalVAE, sizes: Sequence[tuple[int, int]]) -> list[tuple
     return [(height // factor, width // factor) for height, width in sizes]
 
 
+def _graphs_of(vae: CausalVAE, place: Path | None) -> Path:
+    """The exported graphs, in the cache or, where none can be, in a folder of this process."""
+    name, why = _key(vae, torch.float32), "there is no home folder"
+    if place is not None:
+        try:
+            return _export_once(vae, place / name, torch.float32)
+        except OSError as error:
+            why = f"{place}: {error.strerror or error}"
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix="sora_engine-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        logger.warning("the VAE is exported anew by every process, as it cannot be kept: %s", why)
+        return _export_once(vae, temporary / name, torch.float32)
+    except OSError as error:
+        raise BackendError(
+            f"vae_backend 'onnx' has nowhere to export to: {why}, and no temporary folder either "
+            f"({error.strerror or error}); an absolute XDG_CACHE_HOME or TMPDIR names a place"
+        ) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder on the way is not ours to look into
+        return False
+
+
 def _export_once(vae: CausalVAE, folder: Path, dtype: torch.dtype) -> Path:
     """Export unless it has been done. Whole or not at all: another process may be at it too."""
-    if (folder / SPEC_FILE).is_file():
+    if _is_file(folder / SPEC_FILE):
         return folder
     from sora_engine.vae.onnx_export import export_onnx
 

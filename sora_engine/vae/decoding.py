@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.vae.coder import VideoCoder
+from sora_engine.vae.finite import check_finite
 
 MAX_REACH = 96
 """Latent frames after which a causal decoder that still remembers is taken to be at fault: Wan's
@@ -29,12 +30,15 @@ def decoding(
 
     latents: normalised, `[C, T, H, W]`; they are decoded as `dtype` on `device`. wraps: time is a
     circle. A loop's decoder runs in circles until a lap leaves it as it found it: the next lap has
-    no seam.
+    no seam. Raises NonFiniteError for frames that are no numbers.
     """
     latents = latents.to(device, dtype)
     state = (yield from last_lap_state(latents, vae)) if wraps else None
-    for latent_frame in latents.split(1, dim=1):
+    total = latents.shape[1]
+    for i, latent_frame in enumerate(latents.split(1, dim=1), start=1):
         frames, state = vae.decode_chunk(latent_frame[None], state, consume=True)
+        what = f"latent frame {i} of {total}"
+        check_finite([frames], what, stage="decoding", dtype=dtype, step=i)
         made = to_uint8(frames[0])
         del frames  # not held while the next ones are made
         yield made
@@ -80,7 +84,10 @@ def last_lap_state(latents: Tensor, vae: VideoCoder[Any]) -> Generator[None, Non
         for latent_frame in latents.split(1, dim=1):
             # What the lap before left is looked at again; what this one leaves on its way is not.
             used_up = state is not before
-            _, state = vae.decode_chunk(latent_frame[None], state, consume=used_up)
+            frames, state = vae.decode_chunk(latent_frame[None], state, consume=used_up)
+            # Caches of NaN are unlike themselves: no lap would be the last.
+            check_finite([frames], "a lap of the loop", stage="decoding", dtype=latents.dtype)
+            del frames
             yield
         if before is not None and same(before, state):
             return state

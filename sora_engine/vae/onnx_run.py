@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,7 @@ class OnnxVAE(GraphCoder):
             raise BackendError(
                 f"{folder}: bfloat16 graphs are for TensorRT; export float32 or float16"
             )
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError(f"vae_backend 'onnx' needs onnxruntime: {INSTALL}") from error
+        onnxruntime = import_runtime()
         self._runtime: Any = onnxruntime
         provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type)
         found = onnxruntime.get_available_providers()
@@ -79,3 +77,17 @@ class OnnxVAE(GraphCoder):
                     buffer_ptr=tensor.data_ptr(),
                 )
         session.run_with_iobinding(binding)
+
+
+def import_runtime() -> Any:
+    """The onnxruntime module; BackendError with the install line where there is none.
+
+    Its wheels send events to their maker, and keep an identifier in the cache folder, from the
+    import on. Here they do not: whoever wants that sets ORT_DISABLE_TELEMETRY to 0.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"vae_backend 'onnx' needs onnxruntime: {INSTALL}") from error
+    return onnxruntime

@@ -70,7 +70,7 @@ def private_folder(folder: str | Path) -> Path:
     found = folder.stat()
     if hasattr(os, "getuid") and found.st_uid != os.getuid():
         raise BackendError(f"{folder}: belongs to another user; engines are not loaded from there")
-    if stat.S_IMODE(found.st_mode) & 0o022:
+    if hasattr(os, "getuid") and stat.S_IMODE(found.st_mode) & 0o022:  # Windows has no such bits
         raise BackendError(
             f"{folder}: others can write to it, so engines are not loaded from there; "
             f"chmod 700 {folder}"

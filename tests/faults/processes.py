@@ -22,15 +22,29 @@ def parents() -> dict[int, int]:
 
 
 def descendants(of: int | None = None) -> list[int]:
-    """The processes below this one (or another), in order of their numbers."""
-    parent_of = parents()
-    below: set[int] = {os.getpid() if of is None else of}
-    while True:
-        more = {pid for pid, parent in parent_of.items() if parent in below} - below
-        if not more:
-            break
-        below |= more
-    return sorted(pid for pid in below if is_rank(pid))
+    """The launchers and ranks below this process (or another): each before those it has started,
+    which stand in the order in which it did. Their numbers tell no order: they wrap round."""
+    alive, found = parents(), []
+
+    def walk(pid: int) -> None:
+        for child in children(pid):
+            if child in alive and is_rank(child):
+                found.append(child)
+            walk(child)
+
+    walk(os.getpid() if of is None else of)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """A process's own, in the order in which they were started (of one thread; see proc(5))."""
+    started: list[int] = []
+    try:
+        for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda entry: int(entry.name)):
+            started += map(int, (task / "children").read_text().split())
+    except OSError:  # it has ended
+        pass
+    return started
 
 
 def is_rank(pid: int) -> bool:

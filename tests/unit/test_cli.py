@@ -38,8 +38,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+def last(arguments: list[str]) -> list[str]:
+    """The arguments with no more than the last of each option, which a command takes once."""
+    kept: list[list[str]] = []
+    for argument in arguments:
+        if argument.startswith("--") or argument == "-o":
+            kept = [part for part in kept if part[0] != argument]
+            kept.append([argument])
+        elif kept and kept[-1][0].startswith("-") and len(kept[-1]) == 1:
+            kept[-1].append(argument)
+        else:
+            kept.append([argument])
+    return [argument for part in kept for argument in part]
+
+
 def generate(model: str, *options: str | Path) -> int:
-    return main(["generate", PROMPT, "--model", model, *map(str, options)])
+    return main(last(["generate", PROMPT, "--model", model, *map(str, options)]))
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -222,7 +236,7 @@ def test_every_bad_value_is_one_line_and_exit_code_2(
     cases = bad_values(model, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for name, (arguments, words) in cases.items():
-        code = main(arguments)
+        code = main(last(arguments))
         captured = capsys.readouterr()
         assert code == 2, (name, captured)
         assert captured.err.startswith("sora: error: "), name
@@ -331,3 +345,59 @@ def test_doctor_survives_a_broken_part(
     monkeypatch.setitem(sys.modules, "av", None)
     assert main(["doctor"]) == 0
     assert re.search(r"FFmpeg +cannot be asked: .*av", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--steps", "2", "--steps", "3"], "--steps"),
+        (["--seed", "1", "--frames", "5", "--seed", "1"], "--seed"),
+        (["-o", "a.mp4", "--output", "b.mp4"], "--output"),
+        (["--size", "64x64", "--size=32x32"], "--size"),
+        (["--loop", "--loop"], "--loop"),
+        (["--negative-prompt", "", "--negative-prompt", "x"], "--negative-prompt"),
+    ],
+)
+def test_an_option_given_twice_is_named(
+    model: str, options: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", PROMPT, "--model", model, *options]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"sora: error: {name} is given 2 times; it takes one value\n"
+    assert said.out == ""
+
+
+def test_options_of_other_commands_are_given_once_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["bench", "--only", "ops", "--only", "block"],
+        ["plan", "--gpus", "2", "--gpus", "4"],
+        ["decode", "x", "--device", "cpu", "--device", "cuda"],
+        ["export-vae", "x", "--sizes", "480x832", "--sizes", "720x1280"],
+        ["extend", "clip.mp4", "--after", "1", "--after", "2"],
+        ["animate", "a.png", "-p", "x", "--prompt", "y"],
+    ):
+        assert main(arguments) == 2
+        assert "is given 2 times; it takes one value" in capsys.readouterr().err
+
+
+def test_two_models_are_two_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def refuse(model: object, **_options: object) -> None:
+        asked.append(model)
+        raise CheckpointError("stop here")
+
+    monkeypatch.setattr("sora_engine.runtime.engine.Engine.from_pretrained", refuse)
+    files = [str(tmp_path / name) for name in ("high.safetensors", "low.safetensors")]
+    for file in files:
+        Path(file).touch()
+    command = ["generate", PROMPT, "--model", files[0], "--model", files[1]]
+    assert main([*command, "-o", str(tmp_path / "a.mp4")]) == 2
+    assert asked == [tuple(files)]
+    capsys.readouterr()
+    monkeypatch.undo()
+    command = ["generate", PROMPT, "--model", str(tmp_path), "--model", files[1]]
+    assert main([*command, "-o", str(tmp_path / "a.mp4")]) == 2
+    assert "two paths are two experts, each a .safetensors file" in capsys.readouterr().err

@@ -54,7 +54,7 @@ class Labels:
     def encode(self, prompts):
         return [torch.tensor(WORDS.index(prompt)) for prompt in prompts]
 
-    def count(self, prompt):
+    def count(self, prompt, *, whole=False):
         return 1
 
     def activation_bytes(self, num_tokens):

@@ -15,6 +15,7 @@ from sora_engine.samplers import free_noise, initial_noise, load_solver, noise_f
 
 SHAPE = (4, 5, 6, 7)
 PINNED = [-0.5270612239837646, -0.19304844737052917]
+LARGE = [-0.6358714699745178, -1.2343865633010864, 1.7795177698135376, 0.8088502883911133]
 FLOW = {
     "_class_name": "UniPCMultistepScheduler",
     "use_flow_sigmas": True,
@@ -26,6 +27,26 @@ FLOW = {
 def test_initial_noise_is_diffusers() -> None:
     expected = randn_tensor((1, *SHAPE), generator=torch.Generator().manual_seed(42))[0]
     assert torch.equal(initial_noise(42, SHAPE), expected)
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    """torch's own generator takes the lower 32 bits: these pairs were the same video."""
+    seen = [initial_noise(7, SHAPE)]
+    seen += [initial_noise(7 ^ 1 << bit, SHAPE) for bit in range(63)]
+    seen += [initial_noise(seed, SHAPE) for seed in (2**63 - 1, 2**63 - 2**32 - 1, 2**32 - 1)]
+    for i, one in enumerate(seen):
+        assert one.dtype == torch.float32
+        assert abs(float(one.mean())) < 4 / math.sqrt(one.numel())
+        for other in seen[:i]:
+            assert abs(np.corrcoef(one.flatten(), other.flatten())[0, 1]) < 0.2
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        drawn = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(initial_noise(seed, SHAPE), drawn)
+    # Part of the contract, like those below 2**32: drawn by numpy alone.
+    large = initial_noise(7 + 2**32, (4,))
+    expected = np.random.RandomState([7, 1]).standard_normal(4).astype(np.float32)
+    assert large.tolist() == expected.tolist()
+    assert large.tolist() == pytest.approx(LARGE, abs=1e-6)
 
 
 def test_noise_depends_on_seed_and_step_alone() -> None:

@@ -59,7 +59,7 @@ def test_tensorrt_takes_engines_of_the_engines_dtype(tmp_path, monkeypatch):
         "sora_engine.vae.tensorrt_run.TensorRTVAE",
         lambda folder, engines, *, device: opened.append((folder, engines)),
     )
-    monkeypatch.setattr(backends, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(backends, "cache_folder", lambda *_: tmp_path)
     _, vae = make_pair(SHORT)
     with pytest.raises(BackendError, match="--backend tensorrt --dtype bfloat16 --sizes"):
         open_coder("tensorrt", vae, device="cuda", dtype=torch.bfloat16)
@@ -86,7 +86,7 @@ def test_onnx_is_exported_once_for_each_set_of_weights(tmp_path, monkeypatch):
         GraphSet(folder, vae.config, dtype, {}).save()
 
     monkeypatch.setattr("sora_engine.vae.onnx_export.export_onnx", export)
-    monkeypatch.setattr(backends, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(backends, "cache_folder", lambda *_: tmp_path)
     _, vae = make_pair(SHORT)
     first = open_coder("onnx", vae, device="cpu")
     again = open_coder("onnx", vae, device="cpu")

@@ -1,0 +1,44 @@
+"""Writing the states of jobs that are under way: what a caller orders, and what `save_to` keeps."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from sora_engine.request.recipe import provenance_of
+from sora_engine.runtime.executor import AnyExecutor
+from sora_engine.runtime.job import Job
+from sora_engine.runtime.savepoint import save_state
+
+logger = logging.getLogger(__name__)
+
+
+def carry_out_orders(job: Job, executor: AnyExecutor) -> None:
+    """Write the files for which callers of `Job.save` wait."""
+    while job.save_orders:
+        order = job.save_orders.pop()
+        try:
+            write_state(job, order.path, executor)
+        except Exception as error:  # the caller's path: it goes to who asked
+            order.error = error
+        order.over.set()
+
+
+def keep_state(job: Job, path: Path, executor: AnyExecutor) -> None:
+    """Write `save_to`. It is there so that no work is lost: where it cannot be written, the job
+    goes on, and its `save_error` says so."""
+    try:
+        write_state(job, path, executor)
+        job.save_error = None
+    except OSError as error:
+        if job.save_error is None:
+            logger.warning("a job goes on without its state in %s: %s", path, error)
+        job.save_error = error
+
+
+def write_state(job: Job, path: Path, executor: AnyExecutor) -> None:
+    """Write a job's state whole or not at all; raises OSError."""
+    if job.provenance is None:
+        job.provenance = provenance_of(job.request, executor.model)
+    state = executor.state_of(job.canvas)
+    save_state(path, job.request, state, executor.model, job.provenance)
