@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from sora_engine.request import tasks
+
+# `import sora_engine.tasks` finds the room's module, as `import os.path` does.
+sys.modules[f"{__name__}.tasks"] = tasks
+# What reads clips had this name in 0.1.0. It is imported on first use: it loads PyAV.
+clips = sys.modules[f"{__name__}.clips"] = ModuleType(f"{__name__}.clips")
+vars(clips)["__getattr__"] = lambda name: getattr(import_module("sora_engine.request.frames"), name)
 
 if TYPE_CHECKING:
     from sora_engine.config import Limits, ParallelConfig
@@ -120,6 +131,7 @@ __all__ = [
     "Video",
     "VideoRequest",
     "WindowPlan",
+    "tasks",
 ]
 
 
@@ -127,8 +139,6 @@ def __getattr__(name: str) -> object:
     """Import public names on first use: the command line answers before torch is loaded."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import grimp
@@ -57,9 +58,26 @@ def test_the_root_holds_no_more_than_its_faces() -> None:
     """Rooms, not loose files."""
     modules = {path.name for path in (ROOT / "sora_engine").glob("*.py")}
     assert modules == {
-        *("__init__.py", "__main__.py", "config.py", "errors.py"),
-        *("tasks.py", "version.py", "video.py"),
+        *("__init__.py", "__main__.py", "config.py", "errors.py", "version.py", "video.py")
     }
+
+
+def test_the_faces_of_rooms_are_modules_of_the_root() -> None:
+    """By attribute and by import, and without torch: the command line answers before that loads."""
+    code = """
+import sys
+import sora_engine, sora_engine.tasks, sora_engine.clips
+from sora_engine.tasks import animate
+from sora_engine.request import tasks
+assert sora_engine.tasks is tasks and tasks.animate is animate
+assert {"tasks", "Engine"} <= set(dir(sora_engine))
+assert not {"torch", "numpy", "av"} & set(sys.modules)
+from sora_engine.clips import load_frames
+from sora_engine.request import frames
+assert frames.load_frames is load_frames
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 OWN = ("models/wan/", "vae/wan", "bench/", "checkpoints/")
