@@ -20,7 +20,9 @@ from typing import Any
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
-from sora_engine.io.safetensors import Weights, find_weights, refuse_pickle
+from sora_engine.io.safetensors import find_weights, refuse_pickle
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.io.weights.source import WeightSource
 
 INDEX = "model_index.json"
 _FROM_TRANSFORMERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor")
@@ -92,9 +94,9 @@ class Component:
         stem = "model" if _kind(self.name) in _FROM_TRANSFORMERS else "diffusion_pytorch_model"
         return find_weights(self.folder, stem)
 
-    def open_weights(self) -> Weights:
+    def open_weights(self) -> WeightSource:
         """The component's weights, open; to be closed, or used as a context manager."""
-        return Weights.open(self.weights_path)
+        return open_weights(self.weights_path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 
 from sora_engine.errors import CheckpointError
-from sora_engine.io.safetensors import Weights, refuse_pickle
+from sora_engine.io.safetensors import refuse_pickle
+from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.family import Checkpoint, Family
 from sora_engine.models.folder import INDEX, read_index
 from sora_engine.models.generation_config import read_generation_config, with_own_defaults
@@ -85,7 +86,7 @@ def family_of_folder(folder: Path) -> Family:
 
 def family_of_file(path: Path) -> Family:
     """The family that knows the tensors of a transformer file."""
-    with Weights.open(path) as weights:
+    with open_weights(path) as weights:
         shapes = {name: weights.info(name).shape for name in weights}
     known = families()
     for family in known:

@@ -14,7 +14,8 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
-from sora_engine.io.safetensors import Weights, find_weights
+from sora_engine.io.safetensors import find_weights
+from sora_engine.io.weights.opening import open_weights
 from sora_engine.text.settings import read_settings
 
 _DEFAULTS: dict[str, Any] = {
@@ -133,7 +134,7 @@ def load_clip(
     outer = "vision_model."
     prefix = outer if next(iter(model.state_dict())).startswith(outer) else ""
     positions = (values["image_size"] // values["patch_size"]) ** 2 + 1
-    with Weights.open(find_weights(folder, "model")) as weights:
+    with open_weights(find_weights(folder, "model")) as weights:
         load_into(
             model,
             weights,

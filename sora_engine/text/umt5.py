@@ -12,7 +12,8 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
-from sora_engine.io.safetensors import Weights, find_weights
+from sora_engine.io.safetensors import find_weights
+from sora_engine.io.weights.opening import open_weights
 from sora_engine.text.prompt import clean_prompt
 from sora_engine.text.settings import read_settings
 
@@ -160,7 +161,7 @@ def load_umt5(
 
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**values, dropout_rate=0.0))
-    with Weights.open(find_weights(folder, "model")) as weights:
+    with open_weights(find_weights(folder, "model")) as weights:
         load_into(
             model,
             weights,

@@ -19,7 +19,10 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
-from sora_engine.io.safetensors import Weights, refuse_pickle
+from sora_engine.io.safetensors import refuse_pickle
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.io.weights.selected import under_prefix
+from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.folder import (
     INDEX,
     Component,
@@ -121,6 +124,11 @@ _DEFAULT_SCHEDULER = {
 }
 
 
+def open_transformer(path: Path) -> WeightSource:
+    """The transformer of a file, which an all-in-one file has under a prefix."""
+    return under_prefix(open_weights(path), [prefix for prefix in PREFIXES if prefix])
+
+
 def to_diffusers_name(name: str) -> str:
     """diffusers' name of a parameter under Wan's own name; a name that is neither's comes back."""
     for prefix in reversed(PREFIXES):
@@ -155,7 +163,7 @@ class TransformerSource:
     ) -> None:
         """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` as
         of `load_into`."""
-        with Weights.open(self.path) as weights:
+        with open_transformer(self.path) as weights:
             load_into(
                 module,
                 weights,
@@ -170,7 +178,7 @@ class TransformerSource:
     @property
     def num_parameters(self) -> int:
         """Counted from the headers; nothing is read."""
-        with Weights.open(self.path) as weights:
+        with open_transformer(self.path) as weights:
             return sum(torch.Size(weights.info(name).shape).numel() for name in weights)
 
 
@@ -355,7 +363,7 @@ def _transformer_file(path: Path, head_dim: int) -> TransformerSource:
         config = read_json_object(config_path)
         if config.get("_class_name") in CLASS_NAMES:
             return TransformerSource(path, WanConfig.from_dict(config, path=config_path))
-    with Weights.open(path) as weights:
+    with open_transformer(path) as weights:
         shapes = {to_diffusers_name(name): weights.info(name).shape for name in weights}
     return TransformerSource(path, infer_config(shapes, head_dim=head_dim, path=path))
 
