@@ -71,15 +71,21 @@ class Common:
     model: Annotated[
         str | None,
         typer.Option(
-            help="A diffusers folder, a .safetensors file, or 'sprites', the bundled checkpoint "
-            "(the default).",
+            help="A folder of diffusers or ComfyUI, a .safetensors or .gguf file, or 'sprites', "
+            "the bundled checkpoint (the default).",
             show_default=False,
         ),
     ] = None
     components: Annotated[
         str | None,
-        typer.Option(help="Folder with the VAE and text encoder of a .safetensors --model."),
+        typer.Option(help="Folder with what a --model of one file lacks, diffusers' or ComfyUI's."),
     ] = None
+    model_2: Annotated[
+        str | None, typer.Option(help="The expert for low noise, where --model is that for high.")
+    ] = None
+    vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None
+    text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None
+    image_encoder: Annotated[str | None, typer.Option(help="Its image encoder, likewise.")] = None
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = (
         None
     )
@@ -129,6 +135,23 @@ class Common:
             show_default=False,
         ),
     ] = None
+
+    def parts(self) -> str | dict[str, str] | None:
+        """What a transformer file lacks, as `Engine.from_pretrained` takes it."""
+        named = {
+            "transformer_2": self.model_2,
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "image_encoder": self.image_encoder,
+        }
+        given = {name: path for name, path in named.items() if path is not None}
+        if given and self.components is not None:
+            option = "--model-2" if "transformer_2" in given else f"--{next(iter(given))}"
+            raise UsageError(
+                f"{option.replace('_', '-')}: --components {self.components} names a folder of all "
+                "parts; give one or the other"
+            )
+        return given or self.components
 
     def settings(self) -> dict[str, Any]:
         """What was given of a `VideoRequest`'s values."""

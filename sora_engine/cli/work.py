@@ -174,7 +174,7 @@ def load_engine(common: Common) -> Engine:
         return Engine.from_pretrained(
             common.model or DEFAULT_MODEL,
             parallel=None if common.parallel is None else parse_parallel(common.parallel),
-            components=common.components,
+            components=common.parts(),
             device=common.device,
             dtype=common.dtype,
             vae_backend=common.vae_backend,

@@ -53,7 +53,11 @@ class FolderLayout:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One part of a model: its folder and its configuration, as read and not yet interpreted."""
+    """One part of a model: where it is, and its configuration, as read and not yet interpreted.
+
+    folder: that it has to itself. Of a part in a single file it is the file, and `config` is what
+    the file's header tells.
+    """
 
     name: str
     class_name: str
@@ -86,11 +90,14 @@ class Component:
 
     @property
     def config_path(self) -> Path:
-        return self.folder / config_file(self.name)
+        """What the configuration was read from."""
+        return self.folder if self.folder.is_file() else self.folder / config_file(self.name)
 
     @property
     def weights_path(self) -> Path:
         """The `.safetensors` file, or the shards' index. `CheckpointError` if there is none."""
+        if self.folder.is_file():
+            return self.folder
         stem = "model" if _kind(self.name) in _FROM_TRANSFORMERS else "diffusion_pytorch_model"
         return find_weights(self.folder, stem)
 

@@ -15,15 +15,19 @@ from sora_engine.io.weights.source import Stored, WeightSource
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A stretch of the first dimension of a tensor that is stored as part of a larger one."""
+class Part:
+    """A tensor that is stored otherwise: as rows of a larger one, or with further dimensions of 1.
+
+    rows: of the stored first dimension; None for all. squeezed: without its leading ones.
+    """
 
     name: str
-    rows: range
+    rows: range | None = None
+    squeezed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Described:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -31,10 +35,10 @@ class _Part:
 class SelectedWeights:
     """Some weights of a source, by new names.
 
-    names: by each new name the one in the source, or the rows of one.
+    names: by each new name the one in the source, or a part of one.
     """
 
-    def __init__(self, source: WeightSource, names: Mapping[str, str | Rows]) -> None:
+    def __init__(self, source: WeightSource, names: Mapping[str, str | Part]) -> None:
         self.source, self._names = source, dict(names)
 
     @property
@@ -55,7 +59,10 @@ class SelectedWeights:
         if isinstance(own, str):
             return self.source.info(own)
         whole = self.source.info(own.name)
-        return _Part(whole.dtype, (len(own.rows), *whole.shape[1:]))
+        shape = whole.shape if own.rows is None else (len(own.rows), *whole.shape[1:])
+        while own.squeezed and len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
+        return _Described(whole.dtype, shape)
 
     def path_of(self, name: str) -> Path:
         own = self._own(name)
@@ -73,7 +80,13 @@ class SelectedWeights:
         own = self._own(name)
         if isinstance(own, str):
             return self.source.read(own, device=device, dtype=dtype, rows=rows)
-        part = own.rows if rows is None else own.rows[rows.start : rows.stop]
+        if own.squeezed:
+            whole = self.source.read(own.name, device=device, dtype=dtype, rows=own.rows)
+            whole = whole.view(self.info(name).shape)
+            return whole if rows is None else whole[rows.start : rows.stop].clone()
+        part = own.rows
+        if rows is not None:
+            part = rows if part is None else part[rows.start : rows.stop]
         return self.source.read(own.name, device=device, dtype=dtype, rows=part)
 
     def close(self) -> None:
@@ -90,7 +103,7 @@ class SelectedWeights:
     ) -> None:
         self.close()
 
-    def _own(self, name: str) -> str | Rows:
+    def _own(self, name: str) -> str | Part:
         if name not in self._names:
             raise CheckpointError(f"no tensor {name!r}", path=self.path, tensor=name)
         return self._names[name]

@@ -53,7 +53,10 @@ class WanFamily:
         return describe(resolve_model(path), settings)
 
     def open_files(
-        self, paths: Sequence[Path], components: Path | None, settings: Mapping[str, Any]
+        self,
+        paths: Sequence[Path],
+        components: Path | Mapping[str, Path] | None,
+        settings: Mapping[str, Any],
     ) -> Checkpoint:
         """One transformer file, or those of two experts, and a folder with the other parts."""
         return describe(resolve_model(paths, components=components), settings)
@@ -80,7 +83,7 @@ def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
     if found.transformer_2 is not None:
         sources.append(found.transformer_2)
     image_encoder = None
-    if found.image_encoder is not None and found.image_processor is not None:
+    if found.image_encoder is not None:
         image_encoder = ImageSource(encoder=found.image_encoder, processor=found.image_processor)
     return Checkpoint(
         family=WanFamily.name,
