@@ -138,6 +138,11 @@ class Family(Protocol):
         """
         ...
 
+    def describe_file(self, path: Path) -> str:
+        """What a transformer file that it claims is, and what goes with it, for people. Raises
+        CheckpointError."""
+        ...
+
     def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         """Open a folder whose pipeline class is in `layout`.
 

@@ -291,7 +291,7 @@ def _from_files(
     boundary_ratio: float | None,
     head_dim: int,
 ) -> WanCheckpoint:
-    sources = [_transformer_file(path, head_dim) for path in paths]
+    sources = [transformer_in_file(path, head_dim) for path in paths]
     config = sources[0].config
     expand_timesteps = config.in_channels == config.out_channels == 48  # TI2V-5B alone has 48
     experts_meet = 0.875 if config.in_channels == config.out_channels else 0.9  # T2V, I2V
@@ -357,7 +357,7 @@ def _in_one_file(part: Component | None) -> bool:
     return part is not None and part.folder.is_file()
 
 
-def _transformer_file(path: Path, head_dim: int) -> TransformerSource:
+def transformer_in_file(path: Path, head_dim: int = 128) -> TransformerSource:
     """A transformer file and its configuration: diffusers' beside it, or else from the shapes."""
     config_path = path.parent / config_file("transformer")
     if config_path.is_file():

@@ -21,6 +21,7 @@ from sora_engine.models.wan.checkpoint import (
     WanCheckpoint,
     resolve_model,
     to_diffusers_name,
+    transformer_in_file,
 )
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
@@ -47,6 +48,21 @@ class WanFamily:
         own."""
         names = {to_diffusers_name(name) for name in shapes}
         return sum(mark in names for mark in _MARKS) > len(_MARKS) // 2
+
+    def describe_file(self, path: Path) -> str:
+        """Its variant and sizes, and the usual names of its other parts."""
+        config = transformer_in_file(path).config
+        five = config.in_channels == config.out_channels == 48
+        kind = "vace" if config.vace_layers is not None else "t2v"
+        if kind == "t2v" and config.in_channels != config.out_channels:
+            kind = "i2v"
+        needs = ["wan2.2_vae" if five else "wan_2.1_vae", "umt5_xxl"]
+        needs += ["clip_vision_h"] if config.image_dim is not None else []
+        width = config.num_attention_heads * config.attention_head_dim
+        return (
+            f"{self.name} transformer, {'ti2v' if five else kind}: {config.num_layers} layers, "
+            f"{width} wide, {config.in_channels} channels in; goes with {', '.join(needs)}"
+        )
 
     def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         """A folder in diffusers' layout."""
