@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sora_engine.io.weights import source as seam
 from sora_engine.io.weights.dequantised import DequantisedWeights
@@ -45,6 +46,21 @@ def test_a_format_gives_the_values_of_another_reader(tmp_path, monkeypatch, kind
             rows = weights.read(name, dtype=torch.float32, rows=range(1, len(value) - 1))
             assert torch.allclose(rows, got[1:-1], rtol=1e-6, atol=1e-6)
             assert weights.read(name, device="meta", dtype=torch.float16).shape == value.shape
+
+
+def test_each_part_of_a_larger_file_has_its_own_mark(tmp_path):
+    path, prefixes = tmp_path / "w.safetensors", (PREFIX, "text_encoders.umt5xxl.transformer.")
+    stored, values = {}, {}
+    for prefix in prefixes:
+        values |= write_safetensors(path, "fp8_scaled, legacy", tensors(), prefix)
+        stored |= load_file(path)
+    cast = torch.randn(8, 8).to(torch.float8_e4m3fn)
+    save_file({**stored, "vae.conv.weight": cast}, path)  # of a part without a mark
+    with open_weights(path) as weights:
+        assert set(weights) == {*values, "vae.conv.weight"}
+        for name, value in values.items():
+            assert torch.allclose(weights.read(name, dtype=torch.float32), value.float())
+        assert torch.equal(weights.read("vae.conv.weight", dtype=torch.float32), cast.float())
 
 
 @pytest.mark.parametrize("kind", [k for k in SAFETENSORS if SAFETENSORS[k].config])

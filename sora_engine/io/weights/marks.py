@@ -73,7 +73,8 @@ class _Marks:
         self.weights = weights
         self.of_layer: dict[str, dict[str, str]] = {}
         """By layer and kind of mark its tensor's name."""
-        self.marker: str | None = None
+        self.markers: set[str] = set()
+        """Of each part of an all-in-one file its own."""
         for name in weights:
             layer, _, leaf = name.rpartition(".")
             if leaf in _ELSE:
@@ -96,11 +97,11 @@ class _Marks:
                 "known",
                 name,
             )
-        self.marker = name
+        self.markers.add(name)
 
     def codings(self) -> tuple[dict[str, Coding], set[str]]:
         found: dict[str, Coding] = {}
-        hidden = set() if self.marker is None else {self.marker}
+        hidden = set(self.markers)
         for layer, marks in self.of_layer.items():
             hidden |= set(marks.values())
             name = f"{layer}.weight" if layer else "weight"
@@ -128,7 +129,8 @@ class _Marks:
         if scale is None:
             if info.dtype == torch.int8:
                 raise self.error(f"tensor {name!r} is int8 and has no weight_scale; {WORKS}", name)
-            if info.dtype in _FP8 and self.marker is not None:
+            marked = any(name.startswith(mark.removesuffix(MARKER)) for mark in self.markers)
+            if info.dtype in _FP8 and marked:
                 raise self.error(
                     f"tensor {name!r} is fp8 and has no scale_weight, in a file marked scaled_fp8",
                     name,
