@@ -34,6 +34,7 @@ def decode(
         typer.Option(help="Whose VAE; by default the model that made the latents."),
     ] = None,
     components: Components = None,
+    vae: Annotated[str | None, typer.Option(help="Its VAE alone: a file or a folder.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
@@ -47,11 +48,14 @@ def decode(
         saved = SavedLatents.read(latents)
     except SoraError as error:
         raise UsageError(str(error)) from error
+    if vae is not None and components is not None:
+        raise UsageError("--vae: --components names a folder of all parts; give one or the other")
     path: ModelPath = saved.model
+    parts = components if vae is None else {"vae": vae}
     if model:
         path = model_path(model)
     else:
-        components = components or saved.components
+        parts = parts or saved.components
     if dtype == "auto" and saved.provenance is not None:
         dtype = str(saved.provenance.settings.get("dtype", dtype))  # the VAE's follows from it
     say(f"sora_engine {version()}: loading the VAE of {named(path)}")
@@ -60,7 +64,7 @@ def decode(
 
     try:
         decoder = load_video_decoder(
-            path, device=device, dtype=dtype, vae_backend=vae_backend, components=components
+            path, device=device, dtype=dtype, vae_backend=vae_backend, components=parts
         )
         normalised = decoder.vae.normalise(saved.latents[None])[0]
     except (SoraError, RuntimeError) as error:

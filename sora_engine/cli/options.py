@@ -42,7 +42,8 @@ _OPTION_OF = {
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Components = Annotated[
-    str | None, typer.Option(help="Folder with the VAE and text encoder of a .safetensors --model.")
+    str | None,
+    typer.Option(help="Folder with what a --model of one file lacks, diffusers' or ComfyUI's."),
 ]
 VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
 
@@ -76,12 +77,16 @@ class Common:
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A diffusers folder, a .safetensors file, or 'sprites', the bundled checkpoint "
-            "(the default). Of two experts in two files: twice, the one for high noise first.",
+            help="A folder of diffusers or ComfyUI, a .safetensors or .gguf file, or 'sprites', "
+            "the bundled checkpoint (the default). Of two experts in two files: twice, the one for "
+            "high noise first.",
             show_default=False,
         ),
     ] = None
     components: Components = None
+    vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None
+    text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None
+    image_encoder: Annotated[str | None, typer.Option(help="Its image encoder, likewise.")] = None
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = (
         None
     )
@@ -137,6 +142,22 @@ class Common:
         ),
     ] = None
 
+    def parts(self) -> str | dict[str, str] | None:
+        """What a transformer file lacks, as `Engine.from_pretrained` takes it."""
+        named = {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "image_encoder": self.image_encoder,
+        }
+        given = {name: path for name, path in named.items() if path is not None}
+        if given and self.components is not None:
+            option = f"--{next(iter(given))}"
+            raise UsageError(
+                f"{option.replace('_', '-')}: --components {self.components} names a folder of all "
+                "parts; give one or the other"
+            )
+        return given or self.components
+
     def settings(self) -> dict[str, Any]:
         """What was given of a `VideoRequest`'s values."""
         height, width = (None, None) if self.size is None else parse_size(self.size)
@@ -171,6 +192,13 @@ def absolute(path: ModelPath) -> ModelPath:
     if isinstance(path, tuple):
         return tuple(str(Path(part).absolute()) for part in path)
     return path if path == DEFAULT_MODEL else str(Path(path).absolute())
+
+
+def absolute_parts(parts: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """`Common.parts`, the same from any folder."""
+    if isinstance(parts, dict):
+        return {name: str(Path(part).absolute()) for name, part in parts.items()}
+    return None if parts is None else str(Path(parts).absolute())
 
 
 def named(path: ModelPath) -> str:

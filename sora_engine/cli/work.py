@@ -19,6 +19,7 @@ from sora_engine.cli.options import (
     DEFAULT_MODEL,
     Common,
     absolute,
+    absolute_parts,
     in_options,
     model_path,
     named,
@@ -184,7 +185,7 @@ def load_engine(common: Common) -> Engine:
         return Engine.from_pretrained(
             model_path(common.model),
             parallel=None if common.parallel is None else parse_parallel(common.parallel),
-            components=common.components,
+            components=common.parts(),
             device=common.device,
             dtype=common.dtype,
             vae_backend=common.vae_backend,
@@ -258,7 +259,7 @@ def make(
             resolved.loop,
             absolute(model_path(common.model)),
             provenance,
-            None if common.components is None else str(Path(common.components).absolute()),
+            absolute_parts(common.parts()),
             size=None
             if resolved.canvas is None
             else (resolved.num_frames, resolved.height, resolved.width),

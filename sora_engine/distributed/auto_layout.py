@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from os import PathLike
 from typing import Any
 
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.distributed.layout_cost import TransformerCost, VideoCost, layouts_by_cost
-from sora_engine.models.registry import ModelPath, open_checkpoint
+from sora_engine.models.registry import Components, ModelPath, open_checkpoint
 from sora_engine.request import (
     LatentGrid,
     ResolvedRequest,
@@ -21,7 +20,7 @@ from sora_engine.request import (
 
 def describe(
     path: ModelPath,
-    components: str | PathLike[str] | None,
+    components: Components | None,
     height: int | None,
     width: int | None,
     num_frames: int | None,
@@ -79,7 +78,7 @@ def video_of(request: ResolvedRequest, grid: LatentGrid) -> VideoCost:
 
 def auto_layout(
     path: ModelPath,
-    components: str | PathLike[str] | None,
+    components: Components | None,
     num_ranks: int,
 ) -> ParallelConfig:
     """The layout that `parallel="auto"` stands for: the best for the checkpoint's own defaults."""

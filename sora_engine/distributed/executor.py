@@ -27,7 +27,7 @@ from sora_engine.distributed.wire import request_to_message, state_from_message,
 from sora_engine.errors import EngineDeadError, LayoutError, RankFailedError, error_from_fields
 from sora_engine.io.system import usable_cores
 from sora_engine.models.device import resolve_device, resolve_dtype
-from sora_engine.models.registry import ModelPath, open_checkpoint
+from sora_engine.models.registry import Components, ModelPath, open_checkpoint, plain_components
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 
 
@@ -261,7 +261,7 @@ class RankExecutor:
 def settle_layout(
     parallel: ParallelConfig | Literal["auto"] | None,
     path: ModelPath,
-    components: str | PathLike[str] | None,
+    components: Components | None,
     device: str | torch.device,
 ) -> ParallelConfig | None:
     """The layout to start; None for one rank. `"auto"`: the planner's, over torchrun's ranks or
@@ -278,7 +278,7 @@ def settle_layout(
     return None
 
 
-def _heads_of(path: ModelPath, components: str | PathLike[str] | None) -> int:
+def _heads_of(path: ModelPath, components: Components | None) -> int:
     return open_checkpoint(path, components)[0].shape.num_heads
 
 
@@ -291,7 +291,7 @@ def start_replicas(
     vae_backend: str,
     vae_cuda_graphs: str,
     attention_backend: str,
-    components: str | PathLike[str] | None,
+    components: Components | None,
 ) -> list[RankExecutor]:
     """Start `parallel.data` replicas of a model, each over the ranks of one layout.
 
@@ -315,7 +315,7 @@ def start_replicas(
         "vae_backend": vae_backend,
         "vae_cuda_graphs": vae_cuda_graphs,
         "attention_backend": attention_backend,
-        "components": None if components is None else os.fspath(components),
+        "components": plain_components(components),
     }
     layout = replace(parallel, data=1)
     if torchrun.launched():

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.links import refuse_stray_link
 
 MAX_BYTES = 64 * 2**20  # the index of a model of 100,000 tensors is about 10 MB
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `CheckpointError` when there is none."""
+    refuse_stray_link(path)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

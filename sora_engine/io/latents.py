@@ -34,7 +34,7 @@ class SavedLatents:
     loop: bool
     model: str | tuple[str, ...]
     provenance: Provenance | None = None
-    components: str | None = None
+    components: str | dict[str, str] | None = None
     size: tuple[int, int, int] | None = None
 
     def write(self, path: str | Path) -> Path:
@@ -45,8 +45,10 @@ class SavedLatents:
             metadata["model"] = self.model
         else:
             metadata["experts"] = json.dumps(self.model)
-        if self.components is not None:
+        if isinstance(self.components, str):
             metadata["components"] = self.components
+        elif self.components is not None:
+            metadata["parts"] = json.dumps(self.components)
         if self.size is not None:
             metadata["size"] = "x".join(map(str, self.size))
         if self.provenance is not None:
@@ -76,7 +78,10 @@ class SavedLatents:
             model: str | tuple[str, ...] = metadata.get("model", "")
             if "experts" in metadata:
                 model = tuple(str(expert) for expert in json.loads(metadata["experts"]))
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            components: str | dict[str, str] | None = metadata.get("components")
+            if "parts" in metadata:
+                components = {str(k): str(v) for k, v in json.loads(metadata["parts"]).items()}
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, MediaError):
                 raise
             what = kind_of(path)
@@ -88,7 +93,7 @@ class SavedLatents:
                 f"latent_width], got {latents.dtype} {list(latents.shape)}"
             )
         provenance = Provenance.from_json(metadata.get("provenance", ""))
-        return cls(latents, fps, loop, model, provenance, metadata.get("components"), size)
+        return cls(latents, fps, loop, model, provenance, components, size)
 
 
 _WANTED = f"a file of finished latents ends in {SUFFIX}"

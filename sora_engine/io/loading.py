@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from sora_engine.errors import CheckpointError
-from sora_engine.io.safetensors import Weights
+from sora_engine.io.weights.source import WeightSource
 
 
 def load_into(
     module: nn.Module,
-    weights: Weights,
+    weights: WeightSource,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -86,7 +86,7 @@ def _target(
 
 def _match(
     wanted: Mapping[str, torch.Tensor],
-    weights: Weights,
+    weights: WeightSource,
     rename: Callable[[str], str],
     ignore: Collection[str],
     tied: Mapping[str, str],

@@ -26,6 +26,7 @@ import torch
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import parse_json_object, read_json_object
+from sora_engine.io.links import refuse_stray_link
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 PIECE_BYTES = 16 * 2**20
@@ -40,6 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -79,6 +81,7 @@ class SafetensorsFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         refuse_pickle(self.path)
+        refuse_stray_link(self.path)
         try:
             with open(self.path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
@@ -280,9 +283,9 @@ def sampled_hash(paths: Sequence[str | Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
-        with Weights.open(path) as weights:
-            files = [file.path for file in weights.files]
-        for name in files:
+        path = Path(path)
+        shards = sorted(set(_read_index(path).values())) if path.suffix == ".json" else [path.name]
+        for name in (path.parent / shard for shard in shards):
             size = name.stat().st_size
             digest.update(f"{size}:".encode())
             with name.open("rb") as file:

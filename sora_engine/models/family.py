@@ -62,7 +62,8 @@ class ExpertSource:
 class TextSource:
     """A text encoder of a checkpoint: built by the kind that the encoder's class names.
 
-    tokenizer: None for kinds that need none, such as an embedding of class labels.
+    tokenizer: None for kinds that need none, such as an embedding of class labels, and where the
+        encoder's file brings it.
     max_tokens: where prompts are cut.
     """
 
@@ -73,10 +74,10 @@ class TextSource:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ImageSource:
-    """An image encoder of a checkpoint, and what prepares pictures for it."""
+    """An image encoder of a checkpoint, and what prepares pictures for it; None: as CLIP does."""
 
     encoder: Component
-    processor: Component
+    processor: Component | None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -138,6 +139,11 @@ class Family(Protocol):
         """
         ...
 
+    def describe_file(self, path: Path) -> str:
+        """What a transformer file that it claims is, and what goes with it, for people. Raises
+        CheckpointError."""
+        ...
+
     def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         """Open a folder whose pipeline class is in `layout`.
 
@@ -148,11 +154,14 @@ class Family(Protocol):
         ...
 
     def open_files(
-        self, paths: Sequence[Path], components: Path | None, settings: Mapping[str, Any]
+        self,
+        paths: Sequence[Path],
+        components: Path | Mapping[str, Path] | None,
+        settings: Mapping[str, Any],
     ) -> Checkpoint:
         """Open transformer files, the first of which it claims, the expert for high noise first.
 
-        components: the folder with all else; None stands for the first file's own. Raises
-        CheckpointError.
+        components: the folder with all else, or by name a file or a folder of each part; None
+        stands for the first file's own. Raises CheckpointError.
         """
         ...

@@ -20,7 +20,9 @@ from typing import Any
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
-from sora_engine.io.safetensors import Weights, find_weights, refuse_pickle
+from sora_engine.io.safetensors import find_weights, refuse_pickle
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.io.weights.source import WeightSource
 
 INDEX = "model_index.json"
 _FROM_TRANSFORMERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor")
@@ -51,7 +53,11 @@ class FolderLayout:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One part of a model: its folder and its configuration, as read and not yet interpreted."""
+    """One part of a model: where it is, and its configuration, as read and not yet interpreted.
+
+    folder: that it has to itself. Of a part in a single file it is the file, and `config` is what
+    the file's header tells.
+    """
 
     name: str
     class_name: str
@@ -86,17 +92,20 @@ class Component:
 
     @property
     def config_path(self) -> Path:
-        return self.folder / config_file(self.name)
+        """What the configuration was read from."""
+        return self.folder if self.folder.is_file() else self.folder / config_file(self.name)
 
     @property
     def weights_path(self) -> Path:
         """The `.safetensors` file, or the shards' index. `CheckpointError` if there is none."""
+        if self.folder.is_file():
+            return self.folder
         stem = "model" if _kind(self.name) in _FROM_TRANSFORMERS else "diffusion_pytorch_model"
         return find_weights(self.folder, stem)
 
-    def open_weights(self) -> Weights:
+    def open_weights(self) -> WeightSource:
         """The component's weights, open; to be closed, or used as a context manager."""
-        return Weights.open(self.weights_path)
+        return open_weights(self.weights_path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from os import PathLike
 from typing import Protocol
 
 import torch
@@ -15,6 +14,8 @@ from sora_engine.denoise.preview import LatentPreview
 from sora_engine.errors import BackendError
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
+from sora_engine.io.weights.selected import SelectedWeights
+from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.device import resolve_device, resolve_dtype
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.folder import Component
@@ -24,7 +25,7 @@ from sora_engine.models.offload import (
     offload_blocks,
     offload_encoder,
 )
-from sora_engine.models.registry import ModelPath, open_checkpoint
+from sora_engine.models.registry import Components, ModelPath, open_checkpoint
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.samplers import read_config
@@ -34,7 +35,7 @@ from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.decoder import VideoDecoder
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.free_memory import free_bytes
-from sora_engine.vae.registry import build_vae, read_vae_config
+from sora_engine.vae.registry import build_vae, read_vae_config, vae_kind
 
 USABLE = 0.9
 """Of the free memory, what weights and a usual request may take together."""
@@ -60,7 +61,7 @@ def load_video_model(
     vae_backend: str = "auto",
     vae_cuda_graphs: str = "auto",
     attention_backend: str = "auto",
-    components: str | PathLike[str] | None = None,
+    components: Components | None = None,
     offload: str = "none",
     needed: Callable[[VideoModel], int] | None = None,
     sharder: WeightSharder | None = None,
@@ -131,7 +132,7 @@ def load_video_decoder(
     dtype: str | torch.dtype = "auto",
     vae_backend: str = "auto",
     vae_cuda_graphs: str = "auto",
-    components: str | PathLike[str] | None = None,
+    components: Components | None = None,
 ) -> VideoDecoder:
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
     target = resolve_device(device)
@@ -264,7 +265,7 @@ def load_image_encoder(
         return None
     encoder = ImageEncoder.from_folders(
         source.encoder.folder,
-        source.processor.folder,
+        None if source.processor is None else source.processor.folder,
         device=_place(offload, device),
         dtype=dtype,
     )
@@ -282,13 +283,18 @@ def _place(offload: str, device: torch.device) -> torch.device:
 
 
 def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> CausalVAE:
-    """A VAE from its folder, of the kind that its class names."""
+    """A VAE from its folder or file, of the kind that its class names."""
     config = read_vae_config(
         {"_class_name": component.class_name, **component.config}, path=component.config_path
     )
     with torch.device("meta"):
         vae = build_vae(config)
-    with component.open_weights() as weights:
+    with component.open_weights() as opened:
+        weights: WeightSource = opened
+        files = vae_kind(component.class_name).files
+        if files is not None and component.folder.is_file():
+            names = files.names(weights, config)
+            weights = SelectedWeights(weights, {names[stored]: stored for stored in names})
         load_into(vae, weights, device=device, dtype=dtype)
     return vae.eval().requires_grad_(False).prepare()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 
 from sora_engine.errors import CheckpointError
-from sora_engine.io.safetensors import Weights, refuse_pickle
+from sora_engine.io.safetensors import refuse_pickle
+from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.family import Checkpoint, Family
 from sora_engine.models.folder import INDEX, read_index
 from sora_engine.models.generation_config import read_generation_config, with_own_defaults
@@ -22,7 +23,14 @@ BUNDLED = {"sprites": Path(__file__).parents[1] / "checkpoints" / "sprites"}
 """Checkpoints that come with the package, by name."""
 
 ModelPath = str | PathLike[str] | Sequence[str | PathLike[str]]
-"""A folder in diffusers' layout, a transformer file or two, or a bundled checkpoint's name."""
+"""A folder in diffusers' or ComfyUI's layout, a transformer file or two, or a bundled checkpoint's
+name."""
+Components = str | PathLike[str] | Mapping[str, str | PathLike[str]]
+"""What a transformer file lacks: a folder in either layout, or by name a file or a folder of each
+part."""
+
+TRANSFORMER_FOLDERS = ("diffusion_models", "unet")
+"""Where ComfyUI keeps transformers."""
 
 
 def register_family(family: Family) -> None:
@@ -50,11 +58,11 @@ def families() -> list[Family]:
 
 
 def open_checkpoint(
-    path: ModelPath, components: str | PathLike[str] | None = None
+    path: ModelPath, components: Components | None = None
 ) -> tuple[Checkpoint, str]:
     """A checkpoint by its path or name, with its own defaults, and the name that results carry.
 
-    components: folder with all that a transformer file lacks. No weights are read, and nothing is
+    components: all that a transformer file lacks. No weights are read, and nothing is
     ever downloaded. Raises CheckpointError for what is missing, cannot be, or is of no family.
     """
     paths, name = _paths_of(path)
@@ -65,7 +73,11 @@ def open_checkpoint(
             raise CheckpointError("a folder brings its own components", path=folder)
         found = family_of_folder(folder).open_folder(folder, settings)
     else:
-        companions = None if components is None else Path(components)
+        companions: Path | dict[str, Path] | None = None
+        if isinstance(components, Mapping):
+            companions = {name: Path(part) for name, part in components.items()}
+        elif components is not None:
+            companions = Path(components)
         found = family_of_file(folder).open_files(paths, companions, settings)
     return with_own_defaults(found, settings, folder), name
 
@@ -85,7 +97,7 @@ def family_of_folder(folder: Path) -> Family:
 
 def family_of_file(path: Path) -> Family:
     """The family that knows the tensors of a transformer file."""
-    with Weights.open(path) as weights:
+    with open_weights(path) as weights:
         shapes = {name: weights.info(name).shape for name in weights}
     known = families()
     for family in known:
@@ -116,12 +128,45 @@ def _paths_of(path: ModelPath) -> tuple[list[Path], str]:
         refuse_pickle(each)
         if not each.exists():
             raise CheckpointError(
-                "no such file or folder; a model is a diffusers folder or a .safetensors file, "
-                "and nothing is downloaded",
+                "no such file or folder; a model is a diffusers folder or a .safetensors or .gguf "
+                "file, and nothing is downloaded",
                 path=each,
             )
         if len(found) > 1 and each.is_dir():
             raise CheckpointError(
-                "a folder; two paths are two experts, each a .safetensors file", path=each
+                "a folder; two paths are two experts, each a file of weights", path=each
             )
+    if len(found) == 1 and found[0].is_dir() and not (found[0] / INDEX).exists():
+        inside = _transformers_in(found[0])
+        if inside:
+            return inside, found[0].name
     return found, found[0].name
+
+
+def _transformers_in(folder: Path) -> list[Path]:
+    """The transformers in a folder of ComfyUI's layout: one, or two experts of which one's name
+    has "high" in it. None where it is no such folder."""
+    files = [
+        file
+        for name in TRANSFORMER_FOLDERS
+        if (folder / name).is_dir()
+        for file in sorted((folder / name).iterdir())
+        if file.suffix in (".safetensors", ".gguf")
+    ]
+    high = [file for file in files if "high" in file.name.lower()]
+    if len(files) == 2 and len(high) == 1:
+        return [*high, *(file for file in files if file not in high)]
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{len(files)} transformers: {', '.join(file.name for file in files)}; name the one to "
+            "load, or leave two of which one has 'high' in its name",
+            path=files[0].parent,
+        )
+    return files
+
+
+def plain_components(components: Components | None) -> str | dict[str, str] | None:
+    """The same in what JSON holds."""
+    if isinstance(components, Mapping):
+        return {name: fspath(part) for name, part in components.items()}
+    return None if components is None else fspath(components)

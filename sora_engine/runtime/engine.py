@@ -16,7 +16,7 @@ from sora_engine.denoise.denoise import num_passes, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
 from sora_engine.models.loading import USABLE, load_video_model
-from sora_engine.models.registry import ModelPath
+from sora_engine.models.registry import Components, ModelPath
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import ResolvedRequest, VideoRequest, check_for_mode, resolve_request
 from sora_engine.runtime.executor import AnyExecutor, LocalExecutor, ServedModel
@@ -87,7 +87,7 @@ class Engine:
         vae_backend: str = "auto",
         vae_cuda_graphs: str = "auto",
         attention_backend: str = "auto",
-        components: str | PathLike[str] | None = None,
+        components: Components | None = None,
         offload: str = "auto",
         parallel: ParallelConfig | Literal["auto"] | None = None,
         limits: Limits | None = None,
@@ -96,9 +96,9 @@ class Engine:
         """Load a checkpoint.
 
         Args:
-            model: a folder in diffusers' layout; a `.safetensors` file with a transformer under the
-                names that it was published with, or two of them, the expert for high noise first;
-                or `"sprites"`, the bundled checkpoint.
+            model: a folder in diffusers' or ComfyUI's layout; a `.safetensors` or `.gguf` file with
+                a transformer under the names that it was published with, or two of them, the
+                expert for high noise first; or `"sprites"`, the bundled checkpoint.
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
@@ -106,7 +106,9 @@ class Engine:
             vae_cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady
                 step as a CUDA graph; `"auto"` does so on a GPU, and logs where it cannot.
             attention_backend: a backend of `sora_kernels.packed_attention`.
-            components: folder with VAE, text encoder and tokenizer for a single-file checkpoint.
+            components: what a transformer file lacks: a folder in diffusers' or ComfyUI's layout,
+                or a mapping from `vae`, `text_encoder`, `tokenizer`, `image_encoder`,
+                `image_processor`, `scheduler` and `transformer_2` to a file or a folder of each.
             offload: which weights wait in host memory and cross when they are needed: `"none"`;
                 `"text"`, the text and image encoders' layers; `"blocks"`, the transformers' too.
                 `"auto"`, on a GPU: the first of these with which a request of the checkpoint's

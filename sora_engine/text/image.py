@@ -14,7 +14,10 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
-from sora_engine.io.safetensors import Weights, find_weights
+from sora_engine.io.safetensors import find_weights
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.io.weights.source import WeightSource
+from sora_engine.text.clip_file import open_clip, settings_of
 from sora_engine.text.settings import read_settings
 
 _DEFAULTS: dict[str, Any] = {
@@ -69,17 +72,21 @@ class ImageEncoder:
     def from_folders(
         cls,
         image_encoder: str | Path,
-        image_processor: str | Path,
+        image_processor: str | Path | None,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> ImageEncoder:
         """Load `image_encoder/` and `image_processor/` of a diffusers folder from the disk alone.
 
+        The encoder may be a single file, and the processor None: then pictures are prepared as
+        CLIP's own are.
+
         Raises `CheckpointError` for whatever is missing, unknown or does not fit.
         """
-        processor = load_image_processor(Path(image_processor))
-        return cls(load_clip(Path(image_encoder), device=device, dtype=dtype), processor)
+        processor = None if image_processor is None else load_image_processor(Path(image_processor))
+        model: Any = load_clip(Path(image_encoder), device=device, dtype=dtype)
+        return cls(model, processor or usual_processor(model.config.image_size))
 
     @property
     def image_dim(self) -> int:
@@ -114,17 +121,30 @@ class ImageEncoder:
 
 
 def load_clip(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """transformers' `CLIPVisionModel` with the weights of `folder`, in evaluation mode."""
-    path = folder / "config.json"
-    values = read_settings(path, "CLIPVisionModel", _DEFAULTS, choices={"hidden_act": _ACTIVATIONS})
+    """transformers' `CLIPVisionModel` with the weights of a folder or a file, for evaluation."""
+    if path.is_file():
+        with open_clip(path) as weights:
+            return _filled(settings_of(weights), weights, device, dtype)
+    config, allowed = path / "config.json", {"hidden_act": _ACTIVATIONS}
+    values = read_settings(config, "CLIPVisionModel", _DEFAULTS, choices=allowed)
     if values["hidden_size"] % values["num_attention_heads"]:
         raise CheckpointError(
             f"hidden_size {values['hidden_size']} is no multiple of "
             f"num_attention_heads {values['num_attention_heads']}",
-            path=path,
+            path=config,
         )
+    with open_weights(find_weights(path, "model")) as weights:
+        return _filled(values, weights, device, dtype)
+
+
+def _filled(
+    values: dict[str, Any],
+    weights: WeightSource,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel  # seconds to import
 
     with torch.device("meta"):
@@ -133,17 +153,25 @@ def load_clip(
     outer = "vision_model."
     prefix = outer if next(iter(model.state_dict())).startswith(outer) else ""
     positions = (values["image_size"] // values["patch_size"]) ** 2 + 1
-    with Weights.open(find_weights(folder, "model")) as weights:
-        load_into(
-            model,
-            weights,
-            device=device,
-            dtype=dtype,
-            rename=lambda name: prefix + name.removeprefix(outer),
-            ignore=("position_ids",),
-            buffers={f"{prefix}embeddings.position_ids": torch.arange(positions)[None]},
-        )
+    load_into(
+        model,
+        weights,
+        device=device,
+        dtype=dtype,
+        rename=lambda name: prefix + name.removeprefix(outer),
+        ignore=("position_ids",),
+        buffers={f"{prefix}embeddings.position_ids": torch.arange(positions)[None]},
+    )
     return model.eval()
+
+
+def usual_processor(image_size: int) -> Any:
+    """What CLIP's own models come with: the shorter side resized (bicubic), the middle cut out."""
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
 
 
 def load_image_processor(folder: Path) -> Any:

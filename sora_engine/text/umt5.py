@@ -12,10 +12,12 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
-from sora_engine.io.safetensors import Weights, find_weights
+from sora_engine.io.safetensors import find_weights
+from sora_engine.io.weights.opening import open_weights
 from sora_engine.text.prompt import clean_prompt
 from sora_engine.text.sentencepiece import SentencePieceModel
 from sora_engine.text.settings import read_settings
+from sora_engine.text.umt5_file import embedded_tokenizer, open_umt5, settings_of
 
 MAX_TOKENS = 512
 """Where Wan's pipelines truncate a prompt."""
@@ -80,11 +82,22 @@ class UMT5Encoder:
     ) -> UMT5Encoder:
         """Load `text_encoder/` and `tokenizer/` of a diffusers folder from the disk alone.
 
+        Either may be a single file; one of the encoder may bring its tokenizer.
+
         Raises `CheckpointError` for whatever is missing, unknown or does not fit.
         """
         if tokenizer is None:
-            raise CheckpointError("a T5 encoder needs a tokenizer", path=text_encoder)
-        words = load_tokenizer(Path(tokenizer))
+            embedded = Path(text_encoder).is_file()
+            words = embedded_tokenizer(Path(text_encoder), load_tokenizer) if embedded else None
+        else:
+            words = load_tokenizer(Path(tokenizer))
+        if words is None:
+            raise CheckpointError(
+                "a T5 encoder needs a tokenizer, and this one brings none; give the tokenizer/ of "
+                "a diffusers folder as components={'tokenizer': ...}, or take "
+                "umt5_xxl_fp8_e4m3fn_scaled.safetensors, which has it in it",
+                path=text_encoder,
+            )
         encoder = cls(
             load_umt5(Path(text_encoder), device=device, dtype=dtype), words, max_tokens=max_tokens
         )
@@ -149,21 +162,27 @@ class UMT5Encoder:
 
 
 def load_umt5(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """transformers' `UMT5EncoderModel` with the weights of `folder`, in evaluation mode."""
-    values = read_settings(
-        folder / "config.json",
-        "UMT5EncoderModel",
-        _DEFAULTS,
-        choices={"feed_forward_proj": _ACTIVATIONS},
-        known=_KNOWN,
-    )
+    """transformers' `UMT5EncoderModel` with the weights of a folder or a file, in evaluation
+    mode."""
+    values = None
+    if not path.is_file():
+        values = read_settings(
+            path / "config.json",
+            "UMT5EncoderModel",
+            _DEFAULTS,
+            choices={"feed_forward_proj": _ACTIVATIONS},
+            known=_KNOWN,
+        )
     from transformers import UMT5Config, UMT5EncoderModel  # seconds to import
 
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**values, dropout_rate=0.0))
-    with Weights.open(find_weights(folder, "model")) as weights:
+    opened = open_umt5(path) if values is None else open_weights(find_weights(path, "model"))
+    with opened as weights:
+        if values is None:
+            values = settings_of(weights)
+        with torch.device("meta"):
+            model = UMT5EncoderModel(UMT5Config(**values, dropout_rate=0.0))
         load_into(
             model,
             weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,15 +21,35 @@ class ReadsConfig(Protocol):
         ...
 
 
+class ReadsFile(Protocol):
+    """What a kind knows of single files, which have names of their own and no configuration."""
+
+    def claims(self, names: Iterable[str]) -> bool:
+        """Whether tensors of these names are an autoencoder of the kind."""
+        ...
+
+    def config(
+        self, shapes: Mapping[str, tuple[int, ...]], *, path: str | Path | None = None
+    ) -> Any:
+        """The configuration, from the shapes of all tensors. Raises CheckpointError."""
+        ...
+
+    def names(self, names: Iterable[str], config: Any) -> dict[str, str]:
+        """By the name in the file that of the parameter; what is left out belongs to none."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class VAEKind:
-    """One kind: how its configuration is read, and the layers that are built from it."""
+    """One kind: how its configuration is read, the layers that are built from it, and how it lies
+    in single files."""
 
     config: ReadsConfig
     layers: type[CausalVAE]
+    files: ReadsFile | None = None
 
 
-_KINDS: dict[str, VAEKind | str] = {"AutoencoderKLWan": "sora_engine.vae.wan"}
+_KINDS: dict[str, VAEKind | str] = {"AutoencoderKLWan": "sora_engine.vae.wan_checkpoint"}
 """By class name the kind, or the module that has it as `KIND`."""
 
 
@@ -57,6 +77,18 @@ def vae_kind(class_name: object, *, path: str | Path | None = None) -> VAEKind:
         return found
     kind: VAEKind = import_module(found).KIND
     return kind
+
+
+def vae_in_file(
+    shapes: Mapping[str, tuple[int, ...]], *, path: str | Path | None = None
+) -> VAEConfig | None:
+    """The configuration of the autoencoder in a single file; None where no kind claims it."""
+    for name in _KINDS:
+        files = vae_kind(name).files
+        if files is not None and files.claims(shapes):
+            config: VAEConfig = files.config(shapes, path=path)
+            return config
+    return None
 
 
 def read_vae_config(values: Mapping[str, Any], *, path: str | Path | None = None) -> VAEConfig:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sora_engine.vae.blocks import CausalConv3d, fold_patches, unfold_patches
 from sora_engine.vae.causal import CausalVAE
-from sora_engine.vae.registry import VAEKind
 from sora_engine.vae.state import FeatureCache
 from sora_engine.vae.wan_coders import Decoder, Encoder
 from sora_engine.vae.wan_config import WanVAEConfig
@@ -40,6 +39,3 @@ class WanVAE(CausalVAE):
         x = self.post_quant_conv.valid(raw.contiguous(memory_format=torch.channels_last_3d))
         x = unfold_patches(self.decoder(x, feat_cache), self.config.patch_size or 1)
         return x.clamp(-1.0, 1.0) if self.config.clip_output else x
-
-
-KIND = VAEKind(config=WanVAEConfig, layers=WanVAE)

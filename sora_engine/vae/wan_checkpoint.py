@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from sora_engine.errors import CheckpointError
+from sora_engine.vae.registry import VAEKind
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_config import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD, WanVAEConfig
-
-T = TypeVar("T")
 
 _RESIDUAL = {
     "norm1.gamma": "residual.0.gamma",
@@ -92,18 +90,15 @@ def _prefix(names: Iterable[str]) -> str | None:
     return None
 
 
-def to_diffusers_names(
-    tensors: Mapping[str, T], config: WanVAEConfig, *, path: str | Path | None = None
-) -> dict[str, T]:
-    """The same tensors under diffusers' names; names that no layer has are kept as they are."""
-    prefix = _prefix(tensors)
+def to_diffusers_names(names: Iterable[str], config: WanVAEConfig) -> dict[str, str]:
+    """By each name in a file diffusers' name of it; other parts of an all-in-one file are left
+    out, and names that no layer has stay as they are."""
+    present = list(names)
+    prefix = _prefix(present)
     if prefix is None:
-        raise CheckpointError(
-            "has not the names of Wan's own autoencoder files", path=path,
-            tensor="decoder.middle.0.residual.0.gamma",
-        )  # fmt: skip
+        return {name: name for name in present}
     back = {f"{prefix}{original}": name for name, original in original_names(config).items()}
-    return {back.get(name, name): value for name, value in tensors.items()}
+    return {name: back.get(name, name) for name in present if name.startswith(prefix)}
 
 
 def infer_config(
@@ -120,7 +115,11 @@ def infer_config(
             "has not the names of Wan's own autoencoder files", path=path,
             tensor="decoder.middle.0.residual.0.gamma",
         )  # fmt: skip
-    shapes = {name.removeprefix(prefix): tuple(shape) for name, shape in shapes.items()}
+    shapes = {
+        name.removeprefix(prefix): tuple(shape)
+        for name, shape in shapes.items()
+        if name.startswith(prefix)
+    }
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
@@ -188,40 +187,20 @@ def _encoder_stages(
     return [*stages, (outs, False)] if outs else stages
 
 
-def check_tensors(
-    vae: WanVAE, shapes: Mapping[str, tuple[int, ...]], *, path: str | Path | None = None
-) -> None:
-    """That these are exactly the tensors of `vae`; CheckpointError names the first that is not."""
-    want = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    for name in sorted(want.keys() - shapes.keys()):
-        raise CheckpointError(f"tensor {name} is missing", path=path, tensor=name)
-    for name in sorted(shapes.keys() - want.keys()):
-        raise CheckpointError(f"tensor {name} belongs to no layer", path=path, tensor=name)
-    for name, shape in want.items():
-        if tuple(shapes[name]) != shape:
-            raise CheckpointError(
-                f"tensor {name} is {list(shapes[name])}; the configuration makes it {list(shape)}",
-                path=path,
-                tensor=name,
-            )
+@dataclass(frozen=True, slots=True)
+class WanVAEFiles:
+    """How Wan's autoencoders lie in single files; see `vae.registry.ReadsFile`."""
+
+    def claims(self, names: Iterable[str]) -> bool:
+        return has_original_names(names)
+
+    def config(
+        self, shapes: Mapping[str, tuple[int, ...]], *, path: str | Path | None = None
+    ) -> WanVAEConfig:
+        return infer_config(shapes, path=path)
+
+    def names(self, names: Iterable[str], config: WanVAEConfig) -> dict[str, str]:
+        return to_diffusers_names(names, config)
 
 
-def vae_from_tensors(
-    tensors: Mapping[str, Tensor],
-    config: WanVAEConfig | None = None,
-    *,
-    path: str | Path | None = None,
-) -> WanVAE:
-    """A `WanVAE` that holds `tensors` (no copy is made), under either set of names.
-
-    Without a config the tensors must be under Wan's own names.
-    """
-    if config is None:
-        config = infer_config({name: tuple(t.shape) for name, t in tensors.items()}, path=path)
-    if has_original_names(tensors):
-        tensors = to_diffusers_names(tensors, config, path=path)
-    with torch.device("meta"):
-        vae = WanVAE(config)
-    check_tensors(vae, {name: tuple(t.shape) for name, t in tensors.items()}, path=path)
-    vae.load_state_dict(dict(tensors), assign=True)
-    return vae.eval().requires_grad_(False).prepare()
+KIND = VAEKind(config=WanVAEConfig, layers=WanVAE, files=WanVAEFiles())

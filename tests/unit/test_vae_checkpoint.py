@@ -6,10 +6,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from safetensors.torch import save_file
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.models.folder import Component
+from sora_engine.models.loading import load_vae
+from sora_engine.vae.registry import vae_in_file
 from sora_engine.vae.wan import WanVAE
-from sora_engine.vae.wan_checkpoint import infer_config, original_names, vae_from_tensors
+from sora_engine.vae.wan_checkpoint import infer_config, original_names
 from sora_engine.vae.wan_config import WAN22_MEAN, WAN22_STD, WanVAEConfig
 from tests.parity.vae_models import LAYOUTS, make_pair
 
@@ -82,37 +87,59 @@ def test_the_config_is_read_from_the_shapes(values, prefix):
     assert infer_config(original) == config
 
 
+def load(path, class_name="AutoencoderKLWan", config=None):
+    """The VAE of a single file, whose configuration is the file's own unless one is given."""
+    with open_weights(path) as weights:
+        found = config or vae_in_file({n: weights.info(n).shape for n in weights}, path=path)
+    assert found is not None
+    component = Component("vae", class_name, path, found.to_dict())
+    return load_vae(component, torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize("layout", ["wan21", "wan21-deep", "wan22", "two-stages-residual"])
-def test_both_sets_of_names_give_the_same_bits(layout):
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_both_sets_of_names_give_the_same_bits(tmp_path, layout, prefix):
     _, vae = make_pair(layout)
     names = original_names(vae.config)
     state = vae.state_dict()
-    single = {names[name]: tensor for name, tensor in state.items()}
     latents = torch.randn(1, vae.z_dim, 2, 2, 3)
     want = vae.decode(latents)
+    single = {prefix + names[name]: tensor.contiguous() for name, tensor in state.items()}
+    if prefix:  # of an all-in-one file it is a part
+        single["model.diffusion_model.head.weight"] = torch.zeros(2)
+    path = tmp_path / "vae.safetensors"
     for tensors in (state, single):
-        loaded = vae_from_tensors(tensors, vae.config)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        loaded = load(path, config=vae.config)
         assert loaded.state_dict().keys() == state.keys()
         assert torch.equal(loaded.decode(latents), want)
 
 
-def test_what_is_wrong_is_named():
+def test_what_is_wrong_is_named(tmp_path):
     config = WanVAEConfig.from_dict(LAYOUTS["wan21"])
     state = WanVAE(config).state_dict()
     names = original_names(config)
     single = {names[name]: tensor for name, tensor in state.items()}
     key = "decoder.conv_in.weight"
+    path = tmp_path / "vae.safetensors"
 
-    with pytest.raises(CheckpointError, match="missing") as caught:
-        vae_from_tensors({k: v for k, v in state.items() if k != key}, config, path="x")
-    assert caught.value.tensor == key
-    with pytest.raises(CheckpointError, match="no layer") as caught:
-        vae_from_tensors(single | {"decoder.conv9.weight": single["conv1.bias"]}, config)
-    assert caught.value.tensor == "decoder.conv9.weight"
-    with pytest.raises(CheckpointError, match=r"\[3, 3\]") as caught:
-        vae_from_tensors(state | {key: torch.zeros(3, 3)}, config)
-    assert caught.value.tensor == key
+    for tensors, says, tensor in (
+        ({k: v for k, v in state.items() if k != key}, f"missing tensors: {key}", key),
+        (
+            single | {"decoder.conv9.weight": single["conv1.bias"].clone()},
+            "unexpected tensors: decoder.conv9.weight",
+            "decoder.conv9.weight",
+        ),
+        (state | {key: torch.zeros(3, 3)}, r"\[3, 3\]", key),
+    ):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+        with pytest.raises(CheckpointError, match=says) as caught:
+            load(path, config=config)
+        assert caught.value.tensor == tensor
+        assert caught.value.path == path
+    # diffusers' names say nothing about the latents' statistics
+    assert vae_in_file({k: tuple(v.shape) for k, v in state.items()}) is None
     with pytest.raises(CheckpointError, match="names of Wan's own"):
-        vae_from_tensors(state)  # diffusers' names say nothing about the latents' statistics
+        infer_config({k: tuple(v.shape) for k, v in state.items()})
     with pytest.raises(CheckpointError, match="32 latent channels"):
         infer_config({k: tuple(v.shape) for k, v in single.items()} | {"conv2.weight": (32, 32)})

@@ -19,7 +19,10 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
-from sora_engine.io.safetensors import Weights, refuse_pickle
+from sora_engine.io.safetensors import refuse_pickle
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.io.weights.selected import under_prefix
+from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.folder import (
     INDEX,
     Component,
@@ -28,6 +31,7 @@ from sora_engine.models.folder import (
     config_file,
 )
 from sora_engine.models.wan.config import CLASS_NAMES, WanConfig
+from sora_engine.models.wan.parts import find_parts
 
 LAYOUT = FolderLayout(
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
@@ -121,6 +125,11 @@ _DEFAULT_SCHEDULER = {
 }
 
 
+def open_transformer(path: Path) -> WeightSource:
+    """The transformer of a file, which an all-in-one file has under a prefix."""
+    return under_prefix(open_weights(path), [prefix for prefix in PREFIXES if prefix])
+
+
 def to_diffusers_name(name: str) -> str:
     """diffusers' name of a parameter under Wan's own name; a name that is neither's comes back."""
     for prefix in reversed(PREFIXES):
@@ -155,7 +164,7 @@ class TransformerSource:
     ) -> None:
         """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` as
         of `load_into`."""
-        with Weights.open(self.path) as weights:
+        with open_transformer(self.path) as weights:
             load_into(
                 module,
                 weights,
@@ -170,7 +179,7 @@ class TransformerSource:
     @property
     def num_parameters(self) -> int:
         """Counted from the headers; nothing is read."""
-        with Weights.open(self.path) as weights:
+        with open_transformer(self.path) as weights:
             return sum(torch.Size(weights.info(name).shape).numel() for name in weights)
 
 
@@ -186,7 +195,8 @@ class WanCheckpoint:
     expand_timesteps: bool
     vae: Component
     text_encoder: Component
-    tokenizer: Component
+    tokenizer: Component | None
+    """None where the text encoder's file brings it."""
     scheduler_config: Mapping[str, Any]
     scheduler_path: Path | None
     """The file of `scheduler_config`; None where it is the default of published models."""
@@ -197,17 +207,16 @@ class WanCheckpoint:
 def resolve_model(
     path: str | Path | Sequence[str | Path],
     *,
-    components: str | Path | None = None,
+    components: str | Path | Mapping[str, Path] | None = None,
     boundary_ratio: float | None = None,
     attention_head_dim: int = 128,
 ) -> WanCheckpoint:
     """Find the parts of a Wan model.
 
     `path` is a diffusers folder, or a `.safetensors` file (or `.safetensors.index.json`) with the
-    transformer, or two such files, the expert for high noise first. For files, `components` is the
-    folder with `vae/`, `text_encoder/`, `tokenizer/` and, as they are needed, `image_encoder/`,
-    `image_processor/` and `scheduler/`; by default it is the file's own. `boundary_ratio` overrides
-    where the second expert takes over, and `attention_head_dim` tells what shapes do not.
+    transformer, or two such files, the expert for high noise first. For files, `components` is as
+    of `parts.find_parts`, and may name the second one as `transformer_2`. `boundary_ratio`
+    overrides where the second expert takes over, and `attention_head_dim` tells what shapes do not.
 
     Raises `CheckpointError` for what is missing or cannot be; nothing is ever downloaded.
     """
@@ -228,6 +237,11 @@ def resolve_model(
         if components is not None:
             raise CheckpointError("a folder brings its own components", path=paths[0])
         return _from_folder(paths[0], boundary_ratio)
+    if isinstance(components, str):
+        components = Path(components)
+    if isinstance(components, Mapping) and "transformer_2" in components:
+        paths = [paths[0], components["transformer_2"]]
+        components = {k: v for k, v in components.items() if k != "transformer_2"} or None
     return _from_files(paths, components, boundary_ratio, attention_head_dim)
 
 
@@ -273,28 +287,18 @@ def _settings(index: dict[str, Any], path: Path) -> tuple[float | None, bool]:
 
 def _from_files(
     paths: list[Path],
-    components: str | Path | None,
+    components: Path | Mapping[str, Path] | None,
     boundary_ratio: float | None,
     head_dim: int,
 ) -> WanCheckpoint:
-    sources = [_transformer_file(path, head_dim) for path in paths]
+    sources = [transformer_in_file(path, head_dim) for path in paths]
     config = sources[0].config
     expand_timesteps = config.in_channels == config.out_channels == 48  # TI2V-5B alone has 48
     experts_meet = 0.875 if config.in_channels == config.out_channels else 0.9  # T2V, I2V
 
-    folder = Path(components) if components is not None else paths[0].parent
-    if components is None and not (folder / "vae").is_dir():
-        raise CheckpointError(
-            "a single file holds the transformer alone; give `components`, a folder with vae/, "
-            "text_encoder/ and tokenizer/, or put them beside the file",
-            path=paths[0],
-        )
-    parts: dict[str, Component] = {}
-    names = ["vae", "text_encoder", "tokenizer"]
-    names += ["image_encoder", "image_processor"] if config.image_dim is not None else []
-    names += ["scheduler"] if (folder / "scheduler").is_dir() else []
-    for name in names:
-        parts[name] = Component.open(name, folder / name, LAYOUT.components[name])
+    needed = ["vae", "text_encoder"]
+    needed += ["image_encoder"] if config.image_dim is not None else []
+    folder, parts = find_parts(paths, components, needed, LAYOUT)
     if (folder / INDEX).exists():
         index = read_json_object(folder / INDEX)
         if len(paths) == 2 and isinstance(index.get("boundary_ratio"), float):
@@ -322,7 +326,8 @@ def _assemble(
             path=sources[1].path,
         )
     for name in ("image_encoder", "image_processor"):
-        if config.image_dim is not None and name not in parts:
+        whole = name == "image_processor" and _in_one_file(parts.get("image_encoder"))
+        if config.image_dim is not None and name not in parts and not whole:
             raise CheckpointError(
                 f"the transformer reads CLIP embeddings of images (image_dim {config.image_dim}), "
                 f"and the model has no {name}",
@@ -338,7 +343,7 @@ def _assemble(
         expand_timesteps=expand_timesteps,
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
-        tokenizer=parts["tokenizer"],
+        tokenizer=parts.get("tokenizer"),
         scheduler_config=scheduler.config
         if scheduler is not None
         else {**_DEFAULT_SCHEDULER, "flow_shift": shift},
@@ -348,14 +353,18 @@ def _assemble(
     )
 
 
-def _transformer_file(path: Path, head_dim: int) -> TransformerSource:
+def _in_one_file(part: Component | None) -> bool:
+    return part is not None and part.folder.is_file()
+
+
+def transformer_in_file(path: Path, head_dim: int = 128) -> TransformerSource:
     """A transformer file and its configuration: diffusers' beside it, or else from the shapes."""
     config_path = path.parent / config_file("transformer")
     if config_path.is_file():
         config = read_json_object(config_path)
         if config.get("_class_name") in CLASS_NAMES:
             return TransformerSource(path, WanConfig.from_dict(config, path=config_path))
-    with Weights.open(path) as weights:
+    with open_transformer(path) as weights:
         shapes = {to_diffusers_name(name): weights.info(name).shape for name in weights}
     return TransformerSource(path, infer_config(shapes, head_dim=head_dim, path=path))
 

@@ -21,6 +21,7 @@ from sora_engine.models.wan.checkpoint import (
     WanCheckpoint,
     resolve_model,
     to_diffusers_name,
+    transformer_in_file,
 )
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
@@ -48,12 +49,30 @@ class WanFamily:
         names = {to_diffusers_name(name) for name in shapes}
         return sum(mark in names for mark in _MARKS) > len(_MARKS) // 2
 
+    def describe_file(self, path: Path) -> str:
+        """Its variant and sizes, and the usual names of its other parts."""
+        config = transformer_in_file(path).config
+        five = config.in_channels == config.out_channels == 48
+        kind = "vace" if config.vace_layers is not None else "t2v"
+        if kind == "t2v" and config.in_channels != config.out_channels:
+            kind = "i2v"
+        needs = ["wan2.2_vae" if five else "wan_2.1_vae", "umt5_xxl"]
+        needs += ["clip_vision_h"] if config.image_dim is not None else []
+        width = config.num_attention_heads * config.attention_head_dim
+        return (
+            f"{self.name} transformer, {'ti2v' if five else kind}: {config.num_layers} layers, "
+            f"{width} wide, {config.in_channels} channels in; goes with {', '.join(needs)}"
+        )
+
     def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         """A folder in diffusers' layout."""
         return describe(resolve_model(path), settings)
 
     def open_files(
-        self, paths: Sequence[Path], components: Path | None, settings: Mapping[str, Any]
+        self,
+        paths: Sequence[Path],
+        components: Path | Mapping[str, Path] | None,
+        settings: Mapping[str, Any],
     ) -> Checkpoint:
         """One transformer file, or those of two experts, and a folder with the other parts."""
         return describe(resolve_model(paths, components=components), settings)
@@ -80,7 +99,7 @@ def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
     if found.transformer_2 is not None:
         sources.append(found.transformer_2)
     image_encoder = None
-    if found.image_encoder is not None and found.image_processor is not None:
+    if found.image_encoder is not None:
         image_encoder = ImageSource(encoder=found.image_encoder, processor=found.image_processor)
     return Checkpoint(
         family=WanFamily.name,

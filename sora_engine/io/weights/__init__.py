@@ -1,0 +1,1 @@
+"""Weights out of whatever file people hold, through one seam: `source.WeightSource`."""
