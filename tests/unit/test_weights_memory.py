@@ -15,7 +15,7 @@ from sora_engine.io.weights.opening import open_weights
 from tests.unit.weight_recipes import write_gguf, write_safetensors
 
 # One tensor is a third of the model, as UMT5's table of tokens is nearly a fifth of it.
-SHAPES = [(5120, 4096), (2048, 4096), (2048, 4096), (4096, 2048), (2048, 2048), (2048, 2048)]
+SHAPES = [(6144, 4096), *[(2048, 4096)] * 3, *[(4096, 2048)] * 2, (2048, 2048), (2048, 2048)]
 
 MEASURE = """
 import sys, torch
