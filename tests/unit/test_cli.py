@@ -400,4 +400,4 @@ def test_two_models_are_two_experts(
     monkeypatch.undo()
     command = ["generate", PROMPT, "--model", str(tmp_path), "--model", files[1]]
     assert main([*command, "-o", str(tmp_path / "a.mp4")]) == 2
-    assert "two paths are two experts, each a .safetensors file" in capsys.readouterr().err
+    assert "two paths are two experts, each a file of weights" in capsys.readouterr().err
