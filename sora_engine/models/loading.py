@@ -15,7 +15,7 @@ from sora_engine.denoise.preview import LatentPreview
 from sora_engine.errors import BackendError
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
-from sora_engine.models.device import resolve_device, resolve_dtype
+from sora_engine.models.device import own_device, resolve_device, resolve_dtype
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.folder import Component
 from sora_engine.models.offload import (
@@ -52,6 +52,7 @@ class WeightSharder(Protocol):
         ...
 
 
+@own_device()
 def load_video_model(
     path: ModelPath,
     *,
@@ -124,6 +125,7 @@ def load_video_model(
     return model
 
 
+@own_device()
 def load_video_decoder(
     path: ModelPath,
     *,
