@@ -219,7 +219,7 @@ class Canvas:
         return torch.cat([sample, window.of(self.known.channels, 1).to(sample)])
 
     def _timesteps(self, window: Window) -> Tensor:
-        timesteps = torch.full((window.length,), self.timestep)
+        timesteps = torch.full((window.length,), self.timestep, dtype=torch.float32)
         known = self._mask_by_level()
         if known is None and not self.windows_done:
             return timesteps

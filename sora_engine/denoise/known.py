@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def to_unit_range(frames: np.ndarray) -> Tensor:
     """uint8 `[n, H, W, 3]` -> float32 `[1, 3, n, H, W]` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None]
+    return pixels.to(torch.float32) / 127.5 - 1
 
 
 def on_canvas(array: np.ndarray, request: ResolvedRequest, end: int) -> np.ndarray:
@@ -207,7 +208,7 @@ def _encode_latents(
             f"this model hold the frames {_describe(spans)}"
         )
     last = int(mask.any(dim=2).any(dim=1).nonzero().max())
-    latents = torch.zeros(shape)
+    latents = torch.zeros(shape, dtype=torch.float32)
     filled = line.filled()
     before = filled[-1:] if request.loop else None
     encoded = yield from _encode(filled[: spans[last].stop], model, before=before)

@@ -330,7 +330,7 @@ def _modulation_rows(
         return timesteps, rows, None
     numbers = {key: float(i) for i, key in enumerate(read)}
     spans = [
-        torch.full((frames // patch_frames * H * W,), numbers[id(context)])
+        torch.full((frames // patch_frames * H * W,), numbers[id(context)], dtype=torch.float32)
         for segment, (_, H, W) in zip(segments, grids, strict=True)
         for context, frames in segment.contexts
     ]

@@ -108,9 +108,9 @@ def window_weights(plan: WindowPlan | SparsePlan | None, window: Window, *, wrap
     A chained window is alone, and nothing of it is blended: its weights are 1.
     """
     if isinstance(plan, WindowPlan) and plan.schedule == "chained":
-        return torch.ones(window.length)
+        return torch.ones(window.length, dtype=torch.float32)
     n = window.length - window.lead
-    weights = torch.ones(n)
+    weights = torch.ones(n, dtype=torch.float32)
     if isinstance(plan, WindowPlan) and n < window.total:
         position = torch.arange(n, dtype=torch.float32)
         if plan.weights == "pyramid":
@@ -121,7 +121,7 @@ def window_weights(plan: WindowPlan | SparsePlan | None, window: Window, *, wrap
                 weights = torch.minimum(weights, (position + 1) / ramp)
             if wraps or window.start + window.length < window.total:
                 weights = torch.minimum(weights, (n - position) / ramp)
-    return torch.cat([torch.zeros(window.lead), weights])
+    return torch.cat([torch.zeros(window.lead, dtype=torch.float32), weights])
 
 
 def blend(
@@ -167,7 +167,7 @@ def weight_sum(
     windows: Sequence[Window], plan: WindowPlan | SparsePlan | None, *, wraps: bool
 ) -> Tensor:
     """The weights of all windows, summed for each frame: float32 `[total]`."""
-    total = torch.zeros(windows[0].total)
+    total = torch.zeros(windows[0].total, dtype=torch.float32)
     for window in sorted(windows, key=lambda window: window.start):
         total.index_add_(0, window.indices(), window_weights(plan, window, wraps=wraps))
     return total

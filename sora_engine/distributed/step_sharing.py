@@ -72,7 +72,7 @@ class RankSharing:
             for branch, windows in windows_by_cell[self.mesh.cell].items()
             if windows
         ]
-        flat = torch.cat(mine) if mine else torch.empty(0, device=device)
+        flat = torch.cat(mine) if mine else torch.empty(0, dtype=torch.float32, device=device)
         sums = self.mesh.cells.all_gather(flat, shapes)
 
         joined = {}

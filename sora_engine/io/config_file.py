@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.file_kind import JSON, kind_of
 from sora_engine.io.links import refuse_stray_link
 
 MAX_BYTES = 64 * 2**20  # the index of a model of 100,000 tensors is about 10 MB
@@ -24,7 +25,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError("no such file", path=path) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror})", path=path) from None
-    return parse_json_object(text, path)
+    try:
+        return parse_json_object(text, path)
+    except CheckpointError:
+        what = kind_of(path)
+        if what in (None, JSON):
+            raise
+        raise CheckpointError(f"the file is not JSON: it is {what}", path=path) from None
 
 
 def parse_json_object(text: bytes, path: Path, what: str = "the file") -> dict[str, Any]:

@@ -24,6 +24,8 @@ _MAGIC = (
     (b"\x89HDF", "an HDF5 file"),
     (b"<?xml", "an XML page"),
 )
+JSON = "JSON text"
+SAFETENSORS = "a safetensors file"
 _PAGES = (b"<!doctype html", b"<html")
 _HEADER = 8  # of a safetensors file, before its JSON
 
@@ -50,7 +52,7 @@ def kind_of(path: Path) -> str | None:
     if start.lstrip().lower().startswith(_PAGES):
         return "a web page, such as a server sends in place of a file that it does not give out"
     if start[_HEADER : _HEADER + 2] in (b'{"', b"{}"):
-        return "a safetensors file"
+        return SAFETENSORS
     if start.lstrip().startswith((b"{", b"[")):
-        return "JSON text"
+        return JSON
     return None

@@ -26,6 +26,7 @@ import torch
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import parse_json_object, read_json_object
+from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.links import refuse_stray_link
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
@@ -348,7 +349,8 @@ def _read_header(
     """Read and check the header with `read(n) -> bytes`; returns the tensors and the metadata."""
     prefix = read(8)
     if len(prefix) < 8:
-        raise CheckpointError(f"truncated: {size} bytes, too few for a header", path=path)
+        empty = f"; it is {kind_of(path)}" if size == 0 else ""
+        raise CheckpointError(f"truncated: {size} bytes, too few for a header{empty}", path=path)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         if prefix == b"version ":
@@ -357,6 +359,9 @@ def _read_header(
             raise CheckpointError(
                 "a pickle under another name; convert the weights to .safetensors", path=path
             )
+        what = kind_of(path)
+        if what not in (None, SAFETENSORS):
+            raise CheckpointError(f"not a safetensors file: it is {what}", path=path)
         raise CheckpointError(
             f"not a safetensors file: a header of {length} bytes, {MAX_HEADER_BYTES} is the most",
             path=path,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from sora_engine.errors import BackendError
@@ -23,6 +26,20 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"{torch.cuda.device_count()} GPUs"
         )
     return resolved
+
+
+@contextmanager
+def own_device() -> Iterator[None]:
+    """Work, in this thread, as if its host had called no `torch.set_default_device`.
+
+    What the engine makes without a word of where is on the CPU. (A default dtype is one for all
+    threads: each tensor of floats that the engine makes says its own.)
+    """
+    if torch.get_default_device().type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

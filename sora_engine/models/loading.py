@@ -16,7 +16,7 @@ from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
 from sora_engine.io.weights.selected import SelectedWeights
 from sora_engine.io.weights.source import WeightSource
-from sora_engine.models.device import resolve_device, resolve_dtype
+from sora_engine.models.device import own_device, resolve_device, resolve_dtype
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.folder import Component
 from sora_engine.models.offload import (
@@ -53,6 +53,7 @@ class WeightSharder(Protocol):
         ...
 
 
+@own_device()
 def load_video_model(
     path: ModelPath,
     *,
@@ -125,6 +126,7 @@ def load_video_model(
     return model
 
 
+@own_device()
 def load_video_decoder(
     path: ModelPath,
     *,

@@ -15,6 +15,7 @@ from sora_engine.config import NO_LIMIT, Limits, ParallelConfig
 from sora_engine.denoise.denoise import num_passes, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
+from sora_engine.models.device import own_device
 from sora_engine.models.loading import USABLE, load_video_model
 from sora_engine.models.registry import Components, ModelPath
 from sora_engine.models.video_model import VideoModel
@@ -45,6 +46,7 @@ class Engine:
     more finishes its jobs, and then its thread and its memory go.
     """
 
+    @own_device()
     def __init__(
         self,
         model: VideoModel | None = None,
@@ -217,6 +219,7 @@ class Engine:
         )
         return self._enqueue(self.resolve(request), options)
 
+    @own_device()
     def resume(self, path: str | PathLike[str], **options: Any) -> Job:
         """Go on with a job that `Job.save` or `save_to` left in a file; its result is the same.
 
@@ -239,6 +242,7 @@ class Engine:
         check_for_mode(resolved, self.model.known_mode)
         return resolved
 
+    @own_device()
     def plan(self, request: VideoRequest) -> MemoryPlan:
         """The memory that a request would take, stage by stage; raises as `submit`.
 
@@ -300,6 +304,7 @@ class Engine:
     ) -> None:
         self.close()
 
+    @own_device()
     def _enqueue(
         self, request: ResolvedRequest, options: JobOptions, saved: Savepoint | None = None
     ) -> Job:

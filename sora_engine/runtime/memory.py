@@ -236,8 +236,8 @@ class MemoryPlanner:
         canvas = lay_out_canvas(
             request,
             model,
-            latents=torch.empty(shape, device=META),
-            noise=torch.empty(shape, device=META),
+            latents=torch.empty(shape, dtype=torch.float32, device=META),
+            noise=torch.empty(shape, dtype=torch.float32, device=META),
             prompts=Prompts(tuple(embeddings), frame_texts, negative, image),
             known=self._known_content(request, shape),
         )
@@ -250,7 +250,8 @@ class MemoryPlanner:
         mode = self.model.known_mode
         if mode in (KnownMode.CHANNELS, KnownMode.VACE):
             more = self.model.loaded_transformer.shape.in_channels - shape[0]
-            return Known(mode, channels=torch.empty(more, *shape[1:], device=META))
+            channels = torch.empty(more, *shape[1:], dtype=torch.float32, device=META)
+            return Known(mode, channels=channels)
         if not request.clips:
             return None
         if mode is KnownMode.NOISE_LEVEL:
@@ -259,7 +260,7 @@ class MemoryPlanner:
             mask[0] = True
             return Known(mode, mask=mask)
         mask = torch.empty(shape[1:], dtype=torch.bool, device=META)
-        return Known(mode, torch.empty(shape, device=META), mask)
+        return Known(mode, torch.empty(shape, dtype=torch.float32, device=META), mask)
 
     def _encode(
         self, request: ResolvedRequest, lengths: Sequence[int], canvas: int, texts: int

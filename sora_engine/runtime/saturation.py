@@ -58,8 +58,8 @@ def measure_saturation(model: VideoModel, limit: int) -> int:
     packer = Packer(model.grid.patch, model.device)
     pt, ph, pw = model.grid.patch
     channels = transformer.shape.in_channels
-    frame = torch.zeros(channels, pt, 4 * ph, 4 * pw, device=model.device)
-    segment = Segment(frame, torch.full((pt,), 500.0), ((context, pt),))
+    frame = torch.zeros(channels, pt, 4 * ph, 4 * pw, dtype=torch.float32, device=model.device)
+    segment = Segment(frame, torch.full((pt,), 500.0, dtype=torch.float32), ((context, pt),))
     size = packer.num_tokens(segment)
 
     def seconds(tokens: int) -> float:

@@ -23,6 +23,7 @@ from sora_engine.denoise.denoise import num_passes
 from sora_engine.denoise.model import DiffusionModel
 from sora_engine.errors import CheckpointError
 from sora_engine.io.atomic import write_atomically
+from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.provenance import Provenance
 from sora_engine.request import Guidance, LatentGrid, ResolvedRequest, Shot, SparsePlan, WindowPlan
 from sora_engine.request.recipe import Maker
@@ -112,12 +113,21 @@ def load_state(path: Path, model: SavedFor) -> Savepoint:
     """Read `save_state`'s file; CheckpointError for any other, or another model's."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("sora_engine", "null"))
+            said = file.metadata() or {}
+            metadata = json.loads(said.get("sora_engine", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read as a saved job: {error}", path=path) from error
+        what = kind_of(path)
+        why = error if what in (None, SAFETENSORS) else f"it is {what}"
+        raise CheckpointError(f"cannot be read as a saved job: {why}", path=path) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise CheckpointError("this is no saved job of this version", path=path)
+        if isinstance(metadata, dict):
+            what = f"its format is {metadata.get('format')}, this version reads {FORMAT}"
+        elif list(tensors) == ["latents"] and "fps" in said:
+            what = "it holds finished latents, of which `sora decode` makes the video"
+        else:
+            what = f"it holds {len(tensors)} tensors, and nothing about a job"
+        raise CheckpointError(f"this is no saved job of this version: {what}", path=path)
     if metadata["model"] != model.weights_hash:
         raise CheckpointError(
             f"the job was saved from another model: weights {metadata['model'][:12]}, these are "

@@ -363,7 +363,7 @@ class Worker:
         request = job.request
         video = Video(
             frames=frames.numpy(),
-            latents=torch.empty(0) if job.latents is None else job.latents,
+            latents=torch.empty(0, dtype=torch.float32) if job.latents is None else job.latents,
             fps=request.fps,
             seed=request.seed,
             timings_s=job.timings_s,
@@ -398,7 +398,7 @@ class Worker:
         self._fail(list(self._running), failure)
         try:
             self._free_memory()
-            probe = torch.ones(64, 64, device=self.model.device)
+            probe = torch.ones(64, 64, dtype=torch.float32, device=self.model.device)
             works = float((probe @ probe).sum()) == 64.0**3
         except Exception:
             works = False

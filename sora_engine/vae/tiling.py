@@ -44,13 +44,13 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
 def blend_weights(size: int, tile: int, at: list[int]) -> Tensor:
     """`[tiles, tile]` float32: a tile's weight along one axis. It rises over the overlap with the
     tile before and falls over that with the next; at every place the weights add up to one."""
-    weights = torch.ones(len(at), tile)
+    weights = torch.ones(len(at), tile, dtype=torch.float32)
     for i in range(1, len(at)):
         shared = at[i - 1] + tile - at[i]
-        ramp = (torch.arange(shared) + 0.5) / shared
+        ramp = (torch.arange(shared, dtype=torch.float32) + 0.5) / shared
         weights[i, :shared] *= ramp
         weights[i - 1, tile - shared :] *= 1 - ramp
-    total = torch.zeros(size)
+    total = torch.zeros(size, dtype=torch.float32)
     for i, start in enumerate(at):
         total[start : start + tile] += weights[i]
     for i, start in enumerate(at):

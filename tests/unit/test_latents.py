@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,6 +81,104 @@ def test_decode_goes_on_from_finished_latents(folder, tmp_path, loop):
     assert cli.main(["decode", str(file), "-o", str(tmp_path / "frames")]) == 0
     frames, _ = read_video(tmp_path / "frames")
     assert np.array_equal(frames, video.frames)
+
+
+@pytest.mark.parametrize("kind", ["components", "a hub's link", "two experts", "a relative path"])
+def test_decode_goes_on_for_models_in_single_files(tmp_path, kind, monkeypatch, capsys):
+    """By the very command that the interrupted run advises, from another folder."""
+    model = tmp_path / "model"
+    pipe = tiny_pipeline("a14b-t2v" if kind == "two experts" else "t2v", 0)
+    pipe.save_pretrained(model)
+    weights = "diffusion_pytorch_model.safetensors"
+    given = ["--model", str(model / "transformer" / weights), "--components", str(model)]
+    if kind == "two experts":
+        given[2:2] = ["--model", str(model / "transformer_2" / weights)]
+    elif kind == "a relative path":
+        monkeypatch.chdir(tmp_path)
+        given = ["--model", f"model/transformer/{weights}", "--components", "model"]
+    elif kind == "a hub's link":
+        blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+        blobs.mkdir()
+        snapshot.mkdir(parents=True)
+        (model / "transformer" / weights).rename(blobs / "deadbeef")
+        (model / "transformer" / "config.json").rename(snapshot / "config.json")
+        (snapshot / "model.safetensors").symlink_to("../../blobs/deadbeef")
+        for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+            (snapshot / part).symlink_to(model / part)
+        given = ["--model", str(snapshot / "model.safetensors")]
+    command = ["generate", "a cat", *given, "--size", "32x32", "--frames", "9", "--steps", "2"]
+    command += ["--seed", "5"]
+    assert cli.main([*command, "-o", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as broken:
+        broken.setattr("sora_engine.runtime.executor.decoding", lambda *_, **__: 1 / 0)
+        assert cli.main([*command, "-o", str(tmp_path / "a result")]) == 1
+    said = capsys.readouterr().out
+    advice = shlex.split(re.search(r"`(sora decode .*)` goes on", said)[1])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(advice[1:]) == 0
+    again, whole = (read_video(tmp_path / name)[0] for name in ("a result", "whole"))
+    assert np.array_equal(again, whole)
+
+
+def test_what_a_decoder_needs_is_in_the_file(tmp_path):
+    latents, path = torch.ones(1, 1, 2, 2), tmp_path / "a.safetensors"
+    for model, components in (
+        ("a/model", None),
+        ("model.safetensors", "parts"),
+        (("high.safetensors", "low.safetensors"), "parts"),
+        ('["odd"]', None),
+    ):
+        SavedLatents(latents, 8.0, False, model, components=components).write(path)
+        read = SavedLatents.read(path)
+        assert (read.model, read.components) == (model, components)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><title>404</title>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+        (b"\x00\x00\x00\x20ftypisom", "it is an MP4"),
+        (b"GGUF\x03\x00\x00\x00", "it is a GGUF file"),
+        ("folder", "it is a folder"),
+        ({f"w{i}": torch.zeros(1) for i in range(900)}, "900 tensors such as w0, w1, w10: these"),
+        ("job", "is a saved job, which has not been denoised to its end: `Engine.resume`"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_other_files_are_named(tmp_path, content, words):
+    path = tmp_path / "x.safetensors"
+    if content == "folder":
+        path.mkdir()
+    elif content == "job":
+        save_file({"latents": torch.zeros(1)}, path, {"sora_engine": "{}"})
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file(content, path)
+    with pytest.raises(MediaError) as told:
+        SavedLatents.read(path)
+    assert words in str(told.value)
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 300
+
+
+def test_latents_are_scaled_once(folder, monkeypatch):
+    """What is decoded follows from what is kept."""
+    calls = []
+    plain = FittedCoder.denormalise
+
+    def spy(coder, latents):
+        calls.append(latents.shape)
+        return plain(coder, latents)
+
+    monkeypatch.setattr(FittedCoder, "denormalise", spy)
+    request = sora.VideoRequest("a", height=32, width=32, num_frames=9, num_inference_steps=1)
+    with sora.Engine.from_pretrained(folder, device="cpu") as engine:
+        engine.generate(request)
+    assert calls == [(1, 16, 3, 4, 4)]
 
 
 def test_a_decode_that_was_killed_loses_nothing(folder, tmp_path):
