@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zlib
+from collections import defaultdict
 from pathlib import Path
+from xml.etree import ElementTree
 
-SECONDS: dict[str, float] = json.loads(
-    Path(__file__).with_name("slow_seconds.json").read_text(encoding="utf-8")
-)["seconds"]
+TABLE = Path(__file__).with_name("slow_seconds.json")
+SECONDS: dict[str, float] = json.loads(TABLE.read_text(encoding="utf-8"))
 """What the slow tests of a file take. A file that is not in it still has its part."""
 
 
@@ -40,3 +42,15 @@ def part_of(file: str, parts: int) -> int:
         if file in files:
             return part
     return zlib.crc32(file.encode()) % parts + 1
+
+
+def measured(report: Path) -> dict[str, float]:
+    """Seconds by file, setting up included, out of what `pytest --junitxml` wrote."""
+    seconds: dict[str, float] = defaultdict(float)
+    for case in ElementTree.parse(report).iter("testcase"):
+        seconds[case.attrib["classname"].replace(".", "/") + ".py"] += float(case.attrib["time"])
+    return {file: round(seconds[file], 1) for file in sorted(seconds)}
+
+
+if __name__ == "__main__":
+    TABLE.write_text(json.dumps(measured(Path(sys.argv[1])), indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -18,6 +18,7 @@ from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise.denoise import denoise_step, prepare
 from sora_engine.denoise.packing import Packer, Stream
 from sora_engine.distributed.attention import ShardedAttention
+from sora_engine.distributed.comm import Channel
 from sora_engine.distributed.layout import bounds
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.sequence import sharded_attention
@@ -40,11 +41,24 @@ _meshes: dict[ParallelConfig, Mesh] = {}
 
 
 def mesh_of(layout: dict[str, int]) -> Mesh | None:
-    """This rank's mesh, made once; None for a rank that the layout leaves out."""
+    """This rank's mesh, kept until another is asked for; None for a rank that is left out.
+
+    Each thread of gloo, of which every group has some, wakes 100 times a second.
+    """
     config = ParallelConfig(**layout)
     if config not in _meshes:
+        for mesh in _meshes.values():
+            forget(mesh)
+        _meshes.clear()
         _meshes[config] = Mesh.create(config)
     return _meshes[config] if dist.get_rank() < config.num_ranks else None
+
+
+def forget(mesh: Mesh) -> None:
+    channels = (getattr(mesh, field.name) for field in fields(mesh))
+    groups = {channel.group for channel in channels if isinstance(channel, Channel)}
+    for group in groups - {None, dist.group.WORLD}:
+        dist.destroy_process_group(group)
 
 
 def attention(layout, lengths, heads=5, head_dim=8, dtype="float32", backend="auto"):

@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.fleet import Fleet
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fleet():
     ranks = Fleet(8)
     yield ranks

@@ -82,7 +82,7 @@ def test_cancelling_a_task_cancels_its_job(folder):
 def test_errors_are_raised_where_they_are_awaited(folder):
     async def work(engine):
         with pytest.raises(sora.RequestError, match="height"):
-            await engine.generate(sora.VideoRequest("a cat", height=1))
+            await engine.generate(sora.VideoRequest("a cat", height=1, strict_grid=True))
         clip = sora.Clip("/nowhere.png")
         bad = sora.VideoRequest("a cat", clips=[clip], **SMALL)
         with pytest.raises(sora.MediaError, match=r"nowhere\.png"):
