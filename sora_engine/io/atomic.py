@@ -31,12 +31,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def written_through(path: Path) -> Path:
     """Where an output of this name goes: the path itself, or what a symbolic link points at, be it
-    there or not. Raises OSError for links that go round in a circle."""
-    if not path.is_symlink():
-        return path
-    target = Path(os.path.realpath(path))
+    there or not. Raises OSError for links that go round in a circle, and for devices, pipes and
+    sockets, in whose place no file is put."""
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_symlink():
         raise OSError(f"the link {path} leads in a circle")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(f"{target} is a device, a pipe or a socket, and a file would take its place")
     return target
 
 

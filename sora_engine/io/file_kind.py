@@ -44,6 +44,8 @@ def kind_of(path: Path) -> str | None:
         return None
     if not start:
         return "empty: a download or a copy that failed leaves such a file"
+    if start[_HEADER : _HEADER + 2] in (b'{"', b"{}"):
+        return SAFETENSORS
     for magic, what in _MAGIC:
         if start.startswith(magic):
             return what
@@ -51,8 +53,6 @@ def kind_of(path: Path) -> str | None:
         return "an MP4 or QuickTime file"
     if start.lstrip().lower().startswith(_PAGES):
         return "a web page, such as a server sends in place of a file that it does not give out"
-    if start[_HEADER : _HEADER + 2] in (b'{"', b"{}"):
-        return SAFETENSORS
     if start.lstrip().startswith((b"{", b"[")):
         return JSON
     return None

@@ -367,6 +367,9 @@ def _read_header(
             path=path,
         )
     if 8 + length > size:
+        what = kind_of(path)
+        if what not in (None, SAFETENSORS):
+            raise CheckpointError(f"not a safetensors file: it is {what}", path=path)
         raise CheckpointError(
             f"truncated: a header of {length} bytes in a file of {size} bytes", path=path
         )

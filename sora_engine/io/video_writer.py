@@ -15,6 +15,7 @@ it points at is written, in the format that the link's own name says.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -140,7 +141,8 @@ class VideoWriter:
         if self._file is None:
             shutil.rmtree(self._temporary, ignore_errors=True)
         else:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what is buffered does not fit on the disk either
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:

@@ -30,8 +30,8 @@ def check_finite(
         advice = "float16 ends at 65504, and dtype 'bfloat16' or 'float32' would go beyond"
     else:
         advice = (
-            "the weights are damaged, or a guidance_scale, a shift or sigmas are far from the "
-            "checkpoint's own: its defaults would show which"
+            "the weights are damaged, or the guidance_scale, shift, sigmas or latents that were "
+            "given are too far out: the checkpoint's own would show which"
         )
     raise NonFiniteError(
         f"{stage}: {what} came to NaN or infinity in {name}; {advice}", stage=stage, step=step

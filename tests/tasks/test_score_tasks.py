@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_engine.request import LatentGrid
+from sora_engine.request import GenerationDefaults, LatentGrid, SparsePlan, WindowPlan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sprites"))
 
@@ -69,6 +69,24 @@ def test_tasks_are_scored(
     told = (tmp_path / "scores.md").read_text()
     for words in (words for name in tasks for words in WORDS.get(name, ())):
         assert words in told
+
+
+def test_windows_by_name_are_the_checkpoints_own() -> None:
+    """Under its own schedule its overlap and anchors count; under another they do not."""
+    values = {"height": 64, "width": 64, "num_frames": 33, "fps": 8.0, "num_inference_steps": 2}
+    defaults = GenerationDefaults(
+        **values,
+        guidance_scale=1.0,
+        max_window=9,
+        window_schedule="chained",
+        window_overlap=4,
+        window_anchors=2,
+    )
+    chained = WindowPlan(9, 4, schedule="chained", anchors=2)
+    assert minute.plan_named("chained", defaults) == chained
+    assert minute.plan_named("static", defaults) == WindowPlan(9, 2, schedule="static")
+    assert minute.plan_named("sparse", defaults) == SparsePlan(4)
+    assert minute.plan_named("default", defaults) is None
 
 
 def test_distance_is_on_the_torus_and_in_short_sides() -> None:

@@ -137,3 +137,32 @@ def test_a_system_unlike_linux(monkeypatch, tmp_path):
         assert len(engine.generate(TWO)) == 2
         engine.generate(TWO[0]).save(tmp_path / "a.mp4")
     assert (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("home", ["/proc/nothing", "~/"], ids=["read-only", "no home"])
+def test_compilers_get_a_temporary_folder_where_theirs_cannot_be(home, monkeypatch, tmp_path):
+    """`~/` is what Triton makes of a home that is not there: a folder of that name, here."""
+    triton = pytest.importorskip("triton")
+    from sora_kernels.triton_support import settle_caches
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.join(home, "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", os.path.join(home, "triton"))
+    settle_caches()
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(os.environ[name])
+        assert folder.is_relative_to(tempfile.gettempdir())
+        (folder / "kernel").write_text("compiled")
+    assert triton.knobs.cache.dir == os.environ["TRITON_CACHE_DIR"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compilers_keep_places_that_can_be_written(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from sora_kernels.triton_support import settle_caches
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    settle_caches()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")

@@ -109,6 +109,19 @@ def test_links_that_lead_nowhere_are_refused_before_the_work(tmp_path: Path) -> 
         VideoWriter(tmp_path / "c.mp4", 8)
 
 
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    """Nor through links: as root, a link to a device would have made a file of it."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to("pipe.mp4")
+    for name in ("pipe.mp4", "link.mp4"):
+        with pytest.raises(MediaError, match=r"pipe\.mp4 is a device, a pipe or a socket"):
+            check_output(tmp_path / name)
+        with pytest.raises(OSError, match="a file would take its place"):
+            write_atomically(tmp_path / name, b"x")
+    assert (tmp_path / "pipe.mp4").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link.mp4", "pipe.mp4"]
+
+
 def test_a_failure_leaves_the_target_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "real.gif").write_bytes(b"old")
     (tmp_path / "link.gif").symlink_to("real.gif")
@@ -156,3 +169,18 @@ def test_another_runs_safety_copy_is_not_ours(tmp_path, monkeypatch, capsys) -> 
     assert main(["generate", "a red circle", *QUICK, "-o", str(tmp_path / "a.mp4")]) == 1
     assert "latents" not in capsys.readouterr().out
     assert SavedLatents.read(older).latents.sum() == 4
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".png", ""])
+def test_a_disk_that_is_full_is_a_typed_error_and_leaves_nothing(tmp_path, suffix) -> None:
+    """A limit on the size of files stands for it: writing fails in the middle, and on closing."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    clip = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
+    try:
+        with pytest.raises(MediaError, match="cannot be written"):
+            write_video(tmp_path / f"a{suffix}", clip, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []

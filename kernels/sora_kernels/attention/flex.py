@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sora_kernels.attention.operands import Operands
 from sora_kernels.dispatch import Case
+from sora_kernels.triton_support import settle_caches
 
 BLOCK = 128  # of FlexAttention's block masks
 
@@ -38,6 +39,7 @@ def compiled() -> Callable[..., Any]:
     """FlexAttention makes its scores in memory unless it is compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    settle_caches()
     return torch.compile(flex_attention, dynamic=True)
 
 
