@@ -126,7 +126,7 @@ def run(command: Command) -> None:
         settings = f"{resolved.width}x{resolved.height}, {resolved.num_frames} frames"
         if resolved.canvas is not None:
             say(f"{settings} are the middle of what the model makes, {resolved.canvas}")
-        say(f"making {settings}, {resolved.steps_taken} steps, seed {resolved.seed}")
+        say(f"making {settings}, {resolved.num_inference_steps} steps, seed {resolved.seed}")
         try:
             job = make(engine, request, resolved, output, common)
         except RequestError as error:  # what shows only once the clips are read

@@ -40,7 +40,7 @@ def test_no_path_is_in_a_result(secret, tmp_path):
         sora.VideoRequest("a", clips=[sora.Clip(str(clip))], **SIZE),
         sora.VideoRequest("a", clips=[sora.Clip(sora.Footage(clip, 0, 3), at=1)], **SIZE),
         sora.VideoRequest("a", clips=[sora.Clip(folder)], **SIZE),
-        sora.VideoRequest("a", init=clip, strength=0.5, **{**SIZE, "num_frames": 5}),
+        sora.VideoRequest("a", init=clip, strength=1.0, **{**SIZE, "num_frames": 5}),
         sora.VideoRequest("a", clips=[sora.Clip(made)], **SIZE),
     ):
         text = told(request).to_json()
