@@ -141,7 +141,7 @@ def check_gradless(op: Op, backend: str) -> None:
 def backends(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:
     """For each op, each backend and why it cannot serve bf16 (fp32 on a CPU) on `device`.
 
-    The widths are 128, the segments short. None means that it can. `sora doctor` prints this table.
+    The widths are 128, the segments short. None means that it can.
     """
     device = torch.device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
