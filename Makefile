@@ -37,7 +37,7 @@ video: install
 	$(VENV)/bin/sora generate "$(PROMPT)" -o $(OUT) --seed 7
 
 test: install-dev
-	@echo "Running $(if $(PYTEST_ARGS),tests as PYTEST_ARGS says,the quick tests: 8 minutes on two cores)"
+	@echo "Running $(if $(PYTEST_ARGS),tests as PYTEST_ARGS says,the quick tests: 10 to 13 minutes on two cores)"
 	$(RUN) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 slow: install-dev
