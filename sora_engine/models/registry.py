@@ -103,6 +103,8 @@ def family_of_file(path: Path) -> Family:
     for family in known:
         if family.claims_file(shapes):
             return family
+    if not shapes:
+        raise CheckpointError("it holds no tensors: a download that failed?", path=path)
     seen = ", ".join(sorted(shapes)[:4])
     raise CheckpointError(
         f"of no known family of transformers: it holds {len(shapes)} tensors such as {seen}; known "

@@ -63,7 +63,7 @@ WORDS = {
     "empty": "it is empty: a download or a copy that failed leaves such a file",
     "page": "it is a web page",
     "pointer": "a Git LFS pointer",
-    "gguf": "it is a GGUF file",
+    "gguf": "it holds no tensors",
     "json": "it is JSON text",
     "pdf": "it is a PDF",
     "h5": "it is an HDF5 file",
