@@ -29,6 +29,7 @@ from sora_engine.errors import MemoryLimitError
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.request import KnownMode, ResolvedRequest, SparsePlan
+from sora_engine.runtime.repeats import Repeats
 from sora_engine.vae.meter import META, OnOneDevice, StorageMeter
 from sora_engine.vae.rehearsal import (
     CodingMemory,
@@ -100,6 +101,7 @@ class MemoryPlanner:
         self._plans: dict[tuple[object, ...], MemoryPlan] = {}
         self._lock = threading.Lock()
         self._rehearsed: VideoModel | None = None
+        self._repeats: Repeats
 
     def plan(self, request: ResolvedRequest) -> MemoryPlan:
         """The request's figures with as large a batch as fits.
@@ -197,6 +199,7 @@ class MemoryPlanner:
         packer = Packer(model.grid.patch, META)
         weights = model.loaded_transformer.parameters()
         with torch.inference_mode(), OnOneDevice(), StorageMeter(weights) as meter:
+            self._repeats.count_with(meter)
             canvas = self._canvas(request, lengths)
             known = torch.empty_like(canvas.latents) if request.clips else None
             meter.count([*tensors_of(canvas), known])
@@ -311,6 +314,7 @@ class MemoryPlanner:
         """The model with transformers that have no weights."""
         if self._rehearsed is None:
             hollow: DiffusionTransformer = self.model.loaded_transformer.without_weights()
+            self._repeats = Repeats(hollow)
             experts = [
                 Expert(e.load, e.from_timestep, e.size_bytes, hollow) for e in self.model.experts
             ]
