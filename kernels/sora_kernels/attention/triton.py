@@ -111,7 +111,7 @@ def _attend_block(
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "k_len"])
 def packed_attention_kernel(
     q_source,
     k_source,
