@@ -221,6 +221,18 @@ class MemoryPlanner:
         encode, denoise, decode, held = (math.ceil(size * (1 + MARGIN)) for size in stages)
         return MemoryPlan(encode, denoise, decode, held, batch_tokens)
 
+    def rehearse_step(self, requests: Sequence[ResolvedRequest]) -> None:
+        """One step of requests in one batch, on meta tensors, with texts of different lengths."""
+        model = self._on_meta()
+        packer = Packer(model.grid.patch, META)
+        with torch.inference_mode(), OnOneDevice():
+            canvases = [
+                self._canvas(request, [1 + i] * len(prompts_of(request)))
+                for i, request in enumerate(requests)
+            ]
+            expert = model.expert_at(canvases[0].timestep)
+            predict(canvases, expert, model, packer, self.max_batch_tokens)
+
     def _canvas(self, request: ResolvedRequest, lengths: Sequence[int]) -> Canvas:
         """The request's canvas on meta tensors, at its second window where those are chained."""
         model = self.model

@@ -7,7 +7,7 @@ tensors of a 1080p video are as large as they would be, with true addresses and 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,6 @@ from sora_kernels.dispatch import OPS
 from sora_kernels.testing.launches.driver import PROCESSORS, Driver, Record
 
 HOST = torch.device("cpu")
-FACES = ("attention", "causal", "factorised", "gated", "modulate", "rope", "windowed")
 
 
 class OnCard(Tensor):
@@ -54,8 +53,8 @@ def _on_host(value: Any) -> Any:
     return HOST if isinstance(value, torch.device) else value
 
 
-class _Factories(TorchFunctionMode):
-    """What is made on the card, or from tensors of it, is of the card."""
+class _Card(TorchFunctionMode):
+    """What is made on the card, or from its tensors, is of the card; ops are served as on CUDA."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -67,6 +66,10 @@ class _Factories(TorchFunctionMode):
         if asked:
             indices = {asked[0].index or 0}
             args, kwargs = tree_map(_on_host, (args, kwargs))
+        if indices and getattr(function, "namespace", "") == "sora":
+            name = function._schema.name.removeprefix("sora::")
+            with self:
+                return library.SERVES[name]["CUDA"](*args, **kwargs)
         result = function(*args, **kwargs)
         if not indices:
             return result
@@ -101,16 +104,13 @@ def pretend(arch: int, *, devices: int = 1) -> Iterator[Record]:
         patch(mock.patch("torch.cuda.get_device_properties", return_value=properties))
         patch(mock.patch("torch.cuda._exchange_device", driver.exchange_device))
         patch(mock.patch("torch.cuda._maybe_exchange_device", driver.exchange_device))
-        for face in FACES:
-            api = importlib.import_module(f"sora_kernels.{face}.api")
-            patch(mock.patch.object(api, "_op", library.SERVES[api.OP.name]["CUDA"]))
         for op in OPS.values():
             patch(mock.patch.dict(op._chosen, clear=True))
         _forget()
         for cached in caches:
             cached.cache_clear()
         try:
-            with _Factories():
+            with _Card():
                 yield driver.record
         finally:
             for cached in caches:
@@ -126,10 +126,8 @@ def _forget() -> None:
 
 def kernels() -> list[Any]:
     """Every kernel of this library that was imported."""
-    from triton.runtime.jit import _triton_jit_function_registry
+    from triton.runtime.jit import JITFunction
 
-    return [
-        kernel
-        for name, kernel in list(_triton_jit_function_registry.items())
-        if name.startswith("sora_kernels.")
-    ]
+    modules = [module for name, module in list(sys.modules.items()) if "sora_kernels." in name]
+    found = (value for module in modules for value in vars(module).values())
+    return [value for value in found if isinstance(value, JITFunction)]
