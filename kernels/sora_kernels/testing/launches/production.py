@@ -66,20 +66,26 @@ Call = tuple[str, Callable[[], Any]]
 
 
 def checked(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
-    """A call whose results must be dense, on its first argument's card, and of its dtype."""
+    """A call whose results must be dense, on its first argument's card, and of the dtypes of as
+    many of its first arguments: in turn, but that the gated pass gives the residual stream first.
+    """
+    gated = function is sk.gate_residual_norm_modulate
+    models = (args[1], args[0]) if gated else args
 
     def run() -> Any:
         results = function(*args, **kwargs)
-        for result in results if isinstance(results, tuple) else (results,):
+        for result, model in zip(
+            results if isinstance(results, tuple) else (results,), models, strict=False
+        ):
             if result is None:
                 continue
             if not isinstance(result, OnCard) or result.card != args[0].card:
                 raise FaultError(f"{name}: a result that is not on its inputs' card")
             if not result.is_contiguous():
                 raise FaultError(f"{name}: a result with strides of {result.stride()}")
-        first = results[0] if isinstance(results, tuple) else results
-        if first.dtype != args[0].dtype:
-            raise FaultError(f"{name}: a result of {first.dtype} for {args[0].dtype}")
+            due = torch.float32 if kwargs.get("return_lse") and model is args[1] else model.dtype
+            if result.dtype != due:
+                raise FaultError(f"{name}: a result of {result.dtype}; {due} is due")
         return results
 
     return name, run
@@ -96,12 +102,12 @@ def block(model: Model, batch: Batch, index: int = 0, backend: str = "auto") -> 
     def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return empty(*shape, dtype=dtype, index=index)
 
-    x, attended = made(tokens, dim), made(tokens, dim)
+    attended, x = made(tokens, dim), made(tokens, dim, dtype=fp32)  # the residual stream is fp32
     shift, scale, gate = made(batch.rows, 6, dim, dtype=fp32).unbind(1)[:3]
     rows = None if batch.rows == 1 else made(tokens, dtype=torch.int64)
     weight = made(dim)
     modulated = {"kind": "layer", "eps": 1e-6}
-    yield checked("norm", sk.norm_modulate, x, scale, shift, rows, **modulated)
+    yield checked("norm", sk.norm_modulate, attended, scale, shift, rows, **modulated)
     gated = sk.gate_residual_norm_modulate
     yield checked(
         "gate, affine", gated, attended, x, gate, None, None, rows, weight=weight, bias=weight
