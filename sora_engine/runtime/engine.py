@@ -33,6 +33,7 @@ from sora_engine.runtime.lifetime import Origin, stop_when_dropped
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
 from sora_engine.runtime.savepoint import Savepoint, load_state
 from sora_engine.runtime.scheduler import MAX_PRIORITY
+from sora_engine.runtime.warming import compile_kernels
 from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
 from sora_engine.vae.free_memory import free_bytes
@@ -71,6 +72,8 @@ class Engine:
                 model, self.limits.max_batch_tokens, limit, self.limits.pack_tokens
             )
             replicas = [LocalExecutor(model)]
+            if model.device.type == "cuda":
+                compile_kernels(model, self._planner, self.limits)
         if not replicas:
             raise ValueError("an engine takes a model, or replicas that have one")
         self.model: ServedModel = replicas[0].model if model is None else model

@@ -221,6 +221,16 @@ class MemoryPlanner:
         decode, decode_held = self._decode(request, canvas, texts)
         return Rehearsal(begin, texts, denoise, decode, max(held, decode_held))
 
+    def rehearse_step(self, requests: Sequence[ResolvedRequest]) -> None:
+        """One step of requests in one batch, on meta tensors, with texts of different lengths."""
+        model = self._on_meta()
+        packer = Packer(model.grid.patch, META)
+        with self._lock, torch.inference_mode(), OnOneDevice(), StorageMeter() as meter:
+            self._repeats.count_with(meter)
+            canvases = [self._canvas(request, 1 + i) for i, request in enumerate(requests)]
+            expert = model.expert_at(canvases[0].timestep)
+            predict(canvases, expert, model, packer, self.max_batch_tokens)
+
     def _canvas(self, request: ResolvedRequest, text_tokens: int) -> Canvas:
         """The request's canvas on meta tensors, at its second window where those are chained."""
         model = self.model
