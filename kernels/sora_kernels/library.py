@@ -15,6 +15,23 @@ import torch
 LIBRARY = torch.library.Library("sora", "FRAGMENT")
 
 
+def on_their_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with the device of its tensors current.
+
+    torch's own operations see to that by themselves. A kernel of Triton's, and one of csrc's, is
+    launched on whichever device is current in the thread: with another GPU's pointers.
+    """
+
+    def guarded(*args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return run(*args)
+        with torch.cuda.device(device):
+            return run(*args)
+
+    return guarded
+
+
 def register(
     name: str,
     schema: str,
@@ -27,8 +44,8 @@ def register(
     so inputs that require grad raise.
     """
     LIBRARY.define(f"{name}{schema}")
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, on_their_device(run), "CUDA")
     torch.library.register_fake(f"sora::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.sora, name).default
 

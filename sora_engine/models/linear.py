@@ -65,8 +65,10 @@ def steady(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     what a request gives would depend on its company. A few rows are made more, and cut again. From
     4 rows a thread on, MKL's and oneDNN's float32 products give each row the same bits.
     """
+    if x.device.type not in ("cpu", "meta"):  # meta: memory is rehearsed there
+        return layer(x)
     rows, least = x.shape[0], 8 * torch.get_num_threads()
-    if x.device.type not in ("cpu", "meta") or rows >= least:  # meta: memory is rehearsed there
+    if rows >= least:
         return layer(x)
     return layer(F.pad(x, (0, 0, 0, least - rows)))[:rows]
 
