@@ -82,9 +82,12 @@ def shadow_device(count: int = 1) -> Iterator[Shadow]:
     shadow = Shadow(count)
     stand_ins = _stand_ins(shadow)
     kept = {name: getattr(torch.cuda, name) for name in stand_ins}
+    threads = torch.get_num_threads()
     _forget_devices()
     ACTIVE.append(shadow)
     try:
+        # Tests' tensors are small: threads that meet at each of them cost more than they do.
+        torch.set_num_threads(1)
         for name, stand_in in stand_ins.items():
             setattr(torch.cuda, name, stand_in)
         with joined(shadow):
@@ -92,5 +95,6 @@ def shadow_device(count: int = 1) -> Iterator[Shadow]:
     finally:
         for name, own in kept.items():
             setattr(torch.cuda, name, own)
+        torch.set_num_threads(threads)
         ACTIVE.remove(shadow)
         _forget_devices()

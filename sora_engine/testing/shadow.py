@@ -136,8 +136,8 @@ def suits(task: str, model: VideoModel) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Walk:
-    """What a request came to. latents: float32 `[C, T, H, W]`; frames: uint8 `[n, H, W, 3]`;
-    phases: by name, in order."""
+    """What a request came to. latents: as `Video.latents`; frames: uint8 `[n, H, W, 3]`; phases: by
+    name, in order."""
 
     latents: Tensor
     frames: Tensor
@@ -197,9 +197,10 @@ def walk(model: VideoModel, request: VideoRequest, shadow: Shadow) -> Walk:
         latents = model.vae.denormalise(canvas.latents[None])[0].float().cpu()
     chunks, parts = executor.decoding(canvas, latents), []
     for i in range(MOST_FRAMES):
-        with phase("first frame" if i == 0 else f"frame {i + 1}"):
-            chunk = next(chunks, chunks)
-        if chunk is chunks:
+        try:
+            with phase("first frame" if i == 0 else f"frame {i + 1}"):
+                chunk = next(chunks)
+        except StopIteration:
             break
         if chunk is not None:  # a loop's first laps give none
             assert not isinstance(chunk, ShadowTensor), "frames are the host's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +60,7 @@ class ShadowTensor(Tensor):
                 storage_offset=elem.storage_offset(),
                 dtype=elem.dtype,
                 layout=elem.layout,
-                device="meta",
+                device=torch.device("meta"),
                 requires_grad=False,
             )
         made.elem, made.place = elem, place
@@ -69,7 +70,7 @@ class ShadowTensor(Tensor):
         return f"ShadowTensor({self.elem}, {self.place})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         return _run(active(), func, args, kwargs or {}, None)
@@ -141,21 +142,28 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs, shadow = dict(kwargs or {}), self._shadow
-        if func in (torch.tensor, torch.as_tensor, torch.asarray):
-            place = shadow.place(kwargs.get("device"))
-            if place is not None and not isinstance(args[0], ShadowTensor):
-                made = func(*args, **{**kwargs, "device": "cpu"})
-                shadow.trace.cross(TO_DEVICE, f"{func.__name__}(values)")
-                return ShadowTensor(made, place)
+        # A device's index is settled here: torch's C++ would ask a driver for the current one.
+        place = shadow.place(kwargs.get("device"))
+        if place is not None:
+            kwargs["device"] = place
+        if func is Tensor.cuda:
+            func, args = Tensor.to, (args[0], kwargs.pop("device", "cuda"), *args[1:])
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], str | torch.device):
+            args = (args[0], shadow.place(args[1]) or args[1], *args[2:])
         first = args[0] if args else None
+        values = func in (torch.tensor, torch.as_tensor, torch.asarray)
+        if values and place is not None and not isinstance(first, ShadowTensor):
+            made = func(*args, **{**kwargs, "device": "cpu"})
+            shadow.trace.cross(TO_DEVICE, f"{func.__name__}(values)")
+            return ShadowTensor(made, place)
         if func is Tensor.new_tensor and isinstance(first, ShadowTensor):
             kwargs.setdefault("dtype", first.dtype)
-            place = shadow.place(kwargs.pop("device", first.place))
+            there = kwargs.pop("device", first.place)
             made = torch.tensor(*args[1:], **kwargs)
-            if place is None:
-                return made
+            if shadow.place(there) is None:
+                return made.to(there)
             shadow.trace.cross(TO_DEVICE, "new_tensor(values)")
-            return ShadowTensor(made, place)
+            return ShadowTensor(made, there)
         if func is Tensor.pin_memory:
             if isinstance(first, ShadowTensor):
                 raise RuntimeError(f"cannot pin a tensor on {first.place}: only the host's can be")
@@ -186,10 +194,7 @@ def _run(
     device, pinned = kwargs.get("device"), bool(kwargs.get("pin_memory"))
     if not places and (device is None or device.type == "cpu") and not pinned:
         return func(*args, **kwargs)
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-        func.name(), "CompositeImplicitAutograd"
-    )
-    if composite and name not in _WHOLE:
+    if _is_composite(func):
         with _Dispatch(shadow, next(iter(places), meta_is)):
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
@@ -222,6 +227,15 @@ def _run(
         return out
     at = made_at
     return tree_map(lambda x: ShadowTensor(x, at) if type(x) is Tensor else x, out)
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is to be taken apart."""
+    composite: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+    return composite and func._schema.name not in _WHOLE
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[ShadowTensor]:
