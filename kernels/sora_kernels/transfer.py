@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,3 +18,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def constant(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Numbers in any nest of sequences as a tensor of the dtype of `like`, on its device."""
+    if like.device.type != "cuda":
+        return like.new_tensor(values)
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)

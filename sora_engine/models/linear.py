@@ -67,10 +67,19 @@ def steady(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     if x.device.type not in ("cpu", "meta"):  # meta: memory is rehearsed there
         return layer(x)
-    rows, least = x.shape[0], 8 * torch.get_num_threads()
+    rows, least = x.shape[0], 8 * _num_threads()
     if rows >= least:
         return layer(x)
     return layer(F.pad(x, (0, 0, 0, least - rows)))[:rows]
+
+
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+# As `torch.compiler.assume_constant_result` marks a function whose result a graph may have in it;
+# that would import the compiler, which takes seconds.
+_num_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:

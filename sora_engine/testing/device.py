@@ -24,7 +24,7 @@ import torch
 
 from sora_engine.testing.crossings import WAIT
 from sora_engine.testing.state import ACTIVE, Shadow
-from sora_engine.testing.tensors import joined
+from sora_engine.testing.tensors import modes
 from sora_kernels import launch, triton_support
 from sora_kernels.dispatch import OPS
 from sora_kernels.windowed.plan import build_cached
@@ -90,7 +90,8 @@ def shadow_device(count: int = 1) -> Iterator[Shadow]:
         torch.set_num_threads(1)
         for name, stand_in in stand_ins.items():
             setattr(torch.cuda, name, stand_in)
-        with joined(shadow):
+        functions, dispatch = modes(shadow)
+        with functions, dispatch:
             yield shadow
     finally:
         for name, own in kept.items():

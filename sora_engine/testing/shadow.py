@@ -159,6 +159,8 @@ def load(path: str | Path, shadow: Shadow, device: str = "cuda") -> VideoModel:
     with shadow.trace.phase("load"):
         # CUDA graphs are the real device's.
         model = load_video_model(path, device=device, vae_cuda_graphs="off")
+        for expert in range(model.num_experts):
+            model.transformer(expert)
     model.vae.limit(NO_LIMIT)
     return model
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -173,11 +173,10 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def joined(shadow: Shadow) -> Iterator[None]:
-    """Let this thread make tensors on the shadow device; the one that has made it does already."""
-    with _Functions(shadow), _Dispatch(shadow):
-        yield
+def modes(shadow: Shadow) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What a thread enters, in this order, to make tensors on a shadow device. The one that made
+    the device has done so; another one that does needs never leave them."""
+    return _Functions(shadow), _Dispatch(shadow)
 
 
 def _run(
