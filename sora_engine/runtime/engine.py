@@ -164,8 +164,11 @@ class Engine:
     def generate(self, request: VideoRequest | Sequence[VideoRequest]) -> Video | list[Video]:
         """Make a video, or several in company, and wait for them.
 
+        request: one, which gives a `Video`, or several, which give a list in their order.
+
         All requests are checked before any work starts. Where one of several fails, the others are
-        cancelled and its error is raised.
+        cancelled and its error is raised. Raises RequestError for what the checkpoint cannot make,
+        MemoryLimitError for what does not fit, and what `submit` and `Job.result` raise.
         """
         single = isinstance(request, VideoRequest)
         requests = [request] if isinstance(request, VideoRequest) else list(request)

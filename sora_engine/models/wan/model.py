@@ -184,6 +184,7 @@ class WanTransformer(DiffusionTransformer):
             control = embed_patches(tokens[:, sample_size:], self.vace_patch_embedding)
             hints = self._control(x, control, batch, level_projection, rope)
         y = self._normalised(x, entries[0], stream)
+        x = residual_of(x)
         for layer, block in enumerate(self.blocks):
             # Each block ends in the normalisation that the next one begins with: one fused pass.
             x, y = block(
@@ -220,6 +221,7 @@ class WanTransformer(DiffusionTransformer):
         entries = [Modulation(table[:, 1], table[:, 0]) for table in tables]
         control = self.vace_blocks[0].proj_in(control) + x
         y = self._normalised(control, entries[0], stream)
+        control = residual_of(control)
         hints = {}
         for i, (layer, block) in enumerate(
             zip(self.config.vace_layers, self.vace_blocks, strict=True)
@@ -235,10 +237,11 @@ class WanTransformer(DiffusionTransformer):
                 rope=rope,
                 backends=self.backends,
             )
-            hints[layer] = steady(block.proj_out, control)
+            hints[layer] = steady(block.proj_out, control.to(self.dtype))
         return hints
 
     def _normalised(self, x: Tensor, modulation: Modulation, stream: Stream) -> Tensor:
+        """In the dtype of the layers that read it."""
         return norm_modulate(
             x,
             *modulation,
@@ -246,7 +249,13 @@ class WanTransformer(DiffusionTransformer):
             kind="layer",
             eps=self.config.eps,
             backend=self.backends.fused,
-        )
+        ).to(self.dtype)
+
+
+def residual_of(x: Tensor) -> Tensor:
+    """The residual stream in float32, from the first gate on, as Wan's own code has it: in bf16 it
+    would be rounded three times a block, which makes most of a bf16 model's error."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def modulation_tables(blocks: Sequence[WanBlock], level_projection: Tensor) -> Sequence[Tensor]:
