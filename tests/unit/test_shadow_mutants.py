@@ -7,6 +7,7 @@ finds is the mutant.
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
@@ -47,6 +48,8 @@ def told(folder, case, device="cuda"):
             except (RuntimeError, TypeError) as error:
                 return f"{type(error).__name__}: {error}"
         for name, tally in made.summary().items():
+            if name == "first frame":  # of a model's first video, in which weights are laid out
+                continue
             figures = tally.figures()
             for what in CROSSINGS:
                 if figures[what] > table[name][what]:
@@ -241,7 +244,7 @@ MUTANTS = {
     cpu_index: ("t2v: windows", ON_THE_SAME),
     forgotten_to: ("t2v: plain", ON_THE_SAME),
     noise_on_the_host: ("t2v: ddpm", ON_THE_SAME),
-    item_in_forward: ("t2v: plain", "first step: wait 3 > 2: .*packing|first step: wait 3 > 2"),
+    item_in_forward: ("t2v: plain", "first step: wait 3 > 2"),
     nonzero_in_advance: ("t2v: plain", "first step: wait 3 > 2"),
     sync_in_a_block: ("t2v: plain", "first step: wait 4 > 2"),
     wide_attention: ("t2v: plain", r"attention in \['torch.bfloat16', 'torch.float32'\]"),
@@ -249,8 +252,8 @@ MUTANTS = {
     pageable_copy: ("t2v: plain", "first step: wait"),
     unpinned_without_waiting: ("t2v: plain", "first step: wait"),
     constants_from_the_host: ("t2v: plain", "first step: wait 3 > 2"),
-    mask_read_back: ("ti2v-5b: known", "first step: wait 4 > 2"),
-    weights_by_window: ("t2v: windows", "first step: wait"),
+    mask_read_back: ("ti2v-5b: known", "first step: wait 4 > 2: .*Canvas.segment"),
+    weights_by_window: ("t2v: windows", "first step: wait 18 > 2: .*windows.py:blend.: 18"),
     numpy_of_frames: ("t2v: plain", "TypeError: can't convert cuda:0"),
     repeated_by_the_device: ("ti2v-5b: known", "first step: wait 3 > 2"),
     whole_mask_from_the_host: ("ti2v-5b: known", ON_THE_SAME),
@@ -264,8 +267,6 @@ def test_a_planted_fault_is_told(folder, monkeypatch, mutant):
     mutant(monkeypatch)
     answer = told(folder, case)
     assert answer is not None
-    import re
-
     assert re.search(expected, answer), answer
 
 
