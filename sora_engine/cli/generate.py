@@ -106,8 +106,6 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
     provenance = read_provenance(path)
     if provenance is None:
         raise UsageError(f"--like: {path} does not say how it was made; only files of `sora` do")
-    if common.output is None and Path(path).resolve() == Path("out.mp4").resolve():
-        raise UsageError(f"--output: {path} would be written over; name another file")
     if prompt is not None:
         changes = {**changes, "prompt": prompt, "original_prompt": None}
     if common.model is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from sora_engine.cli.options import (
     named,
     parse_parallel,
 )
+from sora_engine.cli.safety_copy import SafetyCopy
 from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
 from sora_engine.request import (
@@ -156,6 +156,10 @@ def check_before_loading(command: Command, output: str) -> None:
     from sora_engine.io.video_reader import open_video
     from sora_engine.io.video_writer import check_output
 
+    for path in command.files if command.common.output is None else ():
+        with suppress(OSError):
+            if os.path.samefile(path, output):
+                raise UsageError(f"--output: {path} would be written over; name another file")
     try:
         check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
         for path in command.files:
@@ -231,11 +235,9 @@ def make(
 ) -> Job:
     """Runs one job to its end, frames going into the file as they are decoded.
 
-    The finished latents lie beside the output while it is decoded: a decode that fails, or is
-    killed, loses nothing. Where they cannot be written the video is made all the same.
+    The finished latents are kept in a file until the video is whole: see `SafetyCopy`.
     """
-    from sora_engine.io.atomic import name_beside
-    from sora_engine.io.latents import SUFFIX, SavedLatents
+    from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter
     from sora_engine.request.recipe import provenance_of
 
@@ -246,14 +248,13 @@ def make(
         )
     except MediaError as error:
         raise UsageError(in_options(error)) from error
-    kept: list[Path] = []
 
     def write(frames: np.ndarray) -> None:
         for frame in frames:
             writer.write(frame)
 
-    def keep(latents: Tensor) -> None:
-        saved = SavedLatents(
+    def saved(latents: Tensor) -> SavedLatents:
+        return SavedLatents(
             latents,
             resolved.fps,
             resolved.loop,
@@ -264,26 +265,25 @@ def make(
             if resolved.canvas is None
             else (resolved.num_frames, resolved.height, resolved.width),
         )
-        try:
-            kept.append(saved.write(name_beside(Path(output), SUFFIX)))
-        except (MediaError, OSError) as error:
-            warn(f"finished latents are not kept while they are decoded: {error}")
 
-    with writer:
-        job = engine.submit(replace(request, seed=resolved.seed), on_frames=write, on_latents=keep)
-        try:
-            follow(job)
-        except BaseException:
-            job.cancel()
-            with suppress(Exception):
-                job.result()  # the engine must have let go of the file before it is removed
-            for path in kept:
-                advice = shlex.join(["sora", "decode", str(path), "-o", output])
-                say(f"the finished latents are in {path}; `{advice}` goes on")
-            raise
-    for path in kept:
-        with suppress(OSError):
-            path.unlink()
+    copy = SafetyCopy(output, saved)
+    request = replace(request, seed=resolved.seed)
+    job: Job | None = None
+    try:
+        with writer:
+            job = engine.submit(request, on_frames=write, on_latents=copy.keep)
+            try:
+                follow(job)
+            except BaseException:
+                job.cancel()
+                with suppress(Exception):
+                    job.result()  # the engine must have let go of the file before it is removed
+                raise
+    except BaseException:  # also what comes while the file is finished, and a second Ctrl-C
+        if job is not None:
+            copy.offer(job.latents)
+        raise
+    copy.remove()
     return job
 
 

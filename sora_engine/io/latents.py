@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,11 +42,11 @@ class SavedLatents:
         """Write the file whole or not at all; MediaError where that cannot be."""
         path = Path(path)
         metadata = {"fps": repr(self.fps), "loop": str(int(self.loop))}
-        if isinstance(self.model, str):
+        if _is_text(self.model):
             metadata["model"] = self.model
         else:
             metadata["experts"] = json.dumps(self.model)
-        if isinstance(self.components, str):
+        if _is_text(self.components):
             metadata["components"] = self.components
         elif self.components is not None:
             metadata["parts"] = json.dumps(self.components)
@@ -77,10 +78,13 @@ class SavedLatents:
                 size = num_frames, height, width
             model: str | tuple[str, ...] = metadata.get("model", "")
             if "experts" in metadata:
-                model = tuple(str(expert) for expert in json.loads(metadata["experts"]))
+                experts = json.loads(metadata["experts"])
+                model = experts if isinstance(experts, str) else tuple(map(str, experts))
             components: str | dict[str, str] | None = metadata.get("components")
             if "parts" in metadata:
-                components = {str(k): str(v) for k, v in json.loads(metadata["parts"]).items()}
+                parts = json.loads(metadata["parts"])
+                named = isinstance(parts, dict)
+                components = {str(k): str(v) for k, v in parts.items()} if named else str(parts)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, MediaError):
                 raise
@@ -94,6 +98,15 @@ class SavedLatents:
             )
         provenance = Provenance.from_json(metadata.get("provenance", ""))
         return cls(latents, fps, loop, model, provenance, components, size)
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it can stand in a header, which is UTF-8. A path in other bytes can as JSON alone,
+    which escapes them."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 _WANTED = f"a file of finished latents ends in {SUFFIX}"
