@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -58,6 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
     _prepare_streams()
     _prepare_signals()
     _unsaid.clear()
+    logger, told = logging.getLogger("sora_engine"), _Told(logging.WARNING)
+    logger.addHandler(told)
+    try:
+        return _run(arguments)
+    finally:
+        logger.removeHandler(told)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         code = app(args=arguments, prog_name="sora", standalone_mode=False) or 0
         if _unsaid:
@@ -80,6 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
             return _complain(str(error), 1)
         what = f"{type(error).__name__}: {error}"
         return _complain(f"{what} (SORA_DEBUG=1 shows where)", 1)
+
+
+class _Told(logging.Handler):
+    """Warnings of the engine, each as one line. How jobs fare the commands tell themselves."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "sora_engine.runtime.worker":
+            warn(record.getMessage())
 
 
 def _complain(message: str, code: int) -> int:

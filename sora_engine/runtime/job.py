@@ -96,7 +96,7 @@ class Job:
         self.preview: np.ndarray | None = None
         """What the last step makes of the video: uint8 `[latent_frames, latent_height,
         latent_width, 3]`, for checkpoints that bring a projection to colours."""
-        self.save_error: OSError | None = None
+        self.save_error: Exception | None = None
         """Why `save_to` could not be written the last time; the job goes on without it."""
         # What the engine's thread keeps here.
         self._origin = Origin()
@@ -112,7 +112,7 @@ class Job:
         self.most_in_company = 0
         self.largest_batch_tokens = 0
         self.resumed_at: int | None = None
-        self.provenance: Provenance | None = None
+        self.provenance: Provenance | None = None  # from encoding on
         self.save_orders: list[SaveOrder] = []
         self._ticket: Ticket | None = None
 

@@ -49,9 +49,20 @@ def test_what_is_not_known_is_named(
         ({"window_anchors": 5}, {}, "window anchors must be from 0 to 4 latent frames.*got 5"),
         ({"window_anchors": 1, "window_schedule": "static"}, {}, "got 1 with schedule 'static'"),
         ({}, {"expand_timesteps": False}, "'chained' takes a model .*expand_timesteps"),
+        ({"height": "64"}, {}, "height must be an integer, got '64'"),
+        ({"width": 0}, {}, "width must be an integer of at least 1, got 0"),
+        ({"num_frames": None}, {}, "num_frames must be an integer of at least 1, got None"),
+        ({"num_inference_steps": 4.5}, {}, "num_inference_steps must be an integer, got 4.5"),
+        ({"fps": 0}, {}, "fps must be over 0, got 0"),
+        ({"fps": "24"}, {}, "fps must be a number, got '24'"),
+        ({"guidance_scale": float("nan")}, {}, "guidance_scale must be finite, got nan"),
+        ({"guidance_scale": [5]}, {}, r"guidance_scale must be a number, got \[5\]"),
+        ({"guidance_scale_2": True}, {}, "guidance_scale_2 must be a number, got True"),
+        ({"negative_prompt": None}, {}, "negative_prompt must be a string, got None"),
+        ({"max_window": "5"}, {}, "max_window must be an integer, got '5'"),
     ],
 )
-def test_windows_that_cannot_be_are_refused_when_a_model_is_loaded(
+def test_values_that_cannot_be_are_refused_when_a_model_is_loaded(
     tmp_path: Path, settings: dict[str, object], index: dict[str, bool], message: str
 ) -> None:
     shutil.copytree(BUNDLED["sprites"], tmp_path, dirs_exist_ok=True)
