@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from sora_engine.errors import MediaError
 from sora_engine.io.atomic import write_atomically
 from sora_engine.io.file_kind import kind_of
 from sora_engine.io.provenance import Provenance
+from sora_engine.io.whole_file import read_whole
 
 SUFFIX = ".latents.safetensors"
 
@@ -65,12 +68,8 @@ class SavedLatents:
         """Read `write`'s file; MediaError for any other."""
         path = Path(path)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                if names != ["latents"] or "fps" not in metadata:
-                    raise MediaError(f"{path} {_instead(names, metadata)}")
-                latents = file.get_tensor("latents")
+            tensors, metadata = read_whole(path, partial(_check_kind, path))
+            latents = tensors["latents"]
             fps, loop = float(metadata["fps"]), metadata.get("loop") == "1"
             size = None
             if "size" in metadata:
@@ -112,9 +111,18 @@ def _is_text(value: object) -> TypeGuard[str]:
 _WANTED = f"a file of finished latents ends in {SUFFIX}"
 
 
-def _instead(names: list[str], metadata: dict[str, str]) -> str:
+def _check_kind(path: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
+    if list(names) != ["latents"] or "fps" not in metadata:
+        raise MediaError(f"{path} {_instead(names, metadata)}")
+
+
+def _instead(names: Sequence[str], metadata: Mapping[str, str]) -> str:
     """What a safetensors file holds that is no finished latents."""
     if "sora_engine" in metadata:
         return "is a saved job, which has not been denoised to its end: `Engine.resume` goes on"
-    some = f"{names}" if len(names) < 4 else f"{len(names)} tensors such as {', '.join(names[:3])}"
+    some = (
+        f"{list(names)}"
+        if len(names) < 4
+        else f"{len(names)} tensors such as {', '.join(names[:3])}"
+    )
     return f"holds {some}: these are no finished latents; {_WANTED}"

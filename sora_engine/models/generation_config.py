@@ -21,7 +21,8 @@ GENERATION_CONFIG = "generation_config.json"
 def read_generation_config(folder: Path) -> Mapping[str, Any]:
     """The defaults that a checkpoint brings in `generation_config.json`; empty where it has none.
 
-    Raises CheckpointError for keys, solvers and window schedules that this engine does not know.
+    Raises CheckpointError for keys, solvers and window schedules that this engine does not know,
+    and for a number of text tokens that is none.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
@@ -41,6 +42,12 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
             f"{settings['window_schedule']!r}",
             path=path,
         )
+    if "text_tokens" in settings:
+        tokens = settings["text_tokens"]
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise CheckpointError(
+                f"text_tokens must be an integer of at least 1, got {shown(tokens)}", path=path
+            )
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 

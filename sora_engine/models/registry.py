@@ -147,6 +147,8 @@ def _paths_of(path: ModelPath) -> tuple[list[Path], str]:
                 f"file, or one of {', '.join(BUNDLED)}, and nothing is downloaded",
                 path=each,
             )
+        if not (each.is_file() or each.is_dir()):
+            raise CheckpointError("a device, a pipe or a socket; a file or a folder", path=each)
         if len(found) > 1 and each.is_dir():
             raise CheckpointError(
                 "a folder; two paths are two experts, each a file of weights", path=each

@@ -9,7 +9,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 
@@ -306,6 +306,12 @@ class Engine:
             return
         for worker in self._workers:
             worker.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Engine has a thread and a device and cannot be copied or pickled; make one in each "
+            "process"
+        )
 
     def __enter__(self) -> Engine:
         return self

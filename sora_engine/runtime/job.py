@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sora_engine.errors import DeadlineExceededError, JobCancelledError, JobFailedError
 from sora_engine.io.provenance import Provenance
@@ -129,6 +129,12 @@ class Job:
         self._submitted = self._entered = time.monotonic()
         self._callbacks: list[Callable[[Job], None]] = []
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Job is of the process of its engine and cannot be copied or pickled; the Video that "
+            "`result` returns can"
+        )
 
     # What callers use.
 

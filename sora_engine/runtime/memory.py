@@ -140,7 +140,7 @@ class MemoryPlanner:
         # A text as long as the model's texts get is padded by nothing: a case of its own.
         longest = self.model.prompt_encoder.max_tokens - 1
         longer = [
-            n if n == low else min(longest, low // TEXT_STEP * TEXT_STEP + TEXT_STEP)
+            n if n == low or n > longest else min(longest, low // TEXT_STEP * TEXT_STEP + TEXT_STEP)
             for n, low in zip(lengths, shorter, strict=True)
         ]
         high = self._rehearsed_plan(request, longer, batch_tokens)

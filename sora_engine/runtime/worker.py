@@ -323,7 +323,7 @@ class Worker:
         if self.hooks.check_frames is None:
             job.latents = latents
             if job.options.on_latents is not None:
-                job.options.on_latents(latents)
+                job.options.on_latents(latents.clone())  # it may write into what it gets
         job.decoding = self._decoded(job, latents)
 
     def _decode(self, job: Job) -> None:

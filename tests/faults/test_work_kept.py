@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sora_engine as sora
 from sora_engine.cli import main
@@ -29,8 +34,15 @@ def request(**more):
     return sora.VideoRequest("a red circle", **{**SMALL, **more})
 
 
-@pytest.mark.parametrize("what", ["clip", "start video", "part of a clip", "folder"])
-@pytest.mark.parametrize("fate", ["removed", "replaced"])
+@pytest.mark.parametrize(
+    ("what", "fate"),
+    [
+        ("clip", "removed"),
+        ("start video", "replaced"),
+        ("part of a clip", "replaced"),
+        ("folder", "removed"),
+    ],
+)
 def test_a_clip_that_changes_once_it_is_read(tmp_path, what, fate):
     """It fails no job, and what the result says of it is what was read."""
     path = tmp_path / ("clip" if what == "folder" else "clip.mp4")
@@ -113,6 +125,98 @@ def test_a_device_that_fails_while_a_state_is_saved_has_failed(tmp_path, monkeyp
         job = made.submit(request(), save_to=tmp_path / "job")
         with pytest.raises(sora.DeviceError, match="illegal memory access"):
             job.result(300)
+
+
+def overwrite(path: Path) -> None:
+    """Other bytes in the place of a file's last half, and none behind: as `cp` over it does."""
+    half = path.stat().st_size // 2
+    with path.open("r+b") as file:
+        file.seek(half)
+        file.write(b"\x77" * half)
+
+
+def test_a_file_that_changes_after_it_was_read_changes_nothing(tmp_path):
+    """What is mapped would change with it; and where it gets shorter the process would end."""
+    path = tmp_path / "latents"
+    latents = torch.randn(8, 4, 32, 32)
+    read = SavedLatents.read(SavedLatents(latents, 8.0, False, "sprites").write(path))
+    overwrite(path)
+    assert torch.equal(read.latents, latents)
+    path.write_bytes(b"")
+    assert torch.equal(read.latents, latents)
+
+    kept = tmp_path / "job"
+    with engine() as made:
+        whole = made.submit(request(), save_to=kept, save_every=2).result(300)
+        with made._workers[0]._wake:
+            job = made.resume(kept)
+            overwrite(kept)
+            kept.write_bytes(b"")
+        video = job.result(300)
+        assert video.receipt.resumed_at == 2
+        assert torch.equal(video.latents, whole.latents)
+        assert np.array_equal(video.frames, whole.frames)
+
+
+def test_a_file_of_another_kind_is_told_by_its_header_alone(tmp_path):
+    """One of weights may be larger than memory: here 1 TB of nothing follows the header."""
+    path = tmp_path / "weights"
+    tensor = {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}
+    header = json.dumps({"w": tensor}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        try:
+            file.truncate(8 + len(header) + (1 << 40))
+        except OSError:
+            pytest.skip("this file system has no files of 1 TB")
+    with pytest.raises(sora.MediaError, match=r"holds \['w'\]: these are no finished latents"):
+        SavedLatents.read(path)
+    with engine() as made, pytest.raises(sora.CheckpointError, match="nothing about a job"):
+        made.resume(path)
+
+
+def test_pipes_are_refused_and_nobody_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(sora.MediaError, match="it is a device, a pipe or a socket"):
+        SavedLatents.read(tmp_path / "pipe")
+    with engine() as made, pytest.raises(sora.CheckpointError, match="it is a device, a pipe"):
+        made.resume(tmp_path / "pipe")
+    with pytest.raises(sora.CheckpointError, match="a device, a pipe or a socket"):
+        sora.Engine.from_pretrained(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("left_out", ["model", "dtype", "request", "provenance", "frame_texts"])
+def test_a_saved_job_that_lacks_something_is_refused(tmp_path, left_out):
+    path = tmp_path / "job"
+    with engine() as made:
+        made.submit(request(), save_to=path).result(300)
+        with safe_open(path, "pt") as file:
+            said = json.loads(file.metadata()["sora_engine"])
+        del said[left_out]
+        save_file(load_file(path), path, {"sora_engine": json.dumps(said)})
+        with pytest.raises(sora.CheckpointError, match=r"saved|damaged"):
+            made.resume(path)
+
+
+def test_what_callbacks_get_they_may_write_into():
+    with engine() as made:
+        want = made.generate(request())
+        asked = {"on_latents": torch.Tensor.zero_, "on_frames": lambda frames: frames.fill(0)}
+        video = made.submit(request(), **asked).result(300)
+        assert torch.equal(video.latents, want.latents)
+        assert np.array_equal(video.frames, want.frames)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_engine_and_its_jobs_say_that_they_are_of_one_process(way):
+    with engine() as made:
+        job = made.submit(request())
+        with pytest.raises(TypeError, match=r"an Engine .* cannot be copied or pickled; make one"):
+            way(made)
+        with pytest.raises(TypeError, match=r"a Job .* cannot be copied or pickled; the Video"):
+            way(job)
+        video = job.result(300)
+        assert np.array_equal(pickle.loads(pickle.dumps(video)).frames, video.frames)
 
 
 # The command.
