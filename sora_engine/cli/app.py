@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str] | None) -> int:
     try:
         code = app(args=arguments, prog_name="sora", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # what typer makes of a Ctrl-C, without a word
+            return _complain("interrupted", INTERRUPTED)
         if _unsaid:
             return _complain(f"standard output cannot be written: {_unsaid[0]}", 1)
         return code
@@ -101,13 +104,22 @@ class _Told(logging.Handler):
 
 
 def _complain(message: str, code: int) -> int:
-    _to_stderr(f"sora: error: {' '.join(message.split())}")
+    _to_stderr(f"sora: error: {one_line(' '.join(message.split()))}")
     return code
+
+
+def one_line(text: str) -> str:
+    """A text for a terminal: what would end the line, or be a command to it, is escaped. Names of
+    files and texts of files' metadata may hold such."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def warn(message: str) -> None:
     """One line beside the output that the work goes on from."""
-    _to_stderr(f"sora: warning: {' '.join(message.split())}")
+    _to_stderr(f"sora: warning: {one_line(' '.join(message.split()))}")
 
 
 def _to_stderr(line: str) -> None:
@@ -174,7 +186,7 @@ def say(line: str) -> None:
     if _unsaid or sys.stdout is None:
         return
     try:
-        print(line, flush=True)
+        print(one_line(line), flush=True)
     except (OSError, ValueError) as error:  # the reader has gone, the disk is full
         _unsaid.append(error)
         with contextlib.suppress(OSError, ValueError):

@@ -206,11 +206,13 @@ def named(path: ModelPath) -> str:
     return path if isinstance(path, str) else " and ".join(path)
 
 
-def parse_size(size: str) -> tuple[int, int]:
+def parse_size(
+    size: str, option: str = "--size", form: str = "WIDTHxHEIGHT, such as 832x480"
+) -> tuple[int, int]:
     """'832x480' -> (480, 832)."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*", size)
     if match is None:
-        raise UsageError(f"--size: {size!r} is not WIDTHxHEIGHT, such as 832x480")
+        raise UsageError(f"{option}: {size!r} is not {form}")
     return int(match[2]), int(match[1])
 
 

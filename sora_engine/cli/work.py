@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from sora_engine.cli.app import OnceCommand, UsageError, app, say, warn
+from sora_engine.cli.app import OnceCommand, UsageError, app, one_line, say, warn
 from sora_engine.cli.options import (
     DEFAULT_MODEL,
     Common,
@@ -110,7 +110,9 @@ def run(command: Command) -> None:
     else:
         for path in common.model:
             if path != DEFAULT_MODEL and not Path(path).exists():
-                raise UsageError(f"--model: {path} does not exist")
+                raise UsageError(
+                    f"--model: {path} does not exist; {DEFAULT_MODEL!r} is the bundled one"
+                )
         say(f"sora_engine {version()}: loading {named(model_path(common.model))}")
     started = time.monotonic()
     engine = load_engine(common)
@@ -153,7 +155,7 @@ class _AnyModel(NamedTuple):
 
 def check_before_loading(command: Command, output: str) -> None:
     """Everything that can be told without the model: no one waits for torch to learn of a typo."""
-    from sora_engine.io.video_reader import open_video
+    from sora_engine.io.video_reader import open_video, read_video
     from sora_engine.io.video_writer import check_output
 
     for path in command.files if command.common.output is None else ():
@@ -163,7 +165,9 @@ def check_before_loading(command: Command, output: str) -> None:
     try:
         check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
         for path in command.files:
-            if not Path(path).is_dir() and read_first_image(path) is None:
+            if not path or Path(path).is_dir():
+                read_video(path, max_frames=1)
+            elif read_first_image(path) is None:
                 open_video(path).close()
         resolve_request(command.early, _AnyModel(), Limits())
     except SoraError as error:
@@ -304,7 +308,8 @@ def follow(job: Job) -> None:
             if job.cut_prompts and not told:
                 told = True
                 for line in job.cut_prompts:
-                    bars.console.print(f"warning: {line}", markup=False, highlight=False)
+                    told_line = one_line(f"warning: {line}")
+                    bars.console.print(told_line, markup=False, highlight=False)
             bars.update(denoise, completed=progress.steps_done, total=progress.num_steps)
             if progress.frames_decoded or progress.state == "decoding":
                 bars.start_task(decode)

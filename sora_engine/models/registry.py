@@ -141,14 +141,16 @@ def _paths_of(path: ModelPath) -> tuple[list[Path], str]:
         raise CheckpointError(f"{len(found)} paths; a model is one path, or two experts")
     for each in found:
         refuse_pickle(each)
+        if len(found) > 1 and str(each) in BUNDLED:
+            raise CheckpointError(
+                "a whole model; two paths are two experts, each a file of weights", path=each
+            )
         if not each.exists():
             raise CheckpointError(
                 "no such file or folder; a model is a diffusers folder, a .safetensors or .gguf "
                 f"file, or one of {', '.join(BUNDLED)}, and nothing is downloaded",
                 path=each,
             )
-        if not (each.is_file() or each.is_dir()):
-            raise CheckpointError("a device, a pipe or a socket; a file or a folder", path=each)
         if len(found) > 1 and each.is_dir():
             raise CheckpointError(
                 "a folder; two paths are two experts, each a file of weights", path=each

@@ -301,7 +301,9 @@ def test_a_second_interrupt_still_tells_where_the_latents_are(tmp_path, monkeypa
     output = tmp_path / "a.mp4"
     assert main(["generate", "a red circle", *QUICK, "-o", str(output)]) == 130
     assert interrupts == []
-    path = Path(offered(capsys.readouterr().out)[1])
+    said = capsys.readouterr()
+    assert said.err == "sora: error: interrupted\n"
+    path = Path(offered(said.out)[1])
     assert SavedLatents.read(path).latents.shape[1] == 2
 
 
