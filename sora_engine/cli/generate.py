@@ -68,6 +68,8 @@ def generate(
         made = tasks.shots(shot or (), shot_frames or ())
         prompt, settings["shots"] = made.prompt, made.shots
     if like is not None:
+        if draft:
+            raise UsageError(f"--draft: --like makes {like} again as it was made; drop one")
         return _like(like, prompt, settings, common)
     if prompt is None:
         raise UsageError("there is no prompt; say what the video shows, as PROMPT or by --shot")

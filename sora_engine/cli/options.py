@@ -233,6 +233,8 @@ def parse_parallel(text: str) -> ParallelConfig | Literal["auto"]:
                 "ulysses=2, and not shard_weights; axes are ulysses, ring, guidance, window and "
                 "data"
             )
+        if match[1] in axes:
+            raise UsageError(f"--parallel: {match[1]} is given twice in {text!r}; once would work")
         axes[match[1]] = int(match[2])
     try:
         return ParallelConfig(**axes, shard_weights=sharded)

@@ -100,6 +100,8 @@ def run(command: Command) -> None:
         from sora_engine.distributed.torchrun import serve
 
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
+    if common.upsample_model is not None and common.upsample is None:
+        raise UsageError("--upsample-model: it names the model at an --upsample, and there is none")
     output = common.output if common.output is not None else command.output
     check_before_loading(command, output)
     if not common.model:

@@ -46,6 +46,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["export-vae", "sprites", "--sizes", "64"], "--sizes: '64' is not HEIGHTxWIDTH, such as"),
         (["generate", "x", "--fps", "1e-9"], "--fps: fps 1e-09: it must be at least 0.001 and at"),
         (["upscale", "clip.mp4", "--scale", "3", "--size", "64x64"], "--scale: scale 3"),
+        (["generate", "x", "--upsample-model", "m"], "--upsample-model: it names the model at an"),
+        (["generate", "--like", "clip.mp4", "--draft"], "--draft: --like makes clip.mp4 again"),
+        (
+            ["generate", "x", "--parallel", "ulysses=2,ulysses=4"],
+            "--parallel: ulysses is given twice in 'ulysses=2,ulysses=4'",
+        ),
         (["generate", "a \udcff"], "prompt is no text: character 2 is the lone surrogate"),
         (["extend", "no\nsuch\x1b[31m.mp4", "--after", "1"], r"no such\x1b[31m.mp4 does not exist"),
     ],
