@@ -45,6 +45,15 @@ class OnceCommand(TyperCommand):
                 raise UsageError(f"{name} is given {count} times; it takes one value")
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            os.getcwd()
+        except OSError as error:  # numerical libraries end the process there
+            raise UsageError(
+                "the current folder is not there any more; `cd` into one that is"
+            ) from error
+        return super().invoke(ctx)
+
 
 app = typer.Typer(
     help="Inference for Sora-class video diffusion transformers.",

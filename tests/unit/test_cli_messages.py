@@ -71,6 +71,20 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
     assert sorted(os.listdir(folder)) == before
 
 
+def test_a_current_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A release that was replaced under a running service: MKL ends the process there."""
+    (tmp_path / "release").mkdir()
+    monkeypatch.chdir(tmp_path / "release")
+    (tmp_path / "release").rmdir()
+    for arguments in (["generate", "x", "-o", str(tmp_path / "a.mp4")], ["doctor"]):
+        assert main(arguments) == 2
+        error = "sora: error: the current folder is not there any more; `cd` into one that is\n"
+        assert capsys.readouterr().err == error
+    assert main(["--version"]) == 0
+
+
 def test_a_file_of_no_values_is_inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "nothing.safetensors"]) == 0
     assert "1 tensors, 0 values" in capsys.readouterr().out

@@ -134,7 +134,7 @@ def test_a_folder_that_is_none(tmp_path) -> None:
 
 
 def test_a_folder_has_no_other_models_name(folder) -> None:
-    with pytest.raises(sora.UpsamplingError, match="model 'm' is a name at an address, and .* is"):
+    with pytest.raises(sora.UpsamplingError, match=r"model 'm' is a name at an address, and .* is"):
         open_upsampler(folder, model="m")
 
 
