@@ -6,6 +6,7 @@ cross while one runs. The device holds those of two blocks, whatever their numbe
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import threading
@@ -271,11 +272,25 @@ def _pin(memory: Tensor) -> Tensor | None:
     failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if not failed:
         return memory
+    runtime = _cuda_runtime()
+    if runtime is not None:
+        # The error stays behind in this thread, and the next launch would raise it as its own.
+        runtime.cudaGetLastError()
     logger.warning(
         "%.2f GiB of host memory cannot be pinned (CUDA error %d): weights cross more slowly",
         memory.nbytes / 2**30, failed,
     )  # fmt: skip
     return None
+
+
+def _cuda_runtime() -> Any | None:
+    """CUDA's runtime library as torch has loaded it, or None. torch hands on few of its functions."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as mapped:
+            paths = {line.split(maxsplit=5)[5].strip() for line in mapped if "libcudart" in line}
+    except OSError:
+        return None
+    return ctypes.CDLL(paths.pop()) if paths else None
 
 
 def _unpin(memory: Tensor | None) -> None:

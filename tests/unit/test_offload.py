@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
+import shutil
+import subprocess
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +265,27 @@ def test_on_a_gpu_too(folders, level):
             latents[chosen] = [engine.generate(request).latents for _ in range(3)]
     for got in latents[level]:
         assert torch.equal(got, latents["none"][0])
+
+
+RUNTIME = """
+static int last = 2;
+int cudaGetLastError(void) { int error = last; last = 0; return error; }
+"""
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_behind(tmp_path, monkeypatch, caplog):
+    """The next kernel's launch would raise it. A stand-in of the runtime library holds the error."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    (tmp_path / "runtime.c").write_text(RUNTIME)
+    library = tmp_path / "libcudart.so.13"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "runtime.c"], check=True
+    )
+    loaded = ctypes.CDLL(str(library))
+    refuses = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
+    assert offload._pin(torch.zeros(16, dtype=torch.uint8)) is None
+    assert "cannot be pinned (CUDA error 2)" in caplog.text
+    assert loaded.cudaGetLastError() == 0
