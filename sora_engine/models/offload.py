@@ -284,7 +284,7 @@ def _pin(memory: Tensor) -> Tensor | None:
 
 
 def _cuda_runtime() -> Any | None:
-    """CUDA's runtime library as torch has loaded it, or None. torch hands on few of its functions."""
+    """CUDA's runtime library, as torch has loaded it, for what torch does not hand on."""
     try:
         with open("/proc/self/maps", encoding="utf-8") as mapped:
             paths = {line.split(maxsplit=5)[5].strip() for line in mapped if "libcudart" in line}

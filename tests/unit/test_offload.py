@@ -274,7 +274,7 @@ int cudaGetLastError(void) { int error = last; last = 0; return error; }
 
 
 def test_memory_that_cannot_be_pinned_leaves_no_error_behind(tmp_path, monkeypatch, caplog):
-    """The next kernel's launch would raise it. A stand-in of the runtime library holds the error."""
+    """The next kernel's launch would raise it. A stand-in of the library holds the error."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
