@@ -84,7 +84,7 @@ def requests(model: sora.VideoModel, height: int, width: int, num_frames: int):
     yield "extend both", tasks.extend(model, clip[:5], "a", before_s=0.5, after_s=rest, **size)
     gap = max(4, num_frames - 5) / 8
     yield "connect", tasks.connect(model, clip[:1], clip[-4:], "a", gap_s=gap, **size)
-    yield "loop", tasks.loop(model, clip[:1], "a", gap_s=0.5, **size)
+    yield "loop", tasks.loop(model, clip[:5], "a", gap_s=0.5, **size)
     yield "fill", tasks.fill(model, clip, [range(1, 5)], "a", **size)
     yield "inpaint", tasks.inpaint(model, clip, hole, "a", **size)
     two = {**size, "num_inference_steps": 2}
