@@ -7,7 +7,8 @@ that one's softmax runs under the other's products. The masked block of keys com
 loop has no mask.
 
 It compiles ahead of time without spills, its source runs on an emulator (`testing/gluon`), and it
-**has never run on a GPU**: it serves when asked for by name on sm_90, and `auto` does not choose it.
+**has never run on a GPU**: it serves when asked for by name on sm_90, and `auto` does not choose
+it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
