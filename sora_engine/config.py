@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 
 
@@ -55,10 +57,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Limits.{name} must be a positive integer, got {value!r}")
+            if value is not None or name not in _OPTIONAL:
+                object.__setattr__(self, name, _positive_integer(f"Limits.{name}", value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +88,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("ulysses", "ring", "guidance", "window", "data"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"ParallelConfig.{name} must be a positive integer, got {value!r}")
+            value = _positive_integer(f"ParallelConfig.{name}", getattr(self, name))
+            object.__setattr__(self, name, value)
         if self.guidance > 2:
             raise ValueError(
                 f"ParallelConfig.guidance = {self.guidance}: there are two branches, so 1 or 2"
@@ -100,8 +99,15 @@ class ParallelConfig:
                 "ParallelConfig.shard_weights shares weights out over the ulysses * ring ranks of "
                 "a forward pass, and this layout has one; ulysses=2 or ring=2 would work"
             )
-        if not self.timeout_s > 0:
-            raise ValueError(f"ParallelConfig.timeout_s must be over 0, got {self.timeout_s}")
+        if not isinstance(self.shard_weights, bool):
+            raise ValueError(
+                f"ParallelConfig.shard_weights must be True or False, got {self.shard_weights!r}"
+            )
+        number = isinstance(self.timeout_s, (int, float)) and math.isfinite(self.timeout_s)
+        if not number or self.timeout_s <= 0:
+            raise ValueError(
+                f"ParallelConfig.timeout_s must be over 0, got {self.timeout_s!r}; 20.0 would work"
+            )
 
     @property
     def sequence(self) -> int:
@@ -129,3 +135,14 @@ NO_LIMIT = 1 << 62
 """Bytes: more than any machine has."""
 
 _OPTIONAL = ("pack_tokens", "vae_memory_bytes", "memory_bytes")
+
+
+def _positive_integer(name: str, value: object) -> int:
+    """A plain integer of at least 1, from one of any kind but bool; ValueError for others."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number

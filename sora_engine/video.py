@@ -91,6 +91,4 @@ class Video:
         options: of `io.video_writer.write_video`.
         Raises MediaError for a path that cannot be written.
         """
-        return write_video(
-            Path(path), self.frames, fps=self.fps, provenance=self.provenance, **options
-        )
+        return write_video(path, self.frames, fps=self.fps, provenance=self.provenance, **options)

@@ -25,7 +25,9 @@ def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def guarded(first: torch.Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):
+        if first.device.index == torch.cuda.current_device():
+            return run(first, *rest)
+        with torch.cuda.device(first.device):
             return run(first, *rest)
 
     return guarded

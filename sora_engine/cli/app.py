@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -43,6 +45,15 @@ class OnceCommand(TyperCommand):
                 raise UsageError(f"{name} is given {count} times; it takes one value")
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            os.getcwd()
+        except OSError as error:  # numerical libraries end the process there
+            raise UsageError(
+                "the current folder is not there any more; `cd` into one that is"
+            ) from error
+        return super().invoke(ctx)
+
 
 app = typer.Typer(
     help="Inference for Sora-class video diffusion transformers.",
@@ -58,8 +69,19 @@ def main(arguments: list[str] | None = None) -> int:
     _prepare_streams()
     _prepare_signals()
     _unsaid.clear()
+    logger, told = logging.getLogger("sora_engine"), _Told(logging.WARNING)
+    logger.addHandler(told)
+    try:
+        return _run(arguments)
+    finally:
+        logger.removeHandler(told)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         code = app(args=arguments, prog_name="sora", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # what typer makes of a Ctrl-C, without a word
+            return _complain("interrupted", INTERRUPTED)
         if _unsaid:
             return _complain(f"standard output cannot be written: {_unsaid[0]}", 1)
         return code
@@ -82,14 +104,31 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(f"{what} (SORA_DEBUG=1 shows where)", 1)
 
 
+class _Told(logging.Handler):
+    """Warnings of the engine, each as one line. How jobs fare the commands tell themselves."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "sora_engine.runtime.worker":
+            warn(record.getMessage())
+
+
 def _complain(message: str, code: int) -> int:
-    _to_stderr(f"sora: error: {' '.join(message.split())}")
+    _to_stderr(f"sora: error: {one_line(' '.join(message.split()))}")
     return code
+
+
+def one_line(text: str) -> str:
+    """A text for a terminal: what would end the line, or be a command to it, is escaped. Names of
+    files and texts of files' metadata may hold such."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def warn(message: str) -> None:
     """One line beside the output that the work goes on from."""
-    _to_stderr(f"sora: warning: {' '.join(message.split())}")
+    _to_stderr(f"sora: warning: {one_line(' '.join(message.split()))}")
 
 
 def _to_stderr(line: str) -> None:
@@ -156,7 +195,7 @@ def say(line: str) -> None:
     if _unsaid or sys.stdout is None:
         return
     try:
-        print(line, flush=True)
+        print(one_line(line), flush=True)
     except (OSError, ValueError) as error:  # the reader has gone, the disk is full
         _unsaid.append(error)
         with contextlib.suppress(OSError, ValueError):

@@ -171,7 +171,9 @@ def edit(
 @video_command
 def upscale(
     clip: ClipFile,
-    scale: Annotated[float, typer.Option(help="How many times each side; or give --size.")] = 2.0,
+    scale: Annotated[
+        float | None, typer.Option(help="How many times each side, 2 by default; or give --size.")
+    ] = None,
     prompt: Prompt = None,
     strength: Strength = 0.4,
     *,

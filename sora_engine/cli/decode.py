@@ -109,7 +109,8 @@ def export_vae(
     from sora_engine.vae.backend import export_vae as export
     from sora_engine.vae.fit import FittedCoder
 
-    pixels = [parse_size(size) for size in sizes.split(",") if size.strip()]
+    form = "HEIGHTxWIDTH, such as 480x832"
+    pixels = [parse_size(size, "--sizes", form) for size in sizes.split(",") if size.strip()]
     try:
         target = resolve_device(device)
         fitted = load_video_decoder(model, device="cpu", components=components).vae

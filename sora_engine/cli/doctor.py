@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sora_engine.cli.app import OnceCommand, app, say
+from sora_engine.io.memory_limits import left_under_limits
 from sora_engine.io.system import total_memory_bytes, usable_cores
 
 OPTIONAL_PACKAGES = {
@@ -88,10 +89,8 @@ def _memory() -> str:
         return "unknown here" if total is None else f"{total / 2**30:.1f} GiB"
     kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
     text = f"{kib['MemTotal'] / 2**20:.1f} GiB, {kib['MemAvailable'] / 2**20:.1f} GiB available"
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (value := limit.read_text().strip()) != "max":
-        text += f", limited to {int(value) / 2**30:.1f} GiB here"
-    return text
+    left = left_under_limits()
+    return text if left is None else f"{text}; limits leave {left / 2**30:.1f} GiB of it here"
 
 
 def _gpu() -> str:

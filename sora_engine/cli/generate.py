@@ -68,6 +68,8 @@ def generate(
         made = tasks.shots(shot or (), shot_frames or ())
         prompt, settings["shots"] = made.prompt, made.shots
     if like is not None:
+        if draft:
+            raise UsageError(f"--draft: --like makes {like} again as it was made; drop one")
         return _like(like, prompt, settings, common)
     if prompt is None:
         raise UsageError("there is no prompt; say what the video shows, as PROMPT or by --shot")
@@ -106,8 +108,6 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
     provenance = read_provenance(path)
     if provenance is None:
         raise UsageError(f"--like: {path} does not say how it was made; only files of `sora` do")
-    if common.output is None and Path(path).resolve() == Path("out.mp4").resolve():
-        raise UsageError(f"--output: {path} would be written over; name another file")
     if prompt is not None:
         changes = {**changes, "prompt": prompt, "original_prompt": None}
     if common.model is None:

@@ -206,11 +206,13 @@ def named(path: ModelPath) -> str:
     return path if isinstance(path, str) else " and ".join(path)
 
 
-def parse_size(size: str) -> tuple[int, int]:
+def parse_size(
+    size: str, option: str = "--size", form: str = "WIDTHxHEIGHT, such as 832x480"
+) -> tuple[int, int]:
     """'832x480' -> (480, 832)."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*", size)
     if match is None:
-        raise UsageError(f"--size: {size!r} is not WIDTHxHEIGHT, such as 832x480")
+        raise UsageError(f"{option}: {size!r} is not {form}")
     return int(match[2]), int(match[1])
 
 
@@ -231,6 +233,8 @@ def parse_parallel(text: str) -> ParallelConfig | Literal["auto"]:
                 "ulysses=2, and not shard_weights; axes are ulysses, ring, guidance, window and "
                 "data"
             )
+        if match[1] in axes:
+            raise UsageError(f"--parallel: {match[1]} is given twice in {text!r}; once would work")
         axes[match[1]] = int(match[2])
     try:
         return ParallelConfig(**axes, shard_weights=sharded)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from sora_engine.cli.app import OnceCommand, UsageError, app, say, warn
+from sora_engine.cli.app import OnceCommand, UsageError, app, one_line, say, warn
 from sora_engine.cli.options import (
     DEFAULT_MODEL,
     Common,
@@ -25,6 +24,7 @@ from sora_engine.cli.options import (
     named,
     parse_parallel,
 )
+from sora_engine.cli.safety_copy import SafetyCopy
 from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
 from sora_engine.request import (
@@ -100,6 +100,8 @@ def run(command: Command) -> None:
         from sora_engine.distributed.torchrun import serve
 
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes
+    if common.upsample_model is not None and common.upsample is None:
+        raise UsageError("--upsample-model: it names the model at an --upsample, and there is none")
     output = common.output if common.output is not None else command.output
     check_before_loading(command, output)
     if not common.model:
@@ -110,7 +112,9 @@ def run(command: Command) -> None:
     else:
         for path in common.model:
             if path != DEFAULT_MODEL and not Path(path).exists():
-                raise UsageError(f"--model: {path} does not exist")
+                raise UsageError(
+                    f"--model: {path} does not exist; {DEFAULT_MODEL!r} is the bundled one"
+                )
         say(f"sora_engine {version()}: loading {named(model_path(common.model))}")
     started = time.monotonic()
     engine = load_engine(common)
@@ -153,13 +157,19 @@ class _AnyModel(NamedTuple):
 
 def check_before_loading(command: Command, output: str) -> None:
     """Everything that can be told without the model: no one waits for torch to learn of a typo."""
-    from sora_engine.io.video_reader import open_video
+    from sora_engine.io.video_reader import open_video, read_video
     from sora_engine.io.video_writer import check_output
 
+    for path in command.files if command.common.output is None else ():
+        with suppress(OSError):
+            if os.path.samefile(path, output):
+                raise UsageError(f"--output: {path} would be written over; name another file")
     try:
         check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
         for path in command.files:
-            if not Path(path).is_dir() and read_first_image(path) is None:
+            if not path or Path(path).is_dir():
+                read_video(path, max_frames=1)
+            elif read_first_image(path) is None:
                 open_video(path).close()
         resolve_request(command.early, _AnyModel(), Limits())
     except SoraError as error:
@@ -231,11 +241,9 @@ def make(
 ) -> Job:
     """Runs one job to its end, frames going into the file as they are decoded.
 
-    The finished latents lie beside the output while it is decoded: a decode that fails, or is
-    killed, loses nothing. Where they cannot be written the video is made all the same.
+    The finished latents are kept in a file until the video is whole: see `SafetyCopy`.
     """
-    from sora_engine.io.atomic import name_beside
-    from sora_engine.io.latents import SUFFIX, SavedLatents
+    from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter
     from sora_engine.request.recipe import provenance_of
 
@@ -246,14 +254,13 @@ def make(
         )
     except MediaError as error:
         raise UsageError(in_options(error)) from error
-    kept: list[Path] = []
 
     def write(frames: np.ndarray) -> None:
         for frame in frames:
             writer.write(frame)
 
-    def keep(latents: Tensor) -> None:
-        saved = SavedLatents(
+    def saved(latents: Tensor) -> SavedLatents:
+        return SavedLatents(
             latents,
             resolved.fps,
             resolved.loop,
@@ -264,26 +271,25 @@ def make(
             if resolved.canvas is None
             else (resolved.num_frames, resolved.height, resolved.width),
         )
-        try:
-            kept.append(saved.write(name_beside(Path(output), SUFFIX)))
-        except (MediaError, OSError) as error:
-            warn(f"finished latents are not kept while they are decoded: {error}")
 
-    with writer:
-        job = engine.submit(replace(request, seed=resolved.seed), on_frames=write, on_latents=keep)
-        try:
-            follow(job)
-        except BaseException:
-            job.cancel()
-            with suppress(Exception):
-                job.result()  # the engine must have let go of the file before it is removed
-            for path in kept:
-                advice = shlex.join(["sora", "decode", str(path), "-o", output])
-                say(f"the finished latents are in {path}; `{advice}` goes on")
-            raise
-    for path in kept:
-        with suppress(OSError):
-            path.unlink()
+    copy = SafetyCopy(output, saved)
+    request = replace(request, seed=resolved.seed)
+    job: Job | None = None
+    try:
+        with writer:
+            job = engine.submit(request, on_frames=write, on_latents=copy.keep)
+            try:
+                follow(job)
+            except BaseException:
+                job.cancel()
+                with suppress(Exception):
+                    job.result()  # the engine must have let go of the file before it is removed
+                raise
+    except BaseException:  # also what comes while the file is finished, and a second Ctrl-C
+        if job is not None:
+            copy.offer(job.latents)
+        raise
+    copy.remove()
     return job
 
 
@@ -304,7 +310,8 @@ def follow(job: Job) -> None:
             if job.cut_prompts and not told:
                 told = True
                 for line in job.cut_prompts:
-                    bars.console.print(f"warning: {line}", markup=False, highlight=False)
+                    told_line = one_line(f"warning: {line}")
+                    bars.console.print(told_line, markup=False, highlight=False)
             bars.update(denoise, completed=progress.steps_done, total=progress.num_steps)
             if progress.frames_decoded or progress.state == "decoding":
                 bars.start_task(decode)

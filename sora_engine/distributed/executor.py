@@ -160,6 +160,9 @@ class RankExecutor:
         name: str = self.pool.description["vae_name"]
         return name
 
+    def make_current(self) -> None:
+        """Nothing: the devices are the ranks', and this process touches none of them."""
+
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, RemoteCanvas]:
         """As `denoise.preparing`, at every rank."""
         self._restart()
@@ -266,6 +269,11 @@ def settle_layout(
 ) -> ParallelConfig | None:
     """The layout to start; None for one rank. `"auto"`: the planner's, over torchrun's ranks or
     all GPUs of this machine (on a CPU: one rank)."""
+    if parallel is not None and parallel != "auto" and not isinstance(parallel, ParallelConfig):
+        raise LayoutError(
+            f"parallel must be 'auto' or a ParallelConfig, such as ParallelConfig(ulysses=2), got "
+            f"{parallel!r}"
+        )
     if parallel == "auto":
         ranks = 1
         if torchrun.launched():

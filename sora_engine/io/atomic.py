@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import secrets
 from pathlib import Path
@@ -16,6 +17,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     A symbolic link stays one: what it points at is written.
     """
+    refuse_no_name(path)
     target = written_through(path)
     temporary = temporary_beside(target)
     try:
@@ -27,6 +29,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def refuse_no_name(path: Path) -> None:
+    """Raises OSError for a path that no file can have: an empty one, one that ends in `..`, one
+    with a null character, and that of a folder."""
+    if path.name in ("", "..") or "\0" in str(path):
+        raise OSError(f"{str(path)!r} names no file")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
 
 
 def written_through(path: Path) -> Path:
@@ -55,6 +66,19 @@ def name_beside(path: Path, suffix: str) -> Path:
         return path.with_name(path.name + suffix)
     mark = "-" + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
     return path.with_name(_cut(path.name, room - len(mark)) + mark + suffix)
+
+
+def claim_beside(path: Path, suffix: str) -> Path:
+    """A new, empty file of `name_beside`'s name; where something has that, of one with a number
+    in it. Nothing that was there before is touched. Raises OSError."""
+    for number in itertools.count(1):
+        claimed = name_beside(path, suffix if number == 1 else f"-{number}{suffix}")
+        try:
+            claimed.open("xb").close()
+        except FileExistsError:
+            continue
+        return claimed
+    raise AssertionError
 
 
 def name_max(folder: Path) -> int:

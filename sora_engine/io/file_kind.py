@@ -38,6 +38,8 @@ def kind_of(path: Path) -> str | None:
     try:
         if path.is_dir():
             return "a folder"
+        if path.exists() and not path.is_file():  # opening a pipe would wait for who writes into it
+            return "a device, a pipe or a socket"
         with path.open("rb") as file:
             start = file.read(64)
     except OSError:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from sora_engine.errors import MediaError
 from sora_engine.io.atomic import write_atomically
 from sora_engine.io.file_kind import kind_of
 from sora_engine.io.provenance import Provenance
+from sora_engine.io.whole_file import read_whole
 
 SUFFIX = ".latents.safetensors"
 
@@ -41,11 +45,11 @@ class SavedLatents:
         """Write the file whole or not at all; MediaError where that cannot be."""
         path = Path(path)
         metadata = {"fps": repr(self.fps), "loop": str(int(self.loop))}
-        if isinstance(self.model, str):
+        if _is_text(self.model):
             metadata["model"] = self.model
         else:
             metadata["experts"] = json.dumps(self.model)
-        if isinstance(self.components, str):
+        if _is_text(self.components):
             metadata["components"] = self.components
         elif self.components is not None:
             metadata["parts"] = json.dumps(self.components)
@@ -64,12 +68,8 @@ class SavedLatents:
         """Read `write`'s file; MediaError for any other."""
         path = Path(path)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                if names != ["latents"] or "fps" not in metadata:
-                    raise MediaError(f"{path} {_instead(names, metadata)}")
-                latents = file.get_tensor("latents")
+            tensors, metadata = read_whole(path, partial(_check_kind, path))
+            latents = tensors["latents"]
             fps, loop = float(metadata["fps"]), metadata.get("loop") == "1"
             size = None
             if "size" in metadata:
@@ -77,10 +77,13 @@ class SavedLatents:
                 size = num_frames, height, width
             model: str | tuple[str, ...] = metadata.get("model", "")
             if "experts" in metadata:
-                model = tuple(str(expert) for expert in json.loads(metadata["experts"]))
+                experts = json.loads(metadata["experts"])
+                model = experts if isinstance(experts, str) else tuple(map(str, experts))
             components: str | dict[str, str] | None = metadata.get("components")
             if "parts" in metadata:
-                components = {str(k): str(v) for k, v in json.loads(metadata["parts"]).items()}
+                parts = json.loads(metadata["parts"])
+                named = isinstance(parts, dict)
+                components = {str(k): str(v) for k, v in parts.items()} if named else str(parts)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, MediaError):
                 raise
@@ -96,12 +99,30 @@ class SavedLatents:
         return cls(latents, fps, loop, model, provenance, components, size)
 
 
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it can stand in a header, which is UTF-8. A path in other bytes can as JSON alone,
+    which escapes them."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 _WANTED = f"a file of finished latents ends in {SUFFIX}"
 
 
-def _instead(names: list[str], metadata: dict[str, str]) -> str:
+def _check_kind(path: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
+    if list(names) != ["latents"] or "fps" not in metadata:
+        raise MediaError(f"{path} {_instead(names, metadata)}")
+
+
+def _instead(names: Sequence[str], metadata: Mapping[str, str]) -> str:
     """What a safetensors file holds that is no finished latents."""
     if "sora_engine" in metadata:
         return "is a saved job, which has not been denoised to its end: `Engine.resume` goes on"
-    some = f"{names}" if len(names) < 4 else f"{len(names)} tensors such as {', '.join(names[:3])}"
+    some = (
+        f"{list(names)}"
+        if len(names) < 4
+        else f"{len(names)} tensors such as {', '.join(names[:3])}"
+    )
     return f"holds {some}: these are no finished latents; {_WANTED}"

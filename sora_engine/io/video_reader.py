@@ -60,7 +60,7 @@ def read_video(
     Raises MediaError for a missing, cut or corrupt file, one without a video stream, a picture over
     MAX_PIXELS, a clip over MAX_DECODED_BYTES or one that ends before `start`.
     """
-    path = Path(path)
+    path = _named(path)
     if max_frames is not None and max_frames < 1:
         raise MediaError(f"max_frames {max_frames}: it must be 1 or more")
     if start < 0 or (stop is not None and stop <= start):
@@ -91,7 +91,7 @@ def measure_video(
     stop: frames are counted up to as many, and of what can be read from any place on (see
       `read_video`) only those about there are decoded.
     """
-    path = Path(path)
+    path = _named(path)
     stamp = _stamp(path)
     known = _measured.get((path, fps, stop))
     if known is not None and known[0] == stamp is not None:
@@ -107,6 +107,12 @@ def measure_video(
             _measured.clear()
         _measured[path, fps, stop] = stamp, size
     return size
+
+
+def _named(path: str | Path) -> Path:
+    if not str(path):  # which would stand for the current folder
+        raise MediaError("the path of a clip is empty")
+    return Path(path)
 
 
 _Stamp = tuple[tuple[str, int, int, int], ...]

@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,7 @@ from sora_engine.io.provenance import Provenance
 
 # Near-transparent: about 45 dB on smooth clips. x264's default of 23 smears small coloured shapes.
 H264_CRF = 14
+_ANY_MAY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _BT709 = 1
 _TV_RANGE = 1
 
@@ -55,7 +57,7 @@ class VideoWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         fps: float | Fraction,
         *,
         num_frames: int | None = None,
@@ -161,7 +163,7 @@ class VideoWriter:
 
 
 def write_video(
-    path: str | Path,
+    path: str | os.PathLike[str],
     frames: Iterable[np.ndarray],
     fps: float | Fraction,
     provenance: Provenance | None = None,
@@ -178,13 +180,18 @@ def write_video(
 
 
 def check_output(
-    path: str | Path, *, num_frames: int | None = None, fps: float | Fraction | None = None
+    path: str | os.PathLike[str],
+    *,
+    num_frames: int | None = None,
+    fps: float | Fraction | None = None,
 ) -> Path:
     """The path, if such a video can be written there; else MediaError.
 
     Looks at the suffix, at what already stands there, and whether the parent folder takes a file;
     leaves nothing behind.
     """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise MediaError(f"an output is a path in a text or a Path, got {path!r}")
     if not str(path):
         raise MediaError("the output path is empty")
     path = Path(path)
@@ -203,6 +210,8 @@ def check_output(
         check_rate(fps, suffix)
     if not path.name or path.name == "..":
         raise MediaError(f"{path}: name a file or a new folder")
+    if path.name.lower() in SUFFIXES:
+        raise MediaError(f"{path}: a suffix needs a name before it, such as a{path.name}")
     if "\0" in str(path):
         raise MediaError(f"{str(path)!r}: a name has no null characters")
     longest, length = name_max(path.parent), len(os.fsencode(path.name))
@@ -219,6 +228,8 @@ def check_output(
         raise MediaError(f"{path} cannot be written: {error.strerror or error}") from error
     if suffix and path.is_dir():
         raise MediaError(f"{path} is a folder")
+    if path.exists() and not (os.access(path, os.W_OK) and path.stat().st_mode & _ANY_MAY_WRITE):
+        raise MediaError(f"{path} is write-protected; `chmod u+w` it, or name another")
     if not suffix and path.exists():
         if not path.is_dir():
             raise MediaError(
@@ -254,9 +265,43 @@ class _FrameWriter(Protocol):
     def close(self) -> None: ...
 
 
+class _ForFFmpeg:
+    """A file that FFmpeg writes: its first error is kept, and what follows goes nowhere.
+
+    What a file raises to FFmpeg, PyAV prints a traceback of, and drops all but the first of it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.name = file, file.name
+        self._error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        return self._attempt(lambda: self._file.write(data), len(data))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._attempt(lambda: self._file.seek(offset, whence), offset)
+
+    def tell(self) -> int:
+        return self._attempt(self._file.tell, 0)
+
+    def _attempt(self, work: Callable[[], int], otherwise: int) -> int:
+        if self._error is None:
+            try:
+                return work()
+            except OSError as error:
+                self._error = error
+        return otherwise
+
+    def check(self) -> None:
+        """Raises the error, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+
 class _Mp4Writer:
     def __init__(self, file: BinaryIO, rate: Fraction, comment: str):
-        self._container = av.open(file, "w", format="mp4", options={"movflags": "+faststart"})
+        self._file = _ForFFmpeg(file)
+        self._container = av.open(self._file, "w", format="mp4", options={"movflags": "+faststart"})
         if comment:
             self._container.metadata["comment"] = comment
         try:
@@ -285,10 +330,12 @@ class _Mp4Writer:
             format="yuv420p", dst_colorspace="itu709", interpolation="BICUBIC"
         )
         self._container.mux(self._stream.encode(picture))
+        self._file.check()
 
     def close(self) -> None:
         self._container.mux(self._stream.encode())
         self._container.close()
+        self._file.check()
 
 
 class _PngWriter:

@@ -106,6 +106,8 @@ class Checkpoint:
     image_encoder: ImageSource | None = None
     takes_last_image: bool = False
     learned_variance: bool = False
+    scheduler_path: Path | None = None
+    """The file of `scheduler_config`, where it is one, for errors."""
 
     @property
     def shape(self) -> TransformerShape:

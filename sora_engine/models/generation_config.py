@@ -7,10 +7,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sora_engine.errors import CheckpointError
+from sora_engine.errors import CheckpointError, RequestError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.models.family import Checkpoint
 from sora_engine.request import GenerationDefaults, KnownMode
+from sora_engine.request.checks import finite, integer, positive, shown
 from sora_engine.request.windows import SCHEDULES, default_plan
 from sora_engine.samplers import SOLVERS
 
@@ -20,7 +21,8 @@ GENERATION_CONFIG = "generation_config.json"
 def read_generation_config(folder: Path) -> Mapping[str, Any]:
     """The defaults that a checkpoint brings in `generation_config.json`; empty where it has none.
 
-    Raises CheckpointError for keys, solvers and window schedules that this engine does not know.
+    Raises CheckpointError for keys, solvers and window schedules that this engine does not know,
+    and for a number of text tokens that is none.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
@@ -40,6 +42,12 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
             f"{settings['window_schedule']!r}",
             path=path,
         )
+    if "text_tokens" in settings:
+        tokens = settings["text_tokens"]
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise CheckpointError(
+                f"text_tokens must be an integer of at least 1, got {shown(tokens)}", path=path
+            )
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
@@ -52,6 +60,7 @@ def with_own_defaults(found: Checkpoint, settings: Mapping[str, Any], folder: Pa
     known = {f.name for f in fields(GenerationDefaults)}
     own = {key: value for key, value in settings.items() if key in known}
     try:
+        _check_values(own)
         defaults = replace(found.defaults, **own)
         default_plan(defaults, defaults.window_schedule)  # what long videos will be made in
     except (TypeError, ValueError) as error:
@@ -63,3 +72,19 @@ def with_own_defaults(found: Checkpoint, settings: Mapping[str, Any], folder: Pa
             path=folder / GENERATION_CONFIG,
         )
     return replace(found, defaults=defaults)
+
+
+def _check_values(own: Mapping[str, Any]) -> None:
+    """RequestError for what no request could be made with."""
+    for name in ("height", "width", "num_frames", "num_inference_steps"):
+        if name in own and (own[name] is None or integer(name, own[name], 0) < 1):
+            raise RequestError(f"{name} must be an integer of at least 1, got {shown(own[name])}")
+    for name in ("max_window", "window_overlap", "window_anchors"):
+        integer(name, own.get(name), 0)  # what they may be together, their plan says
+    if "fps" in own:
+        positive("fps", own["fps"])
+    for name in ("guidance_scale", "guidance_scale_2"):
+        if name in own and not (own[name] is None and name == "guidance_scale_2"):
+            finite(name, own[name], None)
+    if not isinstance(own.get("negative_prompt", ""), str):
+        raise RequestError(f"negative_prompt must be a string, got {shown(own['negative_prompt'])}")

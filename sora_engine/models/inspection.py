@@ -35,7 +35,7 @@ class FileReport:
     def lines(self) -> list[str]:
         """The report, for people."""
         stored = ", ".join(
-            f"{form} {count / self.num_parameters:.1%}"
+            f"{form} {count / max(1, self.num_parameters):.1%}"
             for form, count in sorted(self.formats.items(), key=lambda item: -item[1])
         )
         count = self.num_parameters

@@ -28,7 +28,7 @@ from sora_engine.models.offload import (
 from sora_engine.models.registry import Components, ModelPath, open_checkpoint
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
-from sora_engine.samplers import read_config
+from sora_engine.samplers import SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, PromptEncoder, load_text_encoder
 from sora_engine.vae.backend import open_coder
 from sora_engine.vae.causal import CausalVAE
@@ -97,7 +97,7 @@ def load_video_model(
         image_encoder=load_image_encoder(checkpoint, target, weights_dtype, offload),
         takes_last_image=checkpoint.takes_last_image,
         learned_variance=checkpoint.learned_variance,
-        sampler_config=read_config(checkpoint.scheduler_config, path=checkpoint.path),
+        sampler_config=_sampler_config(checkpoint),
         known_mode=checkpoint.known_mode,
         grid=checkpoint.grid,
         defaults=checkpoint.defaults,
@@ -205,9 +205,7 @@ def _experts(
     shares: int = 1,
 ) -> list[Expert]:
     """shares: over how many ranks each one's weights are shared out."""
-    num_timesteps = read_config(
-        checkpoint.scheduler_config, path=checkpoint.path
-    ).num_train_timesteps
+    num_timesteps = _sampler_config(checkpoint).num_train_timesteps
     return [
         Expert(
             load=partial(load, source),
@@ -216,6 +214,11 @@ def _experts(
         )
         for source in checkpoint.experts
     ]
+
+
+def _sampler_config(checkpoint: Checkpoint) -> SamplerConfig:
+    path = checkpoint.scheduler_path or checkpoint.path
+    return read_config(checkpoint.scheduler_config, path=path)
 
 
 def _level_for(model: VideoModel, needed: Callable[[VideoModel], int] | None) -> str:

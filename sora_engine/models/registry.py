@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.safetensors import refuse_pickle
@@ -120,18 +121,34 @@ def _paths_of(path: ModelPath) -> tuple[list[Path], str]:
         if not bundled.exists():
             raise CheckpointError(f"the bundled checkpoint {path!r} is missing", path=bundled)
         return [bundled], str(path)
-    paths = [path] if isinstance(path, (str, PathLike)) else list(path)
-    if not paths:
+    given: list[Any] = [path]
+    if isinstance(path, Sequence) and not isinstance(path, (str, bytes)):
+        given = list(path)
+    for each in given:
+        if not isinstance(each, (str, PathLike)) or isinstance(fspath(each), bytes):
+            raise CheckpointError(
+                f"a model is one path, or those of two experts; {each!r} is no path but "
+                f"{type(each).__name__}"
+            )
+    if not given:
         raise CheckpointError("a model is one path, or those of two experts; got none")
-    found = [Path(p) for p in paths]
+    if "" in given:
+        raise CheckpointError(
+            "the path of a model is empty; a folder, a file or 'sprites' would work"
+        )
+    found = [Path(p) for p in given]
     if len(found) > 2:
         raise CheckpointError(f"{len(found)} paths; a model is one path, or two experts")
     for each in found:
         refuse_pickle(each)
+        if len(found) > 1 and str(each) in BUNDLED:
+            raise CheckpointError(
+                "a whole model; two paths are two experts, each a file of weights", path=each
+            )
         if not each.exists():
             raise CheckpointError(
-                "no such file or folder; a model is a diffusers folder or a .safetensors or .gguf "
-                "file, and nothing is downloaded",
+                "no such file or folder; a model is a diffusers folder, a .safetensors or .gguf "
+                f"file, or one of {', '.join(BUNDLED)}, and nothing is downloaded",
                 path=each,
             )
         if len(found) > 1 and each.is_dir():

@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sora_engine.errors import RequestError
+from sora_engine.request.checks import finite, integer
 
 
 def needs_unconditional(scale: float) -> bool:
     """Whether a guidance scale takes an unconditional prediction at all."""
     return scale > 1.0
+
+
+_OF_ONE_KIND = {
+    "zero_init_steps": "cfg_zero_star",
+    "eta": "apg",
+    "norm_threshold": "apg",
+    "momentum": "apg",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Guidance:
         `int(start n) <= i < int(stop n)`; all others take the conditional prediction.
     zero_init_steps: with "cfg_zero_star", how many first steps have 0 for their prediction.
 
-    "apg" alone reads the last three; others pass them over:
+    The last three belong to "apg":
 
     eta: the share that stays of that part of the difference between the two predictions which lies
         along the conditional one: 1, all of it; 0, none. Any number.
@@ -38,8 +47,8 @@ class Guidance:
     momentum: how much of the difference of the step before, with what it carried on itself, is
         added to this step's. 0: none; as a rule it is negative. Any number.
 
-    Raises RequestError, when it is made, for a kind that is not known, `start`, `stop` or `rescale`
-    outside these, and `zero_init_steps` with another kind.
+    Raises RequestError, when it is made, for a kind that is not known, a number that is none or is
+    outside these, and a setting that is given to a kind that does not read it.
     """
 
     kind: Literal["cfg", "cfg_zero_star", "apg"] = "cfg"
@@ -57,17 +66,29 @@ class Guidance:
             raise RequestError(
                 f"guidance {self.kind!r} is not known; choose cfg, cfg_zero_star or apg"
             )
+        for name in ("rescale", "start", "stop", "eta", "norm_threshold", "momentum"):
+            self._set(name, finite(f"guidance {name}", getattr(self, name), None))
+        if self.scale is not None:
+            self._set("scale", finite("guidance scale", self.scale, None))
+        self._set("zero_init_steps", integer("zero_init_steps", self.zero_init_steps, 0))
         if not 0.0 <= self.start <= self.stop <= 1.0:
             raise RequestError(
                 f"guidance interval {self.start} to {self.stop} must rise and lie in 0 to 1"
             )
         if not 0.0 <= self.rescale <= 1.0:
             raise RequestError(f"guidance rescale = {self.rescale} must lie in 0 to 1")
-        if self.zero_init_steps and self.kind != "cfg_zero_star":
-            raise RequestError(
-                f"zero_init_steps = {self.zero_init_steps} belongs to cfg_zero_star, "
-                f"not to {self.kind}"
-            )
+        if self.zero_init_steps < 0:
+            raise RequestError(f"zero_init_steps = {self.zero_init_steps} must be 0 or more")
+        for name, kind in _OF_ONE_KIND.items():
+            value, silent = getattr(self, name), getattr(type(self), name)
+            if value != silent and self.kind != kind:
+                raise RequestError(
+                    f"guidance {name} = {value:g} belongs to {kind}, and {self.kind} does not read "
+                    f"it; Guidance({kind!r}, {name}={value:g}) would"
+                )
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)  # it is frozen, and numbers of NumPy become plain
 
     def needs_unconditional(self, step: int, num_inference_steps: int) -> bool:
         """Whether step `step` of `num_inference_steps` takes an unconditional prediction."""

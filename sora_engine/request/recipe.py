@@ -21,6 +21,7 @@ import numpy as np
 
 from sora_engine.errors import MediaError, RequestError
 from sora_engine.io.provenance import Provenance
+from sora_engine.request.checks import integer
 from sora_engine.request.frames import as_array
 from sora_engine.request.guidance import Guidance
 from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
@@ -160,7 +161,8 @@ def _clip_from_json(record: dict[str, Any], make: Make, folder: Path | None) -> 
 def _frames_to_json(frames: Frames) -> dict[str, Any]:
     if isinstance(frames, Footage):
         inner = _frames_to_json(frames.frames)
-        return {**inner, "start": frames.start, "stop": frames.stop}
+        stop = None if frames.stop is None else integer("a clip's stop", frames.stop, 0)
+        return {**inner, "start": integer("a clip's start", frames.start, 0), "stop": stop}
     if isinstance(frames, (str, PathLike)):
         path = Path(frames)
         return {"name": path.name or path.resolve().name, "sha256": _hash_path(path)}

@@ -93,7 +93,7 @@ class VideoRequest:
         shift: shift of the flow schedule, `s' = k s / (1 + (k - 1) s)`.
         sigmas: explicit noise levels for a flow checkpoint, decreasing within (0, 1], in place of
             the schedule's; they pass through `shift`, and 1 takes them as they are. One step each:
-            `num_inference_steps` is then not used.
+            `num_inference_steps` is left out, or says their number.
         solver: `"euler"`, `"unipc"`, ...; by default the checkpoint's own.
         seed: of the initial noise; drawn at random where it is None, and told with the result.
         clips: known frames.

@@ -6,12 +6,12 @@ import itertools
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
-from sora_engine.request.checks import finite, integer, positive, several
+from sora_engine.request.checks import finite, flag, integer, positive, several
 from sora_engine.request.facts import (
     GenerationDefaults,
     KnownMode,
@@ -84,8 +84,7 @@ class ResolvedRequest:
     @property
     def steps_taken(self) -> int:
         """Of `num_inference_steps`, those that a start video of this strength leaves."""
-        steps = self.num_inference_steps
-        return steps if self.strength is None else min(int(steps * self.strength), steps)
+        return steps_taken(self.num_inference_steps, self.strength)
 
     @property
     def canvas(self) -> str | None:
@@ -112,6 +111,11 @@ class ResolvedRequest:
         return tuple(reduced.get(name, getattr(self, name)) for name in names)
 
 
+def steps_taken(steps: int, strength: float | None) -> int:
+    """Of so many steps, those that a start video of this strength leaves."""
+    return steps if strength is None else min(int(steps * strength), steps)
+
+
 def resolve_request(
     request: VideoRequest, facts: ModelFacts, limits: Limits, *, solvers: Sequence[str] = ()
 ) -> ResolvedRequest:
@@ -122,14 +126,22 @@ def resolve_request(
     if not isinstance(request, VideoRequest):
         raise RequestError(f"a request must be a VideoRequest, got {type(request).__name__}")
     defaults, grid = facts.defaults, facts.grid
-    loop = bool(request.loop)
-    _check_prompts(request, limits)
-    height, width, num_frames = _resolve_size(request, defaults, grid, limits)
+    loop = flag("loop", request.loop)
+    _check_texts(request, limits)
+    shots = _checked_shots(request.shots, limits)
+    height, width, num_frames = _resolve_size(request, shots, defaults, grid)
     canvas_height, canvas_width, canvas_frames = grid.covering(height, width, num_frames, loop=loop)
     _check_canvas(canvas_height, canvas_width, canvas_frames, grid, limits, loop=loop)
     latent_shape = grid.shape(canvas_height, canvas_width, canvas_frames, loop=loop)
     sigmas, steps = _resolve_steps(request, defaults, limits)
+    strength = _resolve_strength(request, steps)
     guidance, guidance_scale, guidance_scale_2 = _resolve_guidance(request, defaults)
+    taken = steps_taken(steps, strength)
+    if guidance.zero_init_steps >= taken:
+        raise RequestError(
+            f"zero_init_steps = {guidance.zero_init_steps} of {taken} steps leaves none that moves "
+            f"the video; at most {taken - 1}"
+        )
     if request.solver is not None and solvers and request.solver not in solvers:
         raise RequestError(f"solver must be one of {list(solvers)}, got {request.solver!r}")
     seed = secrets.randbelow(2**32) if request.seed is None else integer("seed", request.seed, 0)
@@ -162,9 +174,9 @@ def resolve_request(
         seed=seed,
         clips=_checked_clips(several("clips", request.clips, "Clip(frames, at)"), num_frames),
         init=request.init,
-        strength=_resolve_strength(request, steps),
+        strength=strength,
         loop=loop,
-        shots=several("shots", request.shots, "Shot(prompt, num_frames)"),
+        shots=shots,
         window=_resolve_window(request, facts, latent_shape[1]),
         latents=request.latents,
         resample=resample,
@@ -185,32 +197,41 @@ def check_for_mode(request: ResolvedRequest, mode: KnownMode) -> None:
         )
 
 
-def _check_prompts(request: VideoRequest, limits: Limits) -> None:
-    for name in ("prompt", "negative_prompt"):
+def _check_texts(request: VideoRequest, limits: Limits) -> None:
+    for name in ("prompt", "negative_prompt", "original_prompt"):
         text: object = getattr(request, name)
-        if name == "negative_prompt" and text is None:
-            continue
-        if not isinstance(text, str):
-            raise RequestError(f"{name} must be a string, got {type(text).__name__}")
-        if len(text) > limits.max_prompt_chars:
-            raise RequestError(
-                f"{name} has {len(text)} characters; at most {limits.max_prompt_chars}"
-            )
+        if name == "prompt" or text is not None:
+            _check_text(name, text, limits)
+
+
+def _check_text(name: str, text: object, limits: Limits) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be a string, got {type(text).__name__}")
+    if len(text) > limits.max_prompt_chars:
+        raise RequestError(f"{name} has {len(text)} characters; at most {limits.max_prompt_chars}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Half a UTF-16 pair, or a byte of a command line that is no UTF-8: no text encoder has it.
+        raise RequestError(
+            f"{name} is no text: character {error.start} is the lone surrogate "
+            f"{text[error.start]!a}; texts in UTF-8 would work"
+        ) from None
 
 
 def _resolve_size(
-    request: VideoRequest, defaults: GenerationDefaults, grid: LatentGrid, limits: Limits
+    request: VideoRequest, shots: Sequence[Shot], defaults: GenerationDefaults, grid: LatentGrid
 ) -> tuple[int, int, int]:
     """Height, width and number of frames of the result."""
-    if request.round_to_grid and request.strict_grid:
+    nearest = flag("round_to_grid", request.round_to_grid)
+    if flag("strict_grid", request.strict_grid) and nearest:
         raise RequestError(
             "round_to_grid takes the nearest size and strict_grid refuses it: give one of them"
         )
     loop = bool(request.loop)
     height = _on_grid("height", request.height, defaults.height, grid.multiple[0], 0, request)
     width = _on_grid("width", request.width, defaults.width, grid.multiple[1], 0, request)
-    shots: tuple[Shot, ...] = several("shots", request.shots, "Shot(prompt, num_frames)")
-    default_frames = sum(_shot_frames(shot, limits) for shot in shots) or defaults.num_frames
+    default_frames = sum(shot.num_frames for shot in shots) or defaults.num_frames
     if loop and request.num_frames is None and not shots:
         default_frames = max(grid.time, default_frames // grid.time * grid.time)
     num_frames = _on_grid(
@@ -259,6 +280,10 @@ def _resolve_steps(
     if len(sigmas) > limits.max_inference_steps:
         raise RequestError(
             f"sigmas has {len(sigmas)} noise levels; at most {limits.max_inference_steps}"
+        )
+    if request.num_inference_steps is not None and steps != len(sigmas):
+        raise RequestError(
+            f"num_inference_steps = {steps} and {len(sigmas)} sigmas disagree; leave one out"
         )
     falling = all(a > b for a, b in itertools.pairwise(sigmas))
     if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
@@ -376,23 +401,22 @@ def _size_within(max_pixels: int, height: int, width: int, grid: LatentGrid) -> 
     return f"{max(columns, max_pixels // height // columns * columns)}x{height}"
 
 
-def _shot_frames(shot: Shot, limits: Limits) -> int:
-    if not isinstance(shot, Shot):
-        raise RequestError(f"shots must be Shot objects, got {type(shot).__name__}")
-    if not isinstance(shot.prompt, str):
-        raise RequestError(f"a shot's prompt must be a string, got {type(shot.prompt).__name__}")
-    if len(shot.prompt) > limits.max_prompt_chars:
-        raise RequestError(
-            f"a shot's prompt has {len(shot.prompt)} characters; at most {limits.max_prompt_chars}"
-        )
-    frames = integer("a shot's num_frames", shot.num_frames, 0)
-    if frames < 1:
-        raise RequestError(f"a shot's num_frames must be at least 1, got {frames}")
-    return frames
+def _checked_shots(given: object, limits: Limits) -> tuple[Shot, ...]:
+    shots = []
+    for shot in several("shots", given, "Shot(prompt, num_frames)"):
+        if not isinstance(shot, Shot):
+            raise RequestError(f"shots must be Shot objects, got {type(shot).__name__}")
+        _check_text("a shot's prompt", shot.prompt, limits)
+        frames = integer("a shot's num_frames", shot.num_frames, 0)
+        if frames < 1:
+            raise RequestError(f"a shot's num_frames must be at least 1, got {frames}")
+        shots.append(Shot(shot.prompt, frames))
+    return tuple(shots)
 
 
 def _checked_clips(clips: Sequence[Clip], num_frames: int) -> tuple[Clip, ...]:
     """Types and starts; lengths and overlaps are known once the frames are read."""
+    checked = []
     for clip in clips:
         if not isinstance(clip, Clip):
             raise RequestError(f"clips must be Clip objects, got {type(clip).__name__}")
@@ -401,14 +425,21 @@ def _checked_clips(clips: Sequence[Clip], num_frames: int) -> tuple[Clip, ...]:
             raise RequestError(
                 f"a clip begins at frame {at}; frames run from 0 to {num_frames - 1}"
             )
-    return tuple(sorted(clips, key=lambda clip: clip.at))
+        checked.append(clip if type(clip.at) is int else replace(clip, at=at))
+    return tuple(sorted(checked, key=lambda clip: clip.at))
 
 
 def _check_latents(latents: object, shape: tuple[int, ...]) -> None:
-    actual = getattr(latents, "shape", None)
-    if actual is None or tuple(actual) != shape:
-        got = type(latents).__name__ if actual is None else tuple(actual)
-        raise RequestError(
-            f"latents must be a float32 tensor [channels, latent_frames, latent_height, "
-            f"latent_width] = {shape} for this request, got {got}"
-        )
+    import torch
+
+    if isinstance(latents, torch.Tensor):
+        dense = latents.layout is torch.strided and not latents.is_meta
+        if tuple(latents.shape) == shape and latents.is_floating_point() and dense:
+            return
+        got = f"{latents.dtype} {tuple(latents.shape)} on {latents.device}, {latents.layout}"
+    else:
+        got = type(latents).__name__
+    raise RequestError(
+        f"latents must be a float32 tensor [channels, latent_frames, latent_height, "
+        f"latent_width] = {shape} for this request, got {got}"
+    )

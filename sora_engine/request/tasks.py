@@ -21,12 +21,11 @@ How a clip comes onto the time line, the same for all:
   of a clip that share a latent with new ones, at most `grid.time - 1` at a joint, are made anew.
 - **prompt**: by default the one that the file carries in its metadata, or none.
 
-What a task makes itself, its clips and as a rule `num_frames`, goes before a setting of that name.
-
 Every task with a clip raises RequestError for frames in no form that `Clip` takes, an empty
-`Footage` or one outside its clip, a size that is no integer, and an `fps` that is not over 0. It
-raises MediaError for a file that cannot be read. A setting that `VideoRequest` lacks raises
-TypeError. All other values are checked when the request is submitted.
+`Footage` or one outside its clip, a size that is no integer, an `fps` that is not over 0, and a
+setting that the task makes itself: its clips, and as a rule `num_frames`. It raises MediaError for
+a file that cannot be read. A setting that `VideoRequest` lacks raises TypeError. All other values
+are checked when the request is submitted.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from sora_engine.errors import RequestError
-from sora_engine.request.checks import finite, integer, several
+from sora_engine.request.checks import finite, integer, several, shown
 from sora_engine.request.facts import LatentGrid, ModelFacts, nearest_on_grid
 from sora_engine.request.masks import read_mask
 from sora_engine.request.request import Clip, Shot, VideoRequest
@@ -247,21 +246,26 @@ def upscale(
 ) -> VideoRequest:
     """A clip at a larger size, with its detail drawn anew.
 
-    scale: what each side of the clip is multiplied by, over 1; 2 by default. `height` and `width`
-    go before it. strength: as of `edit`.
-    Raises RequestError for a scale of 1 or less, or that is no number; and as every task with a
-    clip.
+    scale: what each side of the clip is multiplied by, over 1; 2 by default. Or give `height`,
+    `width` or both in its place: one alone sets the other by the clip's shape. strength: as of
+    `edit`.
+    Raises RequestError for a scale of 1 or less, that is no number, or beside a height or a width;
+    and as every task with a clip.
     """
+    sides = [name for name in ("height", "width") if settings.get(name) is not None]
+    if sides and scale is not None:
+        raise RequestError(
+            f"scale {shown(scale)}: {sides[0]} is given too, which says the size; leave one out"
+        )
     scale = finite("scale", scale, 2.0)
     if not scale > 1:
         raise RequestError(f"scale {scale:g}: it must be over 1; 2 is twice each side")
-    source = measure(model, clip, settings)
-    rows, columns = _multiple(model, settings)
-    larger = {
-        "height": _near(source.height * scale, rows),
-        "width": _near(source.width * scale, columns),
-    }
-    return edit(model, clip, prompt, strength=strength, **{**larger, **settings})
+    if not sides:
+        source = measure(model, clip, settings)
+        rows, columns = _multiple(model, settings)
+        settings["height"] = _near(source.height * scale, rows)
+        settings["width"] = _near(source.width * scale, columns)
+    return edit(model, clip, prompt, strength=strength, **settings)
 
 
 def draft(model: ModelFacts, request: VideoRequest) -> VideoRequest:
@@ -298,10 +302,15 @@ def shots(prompts: Sequence[str], num_frames: Sequence[int], **settings: Any) ->
 
     Raises RequestError where there are not as many lengths as prompts.
     """
+    prompts = several("prompts", prompts, "texts")
+    num_frames = several("num_frames", num_frames, "numbers of frames")
     if len(prompts) != len(num_frames):
         raise RequestError(
             f"{len(prompts)} shots have {len(num_frames)} lengths; each shot needs its own"
         )
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise RequestError(f"a shot's prompt must be a string, got {shown(prompt)}")
     parts = tuple(Shot(p, n) for p, n in zip(prompts, num_frames, strict=True))
     return VideoRequest(" / ".join(prompts), shots=parts, **settings)
 
@@ -339,6 +348,13 @@ def _request(
     settings: dict[str, Any],
     **fixed: Any,
 ) -> VideoRequest:
+    for name, value in fixed.items():
+        given = settings.get(name)
+        silent = given is None or given is False or (isinstance(given, (tuple, list)) and not given)
+        if not silent and not (isinstance(given, int) and given == value):
+            raise RequestError(
+                f"{name} = {shown(given)}: this task makes it of what it is given; leave {name} out"
+            )
     height, width = _size(model, source, settings)
     prompt = (source.prompt or "") if prompt is None else prompt
     return VideoRequest(prompt, **{**settings, "height": height, "width": width, **fixed})
@@ -393,7 +409,7 @@ def _frames(name: str, seconds: float, fps: float) -> int:
 
 
 def _gap(gap_s: float, fps: float, grid: LatentGrid) -> int:
-    gap = _frames("gap_s", gap_s, fps)
+    gap = _frames("gap_s", finite("gap_s", gap_s, None), fps)
     if gap < 1:
         raise RequestError(
             f"gap_s {gap_s:g} is no frame at {fps:g} fps; the shortest gap is one latent frame, "

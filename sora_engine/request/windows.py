@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sora_engine.errors import RequestError
+from sora_engine.request.checks import flag, integer
 from sora_engine.request.facts import GenerationDefaults
 
 WEIGHTS = ("flat", "pyramid", "overlap")
@@ -51,6 +52,9 @@ class WindowPlan:
     anchors: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("length", "overlap", "anchors"):
+            _set_integer(self, name, f"window {name}")
+        object.__setattr__(self, "free_noise", flag("free_noise", self.free_noise))
         if self.length < 1:
             raise RequestError(f"window length must be at least 1 latent frame, got {self.length}")
         if not 0 <= self.overlap < self.length:
@@ -114,6 +118,8 @@ class SparsePlan:
     num_keys: int = 4
 
     def __post_init__(self) -> None:
+        for name in ("reach", "num_keys"):
+            _set_integer(self, name, name)
         if self.reach < 1:
             raise RequestError(f"reach must be at least 1 latent frame, got {self.reach}")
         if self.num_keys < 0:
@@ -122,6 +128,14 @@ class SparsePlan:
     def holds(self, total: int) -> bool:
         """Whether every one of `total` latent frames sees all others."""
         return total <= self.reach + 1
+
+
+def _set_integer(plan: WindowPlan | SparsePlan, name: str, called: str) -> None:
+    """Make a number of a frozen plan a plain one; RequestError for what is no integer."""
+    value = getattr(plan, name)
+    if value is None:  # which stands for no default here
+        raise RequestError(f"{called} must be an integer, got None")
+    object.__setattr__(plan, name, integer(called, value, 0))
 
 
 def default_overlap(length: int) -> int:

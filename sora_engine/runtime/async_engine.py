@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -78,7 +79,7 @@ class AsyncEngine:
         queue: asyncio.Queue[np.ndarray | None] = asyncio.Queue()
 
         def put(item: np.ndarray | None) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, item)
+            _call(loop, queue.put_nowait, item)
 
         job = self.engine.submit(request, **options, on_frames=put)
         job.add_done_callback(lambda _: put(None))
@@ -112,10 +113,14 @@ def _done_event(job: Job) -> asyncio.Event:
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
 
-    def tell(_: Job) -> None:
-        # The loop may be gone by the time that a job whose waiter was cancelled ends.
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(event.set)
-
-    job.add_done_callback(tell)
+    job.add_done_callback(lambda _: _call(loop, event.set))
     return event
+
+
+def _call(
+    loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object
+) -> None:
+    """Call a function in a loop from another thread. The loop may be gone by the time that a job
+    ends whose waiter was cancelled, or has left: then nobody is there to be told."""
+    with suppress(RuntimeError):  # asked first, it could be closed in between
+        loop.call_soon_threadsafe(function, *arguments)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 
@@ -15,11 +17,14 @@ from sora_engine.config import NO_LIMIT, Limits, ParallelConfig
 from sora_engine.denoise.denoise import num_passes, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
+from sora_engine.io.atomic import refuse_no_name
 from sora_engine.models.device import own_device
 from sora_engine.models.loading import USABLE, load_video_model
 from sora_engine.models.registry import Components, ModelPath
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import ResolvedRequest, VideoRequest, check_for_mode, resolve_request
+from sora_engine.request.checks import integer, positive, shown
+from sora_engine.request.unread import unread
 from sora_engine.runtime.executor import AnyExecutor, LocalExecutor, ServedModel
 from sora_engine.runtime.hooks import Hooks
 from sora_engine.runtime.job import (
@@ -38,6 +43,8 @@ from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
 from sora_engine.vae.free_memory import free_bytes
 from sora_engine.video import Video
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -58,6 +65,7 @@ class Engine:
     ) -> None:
         """model: loaded in this process. replicas: what does the work where the model is elsewhere:
         each serves its own jobs."""
+        _check_types(limits, hooks)
         self._origin = Origin()
         self.limits = limits or Limits()
         self.hooks = hooks or Hooks()
@@ -127,6 +135,7 @@ class Engine:
         backend that is not there, LayoutError for a `parallel` that cannot be, RankFailedError
         where a rank does not start.
         """
+        _check_types(limits, hooks)
         layout = settle_layout(parallel, model, components, device)
         if layout is not None:
             if offload not in ("auto", "none"):
@@ -174,8 +183,12 @@ class Engine:
         MemoryLimitError for what does not fit, and what `submit` and `Job.result` raise.
         """
         single = isinstance(request, VideoRequest)
+        if not single and (isinstance(request, str) or not isinstance(request, Iterable)):
+            raise RequestError(
+                f"a request must be a VideoRequest, or several of them, got {shown(request)}"
+            )
         requests = [request] if isinstance(request, VideoRequest) else list(request)
-        resolved = [self.resolve(r) for r in requests]
+        resolved = [self._taken(r) for r in requests]
         jobs: list[Job] = []
         try:
             jobs += [self._enqueue(r, JobOptions()) for r in resolved]
@@ -208,6 +221,7 @@ class Engine:
             on_latents: gets the finished latents, as `Video.latents`, before they are decoded.
             on_progress: gets the `Progress` after each step and each latent frame that is decoded.
             save_to: a file that holds the job's state after every `save_every` steps, for `resume`.
+                It is no other job's that is not done.
 
         The callbacks are called on the engine's thread; an exception in one fails the job.
 
@@ -220,10 +234,10 @@ class Engine:
             on_frames=on_frames,
             on_latents=on_latents,
             on_progress=on_progress,
-            save_to=None if save_to is None else Path(save_to),
+            save_to=None if save_to is None else _path("save_to", save_to),
             save_every=save_every,
         )
-        return self._enqueue(self.resolve(request), options)
+        return self._enqueue(self._taken(request), options)
 
     @own_device()
     def resume(self, path: str | PathLike[str], **options: Any) -> Job:
@@ -236,8 +250,8 @@ class Engine:
         """
         self._origin.check()
         if options.get("save_to") is not None:
-            options["save_to"] = Path(options["save_to"])
-        saved = load_state(Path(path), self.model)
+            options["save_to"] = _path("save_to", options["save_to"])
+        saved = load_state(_path("the file of a saved job", path), self.model)
         if self._planner is not None:
             saved.canvas(self._planner.model)  # what is damaged is told here; ranks tell it later
         return self._enqueue(saved.request, JobOptions(**options), saved)
@@ -299,6 +313,12 @@ class Engine:
         for worker in self._workers:
             worker.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Engine has a thread and a device and cannot be copied or pickled; make one in each "
+            "process"
+        )
+
     def __enter__(self) -> Engine:
         return self
 
@@ -310,12 +330,31 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _taken(self, request: VideoRequest) -> ResolvedRequest:
+        """A request that is to be made: as `resolve`, and what of it nothing reads is logged."""
+        resolved = self.resolve(request)
+        for line in unread(request, resolved, self.model.num_experts):
+            logger.warning("%s", line)
+        return resolved
+
+    def _check_save_to(self, path: Path | None) -> None:
+        """RequestError where another job keeps its state there: the last one to write would win."""
+        taken = [job.options.save_to for worker in self._workers for job in worker.jobs]
+        if path is not None and any(
+            p and os.path.realpath(p) == os.path.realpath(path) for p in taken
+        ):
+            raise RequestError(
+                f"save_to: another job that is not done keeps its state in {path}; each job needs "
+                "a file of its own"
+            )
+
     @own_device()
     def _enqueue(
         self, request: ResolvedRequest, options: JobOptions, saved: Savepoint | None = None
     ) -> Job:
         self._origin.check()
-        check_options(options)
+        options = checked_options(options)
+        self._check_save_to(options.save_to)
         if options.on_latents is not None and self.hooks.check_frames is not None:
             raise RequestError("on_latents is not to be had where a hook checks all frames")
         if self.hooks.check_request is not None:
@@ -346,17 +385,42 @@ def default_peak(model: VideoModel, limits: Limits) -> int:
     return planner.plan(request).peak
 
 
-def check_options(options: JobOptions) -> None:
-    """Raises RequestError for a priority or a deadline that is none."""
-    priority, deadline_s = options.priority, options.deadline_s
-    whole = isinstance(priority, int) and not isinstance(priority, bool)
-    if not whole or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+def _check_types(limits: object, hooks: object) -> None:
+    for name, value, kind in (("limits", limits, Limits), ("hooks", hooks, Hooks)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} must be sora_engine.{kind.__name__}, got {shown(value)}")
+
+
+def _path(name: str, value: object) -> Path:
+    """A path in a text or a Path; RequestError for other things, bytes among them."""
+    if not isinstance(value, (str, PathLike)) or isinstance(os.fspath(value), bytes):
+        raise RequestError(f"{name} must be a path in a text or a Path, got {shown(value)}")
+    return Path(value)
+
+
+def checked_options(options: JobOptions) -> JobOptions:
+    """The options, their numbers plain ones; RequestError for a value that cannot be."""
+    priority = integer("priority", options.priority, 0)
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise RequestError(
-            f"priority must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}"
+            f"priority must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}"
         )
-    if deadline_s is not None and not (
-        isinstance(deadline_s, (int, float)) and math.isfinite(deadline_s) and deadline_s > 0
-    ):
-        raise RequestError(f"deadline_s must be seconds over 0, got {deadline_s!r}")
-    if not isinstance(options.save_every, int) or options.save_every < 1:
-        raise RequestError(f"save_every must be steps, 1 or more, got {options.save_every!r}")
+    save_every = integer("save_every", options.save_every, 1)
+    if save_every < 1:
+        raise RequestError(f"save_every must be steps, 1 or more, got {save_every}")
+    deadline_s = options.deadline_s
+    for name in ("on_frames", "on_latents", "on_progress"):
+        given = getattr(options, name)
+        if given is not None and not callable(given):
+            raise RequestError(f"{name} must be a function, got {shown(given)}")
+    if options.save_to is not None:
+        try:
+            refuse_no_name(options.save_to)
+        except OSError as error:
+            raise RequestError(f"save_to: {error}") from error
+    return replace(
+        options,
+        priority=priority,
+        save_every=save_every,
+        deadline_s=None if deadline_s is None else positive("deadline_s", deadline_s),
+    )

@@ -50,6 +50,8 @@ class ServedModel(Protocol):
     def defaults(self) -> GenerationDefaults: ...
     @property
     def known_mode(self) -> KnownMode: ...
+    @property
+    def num_experts(self) -> int: ...
 
     def expert_at(self, timestep: float) -> int:
         """The index of the expert for this timestep."""
@@ -98,6 +100,10 @@ class Executor(Protocol[C]):
     @property
     def vae_name(self) -> str:
         """The class that decodes."""
+        ...
+
+    def make_current(self) -> None:
+        """Have the device of its work current in this thread: every thread begins at the first."""
         ...
 
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, C]:
@@ -162,6 +168,11 @@ class LocalExecutor:
     @property
     def vae_name(self) -> str:
         return type(self.model.vae.coder).__name__
+
+    def make_current(self) -> None:
+        device = self.model.device
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
 
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, Canvas]:
         return preparing(request, self.model)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sora_engine.errors import DeadlineExceededError, JobCancelledError, JobFailedError
 from sora_engine.io.provenance import Provenance
@@ -103,7 +103,7 @@ class Job:
         self.preview: np.ndarray | None = None
         """What the last step makes of the video: uint8 `[latent_frames, latent_height,
         latent_width, 3]`, for checkpoints that bring a projection to colours."""
-        self.save_error: OSError | None = None
+        self.save_error: Exception | None = None
         """Why `save_to` could not be written the last time; the job goes on without it."""
         # What the engine's thread keeps here.
         self._origin = Origin()
@@ -119,7 +119,7 @@ class Job:
         self.most_in_company = 0
         self.largest_batch_tokens = 0
         self.resumed_at: int | None = None
-        self.provenance: Provenance | None = None
+        self.provenance: Provenance | None = None  # from encoding on
         self.save_orders: list[SaveOrder] = []
         self._ticket: Ticket | None = None
 
@@ -136,6 +136,12 @@ class Job:
         self._submitted = self._entered = time.monotonic()
         self._callbacks: list[Callable[[Job], None]] = []
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Job is of the process of its engine and cannot be copied or pickled; the Video that "
+            "`result` returns can"
+        )
 
     # What callers use.
 

@@ -181,7 +181,7 @@ class MemoryPlanner:
         """The next smaller batch: half of the parts of a step that it held; None at one part."""
         canvas = self._canvas(request, 1)
         size = math.prod(canvas.latents.shape[2:]) // math.prod(self.model.grid.patch[1:])
-        span = canvas.windows()[0].length + len(canvas.anchor_frames)
+        span = canvas.windows()[0].length + canvas.num_anchors
         part = span // self.model.grid.patch[0] * size
         parts = len(canvas.windows()) * (1 if canvas.prompts.negative is None else 2)
         held = min(parts, max(1, batch_tokens // part))

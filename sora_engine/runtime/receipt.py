@@ -1,10 +1,27 @@
-"""The receipt of a job: how its video was computed."""
+"""The video of a job, and its receipt: how it was computed."""
 
 from __future__ import annotations
 
+import torch
+
 from sora_engine.runtime.executor import AnyExecutor
 from sora_engine.runtime.job import Job
-from sora_engine.video import Receipt
+from sora_engine.video import Receipt, Video
+
+
+def video_of(job: Job, frames: torch.Tensor, executor: AnyExecutor) -> Video:
+    """What became of a job: its frames (uint8 `[n, height, width, 3]`), and all that tells of
+    them."""
+    request = job.request
+    return Video(
+        frames=frames.numpy(),
+        latents=torch.empty(0, dtype=torch.float32) if job.latents is None else job.latents,
+        fps=request.fps,
+        seed=request.seed,
+        timings_s=job.timings_s,
+        provenance=job.provenance,
+        receipt=receipt_of(job, executor),
+    )
 
 
 def receipt_of(job: Job, executor: AnyExecutor) -> Receipt:

@@ -117,7 +117,7 @@ def _key(model: VideoModel) -> str:
 
 def _read(path: Path) -> dict[str, int]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
         return {k: int(v) for k, v in values.items() if int(v) > 0}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}  # a cache: what cannot be read is measured again

@@ -8,12 +8,13 @@ Fresh noise of later steps needs no state, being a function of seed and step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.atomic import write_atomically
 from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.provenance import Provenance
+from sora_engine.io.whole_file import read_whole
 from sora_engine.request import Guidance, LatentGrid, ResolvedRequest, Shot, SparsePlan, WindowPlan
 from sora_engine.request.recipe import Maker
 
@@ -112,33 +114,14 @@ class SavedFor(Maker, Protocol):
 def load_state(path: Path, model: SavedFor) -> Savepoint:
     """Read `save_state`'s file; CheckpointError for any other, or another model's."""
     try:
-        with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
-            metadata = json.loads(said.get("sora_engine", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, said = read_whole(path, partial(_check_kind, path, model))
+        metadata = json.loads(said["sora_engine"])
     except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         what = kind_of(path)
         why = error if what in (None, SAFETENSORS) else f"it is {what}"
         raise CheckpointError(f"cannot be read as a saved job: {why}", path=path) from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        if isinstance(metadata, dict):
-            what = f"its format is {metadata.get('format')}, this version reads {FORMAT}"
-        elif list(tensors) == ["latents"] and "fps" in said:
-            what = "it holds finished latents, of which `sora decode` makes the video"
-        else:
-            what = f"it holds {len(tensors)} tensors, and nothing about a job"
-        raise CheckpointError(f"this is no saved job of this version: {what}", path=path)
-    if metadata["model"] != model.weights_hash:
-        raise CheckpointError(
-            f"the job was saved from another model: weights {metadata['model'][:12]}, these are "
-            f"{model.weights_hash[:12]}",
-            path=path,
-        )
-    if metadata["dtype"] != str(model.dtype):
-        raise CheckpointError(
-            f"the job was saved with dtype {metadata['dtype']}, this engine has {model.dtype}",
-            path=path,
-        )
     try:
         request = _request_of(metadata, tensors)
         provenance = Provenance.from_json(metadata["provenance"])
@@ -149,6 +132,30 @@ def load_state(path: Path, model: SavedFor) -> Savepoint:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"is damaged as a saved job: {error!r}", path=path) from error
     return Savepoint(request, provenance, state, path)
+
+
+def _check_kind(path: Path, model: SavedFor, names: Sequence[str], said: Mapping[str, str]) -> None:
+    """CheckpointError for a file that is no saved job, or another model's."""
+    metadata = json.loads(said.get("sora_engine", "null"))
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        if isinstance(metadata, dict):
+            what = f"its format is {metadata.get('format')}, this version reads {FORMAT}"
+        elif list(names) == ["latents"] and "fps" in said:
+            what = "it holds finished latents, of which `sora decode` makes the video"
+        else:
+            what = f"it holds {len(names)} tensors, and nothing about a job"
+        raise CheckpointError(f"this is no saved job of this version: {what}", path=path)
+    weights, dtype = str(metadata.get("model")), metadata.get("dtype")
+    if weights != model.weights_hash:
+        raise CheckpointError(
+            f"the job was saved from another model: weights {weights[:12]}, these are "
+            f"{model.weights_hash[:12]}",
+            path=path,
+        )
+    if dtype != str(model.dtype):
+        raise CheckpointError(
+            f"the job was saved with dtype {dtype}, this engine has {model.dtype}", path=path
+        )
 
 
 def _request_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ResolvedRequest:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sora_engine.request.recipe import provenance_of
 from sora_engine.runtime.executor import AnyExecutor
+from sora_engine.runtime.failures import is_device_error
 from sora_engine.runtime.job import Job
 from sora_engine.runtime.savepoint import save_state
 
@@ -25,12 +25,14 @@ def carry_out_orders(job: Job, executor: AnyExecutor) -> None:
 
 
 def keep_state(job: Job, path: Path, executor: AnyExecutor) -> None:
-    """Write `save_to`. It is there so that no work is lost: where it cannot be written, the job
-    goes on, and its `save_error` says so."""
+    """Write `save_to`. It is there so that no work is lost: whatever keeps it from being written,
+    the job goes on, and its `save_error` says so. A device that failed is no such thing."""
     try:
         write_state(job, path, executor)
         job.save_error = None
-    except OSError as error:
+    except Exception as error:
+        if is_device_error(error):
+            raise
         if job.save_error is None:
             logger.warning("a job goes on without its state in %s: %s", path, error)
         job.save_error = error
@@ -38,7 +40,6 @@ def keep_state(job: Job, path: Path, executor: AnyExecutor) -> None:
 
 def write_state(job: Job, path: Path, executor: AnyExecutor) -> None:
     """Write a job's state whole or not at all; raises OSError."""
-    if job.provenance is None:
-        job.provenance = provenance_of(job.request, executor.model)
+    assert job.provenance is not None, "it is there once the job is encoded"
     state = executor.state_of(job.canvas)
     save_state(path, job.request, state, executor.model, job.provenance)

@@ -33,10 +33,9 @@ from sora_engine.runtime.failures import failure_of, is_device_error, is_out_of_
 from sora_engine.runtime.hooks import FrameSpan, Hooks
 from sora_engine.runtime.job import Job, JobState
 from sora_engine.runtime.memory import MemoryPlanner
-from sora_engine.runtime.receipt import receipt_of
+from sora_engine.runtime.receipt import video_of
 from sora_engine.runtime.saving import carry_out_orders, keep_state
 from sora_engine.runtime.scheduler import Scheduler
-from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +78,12 @@ class Worker:
     def error(self) -> EngineDeadError | None:
         """Why it can do no more work, once it cannot."""
         return self._dead
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Those that wait, and those that are under way."""
+        with self._wake:
+            return (*self._queue, *self._running)
 
     @property
     def num_queued(self) -> int:
@@ -149,6 +154,7 @@ class Worker:
     # The engine's thread.
 
     def _work(self) -> None:
+        self.executor.make_current()
         while True:
             with self._wake:
                 while not (self._queue or self._running or self._closed):
@@ -241,17 +247,23 @@ class Worker:
 
     def _encode(self, job: Job) -> None:
         assert job.preparing is not None
+        canvas = None
         try:
             next(job.preparing)
         except StopIteration as prepared:
-            job.preparing = None
-            if self._seconds_a_pixel is not None:
-                job.seconds_a_frame = self._seconds_a_pixel * job.request.height * job.request.width
-            job.begin(prepared.value)
-            for cut in job.canvas.cut_prompts:
-                logger.warning("%s", cut)
-            if job.canvas.finished:  # it was saved after its last step
-                self._finish_denoising(job)
+            canvas = prepared.value
+        if job.provenance is None:  # its clips have just been read, and may be gone at the end
+            job.provenance = provenance_of(job.request, self.model)
+        if canvas is None:
+            return
+        job.preparing = None
+        if self._seconds_a_pixel is not None:
+            job.seconds_a_frame = self._seconds_a_pixel * job.request.height * job.request.width
+        job.begin(canvas)
+        for cut in job.canvas.cut_prompts:
+            logger.warning("%s", cut)
+        if job.canvas.finished:  # it was saved after its last step
+            self._finish_denoising(job)
 
     def _step(self, jobs: list[Job]) -> None:
         """One step of a batch. Where that fails, each job takes it alone: the fault is one's own.
@@ -312,7 +324,7 @@ class Worker:
         if self.hooks.check_frames is None:
             job.latents = latents
             if job.options.on_latents is not None:
-                job.options.on_latents(latents)
+                job.options.on_latents(latents.clone())  # it may write into what it gets
         job.decoding = self._decoded(job, latents)
 
     def _decode(self, job: Job) -> None:
@@ -360,16 +372,7 @@ class Worker:
         self._complete(job, frames[:stop])
 
     def _complete(self, job: Job, frames: torch.Tensor) -> None:
-        request = job.request
-        video = Video(
-            frames=frames.numpy(),
-            latents=torch.empty(0, dtype=torch.float32) if job.latents is None else job.latents,
-            fps=request.fps,
-            seed=request.seed,
-            timings_s=job.timings_s,
-            provenance=job.provenance or provenance_of(request, self.model),
-            receipt=receipt_of(job, self.executor),
-        )
+        video = video_of(job, frames, self.executor)
         self._retire(job)
         job.complete(video)
 
@@ -413,7 +416,8 @@ class Worker:
 
     def _fail(self, jobs: list[Job], error: SoraError) -> None:
         for job in jobs:
-            self._scheduler_leave(job)
+            with self._wake:
+                self._scheduler.leave(job.ticket)
             self._retire(job)
             if not isinstance(error, JobCancelledError):
                 # An error and its traceback hold the work's tensors as long as a log record is
@@ -437,10 +441,6 @@ class Worker:
     def _scheduler_serve(self, tokens: float) -> None:
         with self._wake:
             self._scheduler.serve(tokens)
-
-    def _scheduler_leave(self, job: Job) -> None:
-        with self._wake:
-            self._scheduler.leave(job.ticket)
 
     def _free_memory(self) -> None:
         self.executor.clear()

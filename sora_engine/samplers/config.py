@@ -80,12 +80,20 @@ def _flag(default: bool) -> _Key:
     return _Key(default, lambda v: isinstance(v, bool), "true or false")
 
 
-def _number(default: float | None, above: float = -math.inf, *, optional: bool = False) -> _Key:
+def _number(
+    default: float | None,
+    above: float = -math.inf,
+    *,
+    below: float = math.inf,
+    optional: bool = False,
+) -> _Key:
     expected = "a number" if above == -math.inf else f"a number above {above:g}"
     return _Key(
         default,
-        lambda v: (optional and v is None) or (_is_number(v) and v > above and v != math.inf),
-        expected + (" or null" if optional else ""),
+        lambda v: (optional and v is None) or (_is_number(v) and above < v < below),
+        expected
+        + ("" if below == math.inf else f" and below {below:g}")
+        + (" or null" if optional else ""),
     )
 
 
@@ -111,8 +119,8 @@ _UNUSED = _Key(None, lambda v: True, "anything: it has no effect here")
 _TRAIN = {"num_train_timesteps": _integer(1000, 1, 1_000_000)}
 _BETAS = {
     "beta_schedule": _choice("linear", "linear", "scaled_linear", "squaredcos_cap_v2"),
-    "beta_start": _number(0.0001, 0.0),
-    "beta_end": _number(0.02, 0.0),
+    "beta_start": _number(0.0001, 0.0, below=1.0),
+    "beta_end": _number(0.02, 0.0, below=1.0),
     "trained_betas": _Key(
         None,
         lambda v: (

@@ -70,7 +70,7 @@ def build_schedule(
             schedule = dpm_flow_schedule(config, n, resolved, given)
         else:
             schedule = euler_schedule(config, n, resolved, given)
-    _check_falling(schedule, config)
+    _check_falling(schedule, config, shift)
     return schedule if strength is None else schedule.from_strength(strength)
 
 
@@ -116,14 +116,21 @@ def _resolved_shift(config: SamplerConfig, shift: float | None, mu: float | None
     return float(shift)
 
 
-def _check_falling(schedule: Schedule, config: SamplerConfig) -> None:
+def _check_falling(schedule: Schedule, config: SamplerConfig, shift: float | None) -> None:
     """Steps of no length divide by zero in multistep solvers; only the last may have none."""
     s = schedule.sigmas
     for i in range(len(schedule)):
         last = i == len(schedule) - 1
-        if s[i + 1] > s[i] or (s[i + 1] == s[i] and not last) or not math.isfinite(s[i + 1]):
+        finite = not math.isnan(s[i]) and math.isfinite(s[i + 1])
+        if finite and (s[i + 1] < s[i] or (s[i + 1] == s[i] and last)):
+            continue
+        what = f"the level does not fall in step {i} ({s[i]:g} to {s[i + 1]:g})"
+        if shift is not None:
             raise RequestError(
-                f"num_inference_steps = {len(schedule)}: the level does not fall in step {i} "
-                f"({s[i]:g} to {s[i + 1]:g}); take fewer steps (the checkpoint's "
-                f"timestep_spacing is {config.timestep_spacing})"
+                f"shift = {shift:g} and {len(schedule)} steps: {what}; a shift nearer to 1, or "
+                "fewer steps, would work"
             )
+        raise RequestError(
+            f"num_inference_steps = {len(schedule)}: {what}; take fewer steps (the checkpoint's "
+            f"timestep_spacing is {config.timestep_spacing})"
+        )

@@ -44,9 +44,16 @@ def upsample(request: VideoRequest, upsampler: PromptUpsampler) -> VideoRequest:
 def open_upsampler(
     where: str | PathLike[str], *, model: str | None = None, api_key: str | None = None
 ) -> PromptUpsampler:
-    """A local model by its folder, or an endpoint by its http(s) address."""
+    """A local model by its folder, or an endpoint by its http(s) address.
+
+    model: its name at the address. Raises UpsamplingError for one beside a folder.
+    """
     if str(where).startswith(("http://", "https://")):
         return EndpointUpsampler(str(where), model=model, api_key=api_key)
+    if model is not None:
+        raise UpsamplingError(
+            f"model {model!r} is a name at an address, and {where} is a folder, which holds one"
+        )
     return LocalUpsampler(where)
 
 

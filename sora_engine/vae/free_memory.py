@@ -7,16 +7,24 @@ import os
 import torch
 
 from sora_engine.config import NO_LIMIT
+from sora_engine.io.memory_limits import left_under_limits
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is to be had on a device, what torch keeps for itself but does not use included.
 
-    Where the system does not say, it counts as unlimited.
+    On the host no more than the limits of a container and of the shell leave. Where the system does
+    not say, it counts as unlimited.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
+    left = left_under_limits()
+    return _free_here() if left is None else min(left, _free_here())
+
+
+def _free_here() -> int:
+    """The machine's own."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":") for line in file)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import numpy as np
 import pytest
 
 import sora_engine as sora
+from tests.faults.engines import engine
 from tests.parity.oracles import tiny_pipeline
 
 SMALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "seed": 1}
 REQUEST = sora.VideoRequest("a cat", **SMALL)
+SPRITE = sora.VideoRequest(
+    "a red circle", height=16, width=16, num_frames=5, num_inference_steps=1, seed=1
+)
 LONG = sora.VideoRequest("a cat", **{**SMALL, "num_inference_steps": 900})
 
 
@@ -60,6 +65,34 @@ def test_frames_come_while_they_are_decoded(folder):
     chunks, video = run(folder, work)
     assert [len(chunk) for chunk in chunks] == [1, 4, 4]
     assert np.array_equal(np.concatenate(chunks), video.frames)
+
+
+def test_a_loop_that_is_gone_is_told_nothing(caplog):
+    """A caller leaves, and its loop ends before the job does: nothing is logged, and the engine
+    serves on. The job's last frame and its end both come to a loop that is closed."""
+    left, go_on = threading.Event(), threading.Event()
+
+    def hold(frames, _span):
+        left.set()
+        assert go_on.wait(60)
+        return frames
+
+    with engine(hooks=sora.Hooks(check_frames=hold)) as made:
+        served = sora.AsyncEngine(made)
+
+        async def leave():
+            frames = served.frames(SPRITE)
+            first = asyncio.ensure_future(anext(frames))
+            await asyncio.to_thread(left.wait)
+            waits = asyncio.ensure_future(served.wait(made.submit(SPRITE)))
+            await asyncio.sleep(0)
+            first.cancel()
+            waits.cancel()
+
+        asyncio.run(leave())
+        go_on.set()
+        assert made.generate(SPRITE).frames.any()
+    assert [line for line in caplog.messages if "raised" in line or "failed" in line] == []
 
 
 def test_cancelling_a_task_cancels_its_job(folder):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import guiders
@@ -136,11 +139,31 @@ def test_zero_init() -> None:
         ({"stop": 1.2}, "0.0 to 1.2"),
         ({"rescale": -0.1}, "rescale = -0.1"),
         ({"zero_init_steps": 1}, "belongs to cfg_zero_star"),
+        ({"eta": 0.2}, r"eta = 0.2 belongs to apg, and cfg does not.*Guidance\('apg', eta=0.2\)"),
+        ({"momentum": -0.5}, "momentum = -0.5 belongs to apg, and cfg does not read it"),
+        ({"kind": "cfg_zero_star", "norm_threshold": 5}, "norm_threshold = 5 belongs to apg"),
+        ({"kind": "apg", "zero_init_steps": 2}, "belongs to cfg_zero_star, and apg does not"),
+        ({"kind": "apg", "eta": float("nan")}, "guidance eta must be finite, got nan"),
+        ({"kind": "apg", "momentum": "0.5"}, "guidance momentum must be a number, got '0.5'"),
+        ({"rescale": float("nan")}, "guidance rescale must be finite, got nan"),
+        ({"start": None}, "guidance start must be a number, got None"),
+        ({"scale": float("inf")}, "guidance scale must be finite, got inf"),
+        ({"scale": True}, "guidance scale must be a number, got True"),
+        ({"kind": "cfg_zero_star", "zero_init_steps": -1}, "zero_init_steps = -1 must be 0 or"),
+        ({"kind": "cfg_zero_star", "zero_init_steps": 1.5}, "must be an integer, got 1.5"),
     ],
 )
 def test_guidance_that_makes_no_sense(options: dict[str, Any], match: str) -> None:
     with pytest.raises(RequestError, match=match):
         Guidance(**options)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    """A rule goes into files as JSON, which has no others."""
+    given = Guidance("apg", np.float32(3.5), eta=torch.tensor(0.5), momentum=np.int64(-1))
+    plain = Guidance("apg", 3.5, eta=0.5, momentum=-1.0)
+    assert given == plain
+    assert json.loads(json.dumps(dataclasses.asdict(given))) == dataclasses.asdict(plain)
 
 
 def test_a_guided_step_needs_both_predictions() -> None:

@@ -60,6 +60,17 @@ def test_other_files_are_refused(tmp_path, content, message):
         SavedLatents.read(path)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_paths_in_no_encoding_are_kept(tmp_path, several):
+    """The header of the file is UTF-8, and a model's path need not be."""
+    path = os.fsdecode(b"/models/m\xff")
+    model = (path, path + "2") if several else path
+    parts = {"vae": path} if several else path
+    SavedLatents(torch.ones(1, 1, 2, 2), 8.0, False, model, components=parts).write(tmp_path / "a")
+    read = SavedLatents.read(tmp_path / "a")
+    assert (read.model, read.components) == (model, parts)
+
+
 @pytest.mark.parametrize("loop", [False, True])
 def test_decode_goes_on_from_finished_latents(folder, tmp_path, loop):
     request = sora.VideoRequest(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +112,35 @@ def test_links_that_lead_nowhere_are_refused_before_the_work(tmp_path: Path) -> 
         VideoWriter(tmp_path / "c.mp4", 8)
 
 
+def test_a_write_protected_file_or_folder_is_not_replaced(tmp_path: Path) -> None:
+    """Renaming over it would: that asks for the folder's permission alone."""
+    file, folder = tmp_path / "a.mp4", tmp_path / "frames"
+    file.write_bytes(b"precious")
+    write_video(folder, CLIP, 8)
+    for path, mode in ((file, 0o444), (folder, 0o555)):
+        path.chmod(mode)
+        with pytest.raises(MediaError, match=f"{path.name} is write-protected; `chmod u"):
+            check_output(path)
+    assert file.read_bytes() == b"precious"
+    file.chmod(0o644)
+    folder.chmod(0o755)
+    write_video(file, CLIP, 8)
+    write_video(folder, CLIP, 8)
+
+
+@pytest.mark.parametrize("name", [".mp4", ".GIF", ".webp", ".png"])
+def test_a_suffix_is_no_name(tmp_path: Path, name: str) -> None:
+    """A hidden folder of PNGs would come of it."""
+    with pytest.raises(MediaError, match=f"a suffix needs a name before it, such as a{name}"):
+        check_output(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", [b"a.mp4", None, 5, ["a.mp4"]], ids=str)
+def test_what_is_no_path_is_named(path: Any) -> None:
+    with pytest.raises(MediaError, match="an output is a path in a text or a Path, got"):
+        write_video(path, CLIP, 8)
+
+
 def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     """Nor through links: as root, a link to a device would have made a file of it."""
     os.mkfifo(tmp_path / "pipe.mp4")
@@ -141,6 +173,30 @@ def test_other_files_that_are_written_whole_go_through_links_too(tmp_path: Path)
 QUICK = ["--size", "32x32", "--frames", "5", "--steps", "1", "--seed", "1"]
 
 
+def test_names_in_no_encoding_are_written_and_read(tmp_path: Path) -> None:
+    """A name is bytes; Python holds those that are no UTF-8 as lone surrogates."""
+    for suffix in (".mp4", ".gif", ".webp", ""):
+        path = tmp_path / (os.fsdecode(b"clip\xff") + suffix)
+        write_video(path, CLIP, 8)
+        assert read_video(path)[0].shape == CLIP.shape
+
+
+@pytest.mark.parametrize("command", ["extend", "upscale", "animate", "loop"])
+def test_what_is_read_is_not_written_over_by_default(
+    tmp_path, monkeypatch, capsys, command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video("out.mp4", CLIP, 8)
+    (tmp_path / "link.mp4").symlink_to("out.mp4")
+    before = Path("out.mp4").read_bytes()
+    for name in ("out.mp4", "./out.mp4", str(tmp_path / "link.mp4")):
+        assert main([command, name]) == 2
+        assert capsys.readouterr().err == (
+            f"sora: error: --output: {name} would be written over; name another file\n"
+        )
+    assert Path("out.mp4").read_bytes() == before
+
+
 def test_the_command_makes_a_video_of_a_long_name(tmp_path: Path) -> None:
     output = tmp_path / ("红" * 83 + ".mp4")
     assert main(["generate", "a red circle", *QUICK, "-o", str(output)]) == 0
@@ -159,6 +215,8 @@ def test_a_safety_copy_that_fails_does_not_fail_the_job(tmp_path, monkeypatch, c
     assert said.startswith("sora: warning: finished latents are not kept while they are decoded: ")
     assert "No space left on device" in said
     assert os.listdir(tmp_path) == ["a.mp4"]
+    left = Path(tempfile.gettempdir()).glob(f"a.mp4*{SUFFIX}")
+    assert [file for file in left if not file.stat().st_size] == []
 
 
 def test_another_runs_safety_copy_is_not_ours(tmp_path, monkeypatch, capsys) -> None:
@@ -171,9 +229,28 @@ def test_another_runs_safety_copy_is_not_ours(tmp_path, monkeypatch, capsys) -> 
     assert SavedLatents.read(older).latents.sum() == 4
 
 
+def test_an_earlier_runs_safety_copy_outlives_a_video_of_that_name(tmp_path, capsys) -> None:
+    """And one that fails keeps its own beside it, which is what it offers."""
+    older = tmp_path / f"a.mp4{SUFFIX}"
+    SavedLatents(torch.ones(1, 1, 2, 2), 8.0, False, "sprites").write(older)
+    output = tmp_path / "a.mp4"
+    assert main(["generate", "a red circle", *QUICK, "-o", str(output)]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", older.name]
+    assert SavedLatents.read(older).latents.sum() == 4
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sora_engine.runtime.executor.decoding", lambda *_, **__: 1 / 0)
+        assert main(["generate", "a red circle", *QUICK, "-o", str(output)]) == 1
+    own = tmp_path / f"a.mp4-2{SUFFIX}"
+    assert f"sora decode {own} -o {output}" in capsys.readouterr().out
+    assert main(["decode", str(own), "-o", str(output)]) == 0
+    assert SavedLatents.read(older).latents.sum() == 4
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".png", ""])
-def test_a_disk_that_is_full_is_a_typed_error_and_leaves_nothing(tmp_path, suffix) -> None:
-    """A limit on the size of files stands for it: writing fails in the middle, and on closing."""
+def test_a_disk_that_is_full_is_a_typed_error_and_leaves_nothing(tmp_path, suffix, capfd) -> None:
+    """A limit on the size of files stands for it: writing fails in the middle, and on closing.
+    Nothing is printed: PyAV shows a traceback of what a file raises to it."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     clip = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
@@ -184,3 +261,5 @@ def test_a_disk_that_is_full_is_a_typed_error_and_leaves_nothing(tmp_path, suffi
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
+    gc.collect()  # the container closes itself
+    assert capfd.readouterr().err == ""

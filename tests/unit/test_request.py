@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,11 +120,63 @@ def test_numpy_integers_and_floats_are_numbers():
         ({"shots": [Shot("a", 0)]}, "a shot's num_frames must be at least 1, got 0"),
         ({"latents": torch.zeros(16, 21, 60, 100)}, r"\(16, 21, 60, 104\) for this request"),
         ({"latents": [1]}, "got list"),
+        ({"latents": np.zeros((16, 21, 60, 104), np.float32)}, "for this request, got ndarray"),
+        ({"latents": torch.zeros(16, 21, 60, 104, dtype=torch.int32)}, "got torch.int32"),
+        ({"latents": torch.zeros(16, 21, 60, 104, device="meta")}, "104. on meta"),
+        ({"latents": torch.zeros(16, 21, 60, 104).to_sparse()}, "cpu, torch.sparse_coo"),
+        ({"loop": "no"}, "loop must be True or False, got 'no'"),
+        ({"round_to_grid": "false"}, "round_to_grid must be True or False, got 'false'"),
+        ({"strict_grid": 2}, "strict_grid must be True or False, got 2"),
+        ({"guidance_scale": b"5"}, "guidance_scale must be a number, got b'5'"),
+        ({"guidance_scale": np.True_}, "guidance_scale must be a number, got np.True_"),
+        ({"guidance_scale": torch.ones(2)}, r"must be a number, got tensor\(\[1., 1.\]\)"),
+        ({"height": torch.tensor(True)}, r"height must be an integer, got tensor\(True\)"),
+        ({"original_prompt": 7}, "original_prompt must be a string, got int"),
+        (
+            {"num_inference_steps": 4, "sigmas": [1.0, 0.5]},
+            "num_inference_steps = 4 and 2 sigmas disagree; leave one out",
+        ),
+        (
+            {"num_inference_steps": 2, "guidance": Guidance("cfg_zero_star", zero_init_steps=2)},
+            "zero_init_steps = 2 of 2 steps leaves none that moves the video; at most 1",
+        ),
+        *(
+            (values, "is no text: character 2 is the lone surrogate '.ud83e'")
+            for values in (
+                {"prompt": "a \ud83e"},
+                {"negative_prompt": "a \ud83e"},
+                {"original_prompt": "a \ud83e"},
+                {"shots": [Shot("a \ud83e", 81)]},
+            )
+        ),
     ],
 )
 def test_bad_values_are_named(values, message):
     with pytest.raises(RequestError, match=message):
         resolve(**values)
+
+
+def test_a_value_is_named_in_one_line():
+    for bad in (np.zeros((30, 30)), "x" * 5000, torch.zeros(9, 9)):
+        with pytest.raises(RequestError, match="height must be an integer, got ") as told:
+            resolve(height=bad)
+        assert "\n" not in str(told.value)
+        assert len(str(told.value)) < 150
+
+
+def test_numbers_of_numpy_become_plain_ones_wherever_they_stand():
+    """A request goes into files as JSON, which has no others."""
+    resolved = resolve(
+        num_frames=np.int64(9),
+        shots=[Shot("a", np.int64(5)), Shot("b", np.int32(4))],
+        clips=[Clip("x.png", at=np.int64(3))],
+        sigmas=np.array([1.0, 0.5]),
+        loop=np.False_,
+    )
+    numbers = [resolved.num_frames, *(shot.num_frames for shot in resolved.shots)]
+    assert json.dumps([*numbers, resolved.clips[0].at]) == "[9, 5, 4, 3]"
+    assert json.dumps(resolved.sigmas) == "[1.0, 0.5]"
+    assert resolved.loop is False
 
 
 @pytest.mark.parametrize(
@@ -175,6 +228,10 @@ def test_limits_are_checked():
     ]:
         with pytest.raises(RequestError, match=message):
             resolve(limits=small, **{**fits, **change})
+    assert json.dumps(Limits(max_frames=np.int64(9)).max_frames) == "9"
+    for bad in ("9", 9.0, True, None):
+        with pytest.raises(ValueError, match=r"max_frames must be a positive integer, got"):
+            Limits(max_frames=bad)
     with pytest.raises(ValueError, match="max_frames must be a positive integer, got 0"):
         Limits(max_frames=0)
 

@@ -133,6 +133,20 @@ def test_edit_and_upscale_start_from_the_clip():
     assert (request.height, request.width) == (128, 64)
 
 
+def test_what_a_task_makes_may_be_given_as_it_makes_it():
+    clip = a_clip(9)
+    assert tasks.extend(MODEL, clip, after_s=1, num_frames=17).num_frames == 17
+    request = tasks.loop(MODEL, clip, gap_s=1, loop=True, num_frames=None, clips=())
+    assert (request.loop, len(request.clips)) == (True, 1)
+
+
+def test_one_side_of_an_upscaled_clip_sets_the_other():
+    clip = a_clip(5, 48, 64)
+    for given in ({"height": 192}, {"width": 256}, {"height": 192, "width": 256}):
+        request = tasks.upscale(MODEL, clip, **given)
+        assert (request.height, request.width) == (192, 256)
+
+
 def test_a_draft_is_half_the_size_in_half_the_steps():
     from sora_engine.request import VideoRequest
 
@@ -231,6 +245,22 @@ def broken(tmp_path, kind: str) -> str:
         ),
         (lambda c: tasks.upscale(MODEL, c, scale=1.0), "scale 1: it must be over 1"),
         (
+            lambda c: tasks.upscale(MODEL, c, scale=3, height=192),
+            "scale 3: height is given too, which says the size; leave one out",
+        ),
+        (lambda c: tasks.upscale(MODEL, c, scale=3, height=192, width=9), "height is given too"),
+        (
+            lambda c: tasks.extend(MODEL, c, after_s=1, num_frames=99),
+            "num_frames = 99: this task makes it of what it is given; leave num_frames out",
+        ),
+        (lambda c: tasks.fill(MODEL, c, [range(2, 4)], num_frames=3), "num_frames = 3: this"),
+        (lambda c: tasks.connect(MODEL, c, c, gap_s=1, num_frames=3), "num_frames = 3: this"),
+        (lambda c: tasks.inpaint(MODEL, c, np.eye(64, 96, dtype=bool), num_frames=3), "= 3: this"),
+        (lambda c: tasks.edit(MODEL, c, init=c), "leave init out"),
+        (lambda c: tasks.upscale(MODEL, c, num_frames=3), "num_frames = 3: this"),
+        (lambda c: tasks.loop(MODEL, c, gap_s=1, clips=[Clip(c)]), "leave clips out"),
+        (lambda c: tasks.animate(MODEL, c, clips=[Clip(c)]), "leave clips out"),
+        (
             lambda c: tasks.inpaint(MODEL, c, np.ones((8, 8), bool)),
             "the mask is 8x8; the clip is 96x64",
         ),
@@ -246,6 +276,10 @@ def broken(tmp_path, kind: str) -> str:
         (lambda _: tasks.parse_ranges("4-2"), "'4-2': it is FIRST-LAST in frames"),
         (lambda _: tasks.parse_ranges("4,,5"), "FIRST-LAST"),
         (lambda _: tasks.shots(["a", "b"], [9]), "2 shots have 1 lengths"),
+        (lambda _: tasks.shots("ab", [9, 8]), "prompts must be a list of texts, got str"),
+        (lambda _: tasks.shots(["a"], 9), "num_frames must be a list of numbers.*, got int"),
+        (lambda _: tasks.shots([b"a"], [9]), "a shot's prompt must be a string, got b'a'"),
+        (lambda c: tasks.connect(MODEL, c, c, gap_s=None), "gap_s must be a number, got None"),
     ],
 )
 def test_what_cannot_be_is_named(task, message):

@@ -133,6 +133,11 @@ def test_a_folder_that_is_none(tmp_path) -> None:
         open_upsampler(tmp_path)
 
 
+def test_a_folder_has_no_other_models_name(folder) -> None:
+    with pytest.raises(sora.UpsamplingError, match=r"model 'm' is a name at an address, and .* is"):
+        open_upsampler(folder, model="m")
+
+
 class Shouting:
     def expand(self, prompt: str) -> str:
         return prompt.upper()

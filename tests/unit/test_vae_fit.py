@@ -172,6 +172,11 @@ def test_free_memory_is_that_of_this_machine():
     assert 1 << 26 < free_bytes(CPU) <= total
 
 
+def test_free_memory_is_no_more_than_limits_leave(monkeypatch):
+    monkeypatch.setattr("sora_engine.vae.free_memory.left_under_limits", lambda: 1 << 20)
+    assert free_bytes(CPU) == 1 << 20
+
+
 def test_the_engine_keeps_to_its_limit_and_says_so(tmp_path):
     tiny_pipeline("ti2v-5b", 0).save_pretrained(tmp_path)
     request = sora.VideoRequest(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from sora_engine.denoise.windows import Window, blend, chain_of, plan_windows, window_weights
 from sora_engine.errors import RequestError
-from sora_engine.request import GenerationDefaults, WindowPlan
+from sora_engine.request import GenerationDefaults, SparsePlan, WindowPlan
 from sora_engine.request.windows import WEIGHTS, default_overlap, default_plan
 
 
@@ -151,11 +154,29 @@ def test_what_a_checkpoint_asks_for_counts_under_its_own_schedule():
         ((4, 2, "flat", "chained", True, 4), "anchors must be from 0 to 3 latent frames.*got 4"),
         ((4, 2, "flat", "chained", True, -1), "anchors must be from 0 to 3 .*got -1"),
         ((4, 2, "flat", "static", True, 1), "got 1 with schedule 'static'; 0 anchors or"),
+        ((5.5, 2), "window length must be an integer, got 5.5"),
+        (("5", 2), "window length must be an integer, got '5'"),
+        ((True, 0), "window length must be an integer, got True"),
+        ((5, None), "window overlap must be an integer, got None"),
+        ((5, 2, "flat", "static", "no"), "free_noise must be True or False, got 'no'"),
     ],
 )
 def test_bad_plans(arguments, message):
     with pytest.raises(RequestError, match=message):
         WindowPlan(*arguments)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """A plan goes into files as JSON, which has no others."""
+    plan = WindowPlan(np.int64(5), torch.tensor(2), anchors=np.int8(1), schedule="chained")
+    assert json.loads(json.dumps(asdict(plan))) == asdict(
+        WindowPlan(5, 2, "pyramid", "chained", True, 1)
+    )
+    sparse = SparsePlan(np.int32(3), np.uint8(2))
+    assert json.loads(json.dumps(asdict(sparse))) == {"reach": 3, "num_keys": 2}
+    for bad in (1.5, "3", None, True):
+        with pytest.raises(RequestError, match="reach must be an integer, got"):
+            SparsePlan(bad)
 
 
 @given(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels.grids import Grid, starts_of
+from sora_kernels.transfer import to_device
 from sora_kernels.windowed.whole_frames import TileLists, are_whole, fill_tiles, frame_lists
 
 OP = "plan_attention"
@@ -321,7 +322,7 @@ def build(
 
     def table(parts: list[Tensor], dtype: torch.dtype, *empty: int) -> Tensor:
         joined = torch.cat(parts) if parts else torch.empty(*empty)
-        return joined.to(dtype).to(device)
+        return to_device(joined.to(dtype), device)
 
     # Few patterns are distinct: a window cuts most tiles alike.
     distinct = torch.cat(bits) if bits else torch.empty(0, prod(shape), dtype=torch.int64)
@@ -330,12 +331,12 @@ def build(
         distinct, place = torch.unique(distinct, dim=0, return_inverse=True)
         number[number >= 0] = place
     return BlockPlan(
-        torch.tensor(segments, dtype=torch.int32).reshape(-1, COLUMNS).to(device),
+        to_device(torch.tensor(segments, dtype=torch.int32).reshape(-1, COLUMNS), device),
         table(tiles, torch.int32, 0, 5),
         table([own.blocks for own in lists], torch.int32, 0),
         table([mask.flatten() for mask in masks or ()], torch.int8, 0),
-        number.to(torch.int32).to(device),
-        distinct.to(device),
+        to_device(number.to(torch.int32), device),
+        to_device(distinct, device),
         shape,
         *asked,
         window,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sora_engine.errors import CheckpointError
 from sora_engine.io.safetensors import Weights, refuse_pickle
 from sora_engine.io.weights.dequantised import DequantisedWeights
 from sora_engine.io.weights.gguf import GGUFWeights, is_gguf
@@ -19,6 +20,8 @@ def open_weights(path: str | Path) -> WeightSource:
     """
     path = Path(path)
     refuse_pickle(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise CheckpointError("a device, a pipe or a socket; a file would work", path=path)
     if path.suffix == ".gguf" or is_gguf(path):
         return GGUFWeights(path)
     weights = Weights.open(path)

@@ -118,6 +118,7 @@ def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
         ),
         vae=found.vae,
         scheduler_config=found.scheduler_config,
+        scheduler_path=found.scheduler_path,
         grid=grid,
         known_mode=known_mode,
         defaults=_published_defaults(found, grid),

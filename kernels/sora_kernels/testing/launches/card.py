@@ -102,6 +102,7 @@ def pretend(arch: int, *, devices: int = 1) -> Iterator[Record]:
         patch(mock.patch.object(triton_driver, "_active", driver))
         patch(mock.patch("torch.cuda.get_device_capability", driver.get_device_capability))
         patch(mock.patch("torch.cuda.get_device_properties", return_value=properties))
+        patch(mock.patch("torch.cuda.current_device", driver.get_current_device))
         patch(mock.patch("torch.cuda._exchange_device", driver.exchange_device))
         patch(mock.patch("torch.cuda._maybe_exchange_device", driver.exchange_device))
         for op in OPS.values():

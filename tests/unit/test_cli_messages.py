@@ -1,0 +1,133 @@
+"""What the command says: one line an error, once, with the value and what would work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sora_engine.cli import main
+from sora_engine.cli.app import one_line
+from sora_engine.io.video_writer import write_video
+
+FRAMES = np.zeros((5, 16, 16, 3), np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a clip, an empty folder, a pipe, and a file of no values."""
+    monkeypatch.chdir(tmp_path)
+    write_video("clip.mp4", FRAMES, 8)
+    (tmp_path / "empty").mkdir()
+    os.mkfifo("pipe")
+    save_file({"w": torch.zeros(0)}, "nothing.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "pipe"], "pipe: a device, a pipe or a socket; a file would work"),
+        (["generate", "x", "--model", "pipe"], "pipe: a device, a pipe or a socket; a file"),
+        (["decode", "pipe"], "it is a device, a pipe or a socket"),
+        (["extend", "pipe", "--after", "1"], "pipe is not a regular file"),
+        (["extend", "", "--after", "1"], "the path of a clip is empty"),
+        (["generate", "x", "--image", ""], "the path of a clip is empty"),
+        (["generate", "x", "--image", "empty"], "empty holds no numbered PNG files; 00000.png"),
+        (["generate", "x", "--model", ""], "the path of a model is empty; a folder, a file or"),
+        (["generate", "x", "--model", "sprites", "--model", "sprites"], "sprites: a whole model"),
+        (["generate", "x", "--model", "Sprites"], "--model: Sprites does not exist"),
+        (["export-vae", "sprites", "--sizes", "64"], "--sizes: '64' is not HEIGHTxWIDTH, such as"),
+        (["generate", "x", "--fps", "1e-9"], "--fps: fps 1e-09: it must be at least 0.001 and at"),
+        (["upscale", "clip.mp4", "--scale", "3", "--size", "64x64"], "--scale: scale 3"),
+        (["generate", "x", "--upsample-model", "m"], "--upsample-model: it names the model at an"),
+        (["generate", "--like", "clip.mp4", "--draft"], "--draft: --like makes clip.mp4 again"),
+        (
+            ["generate", "x", "--parallel", "ulysses=2,ulysses=4"],
+            "--parallel: ulysses is given twice in 'ulysses=2,ulysses=4'",
+        ),
+        (["generate", "a \udcff"], "prompt is no text: character 2 is the lone surrogate"),
+        (["extend", "no\nsuch\x1b[31m.mp4", "--after", "1"], r"no such\x1b[31m.mp4 does not exist"),
+    ],
+    ids=lambda value: (
+        None if isinstance(value, str) else " ".join(value).encode("ascii", "replace")
+    ),
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    before = sorted(os.listdir(folder))
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sora: error: ")
+    assert said.count("\n") == 1
+    assert words in said
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_a_current_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A release that was replaced under a running service: MKL ends the process there."""
+    (tmp_path / "release").mkdir()
+    monkeypatch.chdir(tmp_path / "release")
+    (tmp_path / "release").rmdir()
+    for arguments in (["generate", "x", "-o", str(tmp_path / "a.mp4")], ["doctor"]):
+        assert main(arguments) == 2
+        error = "sora: error: the current folder is not there any more; `cd` into one that is\n"
+        assert capsys.readouterr().err == error
+    assert main(["--version"]) == 0
+
+
+def test_a_file_of_no_values_is_inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "nothing.safetensors"]) == 0
+    assert "1 tensors, 0 values" in capsys.readouterr().out
+
+
+def test_control_characters_are_escaped_and_letters_stay() -> None:
+    assert one_line("a\nb\r\x1b]0;t\x07\x9b") == r"a\nb\r\x1b]0;t\x07\x9b"
+    assert one_line("é 红 🦊 \u200d") == "é 红 🦊 \u200d"
+
+
+def test_an_output_with_a_line_end_in_its_name_is_told_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--size", "16x16", "--frames", "1", "--steps", "1", "--seed", "1"]
+    assert main(["generate", "a red circle", *small, "-o", "a\nb.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(r"a\nb.png: 16x16, 1 frames")
+    assert (folder / "a\nb.png").exists()
+
+
+def test_what_is_told_is_told_once(tmp_path: Path) -> None:
+    """In a process of its own: there what is logged, and nobody reads, goes to stderr too."""
+    code = (
+        "import sys\n"
+        "import sora_engine.runtime.executor as executor\n"
+        "from sora_engine.cli import main\n"
+        "executor.decoding = lambda *_, **__: 1 / 0\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["generate", "a red circle moves right " * 150, "--guidance", "1"]
+    arguments += ["--negative-prompt", "blue", "--size", "16x16", "--frames", "1", "--steps", "1"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "-o", str(tmp_path / "a.png")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert run.returncode == 1
+    begins = [
+        "sora: warning: negative_prompt is not read: guidance is off at scale 1",
+        "sora: warning: the prompt 'a red circle",
+        "sora: error: ZeroDivisionError: division by zero",
+    ]
+    lines = run.stderr.splitlines()
+    assert len(lines) == len(begins), run.stderr
+    for line, begin in zip(lines, begins, strict=True):
+        assert line.startswith(begin)
