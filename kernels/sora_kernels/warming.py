@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 MOST_THREADS = 16
+COMPILES_ALONE = "flex"
+"""A backend, an op's last argument, that compiles by torch.compile: one thread at a time may."""
 
 Noted = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -54,31 +56,47 @@ def _kind(value: Any) -> Any:
 def warm_up(calls: Iterable[Noted], device: torch.device, threads: int | None = None) -> int:
     """Make the calls on a device, on zeros of their shapes, so that their kernels are compiled.
 
-    Segments of zero offsets are empty, so the offsets are valid whatever the shapes. threads: that
-    compile at a time (default: the machine's cores, up to 16); 1 is the caller's own. Returns the
-    number of calls; what one raises is raised.
+    threads: that compile at a time (default: the machine's cores, up to 16); 1 is the caller's own.
+    Returns the number of calls; what one raises is raised.
     """
     pending = list(calls)
-    count = min(threads or os.cpu_count() or 1, MOST_THREADS, len(pending))
 
     def make(noted: Noted) -> None:
         function, args = noted
         with torch.inference_mode():
-            function(*tree_map(lambda value: _zeros(value, device), args))
+            function(*_on_device(function, args, device))
 
-    if count <= 1:
-        for noted in pending:
-            make(noted)
-    else:
+    alone = [noted for noted in pending if noted[1][-1:] == (COMPILES_ALONE,)]
+    together = [noted for noted in pending if noted[1][-1:] != (COMPILES_ALONE,)]
+    count = min(threads or os.cpu_count() or 1, MOST_THREADS, len(together))
+    if count > 1:
         with ThreadPoolExecutor(count, "sora-warm-up") as pool:
-            list(pool.map(make, pending))
+            list(pool.map(make, together))
+    else:
+        alone += together
+    for noted in alone:
+        make(noted)
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.synchronize(device)
     return len(pending)
 
 
-def _zeros(value: Any, device: torch.device) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-    return made.zero_()
+def _on_device(function: Any, args: tuple[Any, ...], device: torch.device) -> Sequence[Any]:
+    """The arguments with zeros in the place of tensors, and offsets that segments could have."""
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return made.zero_()
+
+    made = [tree_map(zeros, value) for value in args]
+    names = [argument.name for argument in function._schema.arguments] if made else []
+    at = {name: i for i, name in enumerate(names)}
+    for side, tokens in (("q", "q"), ("k", "k")):
+        offsets, most = at.get(f"cu_seqlens_{side}"), at.get(f"max_seqlen_{side}")
+        if offsets is not None and most is not None:
+            # As many segments, none longer than the longest, that hold all tokens.
+            count, held = args[offsets].shape[0], args[at[tokens]].shape[0]
+            made[offsets] = (torch.arange(count) * args[most]).clamp(max=held).to(made[offsets])
+    return made

@@ -109,7 +109,7 @@ def grid_cases(draw, max_extent=5, max_segments=3, head_dims=(8, 16, 40, 72)):
     }
 
 
-def grid_inputs(case, counts, device):
+def grid_inputs(case, counts, device="cpu"):
     rng = generator(case["seed"])
     made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
     shape = (case["heads"], case["head_dim"])

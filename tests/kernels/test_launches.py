@@ -66,9 +66,10 @@ def test_a_block_of_wan_launches_on_hopper(compiled):
 
 
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != 90])
-def test_the_autoencoder_launches_everywhere(compiled, arch):
-    (line,) = launched(compiled, "--arch", str(arch), "--only", "autoencoder/1080p")
-    assert "6 calls, 6 launches" in line
+def test_the_autoencoder_and_windows_launch_everywhere(compiled, arch):
+    only = "autoencoder/1080p|small fp32/windowed: windowed"
+    (line,) = launched(compiled, "--arch", str(arch), "--only", only)
+    assert "7 calls, 7 launches" in line
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def mask_cases(draw, max_extent=5):
     }
 
 
-def check_masked(case, backend):
+def check_masked(case, backend, device="cpu"):
     grids = case["grids"]
     queries, origins = grids, [(0, 0, 0)] * len(grids)
     if case["shard"]:
@@ -89,8 +89,8 @@ def check_masked(case, backend):
         < case["density"]
         for a, b in zip(queries, grids, strict=True)
     ]
-    q, k, v = grid_inputs(case, [sum(tokens_of(of)) for of in (queries, grids, grids)])
-    cu, cu_k = offsets(tokens_of(queries)), offsets(tokens_of(grids))
+    q, k, v = grid_inputs(case, [sum(tokens_of(of)) for of in (queries, grids, grids)], device)
+    cu, cu_k = (offsets(tokens_of(of)).to(device) for of in (queries, grids))
     plan = sk.plan_attention(
         cu, num_tokens=q.shape[0], head_dim=case["head_dim"], dtype=case["dtype"], grids=queries,
         window=case["window"], key_grids=grids, origins=origins, masks=masks, cell=case["cell"],
@@ -104,7 +104,8 @@ def check_masked(case, backend):
 
     ref, low = [], []
     for i in range(len(grids)):
-        seen = dense_mask(queries[i], grids[i], origins[i], case["window"], masks[i], case["cell"])
+        place = queries[i], grids[i], origins[i], case["window"], masks[i], case["cell"]
+        seen = dense_mask(*place).to(device)
         parts = q[cu[i] : cu[i + 1]], k[cu_k[i] : cu_k[i + 1]], v[cu_k[i] : cu_k[i + 1]]
         ref.append(attend(*(x.double() for x in parts), seen))
         low.append(attend(*parts, seen))
@@ -123,6 +124,13 @@ def test_reference(case):
 @given(mask_cases())
 def test_sdpa(case):
     check_masked(case, "sdpa")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@given(mask_cases())
+def test_triton_on_a_gpu(case):
+    check_masked(case, "triton", device="cuda")
 
 
 @pytest.mark.usefixtures("interpreter")

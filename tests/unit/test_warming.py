@@ -122,6 +122,29 @@ def test_calls_are_noted_once_and_made_again():
     assert all(bool((tensor == 0).all()) for tensor in made)
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
+@pytest.mark.parametrize("lengths", [([4, 6], [1, 2]), ([5, 5, 5], [3, 3, 3]), ([7], [1])])
+def test_attention_is_warmed_up_on_segments_that_could_be(backend, lengths):
+    """Offsets are read where a backend splits by them, and must hold all tokens."""
+    q_lens, k_lens = lengths
+    q, k = (torch.randn(sum(lens), 2, 16, device="meta") for lens in lengths)
+    cu_q, cu_k = (torch.zeros(len(lens) + 1, dtype=torch.int32, device="meta") for lens in lengths)
+    with Notes() as notes:
+        sk.packed_attention(
+            q, k, k, cu_q, cu_k, max_seqlen_q=max(q_lens), max_seqlen_k=max(k_lens),
+            return_lse=True, backend="auto",
+        )  # fmt: skip
+    ((function, args),) = notes.calls
+    with Notes() as again:
+        warm_up([(function, (*args[:-1], backend))], torch.device("cpu"), threads=1)
+    ((_, made),) = again.calls
+    for offsets, lens in zip(made[3:5], lengths, strict=True):
+        assert offsets.dtype == torch.int32
+        assert offsets[0] == 0
+        assert offsets[-1] == sum(lens)
+        assert 0 <= int(offsets.diff().min()) <= int(offsets.diff().max()) <= max(lens)
+
+
 def test_kernels_are_compiled_at_a_time():
     """Each of two calls waits for the other: one thread would wait for ever."""
     meeting = threading.Barrier(2, timeout=30)

@@ -6,8 +6,9 @@ product with the values, and takes its softmax while that runs; the two take tur
 that one's softmax runs under the other's products. The masked block of keys comes first, so the
 loop has no mask.
 
-It compiles ahead of time without spills and **has never run on a GPU**: it serves when asked for by
-name on sm_90, and `auto` does not choose it.
+It compiles ahead of time without spills, its source runs on an emulator (`testing/gluon`), and it
+**has never run on a GPU**: it serves when asked for by name on sm_90, and `auto` does not choose
+it.
 """
 
 # mypy: disable-error-code="no-untyped-def"

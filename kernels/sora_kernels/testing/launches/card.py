@@ -59,6 +59,8 @@ class _Card(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        if function is Tensor.pin_memory:  # there is nothing to pin it for
+            return args[0]
         args, kwargs = tuple(args), dict(kwargs or {})
         leaves = tree_leaves((args, kwargs))
         indices = {x.card for x in leaves if isinstance(x, OnCard)}

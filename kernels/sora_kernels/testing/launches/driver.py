@@ -96,6 +96,14 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def frame_bytes(arch: int) -> int:
+    """What a kernel may keep in local memory without spilling: Triton 3.6 has 8 bytes for its
+    tensor maps on sm_120, whatever the tile and however many registers are left."""
+    import triton
+
+    return 8 if arch == 120 and triton.__version__.startswith("3.6.") else 0
+
+
 class Utils:
     """What Triton asks of a device."""
 
@@ -107,7 +115,7 @@ class Utils:
     ) -> tuple[int, int, int, int, int]:
         """Module, function, registers, spills, and the most threads that a block may have."""
         registers, stack = usage(kernel)
-        if stack:
+        if stack > frame_bytes(self.driver.arch):
             raise FaultError(f"{name} spills: {stack} bytes of stack a thread")
         self.driver.record.loaded.append(Loaded(name, registers, shared))
         # Registers go to warps in units of 8 a thread.
