@@ -41,7 +41,7 @@ from sora_engine.samplers import SOLVERS
 from sora_engine.testing.crossings import Tally, table
 from sora_engine.testing.device import shadow_device
 from sora_engine.testing.state import Shadow
-from sora_engine.testing.tensors import ShadowTensor, host
+from sora_engine.testing.tensors import ShadowTensor
 
 STEPS, MOST_FRAMES = 4, 1000
 KINDS = ("t2v", "i2v", "flf2v", "a14b-i2v", "ti2v-5b", "vace")
@@ -136,8 +136,8 @@ def suits(task: str, model: VideoModel) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Walk:
-    """What a request came to. latents: as `Video.latents`; frames: uint8 `[n, H, W, 3]`; phases: by
-    name, in order."""
+    """What a request came to. latents: as `Video.latents`; frames: uint8 `[n, H, W, 3]`, none where
+    they were not decoded; phases: by name, in order."""
 
     latents: Tensor
     frames: Tensor
@@ -165,7 +165,7 @@ def load(path: str | Path, shadow: Shadow, device: str = "cuda") -> VideoModel:
     return model
 
 
-def walk(model: VideoModel, request: VideoRequest, shadow: Shadow) -> Walk:
+def walk(model: VideoModel, request: VideoRequest, shadow: Shadow, *, decode: bool = True) -> Walk:
     """What an engine's worker does for one request, turn after turn."""
     executor = LocalExecutor(model)
     resolved = resolve_request(request, model, Limits(), solvers=SOLVERS)
@@ -197,6 +197,8 @@ def walk(model: VideoModel, request: VideoRequest, shadow: Shadow) -> Walk:
     canvas.keep_latents_alone()
     with phase("finish"):
         latents = model.vae.denormalise(canvas.latents[None])[0].float().cpu()
+    if not decode:
+        return Walk(latents, torch.empty(0, dtype=torch.uint8), phases)
     chunks, parts = executor.decoding(canvas, latents), []
     for i in range(MOST_FRAMES):
         try:
@@ -208,7 +210,7 @@ def walk(model: VideoModel, request: VideoRequest, shadow: Shadow) -> Walk:
             assert not isinstance(chunk, ShadowTensor), "frames are the host's"
             parts.append(chunk)
     phases.popitem()  # the end of the decoder is no frame
-    return Walk(host(latents), torch.cat(parts), phases)
+    return Walk(latents, torch.cat(parts), phases)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
