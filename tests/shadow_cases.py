@@ -24,7 +24,17 @@ PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- shadow: waits -->", "<!-- /shadow -->"
 
 CASES = {
-    "t2v": ("plain", "windows", "moving loop", "sparse", "extend", "resample", "ddpm", "edit"),
+    "t2v": (
+        "plain",
+        "long",
+        "windows",
+        "moving loop",
+        "sparse",
+        "extend",
+        "resample",
+        "ddpm",
+        "edit",
+    ),
     "ti2v-5b": ("plain", "known", "inpaint", "windows", "chained"),
     "i2v": ("plain",),
     "flf2v": ("plain",),
@@ -32,7 +42,7 @@ CASES = {
     "vace": ("extend",),
 }
 """The requests of the table, by kind. The slow test walks through all others too."""
-DECODED = ("plain", "extend")
+DECODED = ("plain", "long", "extend")
 """The requests of the table that are decoded too: it is the same for all."""
 
 Figures = dict[str, dict[str, int]]
@@ -103,6 +113,7 @@ ROWS = {
     "step, chained windows (5B)": ("ti2v-5b: chained", "step"),
     "encode, known frame (5B)": ("ti2v-5b: known", "encode"),
     "decode, a latent frame": ("t2v: plain", "frame"),
+    "decode, a latent frame by CUDA graph": ("t2v: long", "frame"),
     "load (5B)": ("ti2v-5b: load", "load"),
 }
 """The rows of the page's table."""
