@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -143,8 +144,9 @@ def page_with(table: Sequence[str]) -> str:
 
 
 def write(path: Path, values: object) -> None:
-    """JSON with a case a line."""
-    text = json.dumps(values, indent=1)
+    """As JSON, each phase on a line."""
+    text = re.sub(r"\{\s+(\"wait\"[^}]*?)\s+\}", r"{\1}", json.dumps(values, indent=1))
+    text = re.sub(r",\n\s+(\"to )", r", \1", text)
     path.write_text(text + "\n", encoding="utf-8")
 
 
