@@ -41,7 +41,9 @@ from sora_engine.samplers import SOLVERS
 from sora_engine.testing.crossings import Tally, table
 from sora_engine.testing.device import shadow_device
 from sora_engine.testing.state import Shadow
-from sora_engine.testing.tensors import ShadowTensor, host
+from sora_engine.testing.tensors import ShadowTensor
+from sora_engine.vae.cuda_graph import GraphedVAE
+from sora_engine.vae.fit import FittedCoder
 
 STEPS, MOST_FRAMES = 4, 1000
 KINDS = ("t2v", "i2v", "flf2v", "a14b-i2v", "ti2v-5b", "vace")
@@ -89,6 +91,11 @@ class Sizes:
         }
         return VideoRequest(**{**values, **fields})  # type: ignore[arg-type]
 
+    def ends_known(self) -> np.ndarray:
+        mask = np.ones(self.frames(3), bool)
+        mask[1 : 1 + self.model.grid.time] = False
+        return mask
+
     def half_known(self) -> np.ndarray:
         mask = np.zeros((self.frames(3), self.side, self.side), bool)
         mask[:, :, : self.side // 2] = True
@@ -97,6 +104,8 @@ class Sizes:
 
 REQUESTS: Mapping[str, Make] = {
     "plain": lambda s: s.request(),
+    "image": lambda s: s.request(1),
+    "long": lambda s: s.request(7),
     "loop": lambda s: s.request(num_frames=4 * s.model.grid.time, loop=True),
     "shots": lambda s: s.request(
         shots=[Shot("a red circle", s.frames(1)), Shot("a blue cat", s.frames(3) - s.frames(1))]
@@ -112,6 +121,11 @@ REQUESTS: Mapping[str, Make] = {
     "known": lambda s: s.request(clips=[s.clip(1)]),
     "extend": lambda s: s.request(clips=[s.clip(2)]),
     "inpaint": lambda s: s.request(clips=[s.clip(3, mask=s.half_known())]),
+    "fill": lambda s: s.request(clips=[s.clip(3, mask=s.ends_known())]),
+    "connect": lambda s: s.request(5, clips=[s.clip(2), s.clip(1, at=s.frames(5) - 1)]),
+    "loop a clip": lambda s: s.request(
+        num_frames=4 * s.model.grid.time, loop=True, clips=[s.clip(3)]
+    ),
     "edit": lambda s: s.request(init=s.clip(3).frames, strength=0.6),
     "resample": lambda s: s.request(clips=[s.clip(2)], resample=2),
     "apg": lambda s: s.request(guidance=Guidance(kind="apg", momentum=-0.5)),
@@ -122,6 +136,9 @@ REQUESTS: Mapping[str, Make] = {
 """Requests by the name of what is particular about them."""
 
 
+CLIPS = ("known", "extend", "inpaint", "fill", "connect", "loop a clip")
+
+
 def suits(task: str, model: VideoModel) -> bool:
     """Whether a model can do what a request of `REQUESTS` asks for."""
     mode = model.known_mode
@@ -130,14 +147,14 @@ def suits(task: str, model: VideoModel) -> bool:
     if task == "resample":
         return mode is KnownMode.REPLACEMENT
     if mode is KnownMode.CHANNELS:  # its clips are those that it needs, and time does not wrap
-        return task not in ("known", "extend", "inpaint", "loop", "moving loop")
+        return task not in CLIPS and "loop" not in task and task != "image"
     return True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Walk:
-    """What a request came to. latents: as `Video.latents`; frames: uint8 `[n, H, W, 3]`; phases: by
-    name, in order."""
+    """What a request came to. latents: as `Video.latents`; frames: uint8 `[n, H, W, 3]`, none where
+    they were not decoded; phases: by name, in order."""
 
     latents: Tensor
     frames: Tensor
@@ -157,15 +174,22 @@ class Walk:
 def load(path: str | Path, shadow: Shadow, device: str = "cuda") -> VideoModel:
     """A checkpoint on the shadow device, in the dtype that it has on a GPU."""
     with shadow.trace.phase("load"):
-        # CUDA graphs are the real device's.
         model = load_video_model(path, device=device, vae_cuda_graphs="off")
         for expert in range(model.num_experts):
             model.transformer(expert)
+    if model.vae.layers is not None:
+        coder = GraphedVAE(model.vae.layers, recorder=run_again)
+        model.vae = FittedCoder(coder, dtype=model.vae_dtype, device=model.device)
     model.vae.limit(NO_LIMIT)
     return model
 
 
-def walk(model: VideoModel, request: VideoRequest, shadow: Shadow) -> Walk:
+def run_again(step: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], int]:
+    """A `cuda_graph.Recorder` whose graph is the step itself, on the same places in memory."""
+    return step, 0
+
+
+def walk(model: VideoModel, request: VideoRequest, shadow: Shadow, *, decode: bool = True) -> Walk:
     """What an engine's worker does for one request, turn after turn."""
     executor = LocalExecutor(model)
     resolved = resolve_request(request, model, Limits(), solvers=SOLVERS)
@@ -197,6 +221,8 @@ def walk(model: VideoModel, request: VideoRequest, shadow: Shadow) -> Walk:
     canvas.keep_latents_alone()
     with phase("finish"):
         latents = model.vae.denormalise(canvas.latents[None])[0].float().cpu()
+    if not decode:
+        return Walk(latents, torch.empty(0, dtype=torch.uint8), phases)
     chunks, parts = executor.decoding(canvas, latents), []
     for i in range(MOST_FRAMES):
         try:
@@ -208,7 +234,7 @@ def walk(model: VideoModel, request: VideoRequest, shadow: Shadow) -> Walk:
             assert not isinstance(chunk, ShadowTensor), "frames are the host's"
             parts.append(chunk)
     phases.popitem()  # the end of the decoder is no frame
-    return Walk(host(latents), torch.cat(parts), phases)
+    return Walk(latents, torch.cat(parts), phases)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

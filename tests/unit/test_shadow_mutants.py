@@ -6,7 +6,6 @@ finds is the mutant.
 
 from __future__ import annotations
 
-import functools
 import re
 
 import pytest
@@ -25,31 +24,35 @@ from sora_engine.models.wan.blocks import WanBlock
 from sora_engine.models.wan.model import WanTransformer
 from sora_engine.testing.crossings import KINDS as CROSSINGS
 from sora_engine.testing.device import shadow_device
-from sora_engine.testing.shadow import REQUESTS, Sizes, build, load, walk
+from sora_engine.testing.shadow import REQUESTS, Sizes, walk
 from sora_engine.vae import decoding
 from tests import shadow_cases
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return functools.cache(lambda kind: build(kind, tmp_path_factory.mktemp(kind)))
+def models(tmp_path_factory):
+    return shadow_cases.Models(tmp_path_factory.mktemp("kinds"))
 
 
-def told(folder, case, device="cuda"):
+def told(models, case, device="cuda"):
     """What the shadow device has to say of a request: an error, more waits than the table has, or
     attention in another dtype."""
     kind, task = case.split(": ")
     table = shadow_cases.committed()["now"][case]
     with shadow_device(2) as shadow:
         with torch.cuda.device(device):
-            model = load(folder(kind), shadow, device)
+            model = models.of(kind, shadow, device)
+            shadow.trace.dtypes.clear()
             try:
-                made = walk(model, REQUESTS[task](Sizes(model)), shadow)
+                made = walk(
+                    model,
+                    REQUESTS[task](Sizes(model)),
+                    shadow,
+                    decode=task in shadow_cases.DECODED,
+                )
             except (RuntimeError, TypeError) as error:
                 return f"{type(error).__name__}: {error}"
         for name, tally in made.summary().items():
-            if name == "first frame":  # of a model's first video, in which weights are laid out
-                continue
             figures = tally.figures()
             for what in CROSSINGS:
                 if figures[what] > table[name][what]:
@@ -262,24 +265,26 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_a_planted_fault_is_told(folder, monkeypatch, mutant):
+def test_a_planted_fault_is_told(models, monkeypatch, mutant):
     case, expected = MUTANTS[mutant]
+    models.get_ready(case.split(": ")[0])
     mutant(monkeypatch)
-    answer = told(folder, case)
+    answer = told(models, case)
     assert answer is not None
     assert re.search(expected, answer), answer
 
 
-def test_a_kernel_on_another_device_is_told(folder, monkeypatch):
+def test_a_kernel_on_another_device_is_told(models, monkeypatch):
+    models.get_ready("t2v", "cuda:1")
     another_current_device(monkeypatch)
-    answer = told(folder, "t2v: plain", "cuda:1")
+    answer = told(models, "t2v: plain", "cuda:1")
     assert "sora::packed_attention: its tensors are on cuda:1, and cuda:0 is current" in answer
 
 
 @pytest.mark.parametrize("case", sorted({case for case, _ in MUTANTS.values()}))
-def test_the_code_as_it_is_has_none(folder, case):
-    assert told(folder, case) is None
-    assert told(folder, case, "cuda:1") is None
+def test_the_code_as_it_is_has_none(models, case):
+    assert told(models, case) is None
+    assert told(models, case, "cuda:1") is None
 
 
 def test_there_are_ten_faults_and_more():
