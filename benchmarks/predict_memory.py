@@ -128,7 +128,7 @@ def step_flops(height: int, width: int, num_frames: int) -> float:
     )  # fmt: skip
     frames = (num_frames - 1) // 4 + 1
     video = layout_cost.VideoCost(frames=frames, height=height // 8, width=width // 8)
-    return layout_cost.plan(1, transformer, video)[0].flops
+    return layout_cost.layouts_by_cost(1, transformer, video)[0].flops
 
 
 def peaks_table() -> list[str]:

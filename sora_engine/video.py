@@ -84,8 +84,11 @@ class Video:
     receipt: Receipt | None = None
 
     def save(self, path: str | PathLike[str], **options: Any) -> Path:
-        """Write the video: `.mp4`, `.gif`, `.webp`, `.png` (one frame), or a folder of PNGs.
+        """Write the video, with its provenance in the file's metadata. Returns the path.
 
+        path: `.mp4` (H.264), `.gif`, `.webp`, `.png` (one frame), or a folder of PNGs without a
+            suffix. A file that stands there is replaced once the new one is whole.
+        options: of `io.video_writer.write_video`.
         Raises MediaError for a path that cannot be written.
         """
         return write_video(path, self.frames, fps=self.fps, provenance=self.provenance, **options)

@@ -37,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = "slow"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What an interpreter computes says nothing of a GPU."""
+    if item.get_closest_marker("gpu") and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted in this run; -m gpu compiles them")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.slow_part is None:
         return

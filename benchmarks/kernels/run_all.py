@@ -10,6 +10,8 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -136,30 +138,30 @@ def check_mask(backend: str, device: str, dtype: torch.dtype) -> None:
     check_within_budget(f"mask {backend}", call(backend, dtype), ref, low, slack=4.0)
 
 
+Check = Callable[[str, str, torch.dtype], None]
+
+
+def checks() -> Iterator[tuple[str, str, Check]]:
+    """Each check with its op and its name: of a backend, a device and a dtype, against fp64."""
+    for lengths in ([300, 1, 0, 777], [256, 256, 256]):
+        yield "packed_attention", f"segments {lengths}", partial(check_attention, lengths=lengths)
+    yield "norm_modulate", "norm", check_plain_norm
+    yield "causal_norm_silu", "causal norm", check_causal
+    yield "gate_residual_norm_modulate", "gated norm", check_norm
+    yield "qk_norm_rope", "rope", check_rope
+    yield "temporal_attention", "temporal", partial(check_grids, windowed=False)
+    yield "windowed_attention", "windowed", partial(check_grids, windowed=True)
+    yield "windowed_attention", "windowed, masked", check_mask
+
+
 def numerics(device: str) -> None:
     """Every backend that can serve bf16 (fp32 on a CPU), against fp64."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     report = sk.backends(device)
-
-    def served(op: str) -> list[str]:
-        return [name for name, why in report[op].items() if why is None and name != "reference"]
-
-    for backend in served("packed_attention"):
-        for lengths in ([300, 1, 0, 777], [256, 256, 256]):
-            check_attention(backend, device, dtype, lengths)
-    for backend in served("norm_modulate"):
-        check_plain_norm(backend, device, dtype)
-    for backend in served("causal_norm_silu"):
-        check_causal(backend, device, dtype)
-    for backend in served("gate_residual_norm_modulate"):
-        check_norm(backend, device, dtype)
-    for backend in served("qk_norm_rope"):
-        check_rope(backend, device, dtype)
-    for backend in served("temporal_attention"):
-        check_grids(backend, device, dtype, windowed=False)
-    for backend in served("windowed_attention"):
-        check_grids(backend, device, dtype, windowed=True)
-        check_mask(backend, device, dtype)
+    for op, _, check in checks():
+        for backend, problem in report[op].items():
+            if problem is None and backend != "reference":
+                check(backend, device, dtype)
 
 
 def main() -> int:

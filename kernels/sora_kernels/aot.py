@@ -160,14 +160,15 @@ def _norm(arch: int, elements: int, gated: bool) -> Build:
     types |= {"residual_ptr": "*fp32", "residual_stride": "i32", "residual_out_ptr": "*fp32"}
     for table in ("gate", "scale", "shift"):
         types |= {f"{table}_ptr": "*fp32", f"{table}_stride": "i32"}
-    types |= {"index_ptr": "*i32", "table_rows": "i32", "weight_ptr": "*bf16", "bias_ptr": "*bf16"}
+    types |= {"index_ptr": "*i32", "rows_by": "i32", "table_rows": "i32"}
+    types |= {"weight_ptr": "*bf16", "bias_ptr": "*bf16"}
     types |= {"tokens": "i32", "channels": "i32", "eps": "fp32"}
     # Up to 2,048 elements they are several rows.
     rows = 4 if elements <= 2048 else 1
-    flags = ("HAS_SCALE", "HAS_SHIFT", "HAS_INDEX")
+    flags = ("HAS_SCALE", "HAS_SHIFT")
     constants: dict[str, Any] = {"GATED": gated, "HAS_GATE": gated, "RMS": False}
     constants |= dict.fromkeys(flags, True)
-    constants |= dict.fromkeys(("PER_TOKEN", "HAS_WEIGHT", "HAS_BIAS"), False)
+    constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS"), False)
     constants |= {"ROWS": rows, "BLOCK": elements // rows}
     options = {"num_warps": launch.row_warps("norm_modulate", arch, elements)}
     op = "gate_residual_norm_modulate" if gated else "norm_modulate"
@@ -240,11 +241,7 @@ def _attributes(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
     """Pointers, strides and widths are multiples of 16, as they are in the models."""
     names = list(build.kernel.arg_names)
     aligned = ("*", "i32")
-    loose = (
-        *("tokens", "table_rows", "heads", "q_len", "k_len", "first_token", "frames", "positions"),
-        *("rows", "fresh", "kept"),
-        *("reach_t", "reach_h", "reach_w", "items"),
-    )
+    loose = {param.name for param in build.kernel.params if param.do_not_specialize} | {"heads"}
     return {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in build.types.items()
@@ -252,7 +249,7 @@ def _attributes(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
     }
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -289,7 +286,7 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         file.flush()
         usage, sass = (
             subprocess.run(
-                [_tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True
+                [tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True
             ).stdout
             for flag in ("-res-usage", "-sass")
         )

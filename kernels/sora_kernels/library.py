@@ -14,6 +14,24 @@ import torch
 
 LIBRARY = torch.library.Library("sora", "FRAGMENT")
 
+SERVES: dict[str, dict[str, Callable[..., Any]]] = {}
+"""For each op what serves tensors of a kind of device, by its dispatch key."""
+
+
+def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with the device of its first argument, a tensor, as the thread's current one.
+
+    Triton launches to the current device, whatever device its tensors are on.
+    """
+
+    def guarded(first: torch.Tensor, *rest: Any) -> Any:
+        if first.device.index == torch.cuda.current_device():
+            return run(first, *rest)
+        with torch.cuda.device(first.device):
+            return run(first, *rest)
+
+    return guarded
+
 
 def register(
     name: str,
@@ -27,8 +45,9 @@ def register(
     so inputs that require grad raise.
     """
     LIBRARY.define(f"{name}{schema}")
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+    SERVES[name] = {"CPU": run, "CUDA": on_its_device(run)}
+    for key, serve in SERVES[name].items():
+        LIBRARY.impl(name, serve, key)
     torch.library.register_fake(f"sora::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.sora, name).default
 

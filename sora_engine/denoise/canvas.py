@@ -20,6 +20,7 @@ from sora_engine.denoise.packing import Segment
 from sora_engine.denoise.windows import Window, chain_of, frames_seen, plan_windows
 from sora_engine.request import Guidance, KnownMode, ResolvedRequest, SparsePlan, WindowPlan
 from sora_engine.samplers import Solver, SolverState, make_solver
+from sora_kernels.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,12 +29,19 @@ class Known:
 
     latents: `[C, T, H, W]`; mask: bool `[T, H, W]`, True where known. Both are None in mode
         CHANNELS and VACE, where `channels [C', T, H, W]` go beside the sample instead.
+    levels: the mask on the host, where the model is told of it by the noise level: tokens' levels
+        are laid out there, and a step does not wait for it.
     """
 
     mode: KnownMode
     latents: Tensor | None = None
     mask: Tensor | None = None
     channels: Tensor | None = None
+    levels: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.mode is KnownMode.NOISE_LEVEL:
+            object.__setattr__(self, "levels", self.mask.cpu())
 
 
 @dataclass(slots=True, eq=False)
@@ -72,8 +80,8 @@ class Canvas:
     chain: tuple[Window, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        mask = self._mask_by_level()
-        known = None if mask is None else mask.any(dim=2).any(dim=1).cpu()
+        levels = None if self.known is None else self.known.levels
+        known = None if levels is None else levels.any(dim=2).any(dim=1)
         total = self.latents.shape[1]
         self.chain = chain_of(self.window_plan, total, known, wraps=self.wraps)
 
@@ -136,12 +144,18 @@ class Canvas:
         return settled
 
     @property
-    def anchor_frames(self) -> Tensor:
-        """The latent frames that the next step's window sees beside its own: int64 `[a]`."""
-        if not self.windows_done or not isinstance(self.window_plan, WindowPlan):
-            return torch.empty(0, dtype=torch.int64)
-        first = self.chain[0].indices()
-        return first[len(first) - self.window_plan.anchors :]
+    def anchors(self) -> Window | None:
+        """The latent frames that the next step's window sees beside its own."""
+        plan = self.window_plan
+        if not self.windows_done or not isinstance(plan, WindowPlan) or not plan.anchors:
+            return None
+        first = self.chain[0]
+        return Window(first.start + first.length - plan.anchors, plan.anchors, first.total)
+
+    @property
+    def num_anchors(self) -> int:
+        """How many latent frames those are."""
+        return 0 if self.anchors is None else self.anchors.length
 
     def part(self, whole: Tensor) -> Tensor:
         """What the next step is about of a tensor `[C, T, H, W]`: the chain's window, or all."""
@@ -152,9 +166,12 @@ class Canvas:
         if not self.chain:
             return part
         window = self.windows()[0]
-        settled = window.of(self.settled, 0).to(part.device)[:, None, None]
+        settled = to_device(window.of(self.settled, 0), part.device)[:, None, None]
         part = torch.where(settled, self.part(self.latents), part)
-        return self.latents.index_copy(1, window.indices().to(part.device), part)
+        latents = self.latents.clone()
+        for place, own in window.places(latents, part):
+            place.copy_(own)
+        return latents
 
     def move(self, part: Tensor, state: SolverState) -> None:
         """Take the solver's step; at the end of a chained window, turn to the next one."""
@@ -168,7 +185,7 @@ class Canvas:
         again = torch.zeros(window.total, dtype=torch.bool)
         again[window.indices()[: window.lead]] = True
         again &= ~self.settled
-        again = again.to(self.latents.device)[:, None, None]
+        again = to_device(again, self.latents.device)[:, None, None]
         self.latents = torch.where(again, self.noise, self.latents)
         self.solver_state = self.solver.init()
         self.guidance_memory = None
@@ -198,7 +215,7 @@ class Canvas:
             timesteps=self._timesteps(window),
             contexts=self._contexts(window, expert, conditional=conditional),
             sees=self._sees(window),
-            num_anchors=len(self.anchor_frames),
+            num_anchors=self.num_anchors,
         )
 
     def _sees(self, window: Window) -> Tensor | None:
@@ -211,36 +228,34 @@ class Canvas:
 
     def _model_input(self, window: Window) -> Tensor:
         sample = window.of(self.latents, 1)
-        if len(self.anchor_frames):
-            anchors = self.latents.index_select(1, self.anchor_frames.to(sample.device))
-            sample = torch.cat([anchors, sample], dim=1)
+        if self.anchors is not None:
+            sample = torch.cat([self.anchors.of(self.latents, 1), sample], dim=1)
         if self.known is None or self.known.channels is None:
             return sample
         return torch.cat([sample, window.of(self.known.channels, 1).to(sample)])
 
     def _timesteps(self, window: Window) -> Tensor:
         timesteps = torch.full((window.length,), self.timestep, dtype=torch.float32)
-        known = self._mask_by_level()
+        known = None if self.known is None else self.known.levels
         if known is None and not self.windows_done:
             return timesteps
-        mask = window.of(self.settled, 0)[:, None, None].expand(-1, *self.latents.shape[2:])
+        mask = window.of(self.settled, 0)[:, None, None]
         if known is not None:
-            mask = mask | window.of(known, 0).cpu()
-        # Masks cover whole patches (see `denoise.known`): a patch's first latent speaks for it.
-        per_token = mask[:, :: self.patch_size[1], :: self.patch_size[2]]
-        levels = torch.where(per_token, 0.0, timesteps[:, None, None])
-        return torch.cat([levels.new_zeros(len(self.anchor_frames), *levels.shape[1:]), levels])
-
-    def _mask_by_level(self) -> Tensor | None:
-        """What the model is told is known by its noise level: bool `[T, H, W]`."""
-        known = self.known
-        return known.mask if known is not None and known.mode is KnownMode.NOISE_LEVEL else None
+            # Masks cover whole patches (see `denoise.known`): a patch's first latent speaks for it.
+            mask = mask | window.of(known[:, :: self.patch_size[1], :: self.patch_size[2]], 0)
+        first = mask[:, :1, :1]
+        if bool((mask == first).all()):  # frames are known whole, or not at all
+            levels = torch.where(first.flatten(), 0.0, timesteps)
+        else:
+            levels = torch.where(mask, 0.0, timesteps[:, None, None])
+        return torch.cat([levels.new_zeros(self.num_anchors, *levels.shape[1:]), levels])
 
     def _contexts(
         self, window: Window, expert: int, *, conditional: bool
     ) -> tuple[tuple[Context, int], ...]:
         contexts = self.contexts[expert]
-        frames = torch.cat([self.anchor_frames, window.indices()]).tolist()
+        seen = [window] if self.anchors is None else [self.anchors, window]
+        frames = torch.cat([each.indices() for each in seen]).tolist()
         if not conditional:
             return ((contexts[-1], len(frames)),)
         texts = [self.prompts.frame_texts[i] for i in frames]

@@ -31,6 +31,7 @@ from sora_engine.request import LatentGrid, ResolvedRequest, WindowPlan
 from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
 from sora_engine.samplers.prediction import to_x0
 from sora_engine.vae.finite import check_finite, is_finite
+from sora_kernels.transfer import to_device
 
 
 def prepare(request: ResolvedRequest, model: DiffusionModel) -> Canvas:
@@ -51,7 +52,7 @@ def preparing(request: ResolvedRequest, model: DiffusionModel) -> Generator[None
     Yields where the engine may turn to other jobs, or stop: after each latent frame of a clip.
     """
     shape = request.latent_shape(model.grid)
-    noise = initial_latents(request, shape).to(model.device)
+    noise = to_device(initial_latents(request, shape), model.device)
     schedule = solver_of(request, model).schedule
     known, image = yield from encode_known(request, model)
     if known is not None:
@@ -168,7 +169,7 @@ def denoise_step(
             fresh = None
             if canvas.solver.stochastic:
                 shape = canvas.part(canvas.latents).shape
-                fresh = noise_for(canvas.seed, canvas.step, shape).to(model.device)
+                fresh = to_device(noise_for(canvas.seed, canvas.step, shape), model.device)
             step_index = canvas.step_index
             advance(canvas, expert, predictions, fresh, model.preview)
             for visit in range(1, canvas.resample):
@@ -258,9 +259,8 @@ def go_back(canvas: Canvas, step_index: int, visit: int) -> None:
 
     A multistep solver forgets its history: it belongs to a path that this sample is not on.
     """
-    noise = resampling_noise(canvas.seed, step_index, visit, canvas.latents.shape).to(
-        canvas.latents
-    )
+    drawn = resampling_noise(canvas.seed, step_index, visit, canvas.latents.shape)
+    noise = to_device(drawn, canvas.latents.device)
     canvas.latents = canvas.solver.schedule.go_back(canvas.latents, noise, step_index)
     canvas.solver_state = canvas.solver.init(step_index)
 

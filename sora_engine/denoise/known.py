@@ -17,6 +17,7 @@ from sora_engine.denoise.model import DiffusionModel
 from sora_engine.errors import RequestError
 from sora_engine.request import Clip, KnownMode, ResolvedRequest
 from sora_engine.request.frames import crop_middle, load_frames
+from sora_kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from sora_engine.request.request import Frames
@@ -181,9 +182,8 @@ def _encode(
         pixels = to_unit_range(here)
         if known is not None:
             pixels = pixels * torch.from_numpy(known)
-        encoded, state = model.vae.encode_chunk(
-            pixels.to(model.device, model.vae_dtype), state, consume=True
-        )
+        placed = to_device(pixels.to(model.vae_dtype), model.device)
+        encoded, state = model.vae.encode_chunk(placed, state, consume=True)
         latents.append(encoded[0].float())
         yield
     return torch.cat(latents if before is None else latents[1:], dim=1)
@@ -208,12 +208,12 @@ def _encode_latents(
             f"this model hold the frames {_describe(spans)}"
         )
     last = int(mask.any(dim=2).any(dim=1).nonzero().max())
-    latents = torch.zeros(shape, dtype=torch.float32)
+    latents = torch.zeros(shape, dtype=torch.float32, device=model.device)
     filled = line.filled()
     before = filled[-1:] if request.loop else None
     encoded = yield from _encode(filled[: spans[last].stop], model, before=before)
-    latents[:, : last + 1] = encoded.cpu()
-    return Known(model.known_mode, latents=latents.to(model.device), mask=mask.to(model.device))
+    latents[:, : last + 1] = encoded
+    return Known(model.known_mode, latents=latents, mask=to_device(mask, model.device))
 
 
 def _encode_channels(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sora_engine.denoise.conditioning import Context, KeyValues
 from sora_kernels import AttentionPlan, BlockPlan
+from sora_kernels.transfer import to_device
 
 Grid = tuple[int, int, int]
 """Patches of a window in frames, rows and columns."""
@@ -174,7 +175,7 @@ class Packer:
         timesteps, rows, pooled = _modulation_rows(segments, layout.grids, self.patch_size[0])
         video = Stream(
             tokens=tokens,
-            rows=None if len(timesteps) == 1 else rows.to(self.device),
+            rows=None if len(timesteps) == 1 else _token_rows(rows, layout.grids, self.device),
             coords=layout.coords,
             cu_seqlens=layout.cu_seqlens,
             max_seqlen=layout.max_seqlen,
@@ -184,8 +185,8 @@ class Packer:
         )
         streams = {VIDEO: video}
         for name in segments[0].contexts[0][0].tokens:
-            streams[name] = _context_stream(name, segments, rows, layout.grids, self.device)
-        return PackedBatch(streams, timesteps.to(self.device), layout.contexts, pooled)
+            streams[name] = _context_stream(name, segments, rows, self.device)
+        return PackedBatch(streams, to_device(timesteps, self.device), layout.contexts, pooled)
 
     def unpack(self, predictions: Tensor, batch: PackedBatch, channels: int) -> list[Tensor]:
         """Split `predictions [N, patch volume * channels]` into one `[C, T, H, W]` a segment."""
@@ -253,7 +254,7 @@ def lay_out(
             raise ValueError(f"contexts of {frames} latent frames do not fill {T * patch_size[0]}")
         spans += [(context, n // patch_size[0] * H * W) for context, n in stretches]
     return PackLayout(
-        coords=coords.to(device),
+        coords=to_device(coords, device),
         cu_seqlens=_cumulative(lengths, device),
         max_seqlen=max(lengths),
         grids=tuple(grids),
@@ -290,7 +291,8 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
     log_padding = None
     if any(run.padding for run in runs):
         counts = torch.tensor([run.padding for run in runs], dtype=torch.float32)
-        log_padding = counts.log().repeat_interleave(torch.tensor(run_lengths)).to(device)
+        each = counts.log().repeat_interleave(torch.tensor(run_lengths))
+        log_padding = to_device(each, device)
     single = len(runs) == 1
     # Padding is the model's token and not the text's (Wan's is what its text embedder makes of a
     # zero row), and all of a batch is at one expert: the first run's key and value are everyone's.
@@ -310,30 +312,31 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
 
 def _modulation_rows(
     segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The distinct rows of the modulation table: timesteps `[rows]`, for each token its row, and
-    what is pooled of the context of each row.
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """The distinct rows of the modulation table: timesteps `[rows]`, for each segment the rows that
+    it reads, and what is pooled of the context of each row.
 
-    A token of several latent frames has the first one's noise level. Where contexts have something
+    A segment's rows are int64 `[T]`, one for each frame of tokens, or `[T * H * W]` where the level
+    differs within a frame. They are worked out on the host at each step, so not for every token. A
+    token of several latent frames has the first one's noise level. Where contexts have something
     pooled, tokens of one level that read different contexts have rows of their own.
     """
     levels = []
     for segment, (T, H, W) in zip(segments, grids, strict=True):
         level = segment.timesteps[::patch_frames].to(torch.float32)
-        if level.ndim == 1:
-            level = level[:, None, None]
-        levels.append(level.expand(T, H, W).reshape(-1))
-    every = torch.cat(levels)
+        assert level.shape in ((T,), (T, H, W)), (level.shape, (T, H, W))
+        levels.append(level.flatten())
+    every, sizes = torch.cat(levels), [len(level) for level in levels]
     read = {id(context): context for s in segments for context, _ in s.contexts}
     if all(context.pooled is None for context in read.values()):
         timesteps, rows = torch.unique(every, return_inverse=True)
-        return timesteps, rows, None
+        return timesteps, list(rows.split(sizes)), None
     numbers = {key: float(i) for i, key in enumerate(read)}
-    spans = [
-        torch.full((frames // patch_frames * H * W,), numbers[id(context)], dtype=torch.float32)
-        for segment, (_, H, W) in zip(segments, grids, strict=True)
-        for context, frames in segment.contexts
-    ]
+    spans = []
+    for segment, size, (T, _, _) in zip(segments, sizes, grids, strict=True):
+        for context, frames in segment.contexts:
+            count = frames // patch_frames * (size // T)
+            spans.append(torch.full((count,), numbers[id(context)], dtype=torch.float32))
     pairs, rows = torch.unique(torch.stack([every, torch.cat(spans)]), dim=1, return_inverse=True)
     contexts = list(read.values())
     pooled = []
@@ -342,14 +345,22 @@ def _modulation_rows(
         if vector is None:
             raise ValueError("of the contexts of one batch some have a pooled text and some do not")
         pooled.append(vector)
-    return pairs[0], rows, torch.stack(pooled)
+    return pairs[0], list(rows.split(sizes)), torch.stack(pooled)
+
+
+def _token_rows(rows: Sequence[Tensor], grids: Sequence[Grid], device: torch.device) -> Tensor:
+    """For each token its row, int64 `[N]`: what `_modulation_rows` found, spread on the device."""
+    numbers = to_device(torch.cat(list(rows)), device)
+    parts = zip(numbers.split([len(own) for own in rows]), grids, strict=True)
+    return torch.cat(
+        [own[:, None].expand(-1, math.prod(grid) // len(own)).flatten() for own, grid in parts]
+    )
 
 
 def _context_stream(
     name: str,
     segments: Sequence[Segment],
-    rows: Tensor,
-    grids: Sequence[Grid],
+    rows: Sequence[Tensor],
     device: torch.device,
 ) -> Stream:
     """The tokens of all segments' contexts under one name. They read the modulation row of the
@@ -360,14 +371,15 @@ def _context_stream(
             raise ValueError(f"stream {name!r} takes one context a segment, got several shots")
         texts.append(segment.contexts[0][0].tokens[name])
     lengths = [len(text) for text in texts]
-    noisiest = torch.stack([own.max() for own in rows.split([math.prod(grid) for grid in grids])])
+    noisiest = torch.stack([own.max() for own in rows])
     coords = torch.zeros(sum(lengths), 3, dtype=torch.int64)
     coords[:, 0] = torch.cat([torch.arange(n) for n in lengths])
-    single = int(rows.max()) == 0
+    single = int(noisiest.max()) == 0
+    each = noisiest.repeat_interleave(torch.tensor(lengths))
     return Stream(
         tokens=torch.cat(texts),
-        rows=None if single else noisiest.repeat_interleave(torch.tensor(lengths)).to(device),
-        coords=coords.to(device),
+        rows=None if single else to_device(each, device),
+        coords=to_device(coords, device),
         cu_seqlens=_cumulative(lengths, device),
         max_seqlen=max(lengths),
         grids=tuple((n, 1, 1) for n in lengths),
@@ -403,4 +415,4 @@ def _grid(latents: Tensor, patch_size: PatchSize) -> Grid:
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    return offsets.to(device)
+    return to_device(offsets, device)

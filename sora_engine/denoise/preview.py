@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
+from sora_kernels.transfer import to_device
 
 FILE = "latent_rgb.json"
 
@@ -67,7 +68,9 @@ class LatentPreview:
 
     def colours(self, latents: Tensor) -> Tensor:
         """Normalised latents `[C, T, h, w]` to colours `[3, T, h, w]`."""
-        weight, bias = self.weight.to(latents), self.bias.to(latents)
+        weight, bias = (
+            to_device(x.to(latents.dtype), latents.device) for x in (self.weight, self.bias)
+        )
         return torch.einsum("kc,cthw->kthw", weight, latents) + bias[:, None, None, None]
 
     def frames(self, latents: Tensor) -> np.ndarray:

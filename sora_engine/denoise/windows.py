@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.request.windows import SparsePlan, WindowPlan
+from sora_kernels.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,35 @@ class Window:
     def indices(self) -> Tensor:
         return torch.arange(self.start, self.start + self.length) % self.total
 
+    def stretches(self) -> list[slice]:
+        """Its frames as stretches of the canvas, in order: one, unless it passes the end.
+
+        A stretch needs no indices on the device, which the host would have to bring there.
+        """
+        found, at, left = [], self.start % self.total, self.length
+        while left:
+            stop = min(self.total, at + left)
+            found.append(slice(at, stop))
+            left -= stop - at
+            at = 0
+        return found
+
     def of(self, canvas: Tensor, dim: int) -> Tensor:
-        """The window's frames of a tensor with the canvas's time at `dim`."""
+        """The window's frames of a tensor with the canvas's time at `dim`, in memory of its own
+        unless they are all frames."""
         if self.covers_all:
             return canvas
-        return canvas.index_select(dim, self.indices().to(canvas.device))
+        stretches = self.stretches()
+        return torch.cat([canvas.narrow(dim, s.start, s.stop - s.start) for s in stretches], dim)
+
+    def places(self, canvas: Tensor, own: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views of a canvas `[C, total, H, W]`, each beside what lies there of `own [C, length, H,
+        W]`."""
+        stretches = self.stretches()
+        lengths = [s.stop - s.start for s in stretches]
+        return [
+            (canvas[:, s], part) for s, part in zip(stretches, own.split(lengths, 1), strict=True)
+        ]
 
 
 def plan_windows(
@@ -137,7 +162,7 @@ def blend(
     """
     if len(windows) == 1 and windows[0].covers_all:
         return predictions[0]
-    weights = weight_sum(windows, plan, wraps=wraps).to(predictions[0])
+    weights = to_device(weight_sum(windows, plan, wraps=wraps), predictions[0].device)
     return divided(weighted_sum(predictions, windows, plan, wraps=wraps), weights)
 
 
@@ -156,10 +181,12 @@ def weighted_sum(
     """The sum of windows' predictions, each times its weights: `[C, total, H, W]`."""
     C, _, H, W = predictions[0].shape
     total = predictions[0].new_zeros(C, windows[0].total, H, W)
+    every = torch.cat([window_weights(plan, window, wraps=wraps) for window in windows])
+    weights = to_device(every, total.device).split([window.length for window in windows])
     for i in sorted(range(len(windows)), key=lambda i: windows[i].start):
-        weights = window_weights(plan, windows[i], wraps=wraps).to(total)
-        indices = windows[i].indices().to(total.device)
-        total.index_add_(1, indices, predictions[i] * weights[:, None, None])
+        weighted = predictions[i] * weights[i][:, None, None]
+        for place, part in windows[i].places(total, weighted):
+            place.add_(part)
     return total
 
 

@@ -5,9 +5,10 @@ Tensors cross as bytes, so that every dtype crosses on every backend, and nothin
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -46,19 +47,31 @@ def exchange_error(error: BaseException) -> ExchangeError | None:
     return found
 
 
+Told = Callable[[], bool]
+"""Whether something has happened on a device by now, asked without waiting for it."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """What one rank sent to others, by purpose, and whether it waits for them now.
 
-    exchanges: how many it has begun; waiting_since: on the monotonic clock, None while it works;
-    waited_s: in all so far.
+    exchanges: how many it has begun; waiting_since: on the monotonic clock, None while its host
+    does not wait; waited_s: in all so far.
     Written by the rank's own thread, read by the one that reports to the engine.
+
+    NCCL's exchanges wait on the device: the host goes on at once, and stands still somewhere later,
+    where it needs a result. So those are kept (`queue`), and asked whether the device has come to
+    them and no further. What the device computes before it comes to an exchange is no wait.
     """
 
     sent_bytes: Counter[str] = field(default_factory=Counter)
     exchanges: int = 0
     waiting_since: float | None = None
     waited_s: float = 0.0
+    _queued: deque[tuple[Told, Told]] = field(default_factory=deque)
+    _stuck: tuple[tuple[Told, Told], float] | None = None
+    """The queued exchange that the device was last seen in, and since when."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> None:
         self.exchanges += 1
@@ -68,6 +81,53 @@ class Traffic:
         if self.waiting_since is not None:
             self.waited_s += time.monotonic() - self.waiting_since
         self.waiting_since = None
+
+    def queue(self, reached: Told, done: Told) -> None:
+        """An exchange that the device makes in its turn: has it come to it, and is it through."""
+        with self._lock:
+            self._drop_done()
+            self._queued.append((reached, done))
+
+    def waiting_s(self) -> float | None:
+        """For how long this rank waits for others by now; None where it does not.
+
+        On a device it is counted from when it was first asked for, so it is to be asked for often.
+        """
+        now, since = time.monotonic(), self.waiting_since
+        if since is not None:
+            return now - since
+        with self._lock:
+            self._drop_done()
+            if not self._queued or not self._queued[0][0]():
+                self._stuck = None
+                return None
+            if self._stuck is None or self._stuck[0] is not self._queued[0]:
+                self._stuck = self._queued[0], now
+            return now - self._stuck[1]
+
+    def _drop_done(self) -> None:
+        while self._queued and self._queued[0][1]():
+            self._queued.popleft()
+
+
+def mark(device: torch.device) -> Told | None:
+    """Tells whether a GPU has come to what is queued next; None on a device without a queue."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.query
+
+
+@contextmanager
+def waiting(traffic: Traffic, device: torch.device) -> Iterator[None]:
+    """Count what is inside as an exchange: the host's, or one that the device makes in its turn."""
+    reached = mark(device)
+    with traffic:
+        yield
+    done = mark(device)
+    if reached is not None and done is not None:
+        traffic.queue(reached, done)
 
 
 class Pending:
@@ -83,15 +143,17 @@ class Pending:
         peers: Sequence[int],
         received: Mapping[int, Tensor],
         sent: object,
+        device: torch.device,
     ) -> None:
         self._channel, self._received, self._sent = channel, received, sent
+        self._device = device
         each: list[Sequence[int]] = [peers] * len(works)
         if len(peers) == len(works):
             each = [[peer] for peer in peers]
         self._works = list(zip(works, each, strict=True))
 
     def wait(self) -> Mapping[int, Tensor]:
-        with self._channel.traffic:
+        with waiting(self._channel.traffic, self._device):
             for work, peers in self._works:
                 with self._channel.exchanging(peers):
                     work.wait()
@@ -139,7 +201,7 @@ class Channel:
         out = rows.new_empty(sum(receive))
         self.traffic.sent_bytes[self.purpose] += width * (sum(send) - send[self.index])
         others = [i for i in range(self.size) if i != self.index]
-        with self.traffic, self.exchanging(others):
+        with waiting(self.traffic, rows.device), self.exchanging(others):
             dist.all_to_all_single(
                 out.view(torch.uint8),
                 rows.contiguous().view(torch.uint8),
@@ -160,7 +222,9 @@ class Channel:
         peers = [*receive, *send]
         with self.exchanging(peers):  # a connection that is lost already shows here
             works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(self, works, peers, receive, send)
+        tensors = [*receive.values(), *send.values()]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return Pending(self, works, peers, receive, send, device)
 
     def _operation(self, kind: object, tensor: Tensor, peer: int) -> dist.P2POp:
         data = tensor.view(-1).view(torch.uint8)
@@ -183,7 +247,7 @@ class Channel:
         """Every rank's flat `own`, all of one length, one after the other into the flat `out`."""
         self.traffic.sent_bytes[self.purpose] += (self.size - 1) * own.nbytes
         others = [i for i in range(self.size) if i != self.index]
-        with self.traffic, self.exchanging(others):
+        with waiting(self.traffic, own.device), self.exchanging(others):
             _gather(out.view(torch.uint8), own.view(torch.uint8), group=self.group)
 
     def all_agree(self, flag: bool) -> bool:

@@ -160,6 +160,9 @@ class RankExecutor:
         name: str = self.pool.description["vae_name"]
         return name
 
+    def make_current(self) -> None:
+        """Nothing: the devices are the ranks', and this process touches none of them."""
+
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, RemoteCanvas]:
         """As `denoise.preparing`, at every rank."""
         self._restart()

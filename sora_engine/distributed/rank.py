@@ -14,7 +14,6 @@ import select
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -131,9 +130,7 @@ class Control:
         if self.mesh is None:
             return {"exchanges": 0, "waiting_s": None}
         traffic = self.mesh.traffic
-        since = traffic.waiting_since
-        waiting_s = None if since is None else time.monotonic() - since
-        return {"exchanges": traffic.exchanges, "waiting_s": waiting_s}
+        return {"exchanges": traffic.exchanges, "waiting_s": traffic.waiting_s()}
 
     def _abort(self, message: Message) -> None:
         """Another rank failed. Whatever this one is in the middle of, it ends here."""

@@ -157,7 +157,7 @@ def ring_attention(
         queries = _meeting(shard.own_block, shard.block(source), shard.segments)
         assert queries is not None
         rows = slice(queries.start - start, queries.stop - start)
-        merge(out[rows], lse[rows], *_dense(q[rows], keys, values, backend))
+        merge(out[rows], lse[rows], *_dense(q[rows], keys, values, shard, backend))
     return out.to(q.dtype)
 
 
@@ -172,23 +172,21 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     lse.copy_(joint)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, shard: TokenShard, backend: str
+) -> tuple[Tensor, Tensor]:
     """Attention of all q over all k, with its log-sum-exp."""
     return packed_attention(
         q,
         k,
         v,
-        _whole(q),
-        _whole(k),
+        shard.whole(len(q)),
+        shard.whole(len(k)),
         max_seqlen_q=len(q),
         max_seqlen_k=len(k),
         return_lse=True,
         backend=backend,
     )
-
-
-def _whole(x: Tensor) -> Tensor:
-    return torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
 
 
 def _ring_steps(shard: TokenShard) -> dict[int, tuple[int, range | None, range | None]]:

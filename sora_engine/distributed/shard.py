@@ -15,6 +15,7 @@ from torch import Tensor
 from sora_engine.denoise.packing import Grid, Plans
 from sora_engine.distributed.layout import bounds, share
 from sora_engine.distributed.mesh import Mesh
+from sora_kernels.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +35,7 @@ class TokenShard:
     cu_seqlens: Tensor
     max_seqlen: int
     plans: Plans = field(default_factory=dict)
+    _wholes: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> slice:
@@ -57,6 +59,17 @@ class TokenShard:
         offsets = self.bounds[first : first + self.mesh.ulysses.size + 1]
         return [b - a for a, b in itertools.pairwise(offsets)]
 
+    def whole(self, length: int) -> Tensor:
+        """Offsets int32 `[2]` of one segment of so many tokens.
+
+        Every ring step of every layer asks for them: made anew, each would be a copy to the device
+        between two steps that are to overlap.
+        """
+        if length not in self._wholes:
+            offsets = torch.tensor([0, length], dtype=torch.int32)
+            self._wholes[length] = to_device(offsets, self.cu_seqlens.device)
+        return self._wholes[length]
+
     def heads(self, num_heads: int) -> list[int]:
         """How many heads each rank of the Ulysses group attends with."""
         return share(num_heads, self.mesh.ulysses.size)
@@ -76,7 +89,7 @@ def shard_tokens(
         bounds=cuts,
         segments=tuple(segments),
         grids=tuple(grids),
-        cu_seqlens=torch.tensor(pieces, dtype=torch.int32, device=device),
+        cu_seqlens=to_device(torch.tensor(pieces, dtype=torch.int32), device),
         max_seqlen=longest(pieces),
     )
 

@@ -18,6 +18,7 @@ from sora_engine.distributed.attention import ShardedAttention
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.shard import TokenShard, clip_offsets, longest, shard_tokens
 from sora_engine.errors import LayoutError
+from sora_kernels.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ def _cut_runs(contexts: Mapping[str, ContextRuns], mine: slice) -> dict[str, Con
         padding = runs.log_padding
         cut[name] = replace(
             runs,
-            cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32, device=runs.keys.device),
+            cu_seqlens_q=to_device(torch.tensor(offsets, dtype=torch.int32), runs.keys.device),
             max_seqlen_q=longest(offsets),
             plans={},
             log_padding=None if padding is None else padding[mine],

@@ -18,6 +18,7 @@ from sora_engine.denoise.packing import Grid
 from sora_engine.distributed.shard import TokenShard
 from sora_engine.models.attention import NO_WINDOW
 from sora_kernels import BlockPlan, plan_attention, windowed_attention
+from sora_kernels.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +46,7 @@ class SparseRing:
         ring = shard.mesh.ring
         mine = shard.own_block
         needed = [_frames_seen(shard, sees, shard.block(i)) for i in range(ring.size)]
-        sends = {i: _rows(shard, needed[i], mine).to(device) for i in range(ring.size)}
+        sends = {i: to_device(_rows(shard, needed[i], mine), device) for i in range(ring.size)}
         own = sends.pop(ring.index)
         wanted = needed[ring.index]
         receives = {
@@ -75,8 +76,8 @@ class SparseRing:
             sends={i: rows for i, rows in sends.items() if len(rows)},
             receives={i: n for i, n in receives.items() if n},
             own=own,
-            keys=(torch.cat(keys) if keys else torch.empty(0, dtype=torch.int64)).to(device),
-            cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
+            keys=to_device(torch.cat([torch.empty(0, dtype=torch.int64), *keys]), device),
+            cu_seqlens=to_device(torch.tensor(offsets, dtype=torch.int32), device),
             grids=tuple(grids),
             key_grids=tuple(key_grids),
             masks=tuple(masks),

@@ -21,6 +21,7 @@ from sora_engine.denoise.windows import Window, divided, weight_sum, weighted_su
 from sora_engine.distributed.layout import share
 from sora_engine.distributed.mesh import Mesh
 from sora_engine.distributed.sharder import BatchSharder
+from sora_kernels.transfer import to_device
 
 
 class RankSharing:
@@ -83,14 +84,14 @@ class RankSharing:
             for cell, windows_of in enumerate(windows_by_cell):
                 if not windows_of[branch]:
                     continue
-                frames = _frames(windows_of[branch]).to(device)
+                frames = to_device(_frames(windows_of[branch]), device)
                 size = len(frames) * total[:, 0].numel()
                 summed = sums[cell][taken[cell] : taken[cell] + size]
                 taken[cell] += size
                 total.index_add_(1, frames, summed.view(len(total), -1, *total.shape[2:]))
             every = [p.window for p in group]
             weights = weight_sum(every, canvas.window_plan, wraps=canvas.wraps)
-            joined[branch] = divided(total, weights.to(total))
+            joined[branch] = divided(total, to_device(weights, total.device))
         return joined
 
     def _own_sum(
@@ -102,7 +103,7 @@ class RankSharing:
     ) -> Tensor:
         by_window = [predictions[branch[0], window, branch[1]] for window in windows]
         whole = weighted_sum(by_window, windows, canvas.window_plan, wraps=canvas.wraps)
-        return whole.index_select(1, _frames(windows).to(whole.device))
+        return whole.index_select(1, to_device(_frames(windows), whole.device))
 
     def _owners(self, parts: Sequence[Part]) -> dict[tuple[int, Window, bool], int]:
         """The cell of each part.

@@ -65,10 +65,21 @@ def steady(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     what a request gives would depend on its company. A few rows are made more, and cut again. From
     4 rows a thread on, MKL's and oneDNN's float32 products give each row the same bits.
     """
-    rows, least = x.shape[0], 8 * torch.get_num_threads()
-    if x.device.type not in ("cpu", "meta") or rows >= least:  # meta: memory is rehearsed there
+    if x.device.type not in ("cpu", "meta"):  # meta: memory is rehearsed there
+        return layer(x)
+    rows, least = x.shape[0], 8 * _num_threads()
+    if rows >= least:
         return layer(x)
     return layer(F.pad(x, (0, 0, 0, least - rows)))[:rows]
+
+
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+# As `torch.compiler.assume_constant_result` marks a function whose result a graph may have in it;
+# that would import the compiler, which takes seconds.
+_num_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:

@@ -38,6 +38,7 @@ from sora_engine.runtime.lifetime import Origin, stop_when_dropped
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
 from sora_engine.runtime.savepoint import Savepoint, load_state
 from sora_engine.runtime.scheduler import MAX_PRIORITY
+from sora_engine.runtime.warming import compile_kernels
 from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
 from sora_engine.vae.free_memory import free_bytes
@@ -79,6 +80,8 @@ class Engine:
                 model, self.limits.max_batch_tokens, limit, self.limits.pack_tokens
             )
             replicas = [LocalExecutor(model)]
+            if model.device.type == "cuda":
+                compile_kernels(model, self._planner, self.limits)
         if not replicas:
             raise ValueError("an engine takes a model, or replicas that have one")
         self.model: ServedModel = replicas[0].model if model is None else model
@@ -173,8 +176,11 @@ class Engine:
     def generate(self, request: VideoRequest | Sequence[VideoRequest]) -> Video | list[Video]:
         """Make a video, or several in company, and wait for them.
 
+        request: one, which gives a `Video`, or several, which give a list in their order.
+
         All requests are checked before any work starts. Where one of several fails, the others are
-        cancelled and its error is raised.
+        cancelled and its error is raised. Raises RequestError for what the checkpoint cannot make,
+        MemoryLimitError for what does not fit, and what `submit` and `Job.result` raise.
         """
         single = isinstance(request, VideoRequest)
         if not single and (isinstance(request, str) or not isinstance(request, Iterable)):

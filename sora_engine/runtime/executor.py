@@ -102,6 +102,10 @@ class Executor(Protocol[C]):
         """The class that decodes."""
         ...
 
+    def make_current(self) -> None:
+        """Have the device of its work current in this thread: every thread begins at the first."""
+        ...
+
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, C]:
         """See `denoise.preparing`."""
         ...
@@ -164,6 +168,11 @@ class LocalExecutor:
     @property
     def vae_name(self) -> str:
         return type(self.model.vae.coder).__name__
+
+    def make_current(self) -> None:
+        device = self.model.device
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
 
     def preparing(self, request: ResolvedRequest) -> Generator[None, None, Canvas]:
         return preparing(request, self.model)

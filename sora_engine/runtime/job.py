@@ -30,6 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class JobState(enum.StrEnum):
+    """Where a job is. It goes through the first five in order; any but the last three may end in
+    FAILED or CANCELLED.
+
+    QUEUED: not begun. ENCODING: prompts and known clips. DENOISING: steps. DECODING: latents to
+    frames. COMPLETED: `Job.result` gives the video. FAILED, CANCELLED: it raises.
+    """
+
     QUEUED = "queued"
     ENCODING = "encoding"
     DENOISING = "denoising"

@@ -16,7 +16,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from sora_engine.errors import MemoryLimitError
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.request import KnownMode, ResolvedRequest, SparsePlan
+from sora_engine.runtime.repeats import Repeats
 from sora_engine.vae.meter import META, OnOneDevice, StorageMeter
 from sora_engine.vae.rehearsal import (
     CodingMemory,
@@ -37,9 +38,6 @@ from sora_engine.vae.rehearsal import (
     video_decode_memory,
     video_encode_memory,
 )
-
-TEXT_STEP = 8
-"""Texts are rehearsed at multiples of so many tokens, and the figures for others lie between."""
 
 MARGIN = 1 / 50
 """Of each figure, for what a rehearsal cannot see: a few small tensors of a device's own."""
@@ -79,6 +77,21 @@ class MemoryPlan:
         return ", ".join(f"{name} {_mib(getattr(self, name))}" for name in stages)
 
 
+class Rehearsal(NamedTuple):
+    """Bytes for texts of one length. begin: of the canvas. texts: of the embeddings."""
+
+    begin: int
+    texts: int
+    denoise: int
+    decode: int
+    held: int
+
+    def towards(self, other: Rehearsal, share: float) -> Rehearsal:
+        """What lies on the line to the other, at this share of the way."""
+        pairs = zip(self, other, strict=True)
+        return Rehearsal(*(low + math.ceil(share * (high - low)) for low, high in pairs))
+
+
 class MemoryPlanner:
     """Plans requests for one model. Safe to use from several threads.
 
@@ -97,9 +110,10 @@ class MemoryPlanner:
         self.limit = limit
         self.max_batch_tokens = max_batch_tokens
         self.window_tokens = min(window_tokens or max_batch_tokens, max_batch_tokens)
-        self._plans: dict[tuple[object, ...], MemoryPlan] = {}
+        self._rehearsals: dict[tuple[object, ...], Rehearsal] = {}
         self._lock = threading.Lock()
-        self._rehearsed: VideoModel | None = None
+        self._hollow: VideoModel | None = None
+        self._repeats: Repeats
 
     def plan(self, request: ResolvedRequest) -> MemoryPlan:
         """The request's figures with as large a batch as fits.
@@ -131,53 +145,43 @@ class MemoryPlanner:
     def _plan(
         self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
     ) -> MemoryPlan:
-        """The figures for texts of these lengths.
+        """The figures for texts of these lengths, from rehearsals of the shortest and the longest.
 
-        What denoising takes is the most of several sums, each of which grows in proportion to the
-        tokens of the texts: it lies under the line between a shorter and a longer case.
+        What a stage takes is the most of several sums, each of which grows in proportion to the
+        tokens of the texts: it lies under the line between the two. So one size takes two
+        rehearsals, whatever its texts.
         """
-        shorter = [max(1, n // TEXT_STEP * TEXT_STEP) for n in lengths]
-        # A text as long as the model's texts get is padded by nothing: a case of its own.
-        longest = self.model.prompt_encoder.max_tokens - 1
-        longer = [
-            n if n == low or n > longest else min(longest, low // TEXT_STEP * TEXT_STEP + TEXT_STEP)
-            for n, low in zip(lengths, shorter, strict=True)
-        ]
-        high = self._rehearsed_plan(request, longer, batch_tokens)
-        if sum(longer) == sum(lengths):
-            return high
-        low = self._rehearsed_plan(request, shorter, batch_tokens)
-        share = (sum(lengths) - sum(shorter)) / (sum(longer) - sum(shorter))
+        longest = self.model.prompt_encoder.max_tokens
+        if len(lengths) > 2:  # a batch may hold the texts of a few shots, and not of others
+            lengths = [max(lengths)] * len(lengths)
+        if all(n == longest for n in lengths):  # padded by nothing: a case of its own
+            found = self._rehearsed(request, longest, batch_tokens)
+        else:
+            high = self._rehearsed(request, max(1, longest - 1), batch_tokens)
+            low = self._rehearsed(request, 1, batch_tokens)
+            share = (sum(lengths) / len(lengths) - 1) / max(1, longest - 2)
+            found = low.towards(high, share)
+        encode = self._encode(request, lengths, found.begin, found.texts)
+        stages = encode, found.denoise, found.decode, found.held
+        encode, denoise, decode, held = (math.ceil(size * (1 + MARGIN)) for size in stages)
+        return MemoryPlan(encode, denoise, decode, held, batch_tokens)
 
-        def between(stage: str) -> int:
-            least: int = getattr(low, stage)
-            return least + math.ceil(share * (getattr(high, stage) - least))
-
-        # A text encoder's scores grow with the square of a text's length.
-        return MemoryPlan(
-            high.encode,
-            between("denoise"),
-            between("decode"),
-            between("held"),
-            batch_tokens,
-        )
-
-    def _rehearsed_plan(
-        self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
-    ) -> MemoryPlan:
-        key = (*request.memory_key(), tuple(lengths), batch_tokens)
+    def _rehearsed(
+        self, request: ResolvedRequest, text_tokens: int, batch_tokens: int
+    ) -> Rehearsal:
+        key = (*request.memory_key(), text_tokens, batch_tokens)
         with self._lock:
-            if key not in self._plans:
-                while len(self._plans) >= 512:
-                    self._plans.pop(next(iter(self._plans)))
-                self._plans[key] = self._rehearse(request, lengths, batch_tokens)
-            return self._plans[key]
+            if key not in self._rehearsals:
+                while len(self._rehearsals) >= 512:
+                    self._rehearsals.pop(next(iter(self._rehearsals)))
+                self._rehearsals[key] = self._rehearse(request, text_tokens, batch_tokens)
+            return self._rehearsals[key]
 
     def _fewer(self, request: ResolvedRequest, batch_tokens: int) -> int | None:
         """The next smaller batch: half of the parts of a step that it held; None at one part."""
-        canvas = self._canvas(request, [TEXT_STEP] * len(prompts_of(request)))
+        canvas = self._canvas(request, 1)
         size = math.prod(canvas.latents.shape[2:]) // math.prod(self.model.grid.patch[1:])
-        span = canvas.windows()[0].length + len(canvas.anchor_frames)
+        span = canvas.windows()[0].length + canvas.num_anchors
         part = span // self.model.grid.patch[0] * size
         parts = len(canvas.windows()) * (1 if canvas.prompts.negative is None else 2)
         held = min(parts, max(1, batch_tokens // part))
@@ -190,14 +194,13 @@ class MemoryPlanner:
 
     # The rehearsal.
 
-    def _rehearse(
-        self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
-    ) -> MemoryPlan:
+    def _rehearse(self, request: ResolvedRequest, text_tokens: int, batch_tokens: int) -> Rehearsal:
         model = self._on_meta()
         packer = Packer(model.grid.patch, META)
         weights = model.loaded_transformer.parameters()
         with torch.inference_mode(), OnOneDevice(), StorageMeter(weights) as meter:
-            canvas = self._canvas(request, lengths)
+            self._repeats.count_with(meter)
+            canvas = self._canvas(request, text_tokens)
             known = torch.empty_like(canvas.latents) if request.clips else None
             meter.count([*tensors_of(canvas), known])
             begin = meter.now
@@ -216,19 +219,26 @@ class MemoryPlanner:
             denoise = meter.peak
         texts = sum(tensor.nbytes for tensor in canvas.prompts.tensors)
         decode, decode_held = self._decode(request, canvas, texts)
-        encode = self._encode(request, lengths, begin, texts)
-        stages = (encode, denoise, decode, max(held, decode_held))
-        encode, denoise, decode, held = (math.ceil(size * (1 + MARGIN)) for size in stages)
-        return MemoryPlan(encode, denoise, decode, held, batch_tokens)
+        return Rehearsal(begin, texts, denoise, decode, max(held, decode_held))
 
-    def _canvas(self, request: ResolvedRequest, lengths: Sequence[int]) -> Canvas:
+    def rehearse_step(self, requests: Sequence[ResolvedRequest]) -> None:
+        """One step of requests in one batch, on meta tensors, with texts of different lengths."""
+        model = self._on_meta()
+        packer = Packer(model.grid.patch, META)
+        with self._lock, torch.inference_mode(), OnOneDevice(), StorageMeter() as meter:
+            self._repeats.count_with(meter)
+            canvases = [self._canvas(request, 1 + i) for i, request in enumerate(requests)]
+            expert = model.expert_at(canvases[0].timestep)
+            predict(canvases, expert, model, packer, self.max_batch_tokens)
+
+    def _canvas(self, request: ResolvedRequest, text_tokens: int) -> Canvas:
         """The request's canvas on meta tensors, at its second window where those are chained."""
         model = self.model
         shape = request.latent_shape(model.grid)
         embeddings: list[Embedding] = []
         image: Tensor | None = None
-        for n in lengths:
-            example = dict(model.loaded_transformer.example_embedding(n, META))
+        for _ in prompts_of(request):
+            example = dict(model.loaded_transformer.example_embedding(text_tokens, META))
             image = example.pop("image", None)
             embeddings.append(example)
         negative = embeddings.pop() if request.guided else None
@@ -309,13 +319,14 @@ class MemoryPlanner:
 
     def _on_meta(self) -> VideoModel:
         """The model with transformers that have no weights."""
-        if self._rehearsed is None:
+        if self._hollow is None:
             hollow: DiffusionTransformer = self.model.loaded_transformer.without_weights()
+            self._repeats = Repeats(hollow)
             experts = [
                 Expert(e.load, e.from_timestep, e.size_bytes, hollow) for e in self.model.experts
             ]
-            self._rehearsed = replace(self.model, device=META, experts=experts)
-        return self._rehearsed
+            self._hollow = replace(self.model, device=META, experts=experts)
+        return self._hollow
 
 
 def tensors_of(canvas: Canvas) -> list[Tensor]:

@@ -154,6 +154,7 @@ class Worker:
     # The engine's thread.
 
     def _work(self) -> None:
+        self.executor.make_current()
         while True:
             with self._wake:
                 while not (self._queue or self._running or self._closed):

@@ -5,6 +5,7 @@ from sora_engine.text.encoder import (
     TextEncoder,
     load_text_encoder,
     register_text_encoder,
+    unregister_text_encoder,
 )
 from sora_engine.text.image import ImageEncoder
 
@@ -14,4 +15,5 @@ __all__ = [
     "TextEncoder",
     "load_text_encoder",
     "register_text_encoder",
+    "unregister_text_encoder",
 ]

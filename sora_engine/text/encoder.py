@@ -60,8 +60,16 @@ _KINDS: dict[str, TextEncoderKind | str] = {
 
 
 def register_text_encoder(class_name: str, kind: TextEncoderKind) -> None:
-    """Make a kind known by the class that its configurations name."""
+    """Make a kind known by the class that its configurations name. ValueError where another has
+    that name."""
+    if class_name in _KINDS:
+        raise ValueError(f"the class {class_name!r} has its kind already")
     _KINDS[class_name] = kind
+
+
+def unregister_text_encoder(class_name: str) -> None:
+    """Forget a kind that was registered."""
+    del _KINDS[class_name]
 
 
 def load_text_encoder(

@@ -18,6 +18,7 @@ from sora_engine.text.prompt import clean_prompt
 from sora_engine.text.sentencepiece import SentencePieceModel
 from sora_engine.text.settings import read_settings
 from sora_engine.text.umt5_file import embedded_tokenizer, open_umt5, settings_of
+from sora_kernels.transfer import to_device
 
 MAX_TOKENS = 512
 """Where Wan's pipelines truncate a prompt."""
@@ -156,7 +157,7 @@ class UMT5Encoder:
         for text in texts:
             if text not in done:
                 ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids
-                batch = torch.tensor([ids], device=self.device)
+                batch = to_device(torch.tensor([ids]), self.device)
                 done[text] = self.model(input_ids=batch).last_hidden_state[0]
         return [done[text] for text in texts]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sora_engine.vae.native import Layouts, PackableConv3d, PackedConv, native_kernels
 from sora_engine.vae.state import FeatureCache
 from sora_kernels import causal_norm_silu, norm_modulate
+from sora_kernels.transfer import constant
 from sora_kernels.triton_support import problem as triton_problem
 
 
@@ -282,7 +283,7 @@ def fold_upsampling(weight: Tensor) -> Tensor:
     on the same small pixel: an even output reads w0 of the pixel before and w1 + w2 of its own, an
     odd one w0 + w1 of its own and w2 of the next. That is 4 products a pixel instead of 9.
     """
-    sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    sums = constant([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], weight)
     return torch.einsum("ai,bj,ocij->coab", sums, sums, weight)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sora_engine.errors import RequestError
 from sora_engine.vae.shapes import VAEConfig, check_frames
+from sora_kernels.transfer import constant
 
 S = TypeVar("S")
 
@@ -101,8 +102,8 @@ def latent_statistics(config: VAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
     # Made on the spot: a buffer outside the state dict would stay on the meta device when weights
     # are assigned.
     shape = (-1, *([1] * (like.dim() - 2)))
-    mean = like.new_tensor(config.latents_mean).reshape(shape)
-    return mean, like.new_tensor(config.latents_std).reshape(shape)
+    mean = constant(config.latents_mean, like).reshape(shape)
+    return mean, constant(config.latents_std, like).reshape(shape)
 
 
 def stream_decode(coder: VideoCoder[Any], latents: Tensor) -> Iterator[Tensor]:

@@ -119,6 +119,18 @@ def _pixels(
         yield torch.empty(1, config.pixel_channels, count, *size, dtype=dtype, device=META)
 
 
+@functools.lru_cache(maxsize=8)
+def _hollow(config: VAEConfig, dtype: torch.dtype) -> CausalVAE:
+    """The layers without weights, which are laid out as on their first run: that is not counted."""
+    with META:
+        vae = build_vae(config).to(dtype).requires_grad_(False).prepare(onednn=False)
+        latents = torch.empty(1, config.z_dim, 1, _SMALLEST, _SMALLEST, dtype=dtype)
+    chunks = _pixels(config, _SMALLEST, _SMALLEST, dtype, length=3)
+    for _ in (*_in_chunks(vae.decode_chunk, [latents] * 3), *_in_chunks(vae.encode_chunk, chunks)):
+        pass
+    return vae
+
+
 def _rehearse(
     config: VAEConfig,
     dtype: torch.dtype,
@@ -127,11 +139,8 @@ def _rehearse(
 ) -> CodingMemory:
     """What `run` takes beside the weights and `apart`. It yields between two turns the bytes that
     stay for the next one; None: all that is alive then."""
-    with META:
-        vae = build_vae(config).to(dtype).requires_grad_(False).prepare(onednn=False)
     with torch.inference_mode(False), torch.no_grad(), NoScores(), OnOneDevice():
-        for _ in run(vae):  # lays out the weights, which are not counted
-            pass
+        vae = _hollow(config, dtype)
         with StorageMeter([*apart, *vae.parameters()]) as meter:
             kept = [meter.now if held is None else held for held in run(vae)]
     return CodingMemory(cache=max(kept), peak=meter.peak)

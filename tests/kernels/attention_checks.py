@@ -42,18 +42,18 @@ def attention_cases(draw, max_length=70, max_segments=5, head_dims=(8, 16, 40, 6
     }
 
 
-def attention_inputs(case):
+def attention_inputs(case, device="cpu"):
     rng = generator(case["seed"])
     shape = (case["heads"], case["head_dim"])
-    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
     q = guarded((sum(case["q_lens"]), *shape), case["dtype"], rng, **made)
     k = guarded((sum(case["k_lens"]), *shape), case["dtype"], rng, **made)
     v = guarded((sum(case["k_lens"]), *shape), case["dtype"], rng, **made)
-    return q, k, v, offsets(case["q_lens"]), offsets(case["k_lens"])
+    return q, k, v, *(offsets(case[lens]).to(device) for lens in ("q_lens", "k_lens"))
 
 
-def check_attention(case, backend, slack=None):
-    q, k, v, cu_q, cu_k = attention_inputs(case)
+def check_attention(case, backend, slack=None, device="cpu"):
+    q, k, v, cu_q, cu_k = attention_inputs(case, device)
     kwargs = {
         "max_seqlen_q": max(case["q_lens"]),
         "max_seqlen_k": max(case["k_lens"]),
@@ -79,8 +79,8 @@ def check_attention(case, backend, slack=None):
         turned(q, q_lens),
         turned(k, k_lens),
         turned(v, k_lens),
-        offsets(q_lens[::-1]),
-        offsets(k_lens[::-1]),
+        offsets(q_lens[::-1]).to(device),
+        offsets(k_lens[::-1]).to(device),
         backend=backend,
         **{**kwargs, "return_lse": False},
     )
@@ -109,9 +109,9 @@ def grid_cases(draw, max_extent=5, max_segments=3, head_dims=(8, 16, 40, 72)):
     }
 
 
-def grid_inputs(case, counts):
+def grid_inputs(case, counts, device):
     rng = generator(case["seed"])
-    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
     shape = (case["heads"], case["head_dim"])
     return [guarded((count, *shape), case["dtype"], rng, **made) for count in counts]
 
@@ -120,9 +120,9 @@ def tokens_of(grids):
     return [t * h * w for t, h, w in grids]
 
 
-def check_temporal(case, backend):
+def check_temporal(case, backend, device="cpu"):
     counts = tokens_of(case["grids"])
-    inputs = grid_inputs(case, [sum(counts)] * 3)
+    inputs = grid_inputs(case, [sum(counts)] * 3, device)
 
     def call(backend, cast=lambda t: t, inputs=inputs, grids=case["grids"]):
         return sk.temporal_attention(*map(cast, inputs), grids, backend=backend)
@@ -135,7 +135,7 @@ def check_temporal(case, backend):
     check_within_budget("segments turned", turned(other, counts[::-1]), ref, low, slack)
 
 
-def check_windowed(case, backend):
+def check_windowed(case, backend, device="cpu"):
     grids = case["grids"]
     queries, origins = grids, [(0, 0, 0)] * len(grids)
     if case["shard"]:
@@ -143,12 +143,12 @@ def check_windowed(case, backend):
         queries = [(t - t // 2, h, w) for t, h, w in grids]
     q_counts, k_counts = tokens_of(queries), tokens_of(grids)
     counts = q_counts, k_counts, k_counts
-    inputs = grid_inputs(case, map(sum, counts))
+    inputs = grid_inputs(case, map(sum, counts), device)
 
     def call(backend, cast=lambda t: t, inputs=inputs, step=1):
         return sk.windowed_attention(
             *map(cast, inputs),
-            offsets(q_counts[::step]),
+            offsets(q_counts[::step]).to(device),
             queries[::step],
             case["window"],
             key_grids=grids[::step],
@@ -164,19 +164,19 @@ def check_windowed(case, backend):
     check_within_budget("segments turned", turned(other, q_counts[::-1]), ref, low, slack)
 
 
-def check_a_thousand_segments(backend, heads=2, longest=6, filled=1.0):
+def check_a_thousand_segments(backend, heads=2, longest=6, filled=1.0, device="cpu"):
     """Of few tokens or none, in another order than the reference has them. filled: the share of
     them that is drawn; the others are empty."""
     rng = generator(0)
     lens = torch.randint(0, longest + 1, (1000,), generator=rng)
     lens = (lens * (torch.rand(1000, generator=rng) < filled)).tolist()
-    parts = [torch.randn(3, n, heads, 16, generator=rng) for n in lens]
+    parts = [torch.randn(3, n, heads, 16, generator=rng).to(device) for n in lens]
     order = torch.randperm(1000, generator=rng).tolist()
 
     def run(backend, parts):
         q, k, v = torch.cat(parts, 1)
         counts = [part.shape[1] for part in parts]
-        cu = offsets(counts)
+        cu = offsets(counts).to(device)
         lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
         return sk.packed_attention(q, k, v, cu, cu, backend=backend, **lengths).split(counts)
 
@@ -186,12 +186,12 @@ def check_a_thousand_segments(backend, heads=2, longest=6, filled=1.0):
         torch.testing.assert_close(one, expected[i].float(), rtol=1e-5, atol=1e-6)
 
 
-def check_neighbours_do_not_leak(backend, q_lens, k_lens, head_dim=16):
+def check_neighbours_do_not_leak(backend, q_lens, k_lens, head_dim=16, device="cpu"):
     """A segment of NaN spoils its own result and no other; the others equal a run without it."""
     rng = generator(7)
-    q = torch.randn(sum(q_lens), 2, head_dim, generator=rng)
-    k, v = (torch.randn(sum(k_lens), 2, head_dim, generator=rng) for _ in range(2))
-    cu_q, cu_k = offsets(q_lens), offsets(k_lens)
+    q = torch.randn(sum(q_lens), 2, head_dim, generator=rng).to(device)
+    k, v = (torch.randn(sum(k_lens), 2, head_dim, generator=rng).to(device) for _ in range(2))
+    cu_q, cu_k = offsets(q_lens).to(device), offsets(k_lens).to(device)
 
     def run(q, k, v):
         lengths = {"max_seqlen_q": max(q_lens), "max_seqlen_k": max(k_lens)}

@@ -13,12 +13,20 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-
-# Triton reads this when a kernel is decorated, so it stands before any kernel is imported. Tests
-# that compile kernels run in processes of their own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+from gpu_runs import asks_for_gpu
 
 ROOT = Path(__file__).parents[2]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton reads this when a kernel is decorated, so it is settled before a kernel is imported.
+
+    A run that asks for the GPU's tests compiles its kernels; any other interprets them, and tests
+    that compile some do so in processes of their own.
+    """
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 hypothesis.settings.register_profile(
     "quick", max_examples=10, deadline=None, derandomize=True, database=None

@@ -37,26 +37,29 @@ def modulation_cases(draw, max_tokens=40, channels=(1, 7, 16, 33, 64, 200, 384))
     }
 
 
-def modulation_inputs(case):
+def modulation_inputs(case, device="cpu"):
     rng = generator(case["seed"])
     tokens, channels, parts = case["tokens"], case["channels"], case["parts"]
-    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
+    beside = {"layout": case["table_layout"], "device": device}
     x = guarded((tokens, channels), case["dtype"], rng, **made)
     residual = guarded((tokens, channels), case["residual_dtype"], rng, **made)
     rows = {"one": 1, "token": tokens, "index": 3, "none": 0}[case["rows"]]
     tables = {
-        name: guarded((rows, channels), case["table_dtype"], rng, layout=case["table_layout"])
+        name: guarded((rows, channels), case["table_dtype"], rng, **beside)
         if name in parts and case["rows"] != "none"
         else None
         for name in ("gate", "scale", "shift")
     }
     index = None
     if case["rows"] == "index":
-        index = torch.randint(0, 3, (tokens,), generator=rng).to(case["index_dtype"])
+        index = torch.randint(0, 3, (tokens,), generator=rng).to(device, case["index_dtype"])
     norm = {
         "kind": case["kind"],
-        "weight": guarded((channels,), case["table_dtype"], rng) if "weight" in parts else None,
-        "bias": guarded((channels,), case["table_dtype"], rng)
+        "weight": guarded((channels,), case["table_dtype"], rng, device=device)
+        if "weight" in parts
+        else None,
+        "bias": guarded((channels,), case["table_dtype"], rng, device=device)
         if "bias" in parts and case["kind"] == "layer"
         else None,
         "eps": 1e-6,
@@ -72,8 +75,8 @@ def shuffled_tokens(case, order, inputs):
     return x[order], residual[order], tables, None if index is None else index[order], norm
 
 
-def check_norm_modulate(case, backend):
-    inputs = modulation_inputs(case)
+def check_norm_modulate(case, backend, device="cpu"):
+    inputs = modulation_inputs(case, device)
     x = inputs[0]
 
     def call(backend, cast=lambda t: t, inputs=inputs):
@@ -95,8 +98,8 @@ def check_norm_modulate(case, backend):
     assert torch.equal(shuffled, out[order])
 
 
-def check_gated(case, backend):
-    inputs = modulation_inputs(case)
+def check_gated(case, backend, device="cpu"):
+    inputs = modulation_inputs(case, device)
     x, _, tables, index, norm = inputs
 
     def call(backend, cast=lambda t: t, inputs=inputs):
@@ -152,13 +155,13 @@ def causal_cases(draw, max_pixels=12, channels=(1, 7, 16, 33, 64, 96, 200)):
     }
 
 
-def check_causal(case, backend):
+def check_causal(case, backend, device="cpu"):
     rng = generator(case["seed"])
-    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
     inside = (case["pixels"], case["channels"])
     x = guarded((case["batch"], case["frames"], *inside), case["dtype"], rng, **made)
     past = guarded((case["batch"], case["kept"], *inside), case["dtype"], rng, **made)
-    weight = guarded((case["channels"],), torch.float32, rng)
+    weight = guarded((case["channels"],), torch.float32, rng, device=device)
 
     def call(backend, cast=lambda t: t, x=x, past=past):
         return sk.causal_norm_silu(cast(x), cast(past), cast(weight), backend=backend)
@@ -193,21 +196,22 @@ def rope_cases(draw, max_tokens=30, head_dims=(2, 8, 16, 40, 64, 72, 128)):
     }
 
 
-def check_rope(case, backend):
+def check_rope(case, backend, device="cpu"):
     rng = generator(case["seed"])
     tokens, head_dim = case["tokens"], case["head_dim"]
-    made = {"layout": case["layout"], "magnitude": case["magnitude"]}
+    made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
 
     def stream(heads):
         x = guarded((tokens, heads, head_dim), case["dtype"], rng, **made)
         width = heads * head_dim if case["across_heads"] else head_dim
-        return x, guarded((width,), torch.float32, rng) if case["weighted"] else None
+        weighted = case["weighted"]
+        return x, guarded((width,), torch.float32, rng, device=device) if weighted else None
 
     q, q_weight = stream(case["heads"])
     k, k_weight = stream(case["k_heads"]) if case["k_heads"] else (None, None)
     cos = sin = None
     if case["rotate"]:
-        angle = torch.randn(tokens, head_dim // 2, generator=rng)
+        angle = torch.randn(tokens, head_dim // 2, generator=rng).to(device)
         cos, sin = angle.cos(), angle.sin()
 
     def call(backend, cast=lambda t: t, order=slice(None)):

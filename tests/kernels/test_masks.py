@@ -162,7 +162,7 @@ def test_time_follows_the_mask():
     assert plan.shape == (1, 1, 32)
     assert plan.tiles[:, 3].sum() == 0
     assert plan.tiles[:, 4].sum() == int(mask.sum()) * 4 * 4
-    assert plan.blocks.shape[0] == int(mask.sum()) * 16
+    assert plan.blocks.shape[0] == int(mask.sum()) * 4  # a frame's four tiles share a list
 
 
 def test_a_mask_that_admits_everything_lists_what_the_window_lists():
@@ -213,3 +213,58 @@ def test_a_plan_for_another_call_is_refused():
         sk.windowed_attention(q, q, q, cu, grids, (1, -1, -1), plan=plan)
     with pytest.raises(ValueError, match=r"grids \[2, 2, 4\]; the plan was made for \[4"):
         sk.windowed_attention(q, q, q, cu, [(2, 2, 4)], (3, -1, -1), plan=plan)
+
+
+def sight_of(plan, grid, key_grid, masked):
+    """bool [queries, keys] that a plan of one segment lists, in tiles along a row."""
+    tokens, reach = plan.shape[2], plan.window[0] // 2
+    (frames, length), (key_frames, key_length) = ((g[0], g[1] * g[2]) for g in (grid, key_grid))
+    across, key_across = -(-length // tokens), -(-key_length // tokens)
+    seen = torch.zeros(frames * length, key_frames * key_length, dtype=torch.bool)
+    for _, number, start, partial, full in plan.tiles.tolist():
+        f, first = number // across, number % across * tokens
+        for i in range(start, start + partial + full):
+            g, first_key = (
+                int(plan.blocks[i]) // key_across,
+                int(plan.blocks[i]) % key_across * tokens,
+            )
+            for q in range(min(tokens, length - first)):
+                for k in range(min(tokens, key_length - first_key)):
+                    if i >= start + partial:
+                        sees = True
+                    elif masked:
+                        sees = int(plan.bits[plan.patterns[i], q]) >> k & 1
+                    else:
+                        sees = plan.window[0] == -1 or abs(f + plan.origins[0][0] - g) <= reach
+                    assert not seen[f * length + first + q, g * key_length + first_key + k]
+                    seen[f * length + first + q, g * key_length + first_key + k] = bool(sees)
+    return seen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [(-1, -1, -1), (3, -1, -1)])
+@pytest.mark.parametrize(
+    ("grid", "key_grid", "origin", "cell"),
+    [
+        ((4, 5, 7), (4, 5, 7), 0, 1),  # 35 tokens a frame: tiles of 32 stick out
+        ((5, 8, 8), (5, 8, 8), 0, 2),  # 64: none does
+        ((2, 4, 10), (5, 4, 10), 3, 1),  # a shard of whole frames
+        ((3, 1, 63), (3, 1, 63), 0, -1),  # one cell for all
+    ],
+)
+def test_whole_frames_in_closed_form(masked, window, grid, key_grid, origin, cell):
+    """The lists say what the mask and the window say, by a loop over pairs; a frame has one."""
+    frames, key_frames = (1, 1) if cell == -1 else (-(-n // cell) for n in (grid[0], key_grid[0]))
+    mask = torch.rand(frames, key_frames, generator=generator(7)) < 0.6
+    mask[0, 0] = True
+    plan = sk.plan_attention(
+        offsets(tokens_of([grid])), num_tokens=tokens_of([grid])[0], head_dim=16,
+        dtype=torch.float32, grids=[grid], key_grids=[key_grid], origins=[(origin, 0, 0)],
+        window=window, masks=mask if masked else None, cell=(cell, -1, -1),
+    )  # fmt: skip
+    assert plan.shape == (1, 1, 32)
+    allowed = mask if masked else torch.ones_like(mask)
+    seen = dense_mask(grid, key_grid, (origin, 0, 0), window, allowed, (cell, -1, -1))
+    assert torch.equal(sight_of(plan, grid, key_grid, masked), seen)
+    tiles = -(-key_grid[1] * key_grid[2] // 32)
+    assert plan.blocks.shape[0] <= grid[0] * key_grid[0] * tiles

@@ -6,6 +6,8 @@ they are called with and answer with the reference, so what comes back is checke
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +15,8 @@ import pytest
 import torch
 from attention_checks import attention_cases, attention_inputs, check_attention
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sora_kernels as sk
 from sora_kernels.attention import api, flash, flex
@@ -41,6 +45,46 @@ def test_flex_is_not_served_on_a_cpu():
     q, cu = torch.randn(4, 1, 16), offsets([4])
     with pytest.raises(sk.KernelUnavailableError, match="on CUDA, not on cpu"):
         sk.packed_attention(q, q, q, cu, cu, max_seqlen_q=4, max_seqlen_k=4, backend="flex")
+
+
+@given(st.data())
+def test_flex_sees_the_blocks_that_torch_finds(data):
+    """Equal to FlexAttention's own `create_block_mask`, which makes the whole mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    count = data.draw(st.integers(1, 4))
+    lengths = st.sampled_from([0, 1, 64, 127, 128, 129, 256, 384, 400])
+    both = [data.draw(st.lists(lengths, min_size=count, max_size=count)) for _ in range(2)]
+    if any(sum(lens) == 0 for lens in both):
+        return
+    q_offsets, k_offsets = (tuple(offsets(lens).tolist()) for lens in both)
+    host = torch.device("cpu")
+    ours = flex.block_mask.__wrapped__(q_offsets, k_offsets, host)
+    torchs = create_block_mask(
+        ours.mask_mod, None, None, q_offsets[-1], k_offsets[-1], device=host, BLOCK_SIZE=flex.BLOCK
+    )
+    assert ours.seq_lengths == torchs.seq_lengths
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(ours, name), getattr(torchs, name)), name
+
+
+def test_flex_makes_no_mask_of_all_pairs():
+    """16,384 tokens are 268 million pairs, and 16,384 pairs of blocks."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (list, tuple)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+                    assert self.elements <= 1 << 24, "a mask of pairs of tokens"
+            return result
+
+    with Largest() as largest:
+        flex.block_mask.__wrapped__((0, 10_000, 16_384), (0, 10_000, 16_384), torch.device("cpu"))
+    assert largest.elements <= 2 * 16_384
 
 
 @pytest.mark.gpu
@@ -148,12 +192,57 @@ def test_xformers_is_called_as_documented(q_lens, k_lens, layout):
 def test_an_absent_library_is_named_with_its_install_line(module, line, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for cached in (flash.varlen_function, xf._fmha):
+    for cached in (flash.find, xf._fmha):
         cached.cache_clear()
     case = Case("cuda", 0, torch.bfloat16, 128)
     assert line in module.unsupported(case)
-    for cached in (flash.varlen_function, xf._fmha):
+    for cached in (flash.find, xf._fmha):
         cached.cache_clear()
+
+
+def install_version_3(monkeypatch, name, flags):
+    """A module of version 3, and the file that says what it was built without."""
+    modules = {
+        name: SimpleNamespace(flash_attn_varlen_func=f"of {name}"),
+        flash.CONFIGURATIONS[name]: SimpleNamespace(CONFIG={"build_flags": flags}),
+    }
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: name if name in modules else known(name)
+    )
+    for key, module in modules.items():
+        monkeypatch.setitem(sys.modules, key, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+
+
+@pytest.fixture
+def found_anew():
+    flash.find.cache_clear()
+    yield
+    flash.find.cache_clear()
+
+
+@pytest.mark.parametrize("name", flash.VERSION_3)
+@pytest.mark.usefixtures("found_anew")
+def test_flash_refuses_what_version_3_was_built_without(name, monkeypatch):
+    """The flags are those that hopper/setup.py of flash-attention writes into the file."""
+    flags = {f"FLASHATTENTION_DISABLE_HDIM{n}": n > 128 for n in (64, 96, 128, 192, 256)}
+    install_version_3(monkeypatch, name, {**flags, "FLASHATTENTION_DISABLE_FP16": True})
+    told = {
+        (dtype, width): flash.unsupported(Case("cuda", 0, dtype, width))
+        for dtype in (torch.bfloat16, torch.float16)
+        for width in (128, 192)
+    }
+    assert told[torch.bfloat16, 128] is None
+    assert told[torch.float16, 128] == f"torch.float16; {name} is built without it, and takes bf16"
+    assert told[torch.bfloat16, 192] == f"head_dim 192; {name} is built for [64, 96, 128]"
+
+
+@pytest.mark.usefixtures("found_anew")
+def test_flash_takes_fp16_from_a_build_that_has_it(monkeypatch):
+    install_version_3(monkeypatch, "flash_attn_interface", {"FLASHATTENTION_DISABLE_FP16": False})
+    assert flash.unsupported(Case("cuda", 0, torch.float16, 128)) is None
+    assert flash.find((9, 0), torch.float16, 128)[0] == "of flash_attn_interface"
 
 
 def test_version_3_comes_first_on_hopper_and_nowhere_else():

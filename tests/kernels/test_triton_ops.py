@@ -115,6 +115,20 @@ def test_neighbours_do_not_leak(lens, descriptors, monkeypatch):
     check_neighbours_do_not_leak("triton", *lens)
 
 
+def test_rows_that_begin_anywhere_are_copied_and_no_others():
+    """Such rows would be read an element at a time. Parts of a fused projection are not copied."""
+    from sora_kernels.attention.triton import _addressable
+
+    fused = torch.randn(5, 6, 16, dtype=torch.bfloat16).split(2, dim=1)[1]
+    wide = torch.randn(5, 2, 17, dtype=torch.bfloat16)[..., :16]
+    narrow = torch.randn(5, 2, 12, dtype=torch.bfloat16)  # 24 bytes a row: a copy has them too
+    assert _addressable(fused) is fused
+    assert _addressable(narrow) is narrow
+    copied = _addressable(wide)
+    assert copied.is_contiguous()
+    assert torch.equal(copied, wide)
+
+
 def test_a_plan_serves_and_must_fit():
     rng = generator(5)
     lens = [3, 0, 70, 33]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -205,3 +207,32 @@ def test_shots_read_each_its_own_text():
     assert relative_error(mixed, same) > 1e-2
     with pytest.raises(ValueError, match="do not fill 4"):
         predict(((a, 2), (b, 1)))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_bfloat16_errs_half_as_much_as_diffusers(seed):
+    """Over 30 blocks, against the same weights in float64. Here 0.38% of root mean square, and 1.1%
+    in diffusers, whose residual stream is bfloat16, as ours was."""
+    oracle, model = pair(seed, num_layers=30, num_attention_heads=4, attention_head_dim=32)
+    latents, text = torch.randn(16, 3, 12, 16), torch.randn(20, TINY_TRANSFORMER["text_dim"])
+    latents, text = latents.bfloat16(), text.bfloat16()
+    level = torch.full((3,), 700.0)
+    half = oracle.to(torch.bfloat16)
+    exact = copy.deepcopy(half).double()
+    for name, parameter in half.named_parameters():
+        if any(part in name for part in half._keep_in_fp32_modules):
+            parameter.data = parameter.data.float()
+
+    def by_diffusers(network, dtype):
+        states = padded(text).to(dtype)
+        return network(latents[None].to(dtype), level[:1].to(dtype), states, return_dict=False)[0][
+            0
+        ]
+
+    expected = by_diffusers(exact, torch.float64)
+    theirs = by_diffusers(half, torch.bfloat16)
+    (ours,) = run_packed(model.to(torch.bfloat16), [latents], [level], [text])
+    errors = [float((x.double() - expected).norm() / expected.norm()) for x in (ours, theirs)]
+    assert errors[0] < 0.5 * errors[1], errors
+    assert errors[0] < 6e-3

@@ -181,7 +181,6 @@ def test_the_version_is_one() -> None:
     assert None not in found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("function", ["weights_table", "peaks_table"])
 def test_the_figures_of_a_published_wan_are_what_the_script_prints(function: str) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "predict_memory.py"))

@@ -32,7 +32,7 @@ from sora_engine.models.registry import (
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.samplers.noise import initial_noise
-from sora_engine.text import register_text_encoder
+from sora_engine.text import register_text_encoder, unregister_text_encoder
 from sora_engine.vae import CausalVAE, VAEKind, register_vae, unregister_vae
 from sora_engine.vae.registry import vae_kind
 
@@ -223,6 +223,7 @@ def folder(tmp_path: Path):
     yield tmp_path
     unregister_family(family)
     unregister_vae("AutoencoderToy")
+    unregister_text_encoder("ToyLabels")
 
 
 def by_hand(weights: dict, request: sora.VideoRequest, scale: float) -> torch.Tensor:
@@ -303,6 +304,13 @@ def test_the_class_of_an_autoencoder_has_one_kind(folder):
     register_vae("AutoencoderToy", toy)
     assert vae_kind("AutoencoderToy") is toy
     assert vae_kind("AutoencoderKLWan") is not toy
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_class_of_a_text_encoder_has_one_kind():
+    for taken in ("ToyLabels", "UMT5EncoderModel"):
+        with pytest.raises(ValueError, match=f"the class '{taken}' has its kind already"):
+            register_text_encoder(taken, Labels)
 
 
 def test_what_no_family_claims_is_told_with_what_is_known(folder, tmp_path):

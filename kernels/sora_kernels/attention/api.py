@@ -84,10 +84,10 @@ def packed_attention(
 
     q: `[tokens_q, heads, head_dim]`; k, v: `[tokens_k, heads, head_dim]`, fp32, fp16 or bf16
     (fp64 by the reference), head_dim to 256; strided views serve without a copy where the last
-    dimension is dense. cu_seqlens_q, cu_seqlens_k: int32 or int64 `[segments + 1]`, from 0 to the
-    number of tokens. max_seqlen_*: at least the longest segment. scale: by default
-    head_dim ** -0.5. plan: of `plan_attention`, for calls that share offsets (backends that make
-    none of their own ignore it).
+    dimension is dense (and, by Triton, rows begin at multiples of 16 bytes). cu_seqlens_q,
+    cu_seqlens_k: int32 or int64 `[segments + 1]`, from 0 to the number of tokens. max_seqlen_*: at
+    least the longest segment. scale: by default head_dim ** -0.5. plan: of `plan_attention`, for
+    calls that share offsets (backends that make none of their own ignore it).
 
     Returns `[tokens_q, heads, head_dim]` in q's dtype, and with `return_lse` the natural
     log-sum-exp of the scaled scores, float32 `[tokens_q, heads]` (float64 for float64 inputs).

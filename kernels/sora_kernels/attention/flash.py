@@ -21,6 +21,12 @@ from sora_kernels.dispatch import Case
 # Where version 3 may come from: its own build, or the forward-only wheel fa3-fwd.
 VERSION_3 = ("flash_attn_interface", "fa3_fwd_interface")
 VERSION_2 = ("flash_attn",)
+# What a build of version 3 was made without; its setup.py writes it beside the module.
+CONFIGURATIONS = {
+    "flash_attn_interface": "flash_attn_config",
+    "fa3_fwd_interface": "fa3_fwd_config",
+}
+WIDTHS = (64, 96, 128, 192, 256)  # that version 3 has kernels for; others are rounded up
 INSTALL = "pip install fa3-fwd (Hopper), or pip install flash-attn --no-build-isolation"
 
 
@@ -29,12 +35,34 @@ def candidates(capability: tuple[int, int]) -> tuple[str, ...]:
     return (*VERSION_3, *VERSION_2) if capability[0] == 9 else VERSION_2
 
 
-@functools.cache
-def varlen_function(capability: tuple[int, int]) -> Callable[..., Any] | None:
-    for name in candidates(capability):
-        if importlib.util.find_spec(name) is not None:
-            return importlib.import_module(name).flash_attn_varlen_func
+def lacks(name: str, dtype: torch.dtype, width: int) -> str | None:
+    """What an installed module was built without and this dtype and head_dim need."""
+    configuration = CONFIGURATIONS.get(name)
+    if configuration is None or importlib.util.find_spec(configuration) is None:
+        return None
+    flags = importlib.import_module(configuration).CONFIG["build_flags"]
+    if dtype == torch.float16 and flags.get("FLASHATTENTION_DISABLE_FP16"):
+        return f"{dtype}; {name} is built without it, and takes bf16"
+    built = [size for size in WIDTHS if not flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
+    if width > max(built, default=0):
+        return f"head_dim {width}; {name} is built for {built}"
     return None
+
+
+@functools.cache
+def find(
+    capability: tuple[int, int], dtype: torch.dtype, width: int
+) -> tuple[Callable[..., Any] | None, str]:
+    """The first that is installed and has what is needed, or None and why there is none."""
+    reasons = []
+    for name in candidates(capability):
+        if importlib.util.find_spec(name) is None:
+            continue
+        reason = lacks(name, dtype, width)
+        if reason is None:
+            return importlib.import_module(name).flash_attn_varlen_func, ""
+        reasons.append(reason)
+    return None, "; ".join(reasons) or f"it is not installed: {INSTALL}"
 
 
 def unsupported(case: Case) -> str | None:
@@ -47,14 +75,14 @@ def unsupported(case: Case) -> str | None:
     capability = torch.cuda.get_device_capability(case.device_index)
     if capability[0] < 8:
         return "FlashAttention needs compute capability 8.0"
-    if varlen_function(capability) is None:
-        return f"it is not installed: {INSTALL}"
-    return None
+    function, reason = find(capability, case.dtype, case.width)
+    return reason if function is None else None
 
 
 def run(call: Operands) -> tuple[Tensor, Tensor]:
-    function = varlen_function(torch.cuda.get_device_capability(call.q.device))
-    assert function is not None
+    capability = torch.cuda.get_device_capability(call.q.device)
+    function, reason = find(capability, call.q.dtype, call.q.shape[2])
+    assert function is not None, reason
     return serve(function, call)
 
 

@@ -7,7 +7,8 @@ every layer and step; reading them waits for the device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,18 +52,56 @@ def segment_of(offsets: tuple[int, ...], device: torch.device) -> Tensor:
     )
 
 
+def seen_blocks(
+    q_offsets: Sequence[int], k_offsets: Sequence[int], block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Which blocks of keys each block of queries sees in part, and which in full: bool
+    `[blocks of queries, blocks of keys]` twice, from the offsets alone.
+
+    FlexAttention's `create_block_mask` finds the same by making the whole `[queries, keys]` mask:
+    5.7 GB for 75,600 tokens.
+    """
+    shape = -(-q_offsets[-1] // block), -(-k_offsets[-1] // block)
+    partial, full = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    spans = zip(itertools.pairwise(q_offsets), itertools.pairwise(k_offsets), strict=True)
+    for (q_first, q_last), (k_first, k_last) in spans:
+        if q_first == q_last or k_first == k_last:
+            continue
+        touched = [
+            slice(first // block, -(-last // block))
+            for first, last in ((q_first, q_last), (k_first, k_last))
+        ]
+        inside = [
+            slice(-(-first // block), last // block)
+            for first, last in ((q_first, q_last), (k_first, k_last))
+        ]
+        partial[touched[0], touched[1]] = True
+        # A segment within a block has no block of its own, and its slice runs backwards.
+        full[inside[0], inside[1]] = True
+    return partial & ~full, full
+
+
 @functools.lru_cache(maxsize=8)
 def block_mask(q_offsets: tuple[int, ...], k_offsets: tuple[int, ...], device: torch.device) -> Any:
     """FlexAttention's BlockMask of a packed batch."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     q_segment, k_segment = segment_of(q_offsets, device), segment_of(k_offsets, device)
 
     def same_segment(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return q_segment[query] == k_segment[key]
 
-    return create_block_mask(
-        same_segment, None, None, q_offsets[-1], k_offsets[-1], device=device, BLOCK_SIZE=BLOCK
+    blocks: Any = {}
+    for prefix, seen in zip(("kv", "full_kv"), seen_blocks(q_offsets, k_offsets), strict=True):
+        there = seen.to(device, torch.int32)[None, None]
+        order = there.argsort(dim=-1, descending=True, stable=True)
+        blocks[f"{prefix}_num_blocks"] = there.sum(dim=-1, dtype=torch.int32)
+        blocks[f"{prefix}_indices"] = order.to(torch.int32)
+    return BlockMask.from_kv_blocks(
+        **blocks,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=same_segment,
+        seq_lengths=(q_offsets[-1], k_offsets[-1]),
     )
 
 

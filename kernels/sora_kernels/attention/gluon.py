@@ -41,6 +41,7 @@ STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
 BLOCK_M = 128
 WARPS = 4  # of the default partition, which is the first warpgroup
 WIDTHS = (64, 128)
+TAKES_PLAN = True
 
 
 def unsupported(case: Case) -> str | None:
@@ -60,9 +61,15 @@ def unsupported(case: Case) -> str | None:
 
 
 @gluon.jit
-def _decode(item, heads, tiles_ptr, cu_q_ptr, cu_k_ptr):
-    """Head, first and last query, first and last key of a work item; nothing for padding."""
-    tile = item // heads
+def _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr):
+    """Head, first and last query, first and last key of a work item; nothing for padding.
+
+    Items go through the tiles of one head before the next head's. The programs that run at a time
+    then share one or two heads' keys and values, which stay in the second-level cache. With heads
+    fastest they would share none: `sora_kernels.testing.gluon.traffic` counts it.
+    """
+    head = item // tiles
+    tile = item % tiles
     segment = gl.load(tiles_ptr + 2 * tile)
     start = gl.load(tiles_ptr + 2 * tile + 1)
     live = segment >= 0
@@ -74,7 +81,7 @@ def _decode(item, heads, tiles_ptr, cu_q_ptr, cu_k_ptr):
     q_last = gl.where(live, q_last, q_first)
     # At least one block, all of it masked where there are no keys, keeps the barriers in step.
     blocks = gl.maximum((k_last - k_first + BLOCK_N - 1) // BLOCK_N, 1)
-    return item % heads, q_first, q_last, k_first, k_last, blocks
+    return head, q_first, q_last, k_first, k_last, blocks
 
 
 @gluon.jit
@@ -85,8 +92,9 @@ def _produce(
     """The producer warp. `free` barriers are first waited for in the phase before the first."""
     count = 0
     turn = 0
+    tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, q_first, _, k_first, _, blocks = _decode(item, heads, tiles_ptr, cu_q_ptr, cu_k_ptr)
+        head, q_first, _, k_first, _, blocks = _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr)
         column = head * WIDTH
         mbarrier.wait(q_free, (turn & 1) ^ 1)
         mbarrier.expect(q_ready, 2 * q_source.block_type.nbytes)
@@ -130,9 +138,10 @@ def _consume(
     count = 0
     turn = 0
     issued = 0
+    tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         head, q_first, q_last, k_first, k_last, blocks = _decode(
-            item, heads, tiles_ptr, cu_q_ptr, cu_k_ptr
+            item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr
         )
         mbarrier.wait(q_ready, turn & 1)
         # The masked block.
@@ -223,7 +232,7 @@ def _clear_rows(tile, left, WIDTH: gl.constexpr):
     fence_async_shared()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["items"])
 def hopper_attention_kernel(
     q_source,
     k_source,

@@ -111,7 +111,7 @@ def _attend_block(
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "k_len"])
 def packed_attention_kernel(
     q_source,
     k_source,
@@ -239,6 +239,14 @@ def describable(tensor: Tensor) -> bool:
     )
 
 
+def _addressable(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is dense or its rows begin at multiples of 16 bytes, else a copy.
+
+    Other rows are read an element at a time, which costs more than the copy and spills registers.
+    """
+    return tensor if tensor.is_contiguous() or describable(tensor) else tensor.contiguous()
+
+
 def _source(tensor: Tensor, block: int, width: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -246,7 +254,7 @@ def _source(tensor: Tensor, block: int, width: int) -> Any:
 
 
 def run(call: Operands) -> tuple[Tensor, Tensor]:
-    q, k, v = dense_rows(call.q), dense_rows(call.k), dense_rows(call.v)
+    q, k, v = (_addressable(dense_rows(x)) for x in (call.q, call.k, call.v))
     tokens, heads, head_dim = q.shape
     tiles, most_q, most_k = call.tiles, call.max_seqlen_q, call.max_seqlen_k
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), call.lse()

@@ -21,7 +21,7 @@ def unsupported(case: Case) -> str | None:
     return unsupported_row(case)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "fresh", "kept"])
 def causal_norm_silu_rows(
     x_ptr,
     past_ptr,

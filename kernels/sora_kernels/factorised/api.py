@@ -13,6 +13,7 @@ from sora_kernels.attention.operands import check_heads, check_scale
 from sora_kernels.dispatch import Case, check_gradless, declare, needs_grad
 from sora_kernels.grids import check_grids, check_tokens, flatten
 from sora_kernels.library import register
+from sora_kernels.transfer import to_device
 
 OP = declare(
     "temporal_attention",
@@ -74,9 +75,7 @@ def spatial_attention(
     frames = frames or [0]  # grids without a frame are a batch without a token
     longest = max(frames)
     offsets = torch.tensor([0, *frames]).cumsum(0).to(torch.int32)
-    # From pinned memory the copy does not wait for the device.
-    if q.device.type == "cuda":
-        offsets = offsets.pin_memory().to(q.device, non_blocking=True)
+    offsets = to_device(offsets, q.device)
     return packed_attention(
         q,
         k,

@@ -34,7 +34,7 @@ def unsupported(case: Case) -> str | None:
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "frames", "positions"])
 def temporal_attention_kernel(
     q_ptr,
     k_ptr,

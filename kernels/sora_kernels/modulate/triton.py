@@ -17,6 +17,9 @@ from sora_kernels.launch import architecture, norm_block, row_warps
 from sora_kernels.modulate.operands import Operands
 from sora_kernels.triton_support import dense_rows, unsupported_row
 
+# Whether tokens read one row of the tables, each its own, or that of an index.
+ONE_ROW, PER_TOKEN, INDEX = (tl.constexpr(way) for way in range(3))
+
 
 def unsupported(case: Case) -> str | None:
     return unsupported_row(case)
@@ -29,7 +32,7 @@ def _table_tile(table, stride, rows, columns, mask):
     return tl.load(table + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_by", "table_rows", "tokens"])
 def norm_rows(
     x_ptr,
     x_stride,
@@ -44,6 +47,7 @@ def norm_rows(
     shift_ptr,
     shift_stride,
     index_ptr,
+    rows_by,
     table_rows,
     weight_ptr,
     bias_ptr,
@@ -54,28 +58,25 @@ def norm_rows(
     HAS_GATE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """rows_by: ONE_ROW, PER_TOKEN or INDEX: which row of the tables a token reads. It is no
+    constant, so that one kernel serves batches of one noise level and of several.
+    """
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     live = token < tokens
     inside = column < channels
     mask = live[:, None] & inside[None, :]
     token = token.to(tl.int64)
-    if HAS_INDEX:
-        row = tl.load(index_ptr + token, mask=live, other=0).to(tl.int64)
-        # Reading the index on the host would wait for the device, so a bad one is held in bounds.
-        row = tl.minimum(tl.maximum(row, 0), table_rows - 1)
-    elif PER_TOKEN:
-        row = token
-    else:
-        row = token * 0
+    row = tl.load(index_ptr + token, mask=live & (rows_by == INDEX), other=0).to(tl.int64)
+    row = tl.where(rows_by == PER_TOKEN, token, row)
+    # Reading the index on the host would wait for the device, so a bad one is held in bounds.
+    row = tl.minimum(tl.maximum(row, 0), table_rows - 1)
     x = tl.load(x_ptr + token[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     dense = token[:, None] * channels + column[None, :]
@@ -123,6 +124,11 @@ def launch(call: Operands) -> tuple[Tensor, Tensor]:
     ]
     present = [table for table in tables if table is not None]
     rows = present[0].shape[0] if present else 1
+    rows_by = PER_TOKEN if rows > 1 else ONE_ROW
+    if index is not None and present:
+        rows_by, index = INDEX, index.contiguous()
+    else:
+        index = torch.empty(1, dtype=torch.int64, device=x.device)  # never read
     # An absent operand is passed as x and never read.
     operands: list[Tensor | int] = []
     for table in tables:
@@ -136,7 +142,8 @@ def launch(call: Operands) -> tuple[Tensor, Tensor]:
         stream.stride(0),
         out,
         *operands,
-        x if index is None else index.contiguous(),
+        index,
+        rows_by.value,
         rows,
         x if call.weight is None else call.weight.contiguous(),
         x if call.bias is None else call.bias.contiguous(),
@@ -147,8 +154,6 @@ def launch(call: Operands) -> tuple[Tensor, Tensor]:
         HAS_GATE=call.gate is not None,
         HAS_SCALE=call.scale is not None,
         HAS_SHIFT=call.shift is not None,
-        HAS_INDEX=index is not None and bool(present),
-        PER_TOKEN=rows > 1,
         HAS_WEIGHT=call.weight is not None,
         HAS_BIAS=call.bias is not None,
         RMS=call.kind == "rms",

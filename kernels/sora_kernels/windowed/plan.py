@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sora_kernels.grids import Grid, starts_of
+from sora_kernels.transfer import to_device
+from sora_kernels.windowed.whole_frames import TileLists, are_whole, fill_tiles, frame_lists
 
 OP = "plan_attention"
 WHOLE = 1 << 30  # an extent or a reach that covers any axis
@@ -33,8 +35,9 @@ class BlockPlan:
     segments: int32 `[segments, 16]`: first query, query grid, first key, key grid, origin of the
     query grid in the key grid, first entry and row length of its mask, extents of the mask's cells.
     tiles: int32 `[tiles, 5]`: segment, tile of queries, start of its list, how many partial and how
-    many full tiles of keys it has. blocks: int32 `[entries]`, tiles of keys, a tile's partial ones
-    before its full ones. mask: int8, the segments' masks end to end; empty where there is none.
+    many full tiles of keys it has. Tiles may share a list. blocks: int32 `[entries]`, tiles of
+    keys, a list's partial ones before its full ones. mask: int8, the segments' masks end to end;
+    empty where there is none.
     patterns: int32, for each entry of blocks the row of bits that says who sees whom (-1 for full
     tiles). bits: int64 `[rows, tokens of a tile]`, for each query a bit for each key of the tile.
     Both are empty without a mask. shape: extents of a tile. The rest says for which call it is.
@@ -140,15 +143,6 @@ def _lists(
     return some & ~full, full
 
 
-def _whole_frames(window: Grid, cell: Grid, masked: bool, grids: Sequence[Grid]) -> bool:
-    """Whether frames are seen whole or not at all, so that their rows need not be told apart."""
-    cells_are_whole = all(
-        size == -1 or all(grid[axis] <= size for grid in grids)
-        for axis, size in zip((1, 2), cell[1:], strict=True)
-    )
-    return window[1:] == (-1, -1) and (not masked or cells_are_whole)
-
-
 class SegmentMask(NamedTuple):
     """A segment's mask: bool `[cells of grid, cells of key_grid]` of cells of extents `cell`.
 
@@ -211,6 +205,60 @@ def shapes_of(tokens: int) -> tuple[Grid, ...]:
     raise ValueError(f"no tiles of {tokens} tokens; of 16, 32 and 64 there are")
 
 
+Place = tuple[Grid, Grid, Grid, Tensor | None]
+"""Of a segment: its grid, the keys' grid, its origin in that, and its mask."""
+
+
+def _best_lists(
+    places: Sequence[Place], reach: Grid, cell: Grid, tokens: int
+) -> tuple[Grid, list[TileLists]]:
+    """The shape of tiles (of so many tokens) that lists the least work, and its lists."""
+
+    def pairs_of(shape: Grid) -> list[tuple[Tensor, Tensor] | None]:
+        return [
+            None if 0 in grid else _lists(grid, key_grid, origin, reach, mask, cell, shape)
+            for grid, key_grid, origin, mask in places
+        ]
+
+    def cost(pairs: list[tuple[Tensor, Tensor] | None]) -> float:
+        return sum(
+            MASKED_COST * int(pair[0].sum()) + int(pair[1].sum())
+            for pair in pairs
+            if pair is not None
+        )
+
+    planned = [(shape, pairs_of(shape)) for shape in shapes_of(tokens)]
+    shape, pairs = min(planned, key=lambda entry: cost(entry[1]))
+    return shape, [
+        _tile_lists(pair, place, reach, cell, shape)
+        for pair, place in zip(pairs, places, strict=True)
+    ]
+
+
+def _tile_lists(
+    pair: tuple[Tensor, Tensor] | None, place: Place, reach: Grid, cell: Grid, shape: Grid
+) -> TileLists:
+    """Lists from which pairs of tiles are partial and which full; None for a grid of no tokens."""
+    grid, key_grid, origin, mask = place
+    if pair is None:
+        return TileLists(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    kinds = torch.stack(pair, dim=1)
+    counts = kinds.sum(2)
+    ends = counts.sum(1).cumsum(0)
+    starts = ends - counts.sum(1)
+    # Sorted by query tile, then partial before full, then key tile.
+    entries = kinds.nonzero()
+    tiles = torch.cat([starts[:, None], counts], dim=1)
+    if mask is None:
+        return TileLists(tiles, entries[:, 2])
+    cut = entries[:, 1] == 0
+    own = SegmentMask(grid, key_grid, effective(cell), mask)
+    bits = pattern_bits(entries[cut][:, ::2], own, origin, reach, shape)
+    patterns = torch.full((len(entries),), -1)
+    patterns[cut] = torch.arange(len(bits))
+    return TileLists(tiles, entries[:, 2], bits, patterns)
+
+
 def build(
     grids: tuple[Grid, ...],
     key_grids: tuple[Grid, ...],
@@ -227,82 +275,54 @@ def build(
     first token, in the order of tokens.
     """
     asked = grids, key_grids, origins
-    if _whole_frames(window, cell, masks is not None, (*grids, *key_grids)):
+    whole = are_whole(window, cell, masks is not None, (*grids, *key_grids))
+    if whole:
         grids, key_grids = (
             tuple((t, min(h * w, 1), h * w) for t, h, w in of) for of in (grids, key_grids)
         )
         origins = tuple((t, 0, 0) for t, _, _ in origins)
         cell = (cell[0], -1, -1)
     reach = radii(window)
-
-    def lists_of(shape: Grid) -> list[tuple[Tensor, Tensor] | None]:
-        return [
-            None
-            if 0 in grid
-            else _lists(grid, key_grid, origin, reach, masks[i] if masks else None, cell, shape)
-            for i, (grid, key_grid, origin) in enumerate(
-                zip(grids, key_grids, origins, strict=True)
-            )
+    places = [
+        (*place, masks[i] if masks is not None else None)
+        for i, place in enumerate(zip(grids, key_grids, origins, strict=True))
+    ]
+    shape: Grid
+    if whole and fill_tiles((*grids, *key_grids), tokens):
+        shape = (1, 1, tokens)
+        lists = [
+            frame_lists(grid, key_grid, origin[0], reach[0], mask, cell[0], tokens)
+            for grid, key_grid, origin, mask in places
         ]
-
-    def cost(lists: list[tuple[Tensor, Tensor] | None]) -> float:
-        return sum(
-            MASKED_COST * int(pair[0].sum()) + int(pair[1].sum())
-            for pair in lists
-            if pair is not None
-        )
-
-    planned = [(shape, lists_of(shape)) for shape in shapes_of(tokens)]
-    shape, lists = min(planned, key=lambda entry: cost(entry[1]))
+    else:
+        shape, lists = _best_lists(places, reach, cell, tokens)
 
     segments: list[list[int]] = []
     tiles: list[Tensor] = []
-    blocks: list[Tensor] = []
-    flat_masks: list[Tensor] = []
     patterns: list[Tensor] = []
     bits: list[Tensor] = []
     listed = mask_start = 0
     starts = zip(starts_of(grids), starts_of(key_grids), strict=True)
-    for i, (grid, key_grid, origin) in enumerate(zip(grids, key_grids, origins, strict=True)):
+    for i, ((grid, key_grid, origin, mask), own) in enumerate(zip(places, lists, strict=True)):
         q_start, k_start = next(starts)
-        row_length = 0
-        if masks is not None:
-            row_length = masks[i].shape[1]
-            flat_masks.append(masks[i].flatten())
+        row_length = 0 if mask is None else mask.shape[1]
         segments.append(
             [q_start, *grid, k_start, *key_grid, *origin, mask_start, row_length, *effective(cell)]
         )
-        mask_start += 0 if masks is None else masks[i].numel()
-        pair = lists[i]
-        if pair is None:
-            continue
-        partial, full = pair
-        counts = torch.stack((partial.sum(1), full.sum(1)), dim=1)
-        ends = counts.sum(1).cumsum(0)
-        number = torch.arange(full.shape[0])
-        columns = (
-            torch.full_like(number, i),
-            number,
-            listed + ends - counts.sum(1),
-            *counts.unbind(1),
-        )
-        tiles.append(torch.stack(columns, dim=1))
-        # Sorted by query tile, then partial before full, then key tile.
-        kinds = torch.stack((partial, full), dim=1)
-        entries = kinds.nonzero()
-        blocks.append(entries[:, 2])
-        listed += int(ends[-1])
-        if masks is not None:
-            own = SegmentMask(grid, key_grid, effective(cell), masks[i])
-            cut = entries[:, 1] == 0
-            number = torch.full((len(entries),), -1)
-            number[cut] = torch.arange(int(cut.sum())) + sum(len(part) for part in bits)
-            patterns.append(number)
-            bits.append(pattern_bits(entries[cut][:, ::2], own, origin, reach, shape))
+        mask_start += 0 if mask is None else mask.numel()
+        place = torch.tensor([i, 0, listed, 0, 0]).repeat(len(own.tiles), 1)
+        place[:, 1] = torch.arange(len(own.tiles))
+        place[:, 2:] += own.tiles
+        tiles.append(place)
+        listed += len(own.blocks)
+        if own.bits is not None and own.patterns is not None:
+            before = sum(len(part) for part in bits)
+            patterns.append(own.patterns.where(own.patterns < 0, own.patterns + before))
+            bits.append(own.bits)
 
     def table(parts: list[Tensor], dtype: torch.dtype, *empty: int) -> Tensor:
         joined = torch.cat(parts) if parts else torch.empty(*empty)
-        return joined.to(dtype).to(device)
+        return to_device(joined.to(dtype), device)
 
     # Few patterns are distinct: a window cuts most tiles alike.
     distinct = torch.cat(bits) if bits else torch.empty(0, prod(shape), dtype=torch.int64)
@@ -311,12 +331,12 @@ def build(
         distinct, place = torch.unique(distinct, dim=0, return_inverse=True)
         number[number >= 0] = place
     return BlockPlan(
-        torch.tensor(segments, dtype=torch.int32).reshape(-1, COLUMNS).to(device),
+        to_device(torch.tensor(segments, dtype=torch.int32).reshape(-1, COLUMNS), device),
         table(tiles, torch.int32, 0, 5),
-        table(blocks, torch.int32, 0),
-        table(flat_masks, torch.int8, 0),
-        number.to(torch.int32).to(device),
-        distinct.to(device),
+        table([own.blocks for own in lists], torch.int32, 0),
+        table([mask.flatten() for mask in masks or ()], torch.int8, 0),
+        to_device(number.to(torch.int32), device),
+        to_device(distinct, device),
         shape,
         *asked,
         window,

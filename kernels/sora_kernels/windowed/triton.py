@@ -83,7 +83,7 @@ def _meet(
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["reach_t", "reach_h", "reach_w"])
 def windowed_attention_kernel(
     q_ptr,
     k_ptr,

@@ -49,7 +49,8 @@ class WanBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         backends: Backends,
     ) -> tuple[Tensor, Tensor]:
-        """Residual stream x and normalised input y, both `[N, dim]`, to those of the next block."""
+        """Residual stream x (float32) and normalised input y, both `[N, dim]`, to those of the next
+        block."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(1)
         rows = stream.rows
 
@@ -68,7 +69,7 @@ class WanBlock(nn.Module):
             backend=backends.fused,
         )
         if self.norm2 is None:
-            y = x
+            y = x.to(y.dtype)
         attended = self.attn2.to_contexts(y, contexts, layer, backends)
         x, y = gate_residual_norm_modulate(
             attended,

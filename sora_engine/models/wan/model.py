@@ -174,7 +174,7 @@ class WanTransformer(DiffusionTransformer):
             batch.timesteps, self.dtype
         )
         # [rows, 6, dim] and [rows, 2, dim], kept in fp32 as diffusers keeps them.
-        tables = [block.scale_shift_table + level_projection.float() for block in self.blocks]
+        tables = modulation_tables(self.blocks, level_projection)
         shift, scale = (self.scale_shift_table + level.unsqueeze(1).float()).unbind(1)
         entries = [Modulation(table[:, 1], table[:, 0]) for table in tables]
         entries.append(Modulation(scale, shift))
@@ -184,6 +184,7 @@ class WanTransformer(DiffusionTransformer):
             control = embed_patches(tokens[:, sample_size:], self.vace_patch_embedding)
             hints = self._control(x, control, batch, level_projection, rope)
         y = self._normalised(x, entries[0], stream)
+        x = residual_of(x)
         for layer, block in enumerate(self.blocks):
             # Each block ends in the normalisation that the next one begins with: one fused pass.
             x, y = block(
@@ -216,10 +217,11 @@ class WanTransformer(DiffusionTransformer):
         """
         assert self.config.vace_layers is not None
         stream = batch.video
-        tables = [block.scale_shift_table + level_projection.float() for block in self.vace_blocks]
+        tables = modulation_tables(self.vace_blocks, level_projection)
         entries = [Modulation(table[:, 1], table[:, 0]) for table in tables]
         control = self.vace_blocks[0].proj_in(control) + x
         y = self._normalised(control, entries[0], stream)
+        control = residual_of(control)
         hints = {}
         for i, (layer, block) in enumerate(
             zip(self.config.vace_layers, self.vace_blocks, strict=True)
@@ -235,10 +237,11 @@ class WanTransformer(DiffusionTransformer):
                 rope=rope,
                 backends=self.backends,
             )
-            hints[layer] = steady(block.proj_out, control)
+            hints[layer] = steady(block.proj_out, control.to(self.dtype))
         return hints
 
     def _normalised(self, x: Tensor, modulation: Modulation, stream: Stream) -> Tensor:
+        """In the dtype of the layers that read it."""
         return norm_modulate(
             x,
             *modulation,
@@ -246,7 +249,22 @@ class WanTransformer(DiffusionTransformer):
             kind="layer",
             eps=self.config.eps,
             backend=self.backends.fused,
-        )
+        ).to(self.dtype)
+
+
+def residual_of(x: Tensor) -> Tensor:
+    """The residual stream in float32, from the first gate on, as Wan's own code has it: in bf16 it
+    would be rounded three times a block, which makes most of a bf16 model's error."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def modulation_tables(blocks: Sequence[WanBlock], level_projection: Tensor) -> Sequence[Tensor]:
+    """The table `[rows, 6, dim]` (float32) of each block, for the levels' projection of that shape.
+
+    In one sum: block by block it would be two launches for each.
+    """
+    offsets = torch.cat([block.scale_shift_table for block in blocks])
+    return (offsets[:, None] + level_projection.float()).unbind(0)
 
 
 def transformer_shape(config: WanConfig, text_tokens: int) -> TransformerShape:

@@ -30,12 +30,14 @@ def guarded(
     *,
     magnitude: float = 1.0,
     layout: str = "dense",
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Random values in a buffer whose every other element is NaN.
 
     layout: "dense" has NaN rows before and after; "rows" has NaN columns between rows too (a
     row-strided view, as of a fused projection); "gaps" puts a NaN beside every value (the last
-    dimension is strided). A kernel that reads outside its tensor shows it as NaN.
+    dimension is strided). A kernel that reads outside its tensor shows it as NaN. The values are
+    those of `rng`, a CPU's generator, on any device.
     """
     values = (torch.randn(*shape, generator=rng, dtype=torch.float64) * magnitude).to(dtype)
     outer = list(shape)
@@ -44,7 +46,7 @@ def guarded(
         outer[1] += 3
     elif layout == "gaps":
         outer[-1] *= 2
-    buffer = torch.full(outer, float("nan"), dtype=dtype)
+    buffer = torch.full(outer, float("nan"), dtype=dtype, device=device)
     view = buffer[GUARD_ROWS : GUARD_ROWS + shape[0]]
     if layout == "rows":
         view = view[:, 1 : 1 + shape[1]]
