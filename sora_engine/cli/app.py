@@ -101,6 +101,8 @@ def _run(arguments: list[str] | None) -> int:
         if isinstance(error, SoraError):
             return _complain(str(error), 1)
         what = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) and not str(error):
+            what = "memory ran out; a smaller model, size or length would take less"
         return _complain(f"{what} (SORA_DEBUG=1 shows where)", 1)
 
 

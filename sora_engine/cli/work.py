@@ -96,7 +96,8 @@ def video_command(function: Callable[..., Command]) -> Callable[..., None]:
 def run(command: Command) -> None:
     """Makes the video of a command, from its checks to the line that tells what was made."""
     common = command.common
-    if int(os.environ.get("RANK", "0")) > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+    # Others than torchrun set a RANK too, and not always to a number.
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("RANK", "0")) > 0:
         from sora_engine.distributed.torchrun import serve
 
         raise SystemExit(serve())  # torchrun's rank 0 is the engine, and writes

@@ -85,6 +85,27 @@ def test_a_current_folder_that_was_removed_is_told(
     assert main(["--version"]) == 0
 
 
+def test_another_schedulers_rank_is_none_of_ours(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for rank in ("", "x", "3"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["generate", "x", "--frames", "0"]) == 2
+        assert "--frames: num_frames must be at least 1" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_said_in_words(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none_left(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sora_engine.cli.work.load_engine", none_left)
+    assert main(["generate", "x"]) == 1
+    assert "sora: error: memory ran out; a smaller model" in capsys.readouterr().err
+
+
 def test_a_file_of_no_values_is_inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "nothing.safetensors"]) == 0
     assert "1 tensors, 0 values" in capsys.readouterr().out

@@ -250,7 +250,7 @@ def test_bad_values(folder, tmp_path, capsys):
         (["decode", str(tmp_path / "none"), "-o", str(tmp_path / "x.mp4")], "cannot be read"),
         (["decode", str(tmp_path / "w.safetensors"), "-o", str(tmp_path / "x.mp4")], "holds ['w']"),
         (["export-vae", str(folder), "--backend", "vulkan"], "onnx or tensorrt"),
-        (["export-vae", str(folder), "--sizes", "big"], "--size: 'big'"),
+        (["export-vae", str(folder), "--sizes", "big"], "--sizes: 'big'"),
         (["export-vae", str(tmp_path / "none")], "no such file or folder"),
     ]:
         assert cli.main(arguments) == 2
