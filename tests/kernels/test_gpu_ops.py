@@ -36,6 +36,8 @@ from norm_checks import (
 
 import sora_kernels as sk
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
