@@ -195,6 +195,11 @@ def check_for_mode(request: ResolvedRequest, mode: KnownMode) -> None:
         raise RequestError(
             "this checkpoint animates an image: give one, as Clip(image, at=0) in `clips`"
         )
+    if mode is KnownMode.CHANNELS and request.loop:
+        raise RequestError(
+            "this checkpoint takes a video whose first latent frame holds one frame alone, and a "
+            "loop has no such frame; loop=False would work"
+        )
 
 
 def _check_texts(request: VideoRequest, limits: Limits) -> None:

@@ -136,9 +136,6 @@ REQUESTS: Mapping[str, Make] = {
 """Requests by the name of what is particular about them."""
 
 
-CLIPS = ("known", "extend", "inpaint", "fill", "connect", "loop a clip")
-
-
 def suits(task: str, model: VideoModel) -> bool:
     """Whether a model can do what a request of `REQUESTS` asks for."""
     mode = model.known_mode
@@ -146,9 +143,9 @@ def suits(task: str, model: VideoModel) -> bool:
         return mode is KnownMode.NOISE_LEVEL
     if task == "resample":
         return mode is KnownMode.REPLACEMENT
-    if mode is KnownMode.CHANNELS:  # its clips are those that it needs, and time does not wrap
-        return task not in CLIPS and "loop" not in task and task != "image"
-    return True
+    if model.takes_last_image and task in ("known", "extend"):
+        return False
+    return mode is not KnownMode.CHANNELS or (task != "image" and "loop" not in task)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

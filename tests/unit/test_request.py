@@ -300,6 +300,7 @@ def test_the_second_experts_scale_alone_takes_unconditional_predictions():
 @pytest.mark.parametrize("mode", list(KnownMode))
 def test_what_a_way_of_knowing_frames_cannot_do_is_told_at_once(mode):
     often, with_picture = resolve(resample=2), resolve(clips=[Clip("x.png")])
+    looped = resolve(clips=[Clip("x.png")], loop=True, num_frames=8)
     if mode is KnownMode.REPLACEMENT:
         check_for_mode(often, mode)
     else:
@@ -308,6 +309,11 @@ def test_what_a_way_of_knowing_frames_cannot_do_is_told_at_once(mode):
     if mode is KnownMode.CHANNELS:
         with pytest.raises(RequestError, match="animates an image: give one"):
             check_for_mode(resolve(), mode)
+        with pytest.raises(
+            RequestError, match="first latent frame holds one frame alone, and a loop"
+        ):
+            check_for_mode(looped, mode)
     else:
         check_for_mode(resolve(), mode)
+        check_for_mode(looped, mode)
     check_for_mode(with_picture, mode)
