@@ -42,7 +42,7 @@ from sora_engine.vae.rehearsal import (
 MARGIN = 1 / 50
 """Of each figure, for what a rehearsal cannot see: a few small tensors of a device's own."""
 
-REHEARSED = 4
+REHEARSED = 3
 """Latent frames after which decoding and encoding take what they take for any number of them."""
 
 

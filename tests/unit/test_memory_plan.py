@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import sora_engine as sora
 from sora_engine.models.loading import load_video_model
 from sora_engine.request import KnownMode, SparsePlan, WindowPlan, resolve_request
-from sora_engine.runtime.memory import MemoryPlanner
+from sora_engine.runtime.memory import REHEARSED, MemoryPlanner
 from sora_engine.runtime.repeats import Repeats
+from sora_engine.vae.rehearsal import video_decode_memory, video_encode_memory
 from tests.parity.oracles import tiny_pipeline
 
 KINDS = (
@@ -95,3 +97,18 @@ def test_one_size_is_rehearsed_twice_whatever_its_texts(model, monkeypatch):
     for words in range(1, 60, 7):
         planner.plan(resolved(model, negative_prompt="no " * words))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_decoding_and_encoding_take_no_more_after_the_frames_that_are_rehearsed(model, wraps):
+    config = model.vae.config
+    for height, width in ((4, 6), (9, 5)):
+        decoded, encoded = (
+            [
+                measure(config, height, width, torch.float32, length, *more)
+                for length in (REHEARSED, 7)
+            ]
+            for measure, more in ((video_decode_memory, [wraps]), (video_encode_memory, []))
+        )
+        assert decoded[0] == decoded[1]
+        assert encoded[0] == encoded[1]
