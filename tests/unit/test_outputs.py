@@ -248,9 +248,8 @@ def test_an_earlier_runs_safety_copy_outlives_a_video_of_that_name(tmp_path, cap
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".png", ""])
-def test_a_disk_that_is_full_is_a_typed_error_and_leaves_nothing(tmp_path, suffix, capfd) -> None:
-    """A limit on the size of files stands for it: writing fails in the middle, and on closing.
-    Nothing is printed: PyAV shows a traceback of what a file raises to it."""
+def test_a_disk_that_is_full_is_a_typed_error_and_leaves_nothing(tmp_path, suffix) -> None:
+    """A limit on the size of files stands for it: writing fails in the middle, and on closing."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     clip = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
@@ -261,5 +260,21 @@ def test_a_disk_that_is_full_is_a_typed_error_and_leaves_nothing(tmp_path, suffi
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
-    gc.collect()  # the container closes itself
+
+
+def test_a_disk_that_fills_up_under_ffmpeg_prints_no_traceback(tmp_path, capfd) -> None:
+    """PyAV shows those of the errors that a file raises to it of which FFmpeg does not tell: here
+    the video fits into the file's buffer, and it is seeking that writes, and fails, again and
+    again."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    clip = np.zeros((9, 64, 64, 3), np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(MediaError, match=r"a\.mp4 cannot be written: .*File too large"):
+            write_video(tmp_path / "a.mp4", clip, 8)
+        gc.collect()  # the container closes itself
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert capfd.readouterr().err == ""
+    assert os.listdir(tmp_path) == []
