@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -304,15 +304,15 @@ def follow(job: Job) -> None:
     with Progress(*columns, TimeElapsedColumn()) as bars:
         denoise = bars.add_task("denoise", total=job.progress.num_steps)
         decode = bars.add_task("decode ", total=job.progress.num_frames, start=False)
-        told = False
+        untold = _cut_prompts(job)
         while True:
-            done = _wait(job, 0.1)
-            progress = job.progress
-            if job.cut_prompts and not told:
-                told = True
-                for line in job.cut_prompts:
+            try:
+                done = _wait(job, 0.1)
+            finally:
+                for line in next(untold):
                     told_line = one_line(f"warning: {line}")
                     bars.console.print(told_line, markup=False, highlight=False)
+            progress = job.progress
             bars.update(denoise, completed=progress.steps_done, total=progress.num_steps)
             if progress.frames_decoded or progress.state == "decoding":
                 bars.start_task(decode)
@@ -324,14 +324,14 @@ def follow(job: Job) -> None:
 def _follow_in_lines(job: Job) -> None:
     """The same for a log file: a line at each tenth of a stage, and at its end."""
     shown: dict[str, int] = {}
-    told = False
+    untold = _cut_prompts(job)
     while True:
-        done = _wait(job, 0.05)
-        progress = job.progress
-        if job.cut_prompts and not told:
-            told = True
-            for line in job.cut_prompts:
+        try:
+            done = _wait(job, 0.05)
+        finally:
+            for line in next(untold):
                 warn(line)
+        progress = job.progress
         for name, count, total in (
             ("denoise", progress.steps_done, progress.num_steps),
             ("decode", progress.frames_decoded, progress.num_frames),
@@ -342,6 +342,16 @@ def _follow_in_lines(job: Job) -> None:
                 shown[name] = count
         if done:
             return
+
+
+def _cut_prompts(job: Job) -> Iterator[Sequence[str]]:
+    """What is to be told of prompts that were cut: nothing until that is known, then each line
+    once. Of a job that fails at once, too."""
+    while not job.cut_prompts:
+        yield ()
+    yield job.cut_prompts
+    while True:
+        yield ()
 
 
 def _wait(job: Job, timeout_s: float) -> bool:

@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import sora_engine as sora
 from sora_engine.cli import main
 from sora_engine.cli.app import one_line
+from sora_engine.cli.work import follow
 from sora_engine.io.video_writer import write_video
 
 FRAMES = np.zeros((5, 16, 16, 3), np.uint8)
@@ -123,6 +126,20 @@ def test_an_output_with_a_line_end_in_its_name_is_told_in_one_line(
     assert main(["generate", "a red circle", *small, "-o", "a\nb.png"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(r"a\nb.png: 16x16, 1 frames")
     assert (folder / "a\nb.png").exists()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_cut_prompt_is_told_of_a_job_that_fails_at_once(terminal, monkeypatch, capsys):
+    def fails(timeout_s=None):
+        raise sora.JobFailedError("the disk is on fire")
+
+    progress = SimpleNamespace(num_steps=2, num_frames=1)
+    job = SimpleNamespace(cut_prompts=("its end is cut",), result=fails, progress=progress)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    with pytest.raises(sora.JobFailedError):
+        follow(job)
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("warning: its end is cut") == 1
 
 
 def test_what_is_told_is_told_once(tmp_path: Path) -> None:
