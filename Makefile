@@ -25,8 +25,8 @@ PART ?=
 PROMPT ?= a red circle moves right on a white background
 OUT ?= out.mp4
 
-# Three processes take the test files in turn: some wait for others, so two cores are kept busy. A file stays in one, and the longest come first.
-WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# Two processes take the test files in turn. A file stays in one, and the longest come first.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The first of these that is Python 3.11 or newer.
 PYTHONS := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14 python
