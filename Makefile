@@ -41,7 +41,7 @@ test: install-dev
 	$(RUN) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 slow: install-dev
-	@echo "Running $(if $(PART),part $(PART) of the slow tests: up to 8 minutes,all slow tests: an hour) on two cores"
+	@echo "Running $(if $(PART),part $(PART) of the slow tests: minutes to an hour,all slow tests: hours) on two cores"
 	$(RUN) -m pytest $(if $(PART),--slow-part $(PART),-m slow) --durations=5 $(PYTEST_ARGS)
 
 lint: install-dev
