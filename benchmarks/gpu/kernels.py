@@ -30,6 +30,14 @@ TOY = [Shape("toy", 2, 32, 2, 64)]
 
 def rates() -> Figures:
     """What the machine is, and what its products and copies reach."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    yield figure("commit", commit.stdout.strip() or "unknown")
     where = "no GPU" if DEVICE.type == "cpu" else torch.cuda.get_device_name()
     yield figure("device", where)
     yield figure("torch", torch.__version__)

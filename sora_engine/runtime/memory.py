@@ -149,7 +149,7 @@ class MemoryPlanner:
 
         What a stage takes is the most of several sums, each of which grows in proportion to the
         tokens of the texts: it lies under the line between the two. So one size takes two
-        rehearsals, whatever its texts.
+        rehearsals, whatever its texts, and a third for texts that are as long as they get.
         """
         longest = self.model.prompt_encoder.max_tokens
         if len(lengths) > 2:  # a batch may hold the texts of a few shots, and not of others
