@@ -14,6 +14,7 @@ from sora_engine.cli.options import (
     Dtype,
     ModelPath,
     VAEBackend,
+    VAEDtype,
     in_options,
     model_path,
     named,
@@ -38,6 +39,7 @@ def decode(
     device: Device = "auto",
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
+    vae_dtype: VAEDtype = "auto",
 ) -> None:
     """Decode finished latents that an interrupted `sora generate` left."""
     from sora_engine.io.latents import SavedLatents
@@ -56,15 +58,21 @@ def decode(
         path = model_path(model)
     else:
         parts = parts or saved.components
-    if dtype == "auto" and saved.provenance is not None:
-        dtype = str(saved.provenance.settings.get("dtype", dtype))  # the VAE's follows from it
+    made = {} if saved.provenance is None else saved.provenance.settings
+    dtype = str(made.get("dtype", dtype)) if dtype == "auto" else dtype
+    vae_dtype = str(made.get("vae_dtype", vae_dtype)) if vae_dtype == "auto" else vae_dtype
     say(f"sora_engine {version()}: loading the VAE of {named(path)}")
     started = time.monotonic()
     from sora_engine.models.loading import load_video_decoder
 
     try:
         decoder = load_video_decoder(
-            path, device=device, dtype=dtype, vae_backend=vae_backend, components=parts
+            path,
+            device=device,
+            dtype=dtype,
+            vae_backend=vae_backend,
+            vae_dtype=vae_dtype,
+            components=parts,
         )
         normalised = decoder.vae.normalise(saved.latents[None])[0]
     except (SoraError, RuntimeError) as error:

@@ -114,8 +114,11 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
         if provenance.model != DEFAULT_MODEL:
             raise UsageError(f"--like: {path} was made by {provenance.model!r}; name it by --model")
         common = replace(common, model=[DEFAULT_MODEL])
+    made = provenance.settings
     if common.dtype == "auto":
-        common = replace(common, dtype=str(provenance.settings.get("dtype", "auto")))
+        common = replace(common, dtype=str(made.get("dtype", "auto")))
+    if common.vae_dtype == "auto":
+        common = replace(common, vae_dtype=str(made.get("vae_dtype", "auto")))
 
     def build(model: ModelFacts, make: Make) -> VideoRequest:
         from sora_engine.request.recipe import request_of

@@ -30,6 +30,7 @@ _OPTION_OF = {
     "solver": "--solver",
     "device": "--device",
     "dtype": "--dtype",
+    "vae_dtype": "--vae-dtype",
     "before_s": "--before",
     "after_s": "--after",
     "gap_s": "--gap",
@@ -44,6 +45,13 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Components = Annotated[
     str | None,
     typer.Option(help="Folder with what a --model of one file lacks, diffusers' or ComfyUI's."),
+]
+VAEDtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the autoencoder: auto (float32 on a CPU, --dtype on a GPU), float32, bfloat16 or "
+        "float16."
+    ),
 ]
 VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
 
@@ -126,6 +134,7 @@ class Common:
     device: Device = "auto"
     dtype: Dtype = "auto"
     vae_backend: VAEBackend = "auto"
+    vae_dtype: VAEDtype = "auto"
     offload: Annotated[
         str,
         typer.Option(

@@ -200,6 +200,7 @@ def load_engine(common: Common) -> Engine:
             device=common.device,
             dtype=common.dtype,
             vae_backend=common.vae_backend,
+            vae_dtype=common.vae_dtype,
             offload=common.offload,
         )
     except SoraError as error:

@@ -26,7 +26,7 @@ from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message, state_from_message, state_to_message
 from sora_engine.errors import EngineDeadError, LayoutError, RankFailedError, error_from_fields
 from sora_engine.io.system import usable_cores
-from sora_engine.models.device import resolve_device, resolve_dtype
+from sora_engine.models.device import resolve_device, resolve_dtype, resolve_vae_dtype
 from sora_engine.models.registry import Components, ModelPath, open_checkpoint, plain_components
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 
@@ -297,6 +297,7 @@ def start_replicas(
     device: str | torch.device,
     dtype: str | torch.dtype,
     vae_backend: str,
+    vae_dtype: str | torch.dtype,
     vae_cuda_graphs: str,
     attention_backend: str,
     components: Components | None,
@@ -317,10 +318,13 @@ def start_replicas(
     elif target.type == "cuda":
         check_devices(parallel, torch.cuda.device_count(), "GPUs", num_heads=num_heads)
     paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+    weights_dtype = resolve_dtype(dtype, target)
+    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
     model = {
         "path": os.fspath(paths[0]) if len(paths) == 1 else [os.fspath(p) for p in paths],
-        "dtype": str(resolve_dtype(dtype, target)).removeprefix("torch."),
+        "dtype": str(weights_dtype).removeprefix("torch."),
         "vae_backend": vae_backend,
+        "vae_dtype": str(coding_dtype).removeprefix("torch."),
         "vae_cuda_graphs": vae_cuda_graphs,
         "attention_backend": attention_backend,
         "components": plain_components(components),

@@ -16,7 +16,12 @@ from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
 from sora_engine.io.weights.selected import SelectedWeights
 from sora_engine.io.weights.source import WeightSource
-from sora_engine.models.device import own_device, resolve_device, resolve_dtype
+from sora_engine.models.device import (
+    own_device,
+    resolve_device,
+    resolve_dtype,
+    resolve_vae_dtype,
+)
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.folder import Component
 from sora_engine.models.offload import (
@@ -60,6 +65,7 @@ def load_video_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vae_backend: str = "auto",
+    vae_dtype: str | torch.dtype = "auto",
     vae_cuda_graphs: str = "auto",
     attention_backend: str = "auto",
     components: Components | None = None,
@@ -78,7 +84,8 @@ def load_video_model(
     weights_dtype = resolve_dtype(dtype, target)
     check_attention_backend(attention_backend, target)
     checkpoint, name = open_checkpoint(path, components)
-    decoder = _open_decoder(checkpoint, target, weights_dtype, vae_backend, vae_cuda_graphs)
+    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
+    decoder = _open_decoder(checkpoint, target, coding_dtype, vae_backend, vae_cuda_graphs)
     if offload == "auto" and target.type == "cpu":
         offload = "none"
     model = VideoModel(
@@ -133,15 +140,16 @@ def load_video_decoder(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vae_backend: str = "auto",
+    vae_dtype: str | torch.dtype = "auto",
     vae_cuda_graphs: str = "auto",
     components: Components | None = None,
 ) -> VideoDecoder:
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
     target = resolve_device(device)
     checkpoint, _ = open_checkpoint(path, components)
-    return _open_decoder(
-        checkpoint, target, resolve_dtype(dtype, target), vae_backend, vae_cuda_graphs
-    )
+    weights_dtype = resolve_dtype(dtype, target)
+    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
+    return _open_decoder(checkpoint, target, coding_dtype, vae_backend, vae_cuda_graphs)
 
 
 def check_attention_backend(name: str, device: torch.device) -> None:
@@ -311,10 +319,6 @@ def _open_decoder(
     backend: str,
     cuda_graphs: str,
 ) -> VideoDecoder:
-    # A VAE in half precision is slow on a CPU; elsewhere it shares the transformer's dtype. The
-    # graphs of ONNX Runtime are in float32.
-    if device.type == "cpu" or backend == "onnx":
-        dtype = torch.float32
     if backend in ("onnx", "tensorrt"):  # the weights are but exported, or looked up
         vae = load_vae(checkpoint.vae, torch.device("cpu"), torch.float32)
     else:

@@ -47,6 +47,8 @@ class Maker(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def vae_dtype(self) -> torch.dtype: ...
 
 
 Make = Callable[[VideoRequest], Video]
@@ -92,6 +94,9 @@ def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
     settings["model_hash"] = model.weights_hash
     settings["device"] = model.device.type
     settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    coded = str(model.vae_dtype).removeprefix("torch.")
+    if coded != ("float32" if model.device.type == "cpu" else settings["dtype"]):
+        settings["vae_dtype"] = coded  # it was asked for: else it follows from the device
     return Provenance(
         prompt=request.prompt,
         seed=request.seed,

@@ -98,6 +98,7 @@ class Engine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         vae_backend: str = "auto",
+        vae_dtype: str | torch.dtype = "auto",
         vae_cuda_graphs: str = "auto",
         attention_backend: str = "auto",
         components: Components | None = None,
@@ -116,6 +117,7 @@ class Engine:
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
                 (engines that `sora export-vae` has built); `"auto"` is torch.
+            vae_dtype: of the autoencoder; `"auto"` is `dtype` on a GPU and float32 on a CPU.
             vae_cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady
                 step as a CUDA graph; `"auto"` does so on a GPU, and logs where it cannot.
             attention_backend: a backend of `sora_kernels.packed_attention`.
@@ -149,6 +151,7 @@ class Engine:
                 device=device,
                 dtype=dtype,
                 vae_backend=vae_backend,
+                vae_dtype=vae_dtype,
                 vae_cuda_graphs=vae_cuda_graphs,
                 attention_backend=attention_backend,
                 components=components,
@@ -159,6 +162,7 @@ class Engine:
             device=device,
             dtype=dtype,
             vae_backend=vae_backend,
+            vae_dtype=vae_dtype,
             vae_cuda_graphs=vae_cuda_graphs,
             attention_backend=attention_backend,
             components=components,
