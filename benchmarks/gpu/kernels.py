@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from run_all import checks
 from shapes import DEVICE, DTYPE, SHAPES, Shape
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from workloads import FUSED, packed, short_segments
+from workloads import FUSED, invariant_linear, packed, short_segments
 
 import sora_kernels as sk
 from gpu.timing import DRY, figure, gbytes, milliseconds, small_milliseconds, tflops
@@ -137,8 +137,13 @@ def _rate(flops: float, took: float | str) -> str:
 
 
 def fused() -> Figures:
-    """GB/s of the element-wise ops, inside a CUDA graph so that no launch is timed."""
+    """GB/s of the element-wise ops, inside a CUDA graph so that no launch is timed; and what a
+    product with fixed tiles takes beside the library's."""
     for shape in TOY if DRY else SHAPES:
+        exact = invariant_linear(shape)
+        for name, call in (("by a library", exact.eager), ("exact", exact.by("auto"))):
+            took = _tried(partial(milliseconds, call))
+            yield figure(f"product with GELU, {shape.name}, {name}", _rate(exact.flops, took))
         for op, make in FUSED.items():
             work = make(shape)
             for backend, problem in sk.backends(DEVICE.type)[op].items():

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import sora_kernels as sk
 from sora_kernels.testing import check_within_budget, generator, offsets
@@ -141,10 +142,27 @@ def check_mask(backend: str, device: str, dtype: torch.dtype) -> None:
 Check = Callable[[str, str, torch.dtype], None]
 
 
+def check_linear(backend: str, device: str, dtype: torch.dtype) -> None:
+    rng, shapes = generator(6), ((777, 200), (300, 200), (300,))
+    x, weight, bias = (torch.randn(*s, generator=rng).to(device, dtype) for s in shapes)
+
+    def call(rows: torch.Tensor, backend: str, cast: torch.dtype) -> torch.Tensor:
+        inputs = (t.to(cast) for t in (rows, weight, bias))
+        return sk.invariant_linear(*inputs, gelu="tanh", backend=backend)
+
+    y, ref = call(x, backend, dtype), call(x, "reference", torch.float64)
+    low = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    check_within_budget(f"linear {backend}", y, ref, low, slack=4.0)
+    for first, last in ((0, 1), (100, 777), (640, 700)):
+        if not torch.equal(call(x[first:last], backend, dtype), y[first:last]):
+            raise AssertionError(f"linear {backend}: rows {first} to {last} change in company")
+
+
 def checks() -> Iterator[tuple[str, str, Check]]:
     """Each check with its op and its name: of a backend, a device and a dtype, against fp64."""
     for lengths in ([300, 1, 0, 777], [256, 256, 256]):
         yield "packed_attention", f"segments {lengths}", partial(check_attention, lengths=lengths)
+    yield "invariant_linear", "linear, rows in any company", check_linear
     yield "norm_modulate", "norm", check_plain_norm
     yield "causal_norm_silu", "causal norm", check_causal
     yield "gate_residual_norm_modulate", "gated norm", check_norm

@@ -87,6 +87,21 @@ def qk_norm_rope(shape: Shape) -> Work:
     )
 
 
+def invariant_linear(shape: Shape) -> Work:
+    """The feed-forward's first product with its GELU, beside the library's."""
+    hidden = 4 * shape.channels
+    x, weight, bias = (
+        randn(shape.tokens, shape.channels),
+        randn(hidden, shape.channels),
+        randn(hidden),
+    )
+    return Work(
+        lambda backend: lambda: sk.invariant_linear(x, weight, bias, gelu="tanh", backend=backend),
+        lambda: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
+        flops=2 * shape.tokens * weight.numel(),
+    )
+
+
 def temporal_attention(shape: Shape) -> Work:
     q, k, v = (randn(shape.tokens, shape.heads, shape.head_dim) for _ in range(3))
     grid = (shape.frames, 1, shape.positions)
@@ -111,7 +126,11 @@ FUSED = {
     "gate_residual_norm_modulate": gate_residual_norm_modulate,
     "qk_norm_rope": qk_norm_rope,
 }
-BY_SHAPE = {**FUSED, "temporal_attention": temporal_attention}
+BY_SHAPE = {
+    **FUSED,
+    "invariant_linear": invariant_linear,
+    "temporal_attention": temporal_attention,
+}
 
 
 def packed(lengths: list[int], heads: int, head_dim: int) -> tuple[list[torch.Tensor], Any]:

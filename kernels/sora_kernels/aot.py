@@ -205,6 +205,30 @@ def _rope(arch: int, elements: int, across_heads: bool, interleaved: bool) -> Bu
     return Build(key, entry, arch, norm_rope_rows, types, constants, options)
 
 
+def _linear(arch: int, key: str, tma: bool) -> Build:
+    from sora_kernels.invariant.triton import GROUP, invariant_linear_kernel
+
+    dtype = torch.bfloat16 if key == "2" else torch.float32
+    name, parameters = _NAMES[dtype], launch.matmul("invariant_linear", arch, dtype)
+    blocks = {"x": parameters.block_m, "weight": parameters.block_n}
+    types = {
+        f"{operand}_source": f"tensordesc<{name}[{rows},{parameters.block_k}]>"
+        if tma
+        else f"*{name}"
+        for operand, rows in blocks.items()
+    }
+    types |= {"bias_ptr": f"*{name}", "out_ptr": f"*{name}", "x_stride": "i32"}
+    types |= dict.fromkeys(("weight_stride", "rows", "outs", "ins"), "i32")
+    constants: dict[str, Any] = {"HAS_BIAS": True, "GELU": 2, "TMA": tma, "GROUP": GROUP}
+    constants |= {"PRECISION": _precision(dtype), "BLOCK_M": parameters.block_m}
+    constants |= {"BLOCK_N": parameters.block_n, "BLOCK_K": parameters.block_k}
+    options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
+    form = "/pointers" if launch.has_tma(arch) and not tma else ""
+    entry = ("invariant_linear", key)
+    kernel = invariant_linear_kernel
+    return Build(f"invariant_linear/{name}{form}", entry, arch, kernel, types, constants, options)
+
+
 def builds(arch: int) -> Iterator[Build]:
     """Every kernel at every configuration for one architecture.
 
@@ -222,6 +246,10 @@ def builds(arch: int) -> Iterator[Build]:
     if arch == 90:
         for width in (64, 128):
             yield _hopper(arch, width)
+    for key in launch.entries("invariant_linear", arch):
+        if launch.has_tma(arch):
+            yield _linear(arch, key, True)
+        yield _linear(arch, key, False)
     for key in launch.entries("norm_modulate", arch):
         yield _norm(arch, int(key), gated=False)
         yield _norm(arch, int(key), gated=True)

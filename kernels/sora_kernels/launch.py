@@ -1,9 +1,10 @@
 """Launch parameters of the Triton kernels, from a table: nothing is tuned on a request.
 
 `launch.json` holds them. Its keys are op, architecture, and `<element bytes>x<head_dim>` (head_dim
-rounded up to a power of two) or, for the ops on rows, `<elements a program>`. An architecture
-without a table of its own uses that of the nearest older one; a width without an entry is one where
-every tile that was tried spills. `python -m sora_kernels.tune` rewrites the file.
+rounded up to a power of two), for the ops on rows `<elements a program>`, or for products
+`<element bytes>`. An architecture without a table of its own uses that of the nearest older one; a
+width without an entry is one where every tile that was tried spills. `python -m sora_kernels.tune`
+rewrites the file.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ class TileLaunch(NamedTuple):
     num_stages: int
 
 
+class MatmulLaunch(NamedTuple):
+    """A product: tiles in rows, columns and what is summed over, warps, stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
 class RowLaunch(NamedTuple):
     """Ops on rows: warps of a program that holds so many elements."""
 
@@ -49,6 +60,7 @@ KINDS: Mapping[str, Callable[..., Any]] = {
     "packed_attention": Launch,
     "windowed_attention": TileLaunch,
     "temporal_attention": TileLaunch,
+    "invariant_linear": MatmulLaunch,
     "norm_modulate": RowLaunch,
     "qk_norm_rope": RowLaunch,
 }
@@ -56,6 +68,7 @@ _INTERPRETED: Mapping[str, Any] = {
     "packed_attention": Launch(32, 16, 4, 1),
     "windowed_attention": TileLaunch(32, 4, 1),
     "temporal_attention": TileLaunch(64, 4, 1),
+    "invariant_linear": MatmulLaunch(16, 32, 32, 4, 1),
     "norm_modulate": RowLaunch(4),
     "qk_norm_rope": RowLaunch(4),
 }
@@ -137,6 +150,13 @@ def find_or_raise(op: str, arch: int, dtype: torch.dtype, width: int) -> Any:
     if found is None:
         raise ValueError(f"{op}: no launch parameters for {dtype} head_dim {width} on sm_{arch}")
     return found
+
+
+def matmul(op: str, arch: int, dtype: torch.dtype) -> MatmulLaunch:
+    """A product's parameters: one set for all numbers of rows, which is what makes it the same."""
+    if arch == INTERPRETED:
+        return _INTERPRETED[op]
+    return entries(op, arch)[str(dtype.itemsize)]
 
 
 def row_warps(op: str, arch: int, elements: int) -> int:

@@ -29,6 +29,11 @@ def candidates(op: str, key: str) -> Iterator[Any]:
         for m, n in itertools.product(blocks, blocks):
             for warps, stages in itertools.product((4, 8), (1, 2, 3)):
                 yield launch.Launch(m, n, warps, stages)
+    elif op == "invariant_linear":
+        blocks = (64, 128, 256) if key == "2" else (32, 64)
+        for m, n, k in itertools.product(blocks[:2], blocks, (32, 64)):
+            for warps, stages in itertools.product((4, 8), (2, 3, 4)):
+                yield launch.MatmulLaunch(m, n, k, warps, stages)
     elif op in ("windowed_attention", "temporal_attention"):
         for tokens, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3)):
             yield launch.TileLaunch(tokens, warps, stages)
@@ -56,6 +61,10 @@ def workload(op: str, key: str, device: torch.device) -> Callable[[], object]:
         return lambda: sk.qk_norm_rope(
             q, None, None, None, angle, angle, across_heads=True, backend="triton"
         )
+    if op == "invariant_linear":
+        dtype = torch.bfloat16 if key == "2" else torch.float32
+        x, weight = randn(20_280, 1536, dtype=dtype), randn(8960, 1536, dtype=dtype)
+        return lambda: sk.invariant_linear(x, weight, backend="triton")
     size, width = (int(part) for part in key.split("x"))
     dtype = torch.bfloat16 if size == 2 else torch.float32
     grid = (13, 30, 52)

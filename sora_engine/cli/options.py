@@ -135,6 +135,12 @@ class Common:
     dtype: Dtype = "auto"
     vae_backend: VAEBackend = "auto"
     vae_dtype: VAEDtype = "auto"
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Bits that hang on nothing that runs beside it; slower on GPUs."
+        ),
+    ] = False
     offload: Annotated[
         str,
         typer.Option(

@@ -201,6 +201,7 @@ def load_engine(common: Common) -> Engine:
             dtype=common.dtype,
             vae_backend=common.vae_backend,
             vae_dtype=common.vae_dtype,
+            exact=common.exact,
             offload=common.offload,
         )
     except SoraError as error:

@@ -300,6 +300,7 @@ def start_replicas(
     vae_dtype: str | torch.dtype,
     vae_cuda_graphs: str,
     attention_backend: str,
+    exact: bool,
     components: Components | None,
 ) -> list[RankExecutor]:
     """Start `parallel.data` replicas of a model, each over the ranks of one layout.
@@ -327,6 +328,7 @@ def start_replicas(
         "vae_dtype": str(coding_dtype).removeprefix("torch."),
         "vae_cuda_graphs": vae_cuda_graphs,
         "attention_backend": attention_backend,
+        "exact": exact,
         "components": plain_components(components),
     }
     layout = replace(parallel, data=1)

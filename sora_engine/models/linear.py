@@ -1,4 +1,5 @@
-"""Linear layers whose frozen weights are laid out once for the processor that runs them."""
+"""Linear layers: in the layout of the processor that runs them, and with bits that no company
+changes."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sora_kernels import invariant_linear
 
 ROWS_HINT = 1024
 """What oneDNN is told of the inputs' length; its layout depends on the weight alone."""
@@ -58,6 +61,39 @@ class BlockedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
+class InvariantLinear(nn.Linear):
+    """A linear layer that gives a row the same bits whatever rows are beside it, on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return invariant_linear(x, self.weight, self.bias)
+
+    def with_gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """`gelu(self(x))`, `approximate` as of `torch.nn.functional.gelu`."""
+        return invariant_linear(x, self.weight, self.bias, gelu=approximate)
+
+
+class InvariantPatches(nn.Conv3d):
+    """A convolution of patches of its own size that `embed_patches` carries out in that way."""
+
+
+def embed_patches(tokens: Tensor, patch: nn.Conv3d) -> Tensor:
+    """Patches `[N, channels * patch volume]` through a convolution of their own size."""
+    weight, bias = patch.weight.flatten(1), patch.bias
+    if isinstance(patch, InvariantPatches):
+        return invariant_linear(tokens, weight, bias)
+    return steady(lambda x: F.linear(x, weight, bias), tokens)
+
+
+def make_invariant(module: nn.Module) -> None:
+    """Replace every linear layer within `module`, and every convolution of patches, by one whose
+    rows no company changes. Names and parameters stay."""
+    for child in module.modules():
+        if type(child) is nn.Linear:
+            child.__class__ = InvariantLinear
+        elif type(child) is nn.Conv3d and child.kernel_size == child.stride:
+            child.__class__ = InvariantPatches
+
+
 def steady(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A linear `layer(x)` of rows `[n, in]`, where no row's bits depend on how many there are.
 
@@ -84,7 +120,7 @@ _num_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
     """A linear layer and GELU behind it, in one pass where the layer can."""
-    if isinstance(layer, BlockedLinear):
+    if isinstance(layer, (BlockedLinear, InvariantLinear)):
         return layer.with_gelu(x, approximate)
     return F.gelu(layer(x), approximate=approximate)
 
@@ -114,6 +150,8 @@ def block_linears(module: nn.Module) -> None:
 def lay_out_like(hollow: nn.Module, loaded: nn.Module) -> None:
     """Give a module without weights the layers that the loaded one has in place of its linears."""
     for name, layer in loaded.named_modules():
+        if isinstance(layer, InvariantLinear):
+            hollow.get_submodule(name).__class__ = InvariantLinear
         if isinstance(layer, BlockedLinear):
             parent, _, child = name.rpartition(".")
             setattr(hollow.get_submodule(parent), child, BlockedLinear.without_weight(layer))

@@ -24,6 +24,7 @@ from sora_engine.models.device import (
 )
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.folder import Component
+from sora_engine.models.linear import make_invariant
 from sora_engine.models.offload import (
     check_level,
     level_that_fits,
@@ -68,6 +69,7 @@ def load_video_model(
     vae_dtype: str | torch.dtype = "auto",
     vae_cuda_graphs: str = "auto",
     attention_backend: str = "auto",
+    exact: bool = False,
     components: Components | None = None,
     offload: str = "none",
     needed: Callable[[VideoModel], int] | None = None,
@@ -83,6 +85,14 @@ def load_video_model(
     target = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, target)
     check_attention_backend(attention_backend, target)
+    if exact:
+        check_exact(target, weights_dtype, attention_backend)
+    build = partial(
+        hollow_transformer,
+        dtype=weights_dtype,
+        attention_backend=attention_backend,
+        invariant=exact and target.type != "cpu",
+    )
     checkpoint, name = open_checkpoint(path, components)
     coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
     decoder = _open_decoder(checkpoint, target, coding_dtype, vae_backend, vae_cuda_graphs)
@@ -93,11 +103,7 @@ def load_video_model(
         family=checkpoint.family,
         device=target,
         dtype=weights_dtype,
-        experts=_experts(
-            checkpoint,
-            weights_dtype,
-            lambda source: _hollow_transformer(source, weights_dtype, attention_backend),
-        ),
+        experts=_experts(checkpoint, weights_dtype, build),
         vae=decoder.vae,
         vae_dtype=decoder.dtype,
         prompt_encoder=load_prompt_encoder(checkpoint, target, weights_dtype, offload),
@@ -120,12 +126,7 @@ def load_video_model(
         checkpoint,
         weights_dtype,
         lambda source: load_transformer(
-            source,
-            target,
-            weights_dtype,
-            attention_backend,
-            sharder=sharder,
-            visiting=offload == "blocks",
+            source, build(source), target, sharder=sharder, visiting=offload == "blocks"
         ),
         shares=1 if sharder is None else sharder.num_ranks,
     )
@@ -164,23 +165,36 @@ def check_attention_backend(name: str, device: torch.device) -> None:
         raise BackendError(f"attention_backend {name!r} cannot serve on {device}: {reason}")
 
 
+def check_exact(device: torch.device, dtype: torch.dtype, attention_backend: str) -> None:
+    """Raises BackendError unless results there can have bits that no company changes."""
+    if device.type == "cpu" and dtype != torch.float32:
+        raise BackendError(
+            f"exact=True: on a CPU it is of float32, not of {str(dtype).removeprefix('torch.')}; "
+            "dtype='float32' would work"
+        )
+    if device.type != "cpu" and attention_backend not in ("auto", "triton", "gluon"):
+        raise BackendError(
+            f"exact=True: attention_backend {attention_backend!r} promises no bits; "
+            "auto, triton and gluon do"
+        )
+
+
 # The transformers.
 
 
 def load_transformer(
     source: ExpertSource,
+    transformer: DiffusionTransformer,
     device: torch.device,
-    dtype: torch.dtype,
-    attention_backend: str,
     *,
     sharder: WeightSharder | None = None,
     visiting: bool = False,
 ) -> DiffusionTransformer:
-    """A transformer from its files.
+    """A transformer, which is on the meta device, filled from its files.
 
     visiting: the weights of the blocks are read into host memory and wait there.
     """
-    transformer = _hollow_transformer(source, dtype, attention_backend)
+    dtype = transformer.dtype
     if sharder is not None:
         source.fill(transformer, device=device, dtype=dtype, shard=partial(sharder.cut, device))
         return transformer
@@ -197,12 +211,17 @@ def load_transformer(
     return transformer
 
 
-def _hollow_transformer(
-    source: ExpertSource, dtype: torch.dtype, attention_backend: str
+def hollow_transformer(
+    source: ExpertSource, dtype: torch.dtype, attention_backend: str, invariant: bool = False
 ) -> DiffusionTransformer:
-    """The transformer on the meta device: its shapes, without its weights."""
+    """The transformer on the meta device: its shapes, without its weights.
+
+    invariant: its linear layers are such that no company changes a row's bits.
+    """
     with torch.device("meta"):
         transformer = source.build(attention_backend)
+    if invariant:
+        make_invariant(transformer)
     return transformer.to(dtype).eval().requires_grad_(False)
 
 

@@ -101,6 +101,7 @@ class Engine:
         vae_dtype: str | torch.dtype = "auto",
         vae_cuda_graphs: str = "auto",
         attention_backend: str = "auto",
+        exact: bool = False,
         components: Components | None = None,
         offload: str = "auto",
         parallel: ParallelConfig | Literal["auto"] | None = None,
@@ -121,6 +122,8 @@ class Engine:
             vae_cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady
                 step as a CUDA graph; `"auto"` does so on a GPU, and logs where it cannot.
             attention_backend: a backend of `sora_kernels.packed_attention`.
+            exact: results whose bits do not depend on what is packed beside them. On a GPU linear
+                layers then have fixed tiles and are slower; on a CPU it is of float32.
             components: what a transformer file lacks: a folder in diffusers' or ComfyUI's layout,
                 or a mapping from `vae`, `text_encoder`, `tokenizer`, `image_encoder`,
                 `image_processor`, `scheduler` and `transformer_2` to a file or a folder of each.
@@ -154,6 +157,7 @@ class Engine:
                 vae_dtype=vae_dtype,
                 vae_cuda_graphs=vae_cuda_graphs,
                 attention_backend=attention_backend,
+                exact=exact,
                 components=components,
             )
             return cls(limits=limits, hooks=hooks, replicas=replicas)
@@ -165,6 +169,7 @@ class Engine:
             vae_dtype=vae_dtype,
             vae_cuda_graphs=vae_cuda_graphs,
             attention_backend=attention_backend,
+            exact=exact,
             components=components,
             offload=offload,
             needed=lambda hollow: default_peak(hollow, limits or Limits()),

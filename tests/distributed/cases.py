@@ -29,7 +29,7 @@ from sora_engine.distributed.weights import WeightShards
 from sora_engine.io.safetensors import SafetensorsFile
 from sora_engine.models.attention import self_attention
 from sora_engine.models.family import ExpertSource
-from sora_engine.models.loading import load_transformer
+from sora_engine.models.loading import hollow_transformer, load_transformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.models.wan.checkpoint import TransformerSource
 from sora_engine.models.wan.model import WanTransformer, transformer_shape
@@ -232,7 +232,8 @@ def load(weights, heads, dtype, sharder=None):
         build=lambda backend: WanTransformer(config, text_tokens=16, attention_backend=backend),
         fill=files.load,
     )
-    return load_transformer(source, CPU, getattr(torch, dtype), "auto", sharder=sharder)
+    hollow = hollow_transformer(source, getattr(torch, dtype), "auto")
+    return load_transformer(source, hollow, CPU, sharder=sharder)
 
 
 def with_transformer(model, transformer):

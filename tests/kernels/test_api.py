@@ -126,6 +126,27 @@ def test_rope_refuses(change, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.randn(6, 2, 8)}, "[6, 2, 8]"),
+        ({"x": torch.ones(6, 8, dtype=torch.int8)}, "int8"),
+        ({"weight": torch.randn(3, 9)}, "[out, 8] is due"),
+        ({"weight": torch.randn(8)}, "[8]"),
+        ({"weight": torch.randn(3, 8).half()}, "float16"),
+        ({"bias": torch.randn(4)}, "[3] is due"),
+        ({"gelu": "erf"}, "'erf'"),
+        ({"weight": torch.randn(3, 8, device="meta")}, "meta"),
+        ({"backend": "cublas"}, "'cublas'"),
+    ],
+)
+def test_invariant_linear_refuses(change, named):
+    inputs = {"x": torch.randn(6, 8), "weight": torch.randn(3, 8), **change}
+    with pytest.raises(ValueError, match=r".") as caught:
+        sk.invariant_linear(**inputs)
+    assert named in str(caught.value)
+
+
 @pytest.mark.parametrize("op", [sk.temporal_attention, sk.spatial_attention])
 @pytest.mark.parametrize(
     ("change", "named"),

@@ -20,6 +20,7 @@ from attention_checks import (
 )
 from cases import SLACK
 from hypothesis import given, settings
+from linear_checks import check_linear, linear_cases
 from norm_checks import (
     causal_cases,
     check_causal,
@@ -87,6 +88,11 @@ def test_native_attention_at_the_edges_of_blocks(queries, keys):
         ref, ref_lse = sk.packed_attention(*wide, *cu, backend="reference", **kwargs)
         check_within_budget("out", out, ref, low, SLACK[torch.float32])
         torch.testing.assert_close(lse, ref_lse.float(), rtol=1e-5, atol=1e-5)
+
+
+@given(linear_cases(max_rows=300))
+def test_invariant_linear(case):
+    check_linear(case, "reference")
 
 
 @pytest.mark.usefixtures("native_library")

@@ -28,6 +28,7 @@ CALLS = {
     "causal_norm_silu": (
         X.view(2, 3, 4, -1), X.view(2, 3, 4, -1)[:, :2], TABLE[0], 1e-6, "auto",
     ),
+    "invariant_linear": (X, X[:3].contiguous(), X[0, :3].contiguous(), "tanh", "auto"),
     "qk_norm_rope": (Q, K, None, None, ANGLE.cos(), ANGLE.sin(), True, True, 1e-6, "auto"),
     "temporal_attention": (Q, K, V, FLAT, 0.25, "auto"),
     "windowed_attention": (

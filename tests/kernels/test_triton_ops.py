@@ -15,6 +15,7 @@ from attention_checks import (
     grid_cases,
 )
 from hypothesis import given, settings
+from linear_checks import check_linear, linear_cases
 from norm_checks import (
     causal_cases,
     check_causal,
@@ -64,6 +65,22 @@ def test_causal_norm_silu(case):
 @given(rope_cases(max_tokens=10))
 def test_qk_norm_rope(case):
     check_rope(case, "triton")
+
+
+@settings(max_examples=FEW)
+@given(linear_cases(max_rows=40))
+def test_invariant_linear(case):
+    check_linear(case, "triton")
+
+
+@settings(max_examples=FEW)
+@given(linear_cases(max_rows=40, sizes=(16, 32, 40, 64)))
+def test_invariant_linear_through_descriptors(case):
+    from sora_kernels.invariant import triton as backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "has_tma", lambda arch: True)
+        check_linear(case, "triton")
 
 
 @settings(max_examples=FEW)

@@ -100,12 +100,6 @@ def rope_tables(coords: Tensor, config: WanConfig) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
-def embed_patches(tokens: Tensor, patch: nn.Conv3d) -> Tensor:
-    """Patches `[N, channels * patch volume]` through a convolution of their own size."""
-    weight = patch.weight.flatten(1)
-    return steady(lambda x: F.linear(x, weight, patch.bias), tokens)
-
-
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """LayerNorm in fp32, as diffusers has it."""
     return norm_modulate(x, None, None, weight=norm.weight, bias=norm.bias, eps=norm.eps)

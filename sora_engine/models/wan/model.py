@@ -20,11 +20,11 @@ from sora_engine.denoise.conditioning import Context, Embedding, KeyValues
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import PackedBatch, Stream
 from sora_engine.models.backends import Backends
-from sora_engine.models.linear import steady
+from sora_engine.models.linear import embed_patches, steady
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.wan.blocks import Modulation, VaceBlock, WanBlock
 from sora_engine.models.wan.config import WanConfig
-from sora_engine.models.wan.embedders import ConditionEmbedder, embed_patches, rope_tables
+from sora_engine.models.wan.embedders import ConditionEmbedder, rope_tables
 from sora_kernels import norm_modulate
 
 CLIP_TOKENS = 257

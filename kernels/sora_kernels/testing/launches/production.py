@@ -133,6 +133,23 @@ def block(model: Model, batch: Batch, index: int = 0, backend: str = "auto") -> 
     yield checked("cross-attention", attention, q, keys, keys, cu, texts, **seen)
 
 
+def exact(model: Model, batch: Batch, index: int = 0) -> Iterator[Call]:
+    """The products of a block whose rows no company changes."""
+    dim, hidden = model.dim, 4 * model.dim
+    for name, ins, outs, gelu in (
+        ("projection", dim, dim, None),
+        ("up", dim, hidden, "tanh"),
+        ("down", hidden, dim, None),
+        ("patches", 64, dim, None),
+        ("head", dim, 64, None),
+    ):
+        x, weight, bias = (
+            empty(*shape, dtype=model.dtype, index=index)
+            for shape in ((sum(batch.lengths), ins), (outs, ins), (outs,))
+        )
+        yield checked(name, sk.invariant_linear, x, weight, bias, gelu=gelu)
+
+
 def _texts(batch: Batch) -> list[int]:
     """A text for each segment, in turn."""
     return [batch.texts[i % len(batch.texts)] for i in range(len(batch.grids))]

@@ -20,6 +20,7 @@ from sora_kernels.testing.launches.production import (
     Model,
     autoencoder,
     block,
+    exact,
     factorised,
     mixed_requests,
     strided,
@@ -44,6 +45,7 @@ def groups(arch: int) -> Iterator[tuple[str, Callable[[int], Iterator[Call]]]]:
     for model in (*MODELS, SMALL):
         for batch in BATCHES:
             yield f"{model.name}/{batch.name}", partial(block, model, batch)
+            yield f"{model.name}/{batch.name}/exact", partial(exact, model, batch)
         yield f"{model.name}/strided", partial(strided, model)
         if arch == HOPPER and model is not SMALL:
             for batch in BATCHES:
