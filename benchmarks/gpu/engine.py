@@ -192,6 +192,27 @@ def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([frames.float() for frames in stream_decode(vae, latents)], dim=2)
 
 
+def _by_graph(vae: Any, latents: torch.Tensor, name: str) -> Figures:
+    """A steady latent frame replayed, with cuDNN's algorithms by its rules and by their time."""
+    from sora_engine.vae.cuda_graph import EAGER_LATENTS, GraphedVAE
+
+    if DEVICE.type == "cpu":
+        yield figure(f"{name}, a steady latent frame by CUDA graph", "needs a GPU")
+        return
+    for by_time in (False, True):
+        coder, state = GraphedVAE(vae, required=True, by_time=by_time), None
+        for _ in range(EAGER_LATENTS + 1):
+            _, state = coder.decode_chunk(latents[:, :, :1], state, consume=True)
+
+        def step() -> None:
+            nonlocal state
+            _, state = coder.decode_chunk(latents[:, :, :1], state, consume=True)
+
+        how = "by time" if by_time else "by rule"
+        took = milliseconds(step)
+        yield figure(f"{name}, a steady latent frame by graph, cuDNN {how}", f"{took:.4g}", "ms")
+
+
 @torch.inference_mode()
 def decode() -> Figures:
     """The VAE in bf16 beside fp32: time, peak, and how far frames are apart."""
@@ -212,6 +233,7 @@ def decode() -> Figures:
             frames[dtype] = run()
             took = milliseconds(run) / latents.shape[2]
             yield figure(f"{8 * width}x{8 * height}, {dtype}, a latent frame", f"{took:.4g}", "ms")
+            yield from _by_graph(vae, latents.to(dtype), f"{8 * width}x{8 * height}, {dtype}")
         if len(frames) == 2:
             one, two = frames.values()
             error = float(((one - two) ** 2).mean())

@@ -95,7 +95,9 @@ def load_video_model(
     )
     checkpoint, name = open_checkpoint(path, components)
     coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
-    decoder = _open_decoder(checkpoint, target, coding_dtype, vae_backend, vae_cuda_graphs)
+    decoder = _open_decoder(
+        checkpoint, target, coding_dtype, vae_backend, vae_cuda_graphs, by_time=not exact
+    )
     if offload == "auto" and target.type == "cpu":
         offload = "none"
     model = VideoModel(
@@ -337,10 +339,14 @@ def _open_decoder(
     dtype: torch.dtype,
     backend: str,
     cuda_graphs: str,
+    *,
+    by_time: bool = True,
 ) -> VideoDecoder:
     if backend in ("onnx", "tensorrt"):  # the weights are but exported, or looked up
         vae = load_vae(checkpoint.vae, torch.device("cpu"), torch.float32)
     else:
         vae = load_vae(checkpoint.vae, device, dtype)
-    coder = open_coder(backend, vae, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
+    coder = open_coder(
+        backend, vae, device=device, dtype=dtype, cuda_graphs=cuda_graphs, by_time=by_time
+    )
     return VideoDecoder(FittedCoder(coder, dtype=dtype, device=device), dtype, device)

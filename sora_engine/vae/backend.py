@@ -33,12 +33,14 @@ def open_coder(
     device: str | torch.device,
     dtype: torch.dtype = torch.float32,
     cuda_graphs: str = "auto",
+    by_time: bool = True,
     cache: str | Path | None = None,
 ) -> VideoCoder[Any]:
     """The backend of that name for `vae`, ready to code on `device`.
 
     "auto" and "torch" give `vae` itself, on a GPU with its steady steps as CUDA graphs (see
-    `vae.cuda_graph`; `cuda_graphs` is auto, on or off). The others want `vae` in float32. "onnx"
+    `vae.cuda_graph`; `cuda_graphs` is auto, on or off, and `by_time` says how cuDNN's algorithms
+    are picked). The others want `vae` in float32. "onnx"
     exports it, once, into the cache (`$XDG_CACHE_HOME/sora_engine/vae` by default); where there can
     be no cache, into a temporary folder that goes with the process. "tensorrt" takes engines of
     `dtype` that `export_vae` has built and builds none. Raises BackendError.
@@ -47,7 +49,7 @@ def open_coder(
     if backend not in BACKENDS:
         raise BackendError(f"vae_backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend in ("auto", "torch"):
-        return graphed(vae, cuda_graphs, device)
+        return graphed(vae, cuda_graphs, device, by_time=by_time)
     if cuda_graphs == "on":
         raise BackendError(f"CUDA graphs are of vae_backend 'torch', not of {backend!r}")
     place = Path(cache) if cache is not None else cache_folder("vae")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -103,16 +104,39 @@ class SteadyGraph:
                 place.copy_(cache)
 
 
+@contextmanager
+def picked_by_time(wanted: bool) -> Iterator[None]:
+    """cuDNN times its algorithms for each shape that it meets in here, and keeps to the fastest
+    (`torch.backends.cudnn.benchmark`); where not `wanted`, it is left as the host has it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class GraphedVAE(ChunkCoder[VAEState]):
     """A `VideoCoder` that runs a `CausalVAE`, replaying its steady steps as CUDA graphs.
+
+    by_time: whether cuDNN picks the algorithms of steady steps by timing them, which another run
+        may do otherwise: bits are then those of one process.
 
     A graph lives as long as a state that came from it, so its memory is free again when the videos
     of its size are done. Steps that cannot be recorded run as they are: `required` makes that a
     BackendError, otherwise it is logged as a warning, once for each size.
     """
 
-    def __init__(self, vae: CausalVAE, *, required: bool = False, recorder: Recorder = record):
+    def __init__(
+        self,
+        vae: CausalVAE,
+        *,
+        required: bool = False,
+        by_time: bool = True,
+        recorder: Recorder = record,
+    ):
         self.vae = vae
+        self._by_time = by_time
         self._required, self._recorder = required, recorder
         self._graphs: weakref.WeakValueDictionary[tuple[object, ...], SteadyGraph] = (
             weakref.WeakValueDictionary()
@@ -137,7 +161,8 @@ class GraphedVAE(ChunkCoder[VAEState]):
         for latent in latents.split(1, dim=2):
             graph = self._graph_for(self.vae.decode_step, latent, state, consume)
             if graph is None:
-                frames, state = self.vae.decode_chunk(latent, state, consume=consume)
+                with picked_by_time(self._by_time and _is_steady(state)):
+                    frames, state = self.vae.decode_chunk(latent, state, consume=consume)
             else:
                 assert state is not None
                 frames, state = graph.run(self.denormalise(latent), state, consume=consume)
@@ -157,7 +182,8 @@ class GraphedVAE(ChunkCoder[VAEState]):
         for stretch in frames.split(stretches, dim=2):
             graph = self._graph_for(self.vae.encode_step, stretch, state, consume)
             if graph is None:
-                latents, state = self.vae.encode_chunk(stretch, state, consume=consume)
+                with picked_by_time(self._by_time and _is_steady(state)):
+                    latents, state = self.vae.encode_chunk(stretch, state, consume=consume)
             else:
                 assert state is not None
                 moments, state = graph.run(stretch, state, consume=consume)
@@ -184,7 +210,8 @@ class GraphedVAE(ChunkCoder[VAEState]):
         # The graph takes over the caches' memory, or where they are still wanted, as much.
         caches = [c if consume or c is None else c.clone() for c in state.caches]
         try:
-            graph = SteadyGraph(step, x, caches, self._recorder)
+            with picked_by_time(self._by_time):
+                graph = SteadyGraph(step, x, caches, self._recorder)
         except RuntimeError as error:
             message = f"the VAE's step on {list(x.shape)} cannot be a CUDA graph: {error}"
             if self._required:
@@ -196,13 +223,23 @@ class GraphedVAE(ChunkCoder[VAEState]):
         return graph
 
 
-def graphed(vae: CausalVAE, setting: str, device: torch.device) -> CausalVAE | GraphedVAE:
+def _is_steady(state: VAEState | None) -> bool:
+    """Whether the next step has the shapes of all that follow: from the third latent frame on."""
+    return state is not None and state.latent_frames >= 2
+
+
+def graphed(
+    vae: CausalVAE, setting: str, device: torch.device, *, by_time: bool = True
+) -> CausalVAE | GraphedVAE:
     """`vae`, with CUDA graphs by the setting: "auto" where the device is CUDA, "on" always, "off"
-    never. BackendError for another setting, and for "on" without a CUDA device."""
+    never. by_time: as of `GraphedVAE`.
+
+    BackendError for another setting, and for "on" without a CUDA device.
+    """
     if setting not in SETTINGS:
         raise BackendError(f"CUDA graphs are {', '.join(SETTINGS)}, not {setting!r}")
     if setting == "on" and device.type != "cuda":
         raise BackendError(f"CUDA graphs need a CUDA device, not {device}; auto or off would work")
     if setting == "off" or device.type != "cuda":
         return vae
-    return GraphedVAE(vae, required=setting == "on")
+    return GraphedVAE(vae, required=setting == "on", by_time=by_time)

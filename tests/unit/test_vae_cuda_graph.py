@@ -161,6 +161,27 @@ def test_tiles_whose_caches_wait_elsewhere_share_a_graph(vae, monkeypatch):
     assert (recorder.recordings, recorder.replays) == (1, 2 * (7 - EAGER_LATENTS))
 
 
+@pytest.mark.parametrize("by_time", [True, False])
+@pytest.mark.parametrize("of_host", [True, False])
+def test_cudnn_picks_by_time_in_steady_steps_alone(vae, monkeypatch, by_time, of_host):
+    """Shapes that come once are not worth the trials; a recording may not make any."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", of_host)
+    seen = []
+    step = vae.decode_step
+
+    def watched(x, cache):
+        seen.append(torch.backends.cudnn.benchmark)
+        return step(x, cache)
+
+    monkeypatch.setattr(vae, "decode_step", watched)
+    coder = GraphedVAE(vae, recorder=Recorder(), by_time=by_time)
+    for _ in stream_decode(coder, latents_of(vae, 6)):
+        pass
+    steady = of_host or by_time
+    assert seen == [of_host, of_host, *[steady] * (EAGER_LATENTS - 2), steady]
+    assert torch.backends.cudnn.benchmark == of_host
+
+
 def test_a_step_that_cannot_be_recorded_is_named(vae, caplog):
     tried = []
 
