@@ -193,6 +193,23 @@ def table_of(part: int, lines: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| {stage.name} | | {ends[-1]} |"
 
 
+def admit(output: Path) -> int:
+    """Write the backends that the last run found right and faster; say which."""
+    sys.path[:0] = [str(HERE), str(ROOT / "kernels")]
+    from gpu.admission import admissions
+
+    from sora_kernels.admission import FILE, write
+
+    kept = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+    entries = list(admissions(list(map(json.loads, kept))))
+    write(entries)
+    for entry in entries:
+        print(f"{entry.op}: auto takes {entry.backend} on sm_{entry.architecture}, "
+              f"{entry.gain} times as fast at the least")  # fmt: skip
+    print(f"{FILE.name}: {len(entries)} backends, from {output}")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", maxsplit=1)[0],
@@ -203,6 +220,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help=f"{RESULTS.relative_to(ROOT)} by default")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="renew a page's tables")
+    parser.add_argument(
+        "--admit",
+        action="store_true",
+        help="write which backends auto takes on the card that was measured",
+    )
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
@@ -215,6 +237,8 @@ def main() -> int:
         page = options.report.read_text(encoding="utf-8")
         options.report.write_text(report(page, list(map(json.loads, kept))), encoding="utf-8")
         return 0
+    if options.admit:
+        return admit(output)
     chosen = [
         stage
         for stage in STAGES

@@ -200,14 +200,14 @@ def _by_graph(vae: Any, latents: torch.Tensor, name: str) -> Figures:
         yield figure(f"{name}, a steady latent frame by CUDA graph", "needs a GPU")
         return
     for by_time in (False, True):
-        coder, state = GraphedVAE(vae, required=True, by_time=by_time), None
+        coder = GraphedVAE(vae, required=True, by_time=by_time)
+        states: list[Any] = [None]
+
+        def step(coder: Any = coder, states: list[Any] = states) -> None:
+            states[0] = coder.decode_chunk(latents[:, :, :1], states[0], consume=True)[1]
+
         for _ in range(EAGER_LATENTS + 1):
-            _, state = coder.decode_chunk(latents[:, :, :1], state, consume=True)
-
-        def step() -> None:
-            nonlocal state
-            _, state = coder.decode_chunk(latents[:, :, :1], state, consume=True)
-
+            step()
         how = "by time" if by_time else "by rule"
         took = milliseconds(step)
         yield figure(f"{name}, a steady latent frame by graph, cuDNN {how}", f"{took:.4g}", "ms")

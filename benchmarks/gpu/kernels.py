@@ -22,6 +22,7 @@ from workloads import FUSED, invariant_linear, packed, short_segments
 
 import sora_kernels as sk
 from gpu.timing import DRY, figure, gbytes, milliseconds, small_milliseconds, tflops
+from sora_kernels.launch import architecture
 
 ROOT = Path(__file__).parents[2]
 Figures = Iterator[dict[str, Any]]
@@ -38,8 +39,9 @@ def rates() -> Figures:
         check=False,
     )
     yield figure("commit", commit.stdout.strip() or "unknown")
-    where = "no GPU" if DEVICE.type == "cpu" else torch.cuda.get_device_name()
-    yield figure("device", where)
+    gpu = DEVICE.type != "cpu"
+    yield figure("device", torch.cuda.get_device_name() if gpu else "no GPU")
+    yield figure("architecture", architecture(torch.device(DEVICE.type, 0) if gpu else DEVICE))
     yield figure("torch", torch.__version__)
     try:
         import triton
@@ -70,6 +72,13 @@ def compile_all() -> Figures:
         yield figure("problem", problem)
 
 
+def checked(op: str, name: str, backend: str, dtype: torch.dtype, found: str) -> dict[str, Any]:
+    """The line of a check, with what `gpu.admission` reads of it."""
+    short = str(dtype).removeprefix("torch.")
+    read = {"op": op, "backend": backend, "dtype": short, "right": found == "right"}
+    return {**figure(f"{name}, {backend}, {short}", found), **read}
+
+
 def numerics() -> Figures:
     """Each op by each backend that serves it here, against fp64 with FlashAttention's budget."""
     report = sk.backends(DEVICE.type)
@@ -79,14 +88,14 @@ def numerics() -> Figures:
             if backend == "reference" or problem is not None or backend == "gluon":
                 continue  # Gluon comes later, in a process of its own
             for dtype in dtypes:
-                what = f"{name}, {backend}, {str(dtype).removeprefix('torch.')}"
                 try:
                     check(backend, DEVICE.type, dtype)
-                    yield figure(what, "right")
+                    found = "right"
                 except sk.KernelUnavailableError as error:
-                    yield figure(what, f"refused: {error}")
+                    found = f"refused: {error}"
                 except Exception as error:
-                    yield figure(what, f"WRONG: {type(error).__name__}: {str(error)[:200]}")
+                    found = f"WRONG: {type(error).__name__}: {str(error)[:200]}"
+                yield checked(op, name, backend, dtype, found)
 
 
 def attention() -> Figures:
@@ -109,7 +118,11 @@ def _whole(shape: Shape, backends: list[str], beside: bool = True) -> Figures:
     for backend in backends:
         took = _tried(lambda backend=backend: milliseconds(
             lambda: sk.packed_attention(q, k, v, **lengths, backend=backend)))  # fmt: skip
-        yield figure(f"{shape.name}, {backend}", _rate(flops, took))
+        line = figure(f"{shape.name}, {backend}", _rate(flops, took))
+        if not isinstance(took, str):
+            line |= {"op": "packed_attention", "backend": backend, "shape": shape.name}
+            line |= {"head_dim": shape.head_dim, "tflops": flops / took / 1e9}
+        yield line
     if not beside:
         return
     dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
@@ -167,7 +180,7 @@ def gluon_small() -> Figures:
     for op, name, check in checks():
         if op == "packed_attention":
             check("gluon", "cuda", torch.bfloat16)
-            yield figure(name, "right")
+            yield checked(op, name, "gluon", torch.bfloat16, "right")
 
 
 def gluon_speed() -> Figures:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sora_kernels.admission import admitted
+
 logger = logging.getLogger("sora_kernels")
 
 
@@ -57,7 +59,8 @@ class Op:
     """An op and where its backends live.
 
     `modules` maps a backend's name to its module, imported on first use; `order` lists the names
-    that `auto` tries on a device type, best first. `reference` always comes last.
+    that `auto` tries on a device type, best first, behind those that were admitted on this kind of
+    card. `reference` always comes last.
     """
 
     name: str
@@ -102,7 +105,9 @@ class Op:
                     f"{self.name}: {backend} cannot serve {case}: {reason}"
                 )
             return module
-        for name in (*self.order.get(case.device_type, ()), "reference"):
+        device = torch.device(case.device_type, case.device_index)
+        ahead = admitted(self.name, device, case.dtype, case.width)
+        for name in (*ahead, *self.order.get(case.device_type, ()), "reference"):
             module = self.load(name)
             reason = module.unsupported(case)
             if reason is None and hasattr(module, "outrun"):
