@@ -105,7 +105,7 @@ class Op:
                     f"{self.name}: {backend} cannot serve {case}: {reason}"
                 )
             return module
-        device = torch.device(case.device_type, case.device_index)
+        device = torch.device(case.device_type, case.device_index or 0)
         ahead = admitted(self.name, device, case.dtype, case.width)
         for name in (*ahead, *self.order.get(case.device_type, ()), "reference"):
             module = self.load(name)
