@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sora_engine.bench.ran import ran
 from sora_engine.bench.results import SUBJECT, Measurement, Result, ResultError, Spread
 
 MARKED = re.compile(
@@ -12,6 +13,9 @@ MARKED = re.compile(
     r".*?(?P<close><!-- /bench -->)",
     re.DOTALL,
 )
+
+
+RAN = re.compile(r"(?P<open><!-- ran -->\n).*?(?P<close><!-- /ran -->)", re.DOTALL)
 
 
 def table(result: Result, names: str = "") -> str:
@@ -54,9 +58,10 @@ def fill(text: str, folder: Path) -> str:
     """`text` with what stands between its marks made anew from the results in `folder`.
 
     A place is marked `<!-- bench: FILE.json -->` (or `FILE.json PATTERN`, for some of its names)
-    and `<!-- /bench -->`, each on a line of its own. Raises ResultError for a file that is missing
-    or not a result.
+    and `<!-- /bench -->`, each on a line of its own; that of what has run where `<!-- ran -->` and
+    `<!-- /ran -->`. Raises ResultError for a file that is missing or not a result.
     """
+    text = RAN.sub(lambda m: m["open"] + ran(folder) + m["close"], text)
     if text.count("<!-- bench:") != len(MARKED.findall(text)):
         raise ResultError("a mark `<!-- bench: FILE.json -->` has no `<!-- /bench -->` behind it")
     return MARKED.sub(

@@ -139,6 +139,42 @@ def test_a_table_has_a_row_for_each_rival(tmp_path):
     assert "a, 2 threads of 2 cores, 8 GiB; torch 2.13.0, diffusers 0.42.1; commit abc" in made
 
 
+def test_what_has_run_where(tmp_path):
+    result(steps([1.0], [2.0])).write(tmp_path / "a.json")
+    result(steps([1.0]), gpu="NVIDIA X").write(tmp_path / "b.json")
+    run = {"cpu": "b", "threads": 4, "torch": "2.0", "commit": "0123456789abcdef"}
+    run |= {"results": [1, 2], "utc": "2026-03-04T05:06:07Z"}
+    (tmp_path / "c.json").write_text(json.dumps([{**run, "torch": "1.0"}, run]))
+    (tmp_path / "d.jsonl").write_text("")
+    figures = [("commit", "f00"), ("device", "H"), ("torch", "2.1"), ("triton", "3.6.0")]
+    lines = [{"what": what, "figure": figure} for what, figure in figures]
+    lines += [{"end": "whole"}, {"end": "killed after 5 s"}, {"end": "whole"}]
+    again = [{"what": "commit", "figure": "f11"}, {"end": "whole"}]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + again))
+    page = "before\n<!-- ran -->\nold\n<!-- /ran -->\nafter"
+    made = fill(page, tmp_path)
+    assert made.splitlines() == [
+        "before",
+        "<!-- ran -->",
+        "| results | what | machine | software | commit, day |",
+        "|---|---|---|---|---|",
+        "| a.json | profile cpu, 1 measurements | a, 2 threads, no GPU "
+        "| torch 2.13.0, diffusers 0.42.1 | abc, 2026-01-02 |",
+        "| b.json | profile cpu, 1 measurements | NVIDIA X "
+        "| torch 2.13.0, diffusers 0.42.1 | abc, 2026-01-02 |",
+        "| c.json | 2 measurements | b, 4 threads, no GPU | torch 2.0 | 0123456789ab, 2026-03-04 |",
+        "| d.jsonl | the half hour on a GPU | no GPU yet |  |  |",
+        "| e.jsonl | 2 stages whole, 1 not | H | torch 2.1, triton 3.6.0 | f00 |",
+        "| e.jsonl | 1 stages whole | ? |  | f11 |",
+        "<!-- /ran -->",
+        "after",
+    ]
+    assert fill(made, tmp_path) == made
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(ResultError, match=r"c\.json is not JSON"):
+        fill(page, tmp_path)
+
+
 def test_marks_are_filled_and_the_rest_is_left(tmp_path):
     result(steps([1.0])).write(tmp_path / "r.json")
     page = "before\n<!-- bench: r.json -->\nold\n<!-- /bench -->\nafter\n"
