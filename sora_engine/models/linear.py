@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sora_engine.models.cuda_linear import CublasLinear
+
 ROWS_HINT = 1024
 """What oneDNN is told of the inputs' length; its layout depends on the weight alone."""
 
@@ -84,7 +86,7 @@ _num_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
     """A linear layer and GELU behind it, in one pass where the layer can."""
-    if isinstance(layer, BlockedLinear):
+    if isinstance(layer, (BlockedLinear, CublasLinear)):
         return layer.with_gelu(x, approximate)
     return F.gelu(layer(x), approximate=approximate)
 
@@ -114,6 +116,8 @@ def block_linears(module: nn.Module) -> None:
 def lay_out_like(hollow: nn.Module, loaded: nn.Module) -> None:
     """Give a module without weights the layers that the loaded one has in place of its linears."""
     for name, layer in loaded.named_modules():
+        if isinstance(layer, CublasLinear):
+            hollow.get_submodule(name).__class__ = CublasLinear
         if isinstance(layer, BlockedLinear):
             parent, _, child = name.rpartition(".")
             setattr(hollow.get_submodule(parent), child, BlockedLinear.without_weight(layer))
