@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, row_warps
+from sora_kernels.replay import launch as launch_kernel
 from sora_kernels.rope.operands import Operands
 from sora_kernels.triton_support import MAX_CHANNELS, dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
@@ -147,7 +148,9 @@ def _launch(call: Operands, sides: Sequence[Side]) -> list[Tensor]:
         # An absent operand is passed as another one and never read.
         weights = y if weight is None else weight.contiguous()
         operands += [y, y.stride(0), y.stride(1), out, weights, y.shape[1]]
-    norm_rope_rows[(tokens * len(sources),)](
+    launch_kernel(
+        norm_rope_rows,
+        (tokens * len(sources),),
         *operands * (3 - len(sources)),
         cos,
         cos.stride(0),
