@@ -74,25 +74,18 @@ def can_join(layers: Sequence[nn.Module]) -> bool:
 
 
 def lay_out_for_cuda(block: nn.Module, one_input: Sequence[str]) -> None:
-    """Give a block's linear layers that are on CUDA these forms.
+    """Give a block's linear layers these forms.
 
     one_input: names, within the block, of layers of one parent that read one input. The parent has
-    them as `joined`.
+    them as `joined`, where they can be.
     """
     for layer in block.modules():
-        if type(layer) is nn.Linear and layer.weight.is_cuda:
+        if type(layer) is nn.Linear:
             layer.__class__ = CublasLinear
     layers = [block.get_submodule(name) for name in one_input]
-    if layers and all(isinstance(layer, CublasLinear) for layer in layers):
-        join(block, one_input)
+    if layers and can_join(layers):
+        parent = block.get_submodule(one_input[0].rpartition(".")[0])
+        parent.joined = JoinedLinears(layers)  # type: ignore[arg-type,assignment]
         # The weights that were copied are given back at once: of all blocks they are a third of
         # the model, in pieces that nothing else is as large as.
         torch.cuda.empty_cache()
-
-
-def join(block: nn.Module, one_input: Sequence[str]) -> None:
-    """Have `one_input` of a block serve as one, where they can."""
-    layers = [block.get_submodule(name) for name in one_input]
-    if can_join(layers):
-        parent = block.get_submodule(one_input[0].rpartition(".")[0])
-        parent.joined = JoinedLinears(layers)  # type: ignore[arg-type,assignment]

@@ -116,8 +116,6 @@ def block_linears(module: nn.Module) -> None:
 def lay_out_like(hollow: nn.Module, loaded: nn.Module) -> None:
     """Give a module without weights the layers that the loaded one has in place of its linears."""
     for name, layer in loaded.named_modules():
-        if isinstance(layer, CublasLinear):
-            hollow.get_submodule(name).__class__ = CublasLinear
         if isinstance(layer, BlockedLinear):
             parent, _, child = name.rpartition(".")
             setattr(hollow.get_submodule(parent), child, BlockedLinear.without_weight(layer))

@@ -13,7 +13,7 @@ from sora_engine.denoise.conditioning import Context, Embedding
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import PackedBatch
 from sora_engine.models.backends import Backends
-from sora_engine.models.cuda_linear import join, lay_out_for_cuda
+from sora_engine.models.cuda_linear import CublasLinear, lay_out_for_cuda
 from sora_engine.models.linear import block_linears, lay_out_like
 
 
@@ -71,10 +71,15 @@ class DiffusionTransformer(nn.Module, ABC):
     def prepare(self) -> Self:
         """Lay the blocks' weights out for the processor, for good: the model only runs from here.
 
-        They are no parameters any more, and cannot be saved. Returns self.
+        On a CPU they are no parameters any more, and cannot be saved. Returns self.
         """
         for block in self.blocks_in_order:
             block_linears(block)
+        return self.lay_out_for_cuda() if next(self.parameters()).is_cuda else self
+
+    def lay_out_for_cuda(self) -> Self:
+        """Give the blocks' linear layers the forms that they have on CUDA. Returns self."""
+        for block in self.blocks_in_order:
             lay_out_for_cuda(block, self.one_input)
         return self
 
@@ -84,7 +89,6 @@ class DiffusionTransformer(nn.Module, ABC):
             hollow = self.rebuild()
         hollow = hollow.to(self.dtype).eval().requires_grad_(False)
         lay_out_like(hollow, self)
-        for block, loaded in zip(hollow.blocks_in_order, self.blocks_in_order, strict=True):
-            if any(hasattr(module, "joined") for module in loaded.modules()):
-                join(block, self.one_input)
+        if any(isinstance(module, CublasLinear) for module in self.modules()):
+            hollow.lay_out_for_cuda()
         return hollow

@@ -79,8 +79,16 @@ def _anything(tensor: Tensor) -> bool:
 
 
 def _product(bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) -> Tensor:
-    """A product's result. torch's own function for the meta device takes 100 us of Python."""
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _gelu(x: Tensor, **form: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_SHAPES = {"addmm": _product, "_addmm_activation": _product, "gelu": _gelu}
+"""Results of torch's operations in a block. Its own functions for the meta device take 100 us of
+Python, which no card has."""
 
 
 @contextlib.contextmanager
@@ -98,8 +106,8 @@ def as_card(kind: str, arch: int, driver: Driver | None = None) -> Iterator[Driv
         registered = [torch.library.Library(name, "IMPL") for name in ("sora", "aten")]
         for name, serves in library.SERVES.items():
             registered[0].impl(name, serves["CPU"], "Meta", allow_override=True)
-        for name in ("addmm", "_addmm_activation"):
-            registered[1].impl(name, _product, "Meta", allow_override=True)
+        for name, empty in _SHAPES.items():
+            registered[1].impl(name, empty, "Meta", allow_override=True)
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context
         patch(mock.patch.object(triton_driver, "_active", driver))
