@@ -192,12 +192,14 @@ def _causal(arch: int, channels: int) -> Build:
 def _rope(arch: int, elements: int, across_heads: bool, interleaved: bool) -> Build:
     from sora_kernels.rope.triton import norm_rope_rows
 
-    types = {"x_ptr": "*bf16", "token_stride": "i32", "head_stride": "i32", "y_ptr": "*bf16"}
-    types |= {"weight_ptr": "*bf16", "cos_ptr": "*fp32", "cos_stride": "i32"}
-    types |= {"sin_ptr": "*fp32", "sin_stride": "i32", "heads": "i32", "head_dim": "i32"}
-    types |= {"eps": "fp32"}
+    types = {"cos_ptr": "*fp32", "cos_stride": "i32", "sin_ptr": "*fp32", "sin_stride": "i32"}
+    types |= {"head_dim": "i32", "eps": "fp32"}
+    for side in "qk":
+        types |= {f"{side}_{name}ptr": "*bf16" for name in ("", "out_", "weight_")}
+        types |= {f"{side}_{name}": "i32" for name in ("stride", "head_stride", "heads")}
     constants: dict[str, Any] = {"ACROSS_HEADS": across_heads, "INTERLEAVED": interleaved}
-    constants |= {"HAS_WEIGHT": True, "ROTATE": True, "HEADS": elements // 128, "WIDTH": 128}
+    constants |= {"SIDES": 2, "HAS_WEIGHT": True, "ROTATE": True}
+    constants |= {"HEADS": elements // 128, "WIDTH": 128}
     options = {"num_warps": launch.row_warps("qk_norm_rope", arch, elements)}
     form = ("across" if across_heads else "each") + ("" if interleaved else "-split")
     key = f"qk_norm_rope/bf16/{elements}/{form}"
@@ -269,7 +271,8 @@ def _attributes(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
     """Pointers, strides and widths are multiples of 16, as they are in the models."""
     names = list(build.kernel.arg_names)
     aligned = ("*", "i32")
-    loose = {param.name for param in build.kernel.params if param.do_not_specialize} | {"heads"}
+    loose = {param.name for param in build.kernel.params if param.do_not_specialize}
+    loose |= {name for name in names if name.endswith("heads")}
     return {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in build.types.items()
@@ -283,8 +286,8 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def resources(build: Build) -> dict[str, Any]:
-    """Compile, and read registers, stack, shared memory and instructions of the machine code."""
+def compiled(build: Build) -> Any:
+    """Triton's compiled kernel: `asm["cubin"]` is its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -301,27 +304,37 @@ def resources(build: Build) -> dict[str, Any]:
         constexprs={(build.kernel.arg_names.index(k),): v for k, v in build.constants.items()},
         attrs=_attributes(build),
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", build.arch, 32), options=build.options
-    )
-    return {**read_cubin(compiled.asm["cubin"]), "shared_bytes": compiled.metadata.shared}
+    return triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=build.options)
+
+
+def resources(build: Build) -> dict[str, Any]:
+    """Compile, and read registers, stack, shared memory and instructions of the machine code."""
+    kernel = compiled(build)
+    return {**read_cubin(kernel.asm["cubin"]), "shared_bytes": kernel.metadata.shared}
+
+
+def dump(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of machine code: `-sass` or `-res-usage`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool("cuobjdump"), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(cubin: bytes) -> list[str]:
+    """The instructions of machine code with their widths, such as `LDG.E.128`."""
+    pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9.]+)"
+    return re.findall(pattern, dump(cubin, "-sass"), re.MULTILINE)
 
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:
     """Registers, stack, and counts of telling instructions of one kernel's machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run(
-                [tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+    usage = dump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reports no resources: {usage}")
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass, re.MULTILINE)
+    opcodes = [instruction.partition(".")[0] for instruction in instructions(cubin)]
     telling = {
         "spills": ("STL", "LDL"),
         "hgmma": ("HGMMA",),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sora_kernels.replay import Replayed, kind_of, unobserved
+
 LIBRARY = torch.library.Library("sora", "FRAGMENT")
 
 SERVES: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -33,16 +35,22 @@ def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def on_card(tensor: torch.Tensor) -> bool:
+    """Whether kernels are launched on it, and to the current device."""
+    return tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()
+
+
 def register(
     name: str,
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Define `sora::name` and return it. `run` serves CPU and CUDA tensors.
+    """Define `sora::name` and return what calls it. `run` serves CPU and CUDA tensors.
 
     A registered op without an autograd formula would lose gradients with no more than a warning,
-    so inputs that require grad raise.
+    so inputs that require grad raise. Where torch's dispatcher has nothing to add to a call on a
+    card, it is passed by.
     """
     LIBRARY.define(f"{name}{schema}")
     SERVES[name] = {"CPU": run, "CUDA": on_its_device(run)}
@@ -50,6 +58,7 @@ def register(
         LIBRARY.impl(name, serve, key)
     torch.library.register_fake(f"sora::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.sora, name).default
+    replayed = Replayed(run)
 
     def below_autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(
@@ -63,4 +72,12 @@ def register(
             return op(*args)
 
     LIBRARY.impl(name, below_autograd, "Autograd")
-    return op
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and on_card(args[0]) and unobserved():
+            kind = kind_of(args)
+            if kind is not None:
+                return replayed(kind, args)
+        return op(*args)
+
+    return call

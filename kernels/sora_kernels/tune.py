@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sora_kernels import launch
+from sora_kernels import launch, replay
 
 OPS = tuple(launch.KINDS)
 
@@ -118,6 +118,7 @@ def tune_entry(
         if candidate == best:
             continue
         kept, entries[key] = entries[key], candidate
+        replay.forget()
         try:
             took = time()
             better = took < 0.98 * fastest and not spilled()
@@ -130,6 +131,7 @@ def tune_entry(
         else:
             entries[key] = kept
     entries[key] = best
+    replay.forget()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from sora_engine.denoise.conditioning import Context, Embedding
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import PackedBatch
 from sora_engine.models.backends import Backends
+from sora_engine.models.cuda_linear import CublasLinear, lay_out_for_cuda
 from sora_engine.models.linear import block_linears, lay_out_like
 
 
@@ -26,11 +27,14 @@ class DiffusionTransformer(nn.Module, ABC):
     block_lists: the names of its lists of blocks, in the order in which they run.
     own_parts: the children of a block that only the block's own methods read: their weights may be
         elsewhere while none of `block_methods` runs.
+    one_input: layers of a block, by name, that read one input and have one parent. On CUDA their
+        weights lie side by side, and the parent has them as `joined`.
     """
 
     block_lists: ClassVar[tuple[str, ...]] = ("blocks",)
     own_parts: ClassVar[tuple[str, ...]]
     block_methods: ClassVar[tuple[str, ...]] = ("forward",)
+    one_input: ClassVar[tuple[str, ...]] = ()
     backends: Backends
 
     @property
@@ -67,10 +71,16 @@ class DiffusionTransformer(nn.Module, ABC):
     def prepare(self) -> Self:
         """Lay the blocks' weights out for the processor, for good: the model only runs from here.
 
-        They are no parameters any more, and cannot be saved. Returns self.
+        On a CPU they are no parameters any more, and cannot be saved. Returns self.
         """
         for block in self.blocks_in_order:
             block_linears(block)
+        return self.lay_out_for_cuda() if next(self.parameters()).is_cuda else self
+
+    def lay_out_for_cuda(self) -> Self:
+        """Give the blocks' linear layers the forms that they have on CUDA. Returns self."""
+        for block in self.blocks_in_order:
+            lay_out_for_cuda(block, self.one_input)
         return self
 
     def without_weights(self) -> Self:
@@ -79,4 +89,6 @@ class DiffusionTransformer(nn.Module, ABC):
             hollow = self.rebuild()
         hollow = hollow.to(self.dtype).eval().requires_grad_(False)
         lay_out_like(hollow, self)
+        if any(isinstance(module, CublasLinear) for module in self.modules()):
+            hollow.lay_out_for_cuda()
         return hollow

@@ -178,6 +178,9 @@ def check_causal(case, backend, device="cpu"):
     assert all(map(torch.equal, shuffled, (out[:, :, order] for out in outs)))
 
 
+BOTH_WEIGHTS = ("both", "both, of two dtypes")
+
+
 @st.composite
 def rope_cases(draw, max_tokens=30, head_dims=(2, 8, 16, 40, 64, 72, 128)):
     return {
@@ -188,7 +191,7 @@ def rope_cases(draw, max_tokens=30, head_dims=(2, 8, 16, 40, 64, 72, 128)):
         "across_heads": draw(st.booleans()),
         "interleaved": draw(st.booleans()),
         "rotate": draw(st.booleans()),
-        "weighted": draw(st.booleans()),
+        "weights": draw(st.sampled_from([*BOTH_WEIGHTS, "q", "k", "none"])),
         "dtype": draw(dtypes),
         "seed": draw(seeds),
         "layout": draw(layouts),
@@ -201,14 +204,18 @@ def check_rope(case, backend, device="cpu"):
     tokens, head_dim = case["tokens"], case["head_dim"]
     made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
 
-    def stream(heads):
+    def stream(heads, weighted, dtype=torch.float32):
         x = guarded((tokens, heads, head_dim), case["dtype"], rng, **made)
         width = heads * head_dim if case["across_heads"] else head_dim
-        weighted = case["weighted"]
-        return x, guarded((width,), torch.float32, rng, device=device) if weighted else None
+        return x, guarded((width,), dtype, rng, device=device) if weighted else None
 
-    q, q_weight = stream(case["heads"])
-    k, k_weight = stream(case["k_heads"]) if case["k_heads"] else (None, None)
+    weights, k_dtype = case["weights"], torch.float32
+    if "two dtypes" in weights:
+        k_dtype = torch.float16 if case["dtype"] == torch.float32 else case["dtype"]
+    q, q_weight = stream(case["heads"], weights in ("q", *BOTH_WEIGHTS))
+    k, k_weight = None, None
+    if case["k_heads"]:
+        k, k_weight = stream(case["k_heads"], weights in ("k", *BOTH_WEIGHTS), k_dtype)
     cos = sin = None
     if case["rotate"]:
         angle = torch.randn(tokens, head_dim // 2, generator=rng).to(device)

@@ -24,9 +24,13 @@ def compile_matching(pattern: str) -> subprocess.CompletedProcess[str]:
 
     What it compiles must be in the committed table, and equal to it under the same compiler.
     """
+    return run_python("-m", "sora_kernels.aot", "--only", pattern, "--check", str(TABLE))
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "sora_kernels.aot", "--only", pattern, "--check", str(TABLE)],
+        [sys.executable, *arguments],
         env={**environment, "PYTHONPATH": str(ROOT / "kernels"), "TRITON_DEFAULT_FP_FUSION": "1"},
         capture_output=True,
         text=True,
@@ -52,6 +56,34 @@ def test_the_kernel_of_the_autoencoder_compiles():
     done = compile_matching("causal_norm_silu/bf16/384")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4
+
+
+OF_ROTATION = """
+from sora_kernels import aot
+for arch in aot.ARCHITECTURES:
+    for build in aot.builds(arch):
+        if build.key.startswith("qk_norm_rope/bf16/8192/across/"):
+            print(*aot.instructions(aot.compiled(build).asm["cubin"]))
+"""
+
+
+def test_rotation_reads_vectors_alone():
+    """Weights, cosines and sines in 16 bytes an access, as the row itself, on every architecture.
+
+    Read by the channel they are 18 accesses more, and go through shared memory, with a barrier each
+    time, to the threads that need them.
+    """
+    pytest.importorskip("triton")
+    done = run_python("-c", OF_ROTATION)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    for line in done.stdout.splitlines():
+        code = line.split()
+        loads = [one for one in code if one.startswith("LDG")]
+        assert loads
+        assert {one.rpartition(".")[2] for one in loads} == {"128"}, loads
+        # The sum over all heads crosses warps once.
+        assert len([one for one in code if one.startswith("BAR")]) <= 2
 
 
 def test_the_fast_path_compiles_for_hopper():

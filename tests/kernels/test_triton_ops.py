@@ -67,6 +67,16 @@ def test_qk_norm_rope(case):
     check_rope(case, "triton")
 
 
+@pytest.mark.parametrize("weights", ["both", "both, of two dtypes", "q", "k", "none"])
+def test_q_and_k_with_weights_of_their_own_kinds(weights):
+    case = {
+        "tokens": 5, "heads": 3, "k_heads": 2, "head_dim": 16, "across_heads": True,
+        "interleaved": True, "rotate": True, "weights": weights, "dtype": torch.bfloat16,
+        "seed": 0, "layout": "gaps", "magnitude": 1.0,
+    }  # fmt: skip
+    check_rope(case, "triton")
+
+
 @settings(max_examples=FEW)
 @given(linear_cases(max_rows=40))
 def test_invariant_linear(case):

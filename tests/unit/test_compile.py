@@ -15,9 +15,12 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("levels", ["one", "two"])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_the_forward_pass_has_no_break(levels, mode):
+@pytest.mark.parametrize("laid_out", [False, True], ids=["plain", "as on CUDA"])
+def test_the_forward_pass_has_no_break(levels, mode, laid_out):
     model = WanTransformer(WanConfig(**TINY_TRANSFORMER)).eval().requires_grad_(False)
     model.load_state_dict(tiny_transformer(0).state_dict())
+    if laid_out:
+        model.lay_out_for_cuda()
     torch.manual_seed(0)
     with mode():
         context, other = model.encode_contexts([{"text": torch.randn(n, 32)} for n in (3, 7)])

@@ -24,6 +24,7 @@ from sora_kernels.attention.operands import Operands
 from sora_kernels.attention.plan import padded_width, plan_tiles
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, find, find_or_raise, has_tma
+from sora_kernels.replay import launch as launch_kernel
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
@@ -287,7 +288,9 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
             _source(k, launch.block_n, width // parts),
             _source(v, launch.block_n, width),
         )
-    packed_attention_kernel[(count, heads)](
+    launch_kernel(
+        packed_attention_kernel,
+        (count, heads),
         *sources,
         out,
         lse,

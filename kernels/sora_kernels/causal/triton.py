@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, norm_block, row_warps
+from sora_kernels.replay import launch as launch_kernel
 from sora_kernels.triton_support import unsupported_row
 
 
@@ -78,7 +79,9 @@ def run(x: Tensor, past: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor,
         block, height = norm_block(channels)
         # As wide a program as that of norm_modulate, whose table serves.
         warps = row_warps("norm_modulate", architecture(x.device), block * height)
-        causal_norm_silu_rows[(triton.cdiv(rows, height),)](
+        launch_kernel(
+            causal_norm_silu_rows,
+            (triton.cdiv(rows, height),),
             x, past, weight.contiguous(), joined, cache,
             rows, frames * pixels, kept * pixels, channels, eps,
             ROWS=height, BLOCK=block, num_warps=warps,

@@ -20,6 +20,7 @@ from sora_kernels.attention.plan import padded_width
 from sora_kernels.dispatch import Case
 from sora_kernels.grids import Grid, starts_of
 from sora_kernels.launch import architecture, find, find_or_raise
+from sora_kernels.replay import launch as launch_kernel
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
@@ -113,7 +114,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, grids: list[Grid], *, scale: float) -> 
         frames = min(tile, triton.next_power_of_2(t))
         sequences = tile // frames
         count = triton.cdiv(h * w, sequences) * triton.cdiv(t, frames)
-        temporal_attention_kernel[(count, heads)](
+        launch_kernel(
+            temporal_attention_kernel,
+            (count, heads),
             q,
             k,
             v,

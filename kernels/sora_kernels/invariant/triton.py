@@ -19,6 +19,7 @@ from torch import Tensor
 from sora_kernels.dispatch import Case
 from sora_kernels.invariant.operands import GELUS, Operands
 from sora_kernels.launch import architecture, has_tma, matmul
+from sora_kernels.replay import launch
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 
@@ -117,17 +118,19 @@ def run(call: Operands) -> Tensor:
     if rows == 0:
         return out
     arch = architecture(x.device)
-    launch = matmul("invariant_linear", arch, x.dtype)
+    sizes = matmul("invariant_linear", arch, x.dtype)
     # What a row comes to must not hang on where rows begin either: both ways load the same values.
     tma = has_tma(arch) and _describable(x) and _describable(weight)
     sources: tuple[Any, Any] = (x, weight)
     if tma:
         sources = (
-            _source(x, launch.block_m, launch.block_k),
-            _source(weight, launch.block_n, launch.block_k),
+            _source(x, sizes.block_m, sizes.block_k),
+            _source(weight, sizes.block_n, sizes.block_k),
         )
-    grid = triton.cdiv(rows, launch.block_m) * triton.cdiv(outs, launch.block_n)
-    invariant_linear_kernel[(grid,)](
+    grid = triton.cdiv(rows, sizes.block_m) * triton.cdiv(outs, sizes.block_n)
+    launch(
+        invariant_linear_kernel,
+        (grid,),
         *sources,
         x if call.bias is None else call.bias.contiguous(),
         out,
@@ -140,11 +143,11 @@ def run(call: Operands) -> Tensor:
         GELU=GELUS.index(call.gelu),
         TMA=tma,
         PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k,
+        BLOCK_M=sizes.block_m,
+        BLOCK_N=sizes.block_n,
+        BLOCK_K=sizes.block_k,
         GROUP=GROUP,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
     )
     return out

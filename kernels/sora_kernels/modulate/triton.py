@@ -15,6 +15,8 @@ from torch import Tensor
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, norm_block, row_warps
 from sora_kernels.modulate.operands import Operands
+from sora_kernels.replay import launch as launch_kernel
+from sora_kernels.replay import unread
 from sora_kernels.triton_support import dense_rows, unsupported_row
 
 # Whether tokens read one row of the tables, each its own, or that of an index.
@@ -128,13 +130,15 @@ def launch(call: Operands) -> tuple[Tensor, Tensor]:
     if index is not None and present:
         rows_by, index = INDEX, index.contiguous()
     else:
-        index = torch.empty(1, dtype=torch.int64, device=x.device)  # never read
+        index = unread(torch.int64, x.device)
     # An absent operand is passed as x and never read.
     operands: list[Tensor | int] = []
     for table in tables:
         operands += [x, 0] if table is None else [table, table.stride(0)]
     block, rows_each = norm_block(channels)
-    norm_rows[(triton.cdiv(tokens, rows_each),)](
+    launch_kernel(
+        norm_rows,
+        (triton.cdiv(tokens, rows_each),),
         x,
         x.stride(0),
         y,

@@ -19,6 +19,7 @@ from torch import Tensor
 from sora_kernels.attention.plan import padded_width
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, find, find_or_raise
+from sora_kernels.replay import launch as launch_kernel
 from sora_kernels.triton_support import dense_rows
 from sora_kernels.triton_support import unsupported as no_triton
 from sora_kernels.windowed.operands import Operands
@@ -184,7 +185,9 @@ def run(call: Operands) -> Tensor:
     if plan.tiles.shape[0] == 0:
         return out
     reach = radii(call.window)
-    windowed_attention_kernel[(plan.tiles.shape[0], heads)](
+    launch_kernel(
+        windowed_attention_kernel,
+        (plan.tiles.shape[0], heads),
         q,
         k,
         v,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sora_engine.denoise.packing import ContextRuns, Stream
 from sora_engine.models.attention import cross_attention, self_attention
 from sora_engine.models.backends import Backends
+from sora_engine.models.cuda_linear import JoinedLinears
 from sora_engine.models.linear import linear_gelu
 from sora_engine.models.wan.config import WanConfig
 from sora_kernels import gate_residual_norm_modulate, qk_norm_rope
@@ -118,6 +119,9 @@ class VaceBlock(WanBlock):
 class WanAttention(nn.Module):
     """Projections and RMS norms of one attention; the norms run across all heads."""
 
+    joined: JoinedLinears | None = None
+    """to_q, to_k and to_v as one product, where they read one input."""
+
     def __init__(self, config: WanConfig, *, added_kv: bool = False) -> None:
         super().__init__()
         dim = config.inner_dim
@@ -137,9 +141,10 @@ class WanAttention(nn.Module):
     def to_itself(
         self, y: Tensor, stream: Stream, rope: tuple[Tensor, Tensor], backends: Backends
     ) -> Tensor:
-        q, k = qk_norm_rope(
-            self._heads(self.to_q(y)),
-            self._heads(self.to_k(y)),
+        q, k, v = map(self._heads, self._projections(y))
+        turned = qk_norm_rope(
+            q,
+            k,
             self.norm_q.weight,
             self.norm_k.weight,
             *rope,
@@ -147,9 +152,15 @@ class WanAttention(nn.Module):
             eps=self.eps,
             backend=backends.fused,
         )
-        assert k is not None
-        out = self_attention(q, k, self._heads(self.to_v(y)), stream, backend=backends.attention)
+        q, k = cast("tuple[Tensor, Tensor]", turned)  # the projections are let go of
+        out = self_attention(q, k, v, stream, backend=backends.attention)
         return self.to_out[0](out.flatten(1))
+
+    def _projections(self, y: Tensor) -> tuple[Tensor, ...]:
+        layers = self.to_q, self.to_k, self.to_v
+        if self.joined is not None and self.joined.serves(layers, y):
+            return self.joined(y)
+        return tuple(layer(y) for layer in layers)
 
     def to_contexts(
         self,

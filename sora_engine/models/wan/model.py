@@ -47,6 +47,7 @@ class WanTransformer(DiffusionTransformer):
     own_parts = ("attn1", "attn2", "norm2", "ffn")
     """Tables of modulation are read for all blocks at once, VACE's projections by the model."""
     block_methods = ("forward", "keys_values")
+    one_input = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
     def __init__(
         self,

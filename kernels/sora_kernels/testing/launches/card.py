@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sora_kernels import launch, library, triton_support
+from sora_kernels import launch, library, replay, triton_support
 from sora_kernels.dispatch import OPS
 from sora_kernels.testing.launches.driver import PROCESSORS, Driver, Record
 
@@ -109,7 +109,7 @@ def pretend(arch: int, *, devices: int = 1) -> Iterator[Record]:
         patch(mock.patch("torch.cuda._maybe_exchange_device", driver.exchange_device))
         for op in OPS.values():
             patch(mock.patch.dict(op._chosen, clear=True))
-        _forget()
+        forget()
         for cached in caches:
             cached.cache_clear()
         try:
@@ -118,11 +118,12 @@ def pretend(arch: int, *, devices: int = 1) -> Iterator[Record]:
         finally:
             for cached in caches:
                 cached.cache_clear()
-            _forget()
+            forget()
 
 
-def _forget() -> None:
+def forget() -> None:
     """Kernels that were compiled for another device."""
+    replay.forget()
     for kernel in kernels():
         kernel.device_caches.clear()
 

@@ -62,6 +62,8 @@ BATCHES = (
     Batch("empty", ((0, 30, 52),)),
     Batch("16 small", tuple((5, 10 + i, 13) for i in range(16)), tuple(range(1, 17)), 16),
 )
+JOINED = 16_384
+"""Tokens up to which queries, keys and values are one projection's columns."""
 Call = tuple[str, Callable[[], Any]]
 
 
@@ -114,7 +116,10 @@ def block(model: Model, batch: Batch, index: int = 0, backend: str = "auto") -> 
     )
     yield checked("gate, plain", gated, attended, x, None, scale, shift, rows, **modulated)
     yield checked("gate, full", gated, attended, x, gate, scale, shift, rows, **modulated)
-    q, k, v = (made(tokens, heads, model.head_dim) for _ in range(3))
+    if tokens <= JOINED:
+        q, k, v = made(tokens, 3 * heads, model.head_dim).split(heads, dim=1)
+    else:
+        q, k, v = (made(tokens, heads, model.head_dim) for _ in range(3))
     cos, sin = (made(tokens, model.head_dim // 2, dtype=fp32) for _ in range(2))
     across = {"across_heads": True, "eps": 1e-6}
     yield checked("rope", sk.qk_norm_rope, q, k, weight, weight, cos, sin, **across)
