@@ -125,6 +125,10 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
 
         _check_model(path, provenance, model)
         request = request_of(provenance, make, folder=Path(path).parent)
+        if "ladder" in changes:  # another one, or none: its levels go with it
+            request = replace(
+                request, sigmas=None, num_inference_steps=None, shift=None, solver=None
+            )
         return replace(request, **changes)
 
     return Command(common, VideoRequest(**{"prompt": "", **changes}), build, (path,))

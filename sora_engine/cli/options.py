@@ -26,6 +26,7 @@ _OPTION_OF = {
     "width": "--size",
     "fps": "--fps",
     "shift": "--shift",
+    "ladder": "--ladder",
     "seed": "--seed",
     "solver": "--solver",
     "device": "--device",
@@ -108,6 +109,14 @@ class Common:
         float | None, typer.Option(help="Guidance scale of the low-noise expert.")
     ] = None
     shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None
+    ladder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Levels of a few-step model, as `sora ladders` lists them; the checkpoint's own "
+            "by default, and '' for a schedule of any length.",
+        ),
+    ] = None
     seed: Annotated[
         int | None, typer.Option(help="Of the initial noise; drawn at random by default.")
     ] = None
@@ -185,6 +194,7 @@ class Common:
             "guidance_scale": self.guidance,
             "guidance_scale_2": self.guidance_2,
             "shift": self.shift,
+            "ladder": self.ladder,
             "seed": self.seed,
             "solver": self.solver,
             "strict_grid": self.strict or None,

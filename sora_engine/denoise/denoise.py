@@ -28,6 +28,7 @@ from sora_engine.denoise.sharing import ALONE, Part, PartPredictions, Prediction
 from sora_engine.denoise.windows import chain_of, plan_windows
 from sora_engine.errors import NonFiniteError, RequestError
 from sora_engine.request import LatentGrid, ResolvedRequest, WindowPlan
+from sora_engine.request.ladders import ladder_named
 from sora_engine.samplers.noise import free_noise, initial_noise, noise_for, resampling_noise
 from sora_engine.samplers.prediction import to_x0
 from sora_engine.vae.finite import check_finite, is_finite
@@ -59,6 +60,8 @@ def preparing(request: ResolvedRequest, model: DiffusionModel) -> Generator[None
         content = [part for part in (known.latents, known.channels) if part is not None]
         check_finite(content, "a known clip", stage="encoding", dtype=model.vae_dtype)
     latents = noise
+    if request.ladder and ladder_named(request.ladder).scaled_start:
+        latents = noise * schedule.level(0)[1]
     if request.init is not None:
         start = yield from encode_video(request.init, request, model)
         check_finite([start], "the start video", stage="encoding", dtype=model.vae_dtype)

@@ -18,6 +18,7 @@ from sora_engine.denoise.model import TransformerShape
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.ladders import Ladder
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The tensors of a file: their names and shapes."""
@@ -132,6 +133,11 @@ class Family(Protocol):
     @property
     def layout(self) -> FolderLayout:
         """What its folders hold in diffusers' layout; its pipeline classes are its alone."""
+        ...
+
+    @property
+    def ladders(self) -> Mapping[str, Ladder]:
+        """Of its few-step models, by names that are its alone."""
         ...
 
     def claims_file(self, shapes: Shapes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sora_engine.errors import CheckpointError, RequestError
@@ -12,6 +13,7 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.models.family import Checkpoint
 from sora_engine.request import GenerationDefaults, KnownMode
 from sora_engine.request.checks import finite, integer, positive, shown
+from sora_engine.request.ladders import ladder_named
 from sora_engine.request.windows import SCHEDULES, default_plan
 from sora_engine.samplers import SOLVERS
 
@@ -61,7 +63,7 @@ def with_own_defaults(found: Checkpoint, settings: Mapping[str, Any], folder: Pa
     own = {key: value for key, value in settings.items() if key in known}
     try:
         _check_values(own)
-        defaults = replace(found.defaults, **own)
+        defaults = on_ladder(replace(found.defaults, **own), own)
         default_plan(defaults, defaults.window_schedule)  # what long videos will be made in
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error), path=folder / GENERATION_CONFIG) from error
@@ -72,6 +74,23 @@ def with_own_defaults(found: Checkpoint, settings: Mapping[str, Any], folder: Pa
             path=folder / GENERATION_CONFIG,
         )
     return replace(found, defaults=defaults)
+
+
+def on_ladder(
+    defaults: GenerationDefaults, own: Mapping[str, Any] = MappingProxyType({})
+) -> GenerationDefaults:
+    """Defaults whose steps and guidance are those of their ladder, if they have one, where `own`
+    says nothing else. RequestError for a ladder that is not known, and for steps that it lacks."""
+    if defaults.ladder is None:
+        return defaults
+    steps = len(ladder_named(defaults.ladder).sigmas)
+    if own.get("num_inference_steps", steps) != steps:
+        raise RequestError(
+            f"num_inference_steps is {own['num_inference_steps']}, ladder {defaults.ladder!r} has "
+            f"{steps}"
+        )
+    scale = own.get("guidance_scale", 1.0)
+    return replace(defaults, num_inference_steps=steps, guidance_scale=scale)
 
 
 def _check_values(own: Mapping[str, Any]) -> None:

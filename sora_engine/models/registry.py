@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,7 +15,14 @@ from sora_engine.io.safetensors import refuse_pickle
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.family import Checkpoint, Family
 from sora_engine.models.folder import INDEX, read_index
-from sora_engine.models.generation_config import read_generation_config, with_own_defaults
+from sora_engine.models.generation_config import (
+    on_ladder,
+    read_generation_config,
+    with_own_defaults,
+)
+from sora_engine.request.ladders import LADDERS, ladder_of_file, register_ladders
+
+logger = logging.getLogger("sora_engine")
 
 _FAMILIES: list[Family | str] = [
     "sora_engine.models.wan.family:WanFamily",
@@ -41,12 +50,15 @@ def register_family(family: Family) -> None:
         if other.name == family.name or shared:
             what = f"pipelines {sorted(shared)}" if shared else f"the name {family.name!r}"
             raise ValueError(f"{what} belong to the family {other.name!r} already")
+    register_ladders(family.ladders)
     _FAMILIES.append(family)
 
 
 def unregister_family(family: Family) -> None:
     """Forget a family that was registered."""
     _FAMILIES.remove(family)
+    for name in family.ladders:
+        del LADDERS[name]
 
 
 def families() -> list[Family]:
@@ -54,7 +66,8 @@ def families() -> list[Family]:
     for i, entry in enumerate(_FAMILIES):
         if isinstance(entry, str):
             module, _, name = entry.partition(":")
-            _FAMILIES[i] = getattr(import_module(module), name)()
+            family = _FAMILIES[i] = getattr(import_module(module), name)()
+            register_ladders(family.ladders)
     return [entry for entry in _FAMILIES if not isinstance(entry, str)]
 
 
@@ -79,8 +92,20 @@ def open_checkpoint(
             companions = {name: Path(part) for name, part in components.items()}
         elif components is not None:
             companions = Path(components)
-        found = family_of_file(folder).open_files(paths, companions, settings)
+        found = _on_its_ladder(
+            family_of_file(folder).open_files(paths, companions, settings), paths
+        )
     return with_own_defaults(found, settings, folder), name
+
+
+def _on_its_ladder(found: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
+    """A model in files with the ladder that their names tell, where they tell one and the same."""
+    ladders = {ladder_of_file(path.name) for path in paths}
+    ladder = ladders.pop()
+    if ladder is None or ladders:
+        return found
+    logger.info("%s: steps of ladder %s, by its name", paths[0].name, ladder)
+    return replace(found, defaults=on_ladder(replace(found.defaults, ladder=ladder)))
 
 
 def family_of_folder(folder: Path) -> Family:

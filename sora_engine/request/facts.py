@@ -45,6 +45,8 @@ class GenerationDefaults:
     """Where they are chained, the latent frames of the first one that all others see."""
     solver: str | None = None
     """None is the checkpoint's scheduler."""
+    ladder: str | None = None
+    """The levels of a few-step checkpoint; its number of steps is `num_inference_steps`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

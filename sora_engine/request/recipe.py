@@ -64,6 +64,7 @@ _PLAIN = (
     "negative_prompt",
     "shift",
     "solver",
+    "ladder",
     "strength",
     "loop",
     "resample",

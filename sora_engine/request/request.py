@@ -94,6 +94,9 @@ class VideoRequest:
         sigmas: explicit noise levels for a flow checkpoint, decreasing within (0, 1], in place of
             the schedule's; they pass through `shift`, and 1 takes them as they are. One step each:
             `num_inference_steps` is left out, or says their number.
+        ladder: the levels, the solver and the want of guidance that a few-step checkpoint was
+            distilled for, by name (`sora ladders` lists them); by default the checkpoint's own. ""
+            switches that off. It goes with no other `num_inference_steps`, `sigmas` or `shift`.
         solver: `"euler"`, `"unipc"`, ...; by default the checkpoint's own.
         seed: of the initial noise; drawn at random where it is None, and told with the result.
         clips: known frames.
@@ -131,6 +134,7 @@ class VideoRequest:
     guidance_scale_2: float | None = None
     shift: float | None = None
     sigmas: Sequence[float] | None = None
+    ladder: str | None = None
     solver: str | None = None
     seed: int | None = None
     clips: Sequence[Clip] = ()

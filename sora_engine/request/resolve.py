@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import secrets
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from sora_engine.request.facts import (
     nearest_on_grid,
 )
 from sora_engine.request.guidance import Guidance, needs_unconditional
+from sora_engine.request.ladders import with_ladder
 from sora_engine.request.request import Clip, Shot, VideoRequest
+from sora_engine.request.steps import resolve_steps, steps_taken
 from sora_engine.request.windows import SparsePlan, WindowPlan, default_plan
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class ResolvedRequest:
 
     height, width, num_frames: of the result. canvas_height, canvas_width, canvas_frames: of what
         the model makes, the next size on its grid; the middle of its first frames is the result.
+    ladder: the name of the one whose levels `sigmas` are; "" where they are of none.
     window: what it is denoised in: the caller's choice or, where the video is longer than what the
         checkpoint was trained on, the checkpoint's own windows. None: one attention span.
     """
@@ -70,6 +72,7 @@ class ResolvedRequest:
     latents: torch.Tensor | None
     resample: int = 1
     original_prompt: str | None = None
+    ladder: str = ""
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -111,11 +114,6 @@ class ResolvedRequest:
         return tuple(reduced.get(name, getattr(self, name)) for name in names)
 
 
-def steps_taken(steps: int, strength: float | None) -> int:
-    """Of so many steps, those that a start video of this strength leaves."""
-    return steps if strength is None else min(int(steps * strength), steps)
-
-
 def resolve_request(
     request: VideoRequest, facts: ModelFacts, limits: Limits, *, solvers: Sequence[str] = ()
 ) -> ResolvedRequest:
@@ -126,6 +124,7 @@ def resolve_request(
     if not isinstance(request, VideoRequest):
         raise RequestError(f"a request must be a VideoRequest, got {type(request).__name__}")
     defaults, grid = facts.defaults, facts.grid
+    request, ladder = with_ladder(request, defaults.ladder)
     loop = flag("loop", request.loop)
     _check_texts(request, limits)
     shots = _checked_shots(request.shots, limits)
@@ -133,7 +132,7 @@ def resolve_request(
     canvas_height, canvas_width, canvas_frames = grid.covering(height, width, num_frames, loop=loop)
     _check_canvas(canvas_height, canvas_width, canvas_frames, grid, limits, loop=loop)
     latent_shape = grid.shape(canvas_height, canvas_width, canvas_frames, loop=loop)
-    sigmas, steps = _resolve_steps(request, defaults, limits)
+    sigmas, steps = resolve_steps(request, defaults, limits)
     strength = _resolve_strength(request, steps)
     guidance, guidance_scale, guidance_scale_2 = _resolve_guidance(request, defaults)
     taken = steps_taken(steps, strength)
@@ -181,6 +180,7 @@ def resolve_request(
         latents=request.latents,
         resample=resample,
         original_prompt=request.original_prompt,
+        ladder=ladder,
     )
 
 
@@ -265,35 +265,6 @@ def _check_canvas(
         raise RequestError(
             f"num_frames is {num_frames}; at most {limits.max_frames}, so {longest} would work"
         )
-
-
-def _resolve_steps(
-    request: VideoRequest, defaults: GenerationDefaults, limits: Limits
-) -> tuple[tuple[float, ...] | None, int]:
-    """The noise levels that a caller chose, if any, and the number of steps."""
-    steps = integer(
-        "num_inference_steps", request.num_inference_steps, defaults.num_inference_steps
-    )
-    if not 1 <= steps <= limits.max_inference_steps:
-        raise RequestError(
-            f"num_inference_steps must be from 1 to {limits.max_inference_steps}, got {steps}"
-        )
-    if request.sigmas is None:
-        return None, steps
-    levels = several("sigmas", request.sigmas, "noise levels")
-    sigmas = tuple(finite("sigmas", s, None) for s in levels)
-    if len(sigmas) > limits.max_inference_steps:
-        raise RequestError(
-            f"sigmas has {len(sigmas)} noise levels; at most {limits.max_inference_steps}"
-        )
-    if request.num_inference_steps is not None and steps != len(sigmas):
-        raise RequestError(
-            f"num_inference_steps = {steps} and {len(sigmas)} sigmas disagree; leave one out"
-        )
-    falling = all(a > b for a, b in itertools.pairwise(sigmas))
-    if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
-        raise RequestError(f"sigmas must fall strictly, within (0, 1], got {list(sigmas)}")
-    return sigmas, len(sigmas)
 
 
 def _resolve_guidance(

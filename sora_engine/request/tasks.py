@@ -272,7 +272,7 @@ def draft(model: ModelFacts, request: VideoRequest) -> VideoRequest:
     """The small, short-step version of a request, whose result `refine` takes to the full size.
 
     Half of each side, to the nearest on the model's grid, and half of the steps, rounded up. The
-    steps of a request with `sigmas` stay as they are.
+    steps of a request with `sigmas` or on a ladder stay as they are.
     Raises RequestError for a size or a number of steps that is no integer.
     """
     defaults = model.defaults
@@ -281,11 +281,12 @@ def draft(model: ModelFacts, request: VideoRequest) -> VideoRequest:
     steps = integer(
         "num_inference_steps", request.num_inference_steps, defaults.num_inference_steps
     )
+    fixed = request.sigmas or (defaults.ladder if request.ladder is None else request.ladder)
     return replace(
         request,
         height=_near(height * DRAFT_SCALE, model.grid.multiple[0]),
         width=_near(width * DRAFT_SCALE, model.grid.multiple[1]),
-        num_inference_steps=None if request.sigmas else math.ceil(steps * DRAFT_STEPS),
+        num_inference_steps=None if fixed else math.ceil(steps * DRAFT_STEPS),
     )
 
 

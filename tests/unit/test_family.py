@@ -7,6 +7,7 @@ import itertools
 import json
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from sora_engine.models.registry import (
 )
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.ladders import Ladder
 from sora_engine.samplers.noise import initial_noise
 from sora_engine.text import register_text_encoder, unregister_text_encoder
 from sora_engine.vae import CausalVAE, VAEKind, register_vae, unregister_vae
@@ -144,6 +146,7 @@ class ToyVAE(CausalVAE):
 
 class ToyFamily:
     name = "toy"
+    ladders: ClassVar = {"toy-2": Ladder((1.0, 0.5), "euler", "toy2", "toys in two steps")}
     layout = FolderLayout(
         pipelines=("ToyPipeline",),
         components={
@@ -218,10 +221,12 @@ def folder(tmp_path: Path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     family = ToyFamily()
     register_family(family)
+    assert "toy-2" in LADDERS
     register_vae("AutoencoderToy", VAEKind(config=ToyConfig, layers=ToyVAE))
     register_text_encoder("ToyLabels", Labels)
     yield tmp_path
     unregister_family(family)
+    assert "toy-2" not in LADDERS
     unregister_vae("AutoencoderToy")
     unregister_text_encoder("ToyLabels")
 

@@ -24,8 +24,10 @@ from sora_engine.models.wan.checkpoint import (
     transformer_in_file,
 )
 from sora_engine.models.wan.config import WanConfig
+from sora_engine.models.wan.ladders import WAN_LADDERS
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.ladders import Ladder
 from sora_engine.vae.registry import read_vae_config
 
 _MARKS = (
@@ -42,6 +44,7 @@ class WanFamily:
 
     name = "wan"
     layout: FolderLayout = LAYOUT
+    ladders: Mapping[str, Ladder] = WAN_LADDERS
 
     def claims_file(self, shapes: Shapes) -> bool:
         """Whether most of the tensors that every Wan has are there, under diffusers' names or its
