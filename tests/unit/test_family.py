@@ -32,7 +32,7 @@ from sora_engine.models.registry import (
 )
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
-from sora_engine.request.ladders import Ladder
+from sora_engine.request.ladders import LADDERS, Ladder
 from sora_engine.samplers.noise import initial_noise
 from sora_engine.text import register_text_encoder, unregister_text_encoder
 from sora_engine.vae import CausalVAE, VAEKind, register_vae, unregister_vae
