@@ -63,6 +63,12 @@ def _strided() -> dict[str, str]:
     return types | {f"{operand}_head_stride": "i32" for operand in "qkv"}
 
 
+def _padding(name: str) -> dict[str, str]:
+    """Types of padding's key, its value and its counts."""
+    pointers = {f"padding_{part}_ptr": f"*{name}" for part in ("key", "value")}
+    return {**pointers, "counts_ptr": "*i32"}
+
+
 def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
     from sora_kernels.attention.triton import packed_attention_kernel, parts_of
 
@@ -78,11 +84,12 @@ def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
         for operand, (rows, columns) in blocks.items()
     }
     types |= {"out_ptr": f"*{name}", "lse_ptr": "*fp32", **_strided()}
-    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"} | _padding(name)
     types |= {"q_len": "i32", "k_len": "i32", "heads": "i32", "head_dim": "i32", "scale2": "fp32"}
     constants = {
         "UNIFORM": False,
         "HAS_LSE": True,
+        "HAS_PADDING": True,
         "TMA": tma,
         "PRECISION": _precision(dtype),
         "PARTS": parts,
@@ -108,9 +115,9 @@ def _hopper(arch: int, width: int) -> Build:
         for operand, rows in blocks.items()
     }
     types |= {"out_ptr": "*bf16", "lse_ptr": "*fp32"}
-    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"} | _padding("bf16")
     types |= {"items": "i32", "heads": "i32", "scale2": "fp32"}
-    constants = {"HAS_LSE": True, "WIDTH": width}
+    constants = {"HAS_LSE": True, "HAS_PADDING": True, "WIDTH": width}
     entry = ("packed_attention", "gluon")
     key = f"packed_attention/bf16/{width}/gluon"
     options = {"num_warps": gluon.WARPS}

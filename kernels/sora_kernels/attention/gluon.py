@@ -63,7 +63,8 @@ def unsupported(case: Case) -> str | None:
 
 @gluon.jit
 def _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr):
-    """Head, first and last query, first and last key of a work item; nothing for padding.
+    """Segment, head, first and last query, first and last key of a work item; no query where the
+    table is filled up.
 
     Items go through the tiles of one head before the next head's. The programs that run at a time
     then share one or two heads' keys and values, which stay in the second-level cache. With heads
@@ -82,7 +83,7 @@ def _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr):
     q_last = gl.where(live, q_last, q_first)
     # At least one block, all of it masked where there are no keys, keeps the barriers in step.
     blocks = gl.maximum((k_last - k_first + BLOCK_N - 1) // BLOCK_N, 1)
-    return head, q_first, q_last, k_first, k_last, blocks
+    return segment, head, q_first, q_last, k_first, k_last, blocks
 
 
 @gluon.jit
@@ -95,7 +96,9 @@ def _produce(
     turn = 0
     tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, q_first, _, k_first, _, blocks = _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr)
+        _, head, q_first, _, k_first, _, blocks = _decode(
+            item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr
+        )
         column = head * WIDTH
         mbarrier.wait(q_free, (turn & 1) ^ 1)
         mbarrier.expect(q_ready, 2 * q_source.block_type.nbytes)
@@ -124,9 +127,10 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, scale2, q_tiles, k_tiles,
-    v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free, turns, GROUP: gl.constexpr,
-    HAS_LSE: gl.constexpr, WIDTH: gl.constexpr,
+    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, padding_key_ptr, padding_value_ptr, counts_ptr,
+    items, heads, scale2, q_tiles, k_tiles, v_tiles, q_ready, q_free, k_ready, k_free, v_ready,
+    v_free, turns, GROUP: gl.constexpr, HAS_LSE: gl.constexpr, HAS_PADDING: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 queries of each item."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -141,10 +145,23 @@ def _consume(
     issued = 0
     tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, q_first, q_last, k_first, k_last, blocks = _decode(
+        segment, head, q_first, q_last, k_first, k_last, blocks = _decode(
             item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr
         )
         mbarrier.wait(q_ready, turn & 1)
+        if HAS_PADDING:
+            # Padding's key, as often as it counts, is what is known before the first block.
+            repeats = gl.load(counts_ptr + segment)
+            column = gl.arange(0, WIDTH, gl.SliceLayout(0, out_layout))
+            counted = column < gl.where(repeats > 0, WIDTH, 0)
+            at = head * WIDTH + column
+            key = gl.load(padding_key_ptr + at, mask=counted, other=0.0).to(gl.float32)
+            value = gl.load(padding_value_ptr + at, mask=counted, other=0.0).to(gl.float32)
+            before = gl.sum(q_tile.load(out_layout).to(gl.float32) * key[None, :], axis=1) * scale2
+            log_count = gl.log2(gl.maximum(repeats, 1).to(gl.float32))
+            before = gl.convert_layout(before, rows) + gl.where(
+                repeats > 0, log_count, float("-inf")
+            )
         # The masked block.
         stage = count % STAGES
         phase = (count // STAGES) & 1
@@ -159,8 +176,12 @@ def _consume(
         key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
         scores = gl.where((key < left)[None, :], scores, float("-inf"))
         top = gl.max(scores, axis=1) * scale2
+        seen = left > 0
+        if HAS_PADDING:
+            seen = seen | (repeats > 0)
+            top = gl.maximum(top, before)
         # Only an item without keys has no finite top.
-        top = gl.where(left > 0, top, 0.0)
+        top = gl.where(seen, top, 0.0)
         weights = gl.exp2(scores * scale2 - top[:, None])
         total = gl.sum(weights, axis=1)
         factors = gl.convert_layout(weights.to(dtype), weights_layout)
@@ -169,6 +190,10 @@ def _consume(
             # Rows past the end are another segment's, where 0 * NaN would be NaN.
             _clear_rows(v_tiles.index(stage), left, WIDTH)
         acc = gl.zeros((ROWS, WIDTH), gl.float32, out_layout)
+        if HAS_PADDING:
+            shrink = gl.exp2(before - top)
+            total = total + shrink
+            acc = gl.convert_layout(shrink, out_rows)[:, None] * value[None, :]
         for _ in range(1, blocks):
             next_count = count + 1
             next_stage = next_count % STAGES
@@ -243,10 +268,14 @@ def hopper_attention_kernel(
     tiles_ptr,
     cu_q_ptr,
     cu_k_ptr,
+    padding_key_ptr,
+    padding_value_ptr,
+    counts_ptr,
     items,
     heads,
     scale2,
     HAS_LSE: gl.constexpr,
+    HAS_PADDING: gl.constexpr,
     WIDTH: gl.constexpr,
 ):
     """Persistent grid. Sources are 2-D descriptors `[tokens, heads * head_dim]`."""
@@ -277,17 +306,19 @@ def hopper_attention_kernel(
             (
                 _consume,
                 (
-                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, scale2,
-                    q_tiles, k_tiles, v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                    turns, gl.constexpr(0), HAS_LSE, WIDTH,
+                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, padding_key_ptr,
+                    padding_value_ptr, counts_ptr, items, heads, scale2, q_tiles, k_tiles, v_tiles,
+                    q_ready, q_free, k_ready, k_free, v_ready, v_free, turns, gl.constexpr(0),
+                    HAS_LSE, HAS_PADDING, WIDTH,
                 ),
             ),
             (
                 _consume,
                 (
-                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, scale2,
-                    q_tiles, k_tiles, v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                    turns, gl.constexpr(1), HAS_LSE, WIDTH,
+                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, padding_key_ptr,
+                    padding_value_ptr, counts_ptr, items, heads, scale2, q_tiles, k_tiles, v_tiles,
+                    q_ready, q_free, k_ready, k_free, v_ready, v_free, turns, gl.constexpr(1),
+                    HAS_LSE, HAS_PADDING, WIDTH,
                 ),
             ),
             (
@@ -332,8 +363,10 @@ def _flat(tensor: Tensor) -> Tensor:
 def run(call: Operands) -> tuple[Tensor, Tensor]:
     q, k, v, tiles = call.q, call.k, call.v, call.tiles
     tokens, heads, head_dim = q.shape
-    if tokens == 0 or k.shape[0] == 0:
+    if tokens == 0 or (k.shape[0] == 0 and call.padding is None):
         return call.without_keys()
+    if k.shape[0] == 0:  # a descriptor has rows: these are no segment's
+        k, v = q[:1], q[:1]
     lse = call.lse()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = _flat(q), _flat(k), _flat(v)
@@ -351,10 +384,12 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
         tiles,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
+        *call.padding_parts(out),
         items,
         heads,
         call.scale * math.log2(math.e),
         HAS_LSE=call.return_lse,
+        HAS_PADDING=call.padding is not None,
         WIDTH=head_dim,
         num_warps=WARPS,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ def _language(emulator: Emulator) -> SimpleNamespace:
         max=lambda x, axis: Tile(x.values.amax(axis)),
         sum=lambda x, axis: Tile(x.values.sum(axis)),
         exp2=lambda x: Tile(torch.exp2(x.values)),
-        log2=lambda x: Tile(torch.log2(x.values)),
+        log2=lambda x: Tile(torch.log2(x.values)) if isinstance(x, Tile) else math.log2(x),
         zeros=lambda shape, dtype, layout: Tile(torch.zeros([*map(int, shape)], dtype=dtype)),
         arange=lambda first, last, layout: Tile(
             torch.arange(int(first), int(last), dtype=torch.int32)

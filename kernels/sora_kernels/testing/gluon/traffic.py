@@ -25,7 +25,7 @@ def items_of(
     found = []
     for item in range(len(table) * heads):
         decoded = module._decode(Scalar(item), Scalar(len(table)), tiles, starts, starts)
-        head, _, _, k_first, k_last, _ = decoded
+        _, head, _, _, k_first, k_last, _ = decoded
         found.append((int(head), int(k_first), int(k_last)))
     return found
 
