@@ -107,9 +107,10 @@ def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
 
 def _hopper(arch: int, width: int) -> Build:
     from sora_kernels.attention import gluon
+    from sora_kernels.attention.items import BLOCK_N, shared_layout
 
-    layout = gluon.shared_layout()
-    blocks = {"q": gluon.ROWS.value, "k": gluon.BLOCK_N.value, "v": gluon.BLOCK_N.value}
+    layout = shared_layout()
+    blocks = {"q": gluon.ROWS.value, "k": BLOCK_N.value, "v": BLOCK_N.value}
     types = {
         f"{operand}_source": f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
         for operand, rows in blocks.items()

@@ -161,17 +161,15 @@ BUGS = {
         "        mbarrier.wait(q_ready, turn & 1)\n        if HAS_PADDING:\n",
         "        if HAS_PADDING:\n", PADDED),
     "padding counts once": (
-        "            log_count = gl.log2(gl.maximum(repeats, 1).to(gl.float32))\n",
-        "            log_count = 0.0\n", PADDED),
+        "gl.log2(gl.maximum(repeats, 1).to(gl.float32))", "0.0", PADDED),
     "padding's score is not scaled": (
-        "key[None, :], axis=1) * scale2\n            log", "key[None, :], axis=1)\n            log",
-        PADDED),
+        "[None, :], axis=1) * scale2\n    log", "[None, :], axis=1)\n    log", PADDED),
     "padding has the first segment's count": (
         "gl.load(counts_ptr + segment)", "gl.load(counts_ptr)", PADDED),
     "padding has the first head's key": (
-        "            at = head * WIDTH + column\n", "            at = column\n", PADDED),
+        "padding_key_ptr + head * WIDTH + column", "padding_key_ptr + column", PADDED),
     "padding that counts for nothing is read": (
-        "counted = column < gl.where(repeats > 0, WIDTH, 0)", "counted = column < WIDTH",
+        "gl.where(repeats > 0, WIDTH, 0)", "WIDTH",
         Case((70, 130), (200, 140), counts=(0, 9), spoilt=1)),
     "a segment of padding alone sees nothing": (
         "            seen = seen | (repeats > 0)\n", "", STEEP),

@@ -16,7 +16,6 @@ it.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sora_kernels.attention.items import (
+    BLOCK_N,
+    WIDTHS,
+    clear_rows,
+    decode,
+    padding_of,
+    source_of,
+)
 from sora_kernels.attention.operands import Operands
 from sora_kernels.attention.plan import plan_tiles
 from sora_kernels.dispatch import Case
@@ -37,11 +44,9 @@ from sora_kernels.launch import architecture
 from sora_kernels.triton_support import unsupported as no_triton
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup
-BLOCK_N = gl.constexpr(128)  # keys a block
 STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
 BLOCK_M = 128
 WARPS = 4  # of the default partition, which is the first warpgroup
-WIDTHS = (64, 128)
 TAKES_PLAN = True
 
 
@@ -62,31 +67,6 @@ def unsupported(case: Case) -> str | None:
 
 
 @gluon.jit
-def _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr):
-    """Segment, head, first and last query, first and last key of a work item; no query where the
-    table is filled up.
-
-    Items go through the tiles of one head before the next head's. The programs that run at a time
-    then share one or two heads' keys and values, which stay in the second-level cache. With heads
-    fastest they would share none: `sora_kernels.testing.gluon.traffic` counts it.
-    """
-    head = item // tiles
-    tile = item % tiles
-    segment = gl.load(tiles_ptr + 2 * tile)
-    start = gl.load(tiles_ptr + 2 * tile + 1)
-    live = segment >= 0
-    segment = gl.maximum(segment, 0)
-    q_first = gl.load(cu_q_ptr + segment).to(gl.int32) + start
-    q_last = gl.load(cu_q_ptr + segment + 1).to(gl.int32)
-    k_first = gl.load(cu_k_ptr + segment).to(gl.int32)
-    k_last = gl.load(cu_k_ptr + segment + 1).to(gl.int32)
-    q_last = gl.where(live, q_last, q_first)
-    # At least one block, all of it masked where there are no keys, keeps the barriers in step.
-    blocks = gl.maximum((k_last - k_first + BLOCK_N - 1) // BLOCK_N, 1)
-    return segment, head, q_first, q_last, k_first, k_last, blocks
-
-
-@gluon.jit
 def _produce(
     q_source, k_source, v_source, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, q_tiles, k_tiles,
     v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free, WIDTH: gl.constexpr,
@@ -96,9 +76,7 @@ def _produce(
     turn = 0
     tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        _, head, q_first, _, k_first, _, blocks = _decode(
-            item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr
-        )
+        _, head, q_first, _, k_first, _, blocks = decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr)
         column = head * WIDTH
         mbarrier.wait(q_free, (turn & 1) ^ 1)
         mbarrier.expect(q_ready, 2 * q_source.block_type.nbytes)
@@ -145,23 +123,17 @@ def _consume(
     issued = 0
     tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        segment, head, q_first, q_last, k_first, k_last, blocks = _decode(
+        segment, head, q_first, q_last, k_first, k_last, blocks = decode(
             item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr
         )
         mbarrier.wait(q_ready, turn & 1)
         if HAS_PADDING:
-            # Padding's key, as often as it counts, is what is known before the first block.
             repeats = gl.load(counts_ptr + segment)
-            column = gl.arange(0, WIDTH, gl.SliceLayout(0, out_layout))
-            counted = column < gl.where(repeats > 0, WIDTH, 0)
-            at = head * WIDTH + column
-            key = gl.load(padding_key_ptr + at, mask=counted, other=0.0).to(gl.float32)
-            value = gl.load(padding_value_ptr + at, mask=counted, other=0.0).to(gl.float32)
-            before = gl.sum(q_tile.load(out_layout).to(gl.float32) * key[None, :], axis=1) * scale2
-            log_count = gl.log2(gl.maximum(repeats, 1).to(gl.float32))
-            before = gl.convert_layout(before, rows) + gl.where(
-                repeats > 0, log_count, float("-inf")
-            )
+            before, value = padding_of(
+                q_tile, padding_key_ptr, padding_value_ptr, repeats, head, scale2, out_layout,
+                out_layout, WIDTH,
+            )  # fmt: skip
+            before = gl.convert_layout(before, rows)
         # The masked block.
         stage = count % STAGES
         phase = (count // STAGES) & 1
@@ -188,7 +160,7 @@ def _consume(
         mbarrier.wait(v_ready.index(stage), phase)
         if left < BLOCK_N:
             # Rows past the end are another segment's, where 0 * NaN would be NaN.
-            _clear_rows(v_tiles.index(stage), left, WIDTH)
+            clear_rows(v_tiles.index(stage), left, WIDTH)
         acc = gl.zeros((ROWS, WIDTH), gl.float32, out_layout)
         if HAS_PADDING:
             shrink = gl.exp2(before - top)
@@ -243,19 +215,6 @@ def _consume(
             lse = (top + gl.log2(total)) * 0.6931471805599453
             lse = gl.where(total > 0, lse, float("-inf"))
             gl.store(lse_ptr + row.to(gl.int64) * heads + head, lse, mask=row < q_last)
-
-
-@gluon.jit
-def _clear_rows(tile, left, WIDTH: gl.constexpr):
-    """Zero in rows `left` and on of a block of values, 16 rows at a time."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    row = gl.arange(0, 16, gl.SliceLayout(1, layout))
-    for first in gl.static_range(0, BLOCK_N, 16):
-        if left < first + 16:
-            part = tile.slice(first, 16)
-            values = part.load(layout)
-            part.store(gl.where((row + first < left)[:, None], values, 0.0).to(tile.dtype))
-    fence_async_shared()
 
 
 @gluon.jit(do_not_specialize=["items"])
@@ -335,31 +294,6 @@ def hopper_attention_kernel(
     )  # fmt: skip
 
 
-def shared_layout() -> Any:
-    """Of tiles of 16-bit elements at least 64 wide."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
-def _source(tensor: Tensor, rows: int) -> Any:
-    """A descriptor of `[tokens, heads, head_dim]` as `[tokens, heads * head_dim]`."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    tokens, heads, head_dim = tensor.shape
-    flat = [tokens, heads * head_dim]
-    return TensorDescriptor(tensor, flat, [tensor.stride(0), 1], [rows, head_dim], shared_layout())
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The tensor itself where its heads lie side by side in rows that TMA can address."""
-    fits = (
-        tensor.stride(2) == 1
-        and tensor.stride(1) == tensor.shape[2]
-        and tensor.stride(0) % 8 == 0
-        and tensor.data_ptr() % 16 == 0
-    )
-    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
-
-
 def run(call: Operands) -> tuple[Tensor, Tensor]:
     q, k, v, tiles = call.q, call.k, call.v, call.tiles
     tokens, heads, head_dim = q.shape
@@ -369,16 +303,15 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
         k, v = q[:1], q[:1]
     lse = call.lse()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v = _flat(q), _flat(k), _flat(v)
     # A plan for the portable kernel has the same tiles where its block is 128 too.
     if tiles is None or call.block != BLOCK_M:
         tiles = plan_tiles(call.cu_seqlens_q, tokens, BLOCK_M)
     items = tiles.shape[0] * heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     hopper_attention_kernel[(min(items, processors),)](
-        _source(q, ROWS.value),
-        _source(k, BLOCK_N.value),
-        _source(v, BLOCK_N.value),
+        source_of(q, ROWS.value),
+        source_of(k, BLOCK_N.value),
+        source_of(v, BLOCK_N.value),
         out,
         lse,
         tiles,

@@ -250,11 +250,14 @@ def load_kernel(source: str, name: str, emulator: Emulator) -> ModuleType:
         return builtins.__import__(name, names, local, wanted or (), level)
 
     module = ModuleType(name)
+    answers["sora_kernels.attention.items"] = module  # the source has it at its beginning
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": answered}
     exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     return module
 
 
-def kernel_source() -> str:
-    """The source of packed attention for Hopper."""
-    return (Path(__file__).parents[2] / "attention" / "gluon.py").read_text(encoding="utf-8")
+def kernel_source(name: str = "gluon") -> str:
+    """The source of a kernel of packed attention, behind that of what Gluon kernels share."""
+    folder = Path(__file__).parents[2] / "attention"
+    shared, own = ((folder / f"{part}.py").read_text(encoding="utf-8") for part in ("items", name))
+    return shared + own.replace("from __future__ import annotations\n", "", 1)
