@@ -167,7 +167,7 @@ BUGS = {
     "padding has the first segment's count": (
         "gl.load(counts_ptr + segment)", "gl.load(counts_ptr)", PADDED),
     "padding has the first head's key": (
-        "padding_key_ptr + head * WIDTH + column", "padding_key_ptr + column", PADDED),
+        "pointer + head * WIDTH + column", "pointer + column", PADDED),
     "padding that counts for nothing is read": (
         "gl.where(repeats > 0, WIDTH, 0)", "WIDTH",
         Case((70, 130), (200, 140), counts=(0, 9), spoilt=1)),
@@ -178,8 +178,7 @@ BUGS = {
     "padding is not in the sum of weights": (
         "            total = total + shrink\n", "", PADDED),
     "padding's value has all of the weight": (
-        "gl.convert_layout(shrink, out_rows)[:, None] * value[None, :]",
-        "gl.zeros((ROWS, WIDTH), gl.float32, out_layout) + value[None, :]", STEEP),
+        "padding_sums(shrink, ", "padding_sums(shrink * 0.0 + 1.0, ", STEEP),
     "padding's count is the count of blocks": (
         "            repeats = gl.load(counts_ptr + segment)\n",
         "            count = repeats = gl.load(counts_ptr + segment)\n", PADDED),

@@ -20,6 +20,7 @@ OP = declare(
         "native": "sora_kernels.attention.native",
         "triton": "sora_kernels.attention.triton",
         "gluon": "sora_kernels.attention.gluon",
+        "blackwell": "sora_kernels.attention.blackwell",
         "flash": "sora_kernels.attention.flash",
         "xformers": "sora_kernels.attention.xformers",
         "flex": "sora_kernels.attention.flex",

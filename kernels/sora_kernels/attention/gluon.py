@@ -34,7 +34,8 @@ from sora_kernels.attention.items import (
     WIDTHS,
     clear_rows,
     decode,
-    padding_of,
+    padding_scores,
+    padding_sums,
     source_of,
 )
 from sora_kernels.attention.operands import Operands
@@ -129,10 +130,9 @@ def _consume(
         mbarrier.wait(q_ready, turn & 1)
         if HAS_PADDING:
             repeats = gl.load(counts_ptr + segment)
-            before, value = padding_of(
-                q_tile, padding_key_ptr, padding_value_ptr, repeats, head, scale2, out_layout,
-                out_layout, WIDTH,
-            )  # fmt: skip
+            before = padding_scores(
+                q_tile, padding_key_ptr, repeats, head, scale2, out_layout, WIDTH
+            )
             before = gl.convert_layout(before, rows)
         # The masked block.
         stage = count % STAGES
@@ -165,7 +165,7 @@ def _consume(
         if HAS_PADDING:
             shrink = gl.exp2(before - top)
             total = total + shrink
-            acc = gl.convert_layout(shrink, out_rows)[:, None] * value[None, :]
+            acc = padding_sums(shrink, padding_value_ptr, repeats, head, out_layout, WIDTH)
         for _ in range(1, blocks):
             next_count = count + 1
             next_stage = next_count % STAGES

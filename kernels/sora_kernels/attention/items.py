@@ -46,27 +46,34 @@ def decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr):
 
 
 @gluon.jit
-def padding_of(
-    q_tile, padding_key_ptr, padding_value_ptr, repeats, head, scale2, q_layout: gl.constexpr,
-    value_layout: gl.constexpr, WIDTH: gl.constexpr,
-):  # fmt: skip
-    """Padding's score of each query, in powers of two, and its value; -inf and 0, and nothing read,
-    where it counts for nothing.
+def _of_padding(pointer, repeats, head, layout: gl.constexpr, WIDTH: gl.constexpr):
+    """Its key or value in fp32; 0, and nothing read, where it counts for nothing."""
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    counted = column < gl.where(repeats > 0, WIDTH, 0)
+    return gl.load(pointer + head * WIDTH + column, mask=counted, other=0.0).to(gl.float32)
 
-    It is what the running softmax knows before the first block: one key, as often as it counts.
+
+@gluon.jit
+def padding_scores(
+    q_tile, padding_key_ptr, repeats, head, scale2, layout: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Padding's score of each query, in powers of two; -inf where it counts for nothing.
+
+    It is the top that the running softmax begins with: one key, as often as it counts.
     """
-    columns: gl.constexpr = gl.SliceLayout(0, q_layout)
-    column = gl.arange(0, WIDTH, columns)
-    counted = column < gl.where(repeats > 0, WIDTH, 0)
-    key = gl.load(padding_key_ptr + head * WIDTH + column, mask=counted, other=0.0)
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, value_layout))
-    counted = column < gl.where(repeats > 0, WIDTH, 0)
-    value = gl.load(padding_value_ptr + head * WIDTH + column, mask=counted, other=0.0)
-    queries = q_tile.load(q_layout).to(gl.float32)
-    score = gl.sum(queries * key.to(gl.float32)[None, :], axis=1) * scale2
+    key = _of_padding(padding_key_ptr, repeats, head, layout, WIDTH)
+    scores = gl.sum(q_tile.load(layout).to(gl.float32) * key[None, :], axis=1) * scale2
     log_count = gl.log2(gl.maximum(repeats, 1).to(gl.float32))
-    score = score + gl.where(repeats > 0, log_count, float("-inf"))
-    return score, value.to(gl.float32)
+    return scores + gl.where(repeats > 0, log_count, float("-inf"))
+
+
+@gluon.jit
+def padding_sums(
+    weights, padding_value_ptr, repeats, head, layout: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """The weighted value of padding: what the sum over values begins with."""
+    value = _of_padding(padding_value_ptr, repeats, head, layout, WIDTH)
+    return gl.convert_layout(weights, gl.SliceLayout(1, layout))[:, None] * value[None, :]
 
 
 @gluon.jit

@@ -1,7 +1,8 @@
-"""Varlen cases of the Hopper kernel, each run on the emulator and held against fp64."""
+"""Varlen cases of the Gluon kernels, each run on the emulator and held against fp64."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +29,8 @@ class Case:
     """A packed batch and a schedule. `spoilt`: the segment whose keys and values are NaN.
 
     block: queries a tile of the plan, 0 for a call without one. counts: of padding, for each
-    segment; padding's key and value are NaN where it is the spoilt segment's alone.
+    segment; padding's key and value are NaN where it is the spoilt segment's alone. kernel: the
+    backend whose source runs.
     """
 
     q_lens: tuple[int, ...]
@@ -46,6 +48,7 @@ class Case:
     processors: int = 3
     seed: int = 0
     landing: str = "any"
+    kernel: str = "gluon"
 
 
 FIXED = (
@@ -99,11 +102,11 @@ def drawn(seed: int) -> Case:
     )
 
 
-def cases(count: int) -> Iterator[Case]:
+def cases(count: int, kernel: str = "gluon") -> Iterator[Case]:
     """`count` of them: the fixed ones first, then at random."""
-    yield from FIXED[:count]
-    for seed in range(count - len(FIXED)):
-        yield drawn(seed)
+    drawings = (drawn(seed) for seed in itertools.count())
+    for case in itertools.islice(itertools.chain(FIXED, drawings), count):
+        yield replace(case, kernel=kernel)
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +147,7 @@ def attend(
     source: of the kernel, where it is another than the package's.
     """
     emulator = Emulator(case.processors, case.seed, case.landing)
-    module = load_kernel(source or kernel_source(), "emulated_kernel", emulator)
+    module = load_kernel(source or kernel_source(case.kernel), "emulated_kernel", emulator)
     cu_q, cu_k = (offsets(lens, case.offsets) for lens in (case.q_lens, case.k_lens))
     tiles = plan_tiles(cu_q, sum(case.q_lens), case.block) if case.block else None
     call = Operands(

@@ -1,9 +1,9 @@
 """A Gluon kernel's own source, run over stand-ins for Triton's language.
 
 The file is compiled as it stands. Only its imports are answered otherwise: `gluon.jit` gives a
-kernel that the emulator runs, `gl` and Hopper's operations are those of this folder, and a device
-has as many processors as the emulator was asked for. Descriptors and layouts are Triton's own
-classes, so that their checks hold.
+kernel that the emulator runs, `gl` and the operations of Hopper and Blackwell are those of this
+folder, and a device has as many processors as the emulator was asked for. Descriptors and layouts
+are Triton's own classes, so that their checks hold.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from sora_kernels.testing.gluon.registers import (
     plain,
     store,
 )
+from sora_kernels.testing.gluon.tensor_memory import TensorMemory, commit, multiply
 
 
 @dataclass
@@ -207,6 +208,30 @@ def _hopper(emulator: Emulator) -> SimpleNamespace:
     )
 
 
+def _blackwell(emulator: Emulator) -> SimpleNamespace:
+    """`gluon.language.nvidia.blackwell`: Hopper's barriers and copies, tensor memory, products."""
+    from triton.experimental.gluon.language.nvidia.blackwell import TensorMemoryLayout
+
+    def product(
+        a: Any, b: Any, acc: Any, *, use_acc: bool = True, mbarriers: Sequence[Any] = ()
+    ) -> None:
+        multiply(emulator.ops, a, b, acc, bool(use_acc), mbarriers)
+
+    hopper = _hopper(emulator)
+    return SimpleNamespace(
+        TensorMemoryLayout=TensorMemoryLayout,
+        allocate_tensor_memory=lambda dtype, shape, layout: TensorMemory.allocate(
+            emulator.ops, dtype, shape, layout
+        ),
+        get_tmem_reg_layout=lambda *args: None,
+        tcgen05_mma=product,
+        tcgen05_commit=lambda bar: commit(emulator.ops, bar),
+        fence_async_shared=hopper.fence_async_shared,
+        mbarrier=hopper.mbarrier,
+        tma=hopper.tma,
+    )
+
+
 class _Torch:
     """torch, on whose devices there are as many processors as the emulator has."""
 
@@ -234,6 +259,7 @@ def load_kernel(source: str, name: str, emulator: Emulator) -> ModuleType:
         "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=jit, language=language)),
         "triton.experimental.gluon": SimpleNamespace(jit=jit, language=language),
         "triton.experimental.gluon.language.nvidia.hopper": _hopper(emulator),
+        "triton.experimental.gluon.language.nvidia.blackwell": _blackwell(emulator),
     }
 
     def answered(

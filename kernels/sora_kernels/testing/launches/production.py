@@ -172,8 +172,8 @@ def strided(model: Model, index: int = 0, backend: str = "auto") -> Iterator[Cal
     fused = empty(tokens, 3 * heads, width, dtype=model.dtype, index=index)
     q, k, v = fused.split(heads, dim=1)
     yield checked("fused projection", sk.packed_attention, q, k, v, cu, cu, **lengths)
-    lengths |= {"return_lse": True}
-    yield checked("fused projection, lse", sk.packed_attention, q, k, v, cu, cu, **lengths)
+    too: dict[str, Any] = {**lengths, "return_lse": True}
+    yield checked("fused projection, lse", sk.packed_attention, q, k, v, cu, cu, **too)
     flat = empty(tokens * heads * (width + 1), dtype=model.dtype, index=index)
     odd = flat.view(tokens, heads, width + 1)[..., :width]
     yield checked("odd rows", sk.packed_attention, odd, odd, odd, cu, cu, **lengths)
