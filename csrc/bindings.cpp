@@ -177,9 +177,13 @@ constexpr int64_t kShare = 256;
 int64_t shares_of(int64_t queries) { return (queries + kShare - 1) / kShare; }
 
 // Sequences are (q first, q step, q count, k first, k step, k count), int64 [sequences, 6].
+// Padding's key and value are [heads, head_dim]; padding_in is what is added to its score in each
+// sequence, float [sequences].
 std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in,
-                                           const Tensor& v_in, const Tensor& sequences_in,
-                                           double scale, bool return_lse) {
+                                     const Tensor& v_in, const Tensor& sequences_in, double scale,
+                                     bool return_lse, const MaybeTensor& padding_key,
+                                     const MaybeTensor& padding_value,
+                                     const MaybeTensor& padding_in) {
   const Tensor q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
   const Tensor sequences = sequences_in.to(at::kLong).contiguous();
   Tensor out = result_like(q);
@@ -204,6 +208,19 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in,
   args.past_caches = past_caches(out);
 
   const int64_t count = sequences.size(0);
+  const Tensor biases = as_float(padding_in);
+  Tensor key, value;
+  if (biases.defined()) {
+    TORCH_CHECK(padding_key.has_value() && padding_value.has_value(), "sora: padding without key");
+    key = as_float(padding_key).contiguous();
+    value = as_float(padding_value).contiguous();
+    TORCH_CHECK(biases.numel() == count && key.numel() == args.heads * args.head_dim &&
+                    value.numel() == key.numel(),
+                "sora: padding of ", biases.numel(), " sequences; there are ", count);
+    args.padding_key = key.const_data_ptr<float>();
+    args.padding_value = value.const_data_ptr<float>();
+  }
+  const float* padding = data_of(biases);
   const auto* spans = reinterpret_cast<const sora::Span*>(sequences.const_data_ptr<int64_t>());
   int64_t most_q = 0, most_k = 0, work = 0;
   const auto inside = [](const sora::Span& span, int64_t tokens) {
@@ -238,12 +255,14 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in,
     const int64_t start = share * kShare;
     const sora::Span qs{whole.first + start * whole.step, whole.step,
                         std::min(whole.count - start, kShare)};
-    if (ks.count > 0) return kernels.attention(args, qs, ks, head, scratch);
+    constexpr float kNone = -std::numeric_limits<float>::infinity();
+    const float bias = padding ? padding[sequence] : kNone;
+    if (ks.count > 0 || bias > kNone) return kernels.attention(args, qs, ks, head, bias, scratch);
     for (int64_t i = 0; i < qs.count; ++i) {
       const int64_t row = (qs.first + i * qs.step) * args.heads + head;
       const int64_t bytes = args.head_dim * (half ? 2 : 4);
       std::memset(static_cast<char*>(args.out) + row * bytes, 0, bytes);
-      if (args.lse) args.lse[row] = -std::numeric_limits<float>::infinity();
+      if (args.lse) args.lse[row] = kNone;
     }
   };
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -337,7 +356,9 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
   m.def("native_norm_rope(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, bool across_heads, "
         "bool interleaved, float eps) -> Tensor");
   m.def("native_attention(Tensor q, Tensor k, Tensor v, Tensor sequences, float scale, "
-        "bool return_lse) -> (Tensor, Tensor)");
+        "bool return_lse, Tensor? padding_key=None, Tensor? padding_value=None, "
+        "Tensor? padding=None) "
+        "-> (Tensor, Tensor)");
   m.def("native_causal_norm_silu(Tensor x, Tensor past, Tensor weight, float eps) "
         "-> (Tensor, Tensor)");
   m.def("native_plan_tiles(Tensor offsets, int block) -> Tensor");

@@ -27,6 +27,8 @@ from sora_kernels.launch import architecture
 ROOT = Path(__file__).parents[2]
 Figures = Iterator[dict[str, Any]]
 TOY = [Shape("toy", 2, 32, 2, 64)]
+GLUON = ("gluon", "blackwell")
+"""Backends that wait for barriers of their own, and may hang: they run apart from the others."""
 
 
 def rates() -> Figures:
@@ -85,7 +87,7 @@ def numerics() -> Figures:
     dtypes = [DTYPE] if DRY else [torch.bfloat16, torch.float16, torch.float32]
     for op, name, check in checks():
         for backend, problem in report[op].items():
-            if backend == "reference" or problem is not None or backend == "gluon":
+            if backend == "reference" or problem is not None or backend in GLUON:
                 continue  # Gluon comes later, in a process of its own
             for dtype in dtypes:
                 try:
@@ -101,7 +103,7 @@ def numerics() -> Figures:
 def attention() -> Figures:
     """TFLOP/s over one segment, over an uneven batch and over short segments."""
     backends = [name for name, why in sk.backends(DEVICE.type)["packed_attention"].items()
-                if why is None and name not in ("reference", "gluon")]  # fmt: skip
+                if why is None and name not in ("reference", *GLUON)]  # fmt: skip
     for shape in TOY if DRY else SHAPES:
         yield from _whole(shape, backends)
     if DRY:
@@ -169,32 +171,36 @@ def fused() -> Figures:
 
 
 def gluon_small() -> Figures:
-    """The Hopper kernel at sizes that end at once: if it hangs, this process is killed."""
+    """A Gluon kernel at sizes that end at once: if it hangs, this process is killed."""
     if DEVICE.type == "cpu":
         from sora_kernels.testing.gluon.cases import cases, check
 
-        for number, case in enumerate(cases(2)):
-            check(case)
-            yield figure(f"case {number}, on the emulator", "right")
+        for kernel in GLUON:
+            for number, case in enumerate(cases(2, kernel)):
+                check(case)
+                yield figure(f"{kernel}, case {number}, on the emulator", "right")
         return
     for op, name, check in checks():
-        if op == "packed_attention":
-            check("gluon", "cuda", torch.bfloat16)
-            yield checked(op, name, "gluon", torch.bfloat16, "right")
+        for backend in GLUON if op == "packed_attention" else ():
+            if sk.backends("cuda")[op][backend] is None:
+                check(backend, "cuda", torch.bfloat16)
+                yield checked(op, name, backend, torch.bfloat16, "right")
 
 
 def gluon_speed() -> Figures:
-    """TFLOP/s of the Hopper kernel over whole videos."""
+    """TFLOP/s of this card's Gluon kernel over whole videos."""
     if DEVICE.type == "cpu":
         yield figure("speed", "the emulator has none")
         return
+    report = sk.backends("cuda")["packed_attention"]
+    here = [backend for backend in GLUON if report[backend] is None]
     for shape in SHAPES:
         if shape.head_dim in (64, 128):
-            yield from _whole(shape, ["gluon"], beside=False)
+            yield from _whole(shape, here, beside=False)
 
 
 def racecheck() -> Figures:
-    """The Hopper kernel's barriers under compute-sanitizer."""
+    """The Gluon kernel's barriers under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or DEVICE.type == "cpu":
         yield figure("compute-sanitizer", "not here" if tool is None else "needs a GPU")

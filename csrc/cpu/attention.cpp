@@ -80,9 +80,11 @@ SORA_INLINE void gather(const T* base, int64_t stride, int64_t rows, int64_t pad
 
 // Keys come in blocks, which a running softmax joins (FlashAttention, arXiv 2205.14135): what is
 // known of the queries so far, their greatest score, the sum of weights and the weighted sum of
-// values, waits in `state` for the next block.
+// values, waits in `state` for the next block. Padding's key, and its value with a weight of 1, are
+// what is known before the first.
 template <typename T>
-void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head, float* scratch) {
+void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head, float padding,
+            float* scratch) {
   const int64_t d = a.head_dim, wide_d = round_up(d, kLanes);
   const int64_t most = round_up(k.count < kKeys ? k.count : kKeys, kRows);
   float* rows_of_k = scratch;                     // [most, wide_d]
@@ -97,11 +99,15 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
   const int64_t k_step = k.step * a.k_stride, v_step = k.step * a.v_stride;
   // The next head is most often computed next.
   const bool ahead = head + 1 < a.heads && k.count <= kKeys;
+  const bool padded = padding > -3.4028235e38f;
+  const float* padding_key = a.padding_key + (padded ? head * d : 0);
+  const float* padding_value = a.padding_value + (padded ? head * d : 0);
   bool streams = false;
   if constexpr (sizeof(T) == 4)
     streams = a.past_caches && d % kLanes == 0 && aligned(a.out);
 
-  for (int64_t begin = 0; begin < k.count; begin += kKeys) {
+  int64_t begin = 0;
+  do {  // once for padding alone
     const int64_t keys = k.count - begin < kKeys ? k.count - begin : kKeys;
     const bool is_first = begin == 0, is_last = begin + keys == k.count;
     gather(k_base + begin * k_step, k_step, keys, round_up(keys, kRows), d, rows_of_k, wide_d, 1);
@@ -124,7 +130,11 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
       float* tops = state + start * (2 + wide_d);
       float* totals = tops + kLanes;
       float* sums = totals + kLanes;  // [kLanes, wide_d]
-      const Vec before = is_first ? splat(-3.4028235e38f) : load(floats(tops));
+      Vec before = is_first ? splat(-3.4028235e38f) : load(floats(tops));
+      if (is_first && padded) {
+        before = splat(padding);
+        for (int64_t i = 0; i < d; ++i) before += padding_key[i] * load(floats(q_turned + i * kLanes));
+      }
       Vec top = before;
       for (int64_t j = 0; j < keys; j += kRows) {
         Vec scores[kRows];
@@ -141,10 +151,10 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
         store(floats(weights + j * kLanes), weight);
         total += weight;
       }
-      Vec shrunk = {};  // how much less the blocks before weigh under the new greatest score
-      if (!is_first) {
+      Vec shrunk = {};  // how much less what was before weighs under the new greatest score
+      if (!is_first || padded) {
         shrunk = exp_nonpositive(before - top);
-        total += shrunk * load(floats(totals));
+        total += is_first ? shrunk : shrunk * load(floats(totals));
       }
       const Vec inverse = 1.0f / total;
       if (!is_last) {
@@ -163,7 +173,10 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
           tile(weights + first, 1, kLanes, panels_of_v + i * most, kLanes, keys, result);
           for (int64_t r = 0; r < kRows && first + r < rows; ++r) {
             float* sum = sums + (first + r) * wide_d + i;
-            if (!is_first) result[r] += load(floats(sum)) * shrunk[first + r];
+            if (!is_first)
+              result[r] += load(floats(sum)) * shrunk[first + r];
+            else if (padded)
+              result[r] += load(floats(padding_value + i), d - i) * shrunk[first + r];
             if (!is_last) {
               store(floats(sum), result[r]);
               continue;
@@ -179,7 +192,8 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
         }
       }
     }
-  }
+    begin += kKeys;
+  } while (begin < k.count);
   if (streams) end_of_stream();
 }
 
@@ -193,11 +207,11 @@ int64_t attention_scratch(int64_t queries, int64_t keys, int64_t head_dim) {
 }
 
 void attention(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head,
-               float* scratch) {
+               float padding, float* scratch) {
   switch (a.type) {
-    case sora::Type::f32: return attend<Float>(a, q, k, head, scratch);
-    case sora::Type::f16: return attend<Half>(a, q, k, head, scratch);
-    case sora::Type::bf16: return attend<BFloat16>(a, q, k, head, scratch);
+    case sora::Type::f32: return attend<Float>(a, q, k, head, padding, scratch);
+    case sora::Type::f16: return attend<Half>(a, q, k, head, padding, scratch);
+    case sora::Type::bf16: return attend<BFloat16>(a, q, k, head, padding, scratch);
   }
 }
 

@@ -8,7 +8,7 @@
   namespace isa {                                                                           \
   void norm(const sora::NormArgs&, int64_t, int64_t, float*);                               \
   void rope(const sora::RopeArgs&, int64_t, int64_t, float*);                               \
-  void attention(const sora::AttentionArgs&, sora::Span, sora::Span, int64_t, float*);      \
+  void attention(const sora::AttentionArgs&, sora::Span, sora::Span, int64_t, float, float*); \
   void causal(const sora::CausalArgs&, int64_t, int64_t);                                   \
   int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \
   }                                                                                         \

@@ -57,6 +57,8 @@ struct AttentionArgs {
   float* lse = nullptr;   // [tokens, heads]
   int64_t heads, head_dim;
   float scale;
+  const float* padding_key = nullptr;    // [heads, head_dim], dense: one more key of a sequence
+  const float* padding_value = nullptr;
   bool past_caches = false;  // as of NormArgs
 };
 
@@ -80,7 +82,9 @@ struct Kernels {
   const char* name;
   void (*norm)(const NormArgs&, int64_t begin, int64_t end, float* scratch);
   void (*rope)(const RopeArgs&, int64_t begin, int64_t end, float* scratch);
-  void (*attention)(const AttentionArgs&, Span q, Span k, int64_t head, float* scratch);
+  // padding: what is added to the score of padding's key; -inf leaves the key out.
+  void (*attention)(const AttentionArgs&, Span q, Span k, int64_t head, float padding,
+                    float* scratch);
   void (*causal)(const CausalArgs&, int64_t begin, int64_t end);  // rows of `joined`
   int64_t (*attention_scratch)(int64_t queries, int64_t keys, int64_t head_dim);
 };

@@ -9,6 +9,7 @@ Gradients flow through `backend="reference"` alone; `"auto"` picks it when an in
 """
 
 from sora_kernels.attention.api import packed_attention, takes_plan
+from sora_kernels.attention.operands import Padding
 from sora_kernels.attention.plan import AttentionPlan, plan_attention
 from sora_kernels.causal.api import causal_norm_silu
 from sora_kernels.dispatch import KernelUnavailableError, backends
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionPlan",
     "BlockPlan",
     "KernelUnavailableError",
+    "Padding",
     "backends",
     "causal_norm_silu",
     "gate_residual_norm_modulate",

@@ -63,6 +63,12 @@ def _strided() -> dict[str, str]:
     return types | {f"{operand}_head_stride": "i32" for operand in "qkv"}
 
 
+def _padding(name: str) -> dict[str, str]:
+    """Types of padding's key, its value and its counts."""
+    pointers = {f"padding_{part}_ptr": f"*{name}" for part in ("key", "value")}
+    return {**pointers, "counts_ptr": "*i32"}
+
+
 def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
     from sora_kernels.attention.triton import packed_attention_kernel, parts_of
 
@@ -78,11 +84,12 @@ def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
         for operand, (rows, columns) in blocks.items()
     }
     types |= {"out_ptr": f"*{name}", "lse_ptr": "*fp32", **_strided()}
-    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"} | _padding(name)
     types |= {"q_len": "i32", "k_len": "i32", "heads": "i32", "head_dim": "i32", "scale2": "fp32"}
     constants = {
         "UNIFORM": False,
         "HAS_LSE": True,
+        "HAS_PADDING": True,
         "TMA": tma,
         "PRECISION": _precision(dtype),
         "PARTS": parts,
@@ -98,23 +105,29 @@ def _attention(arch: int, dtype: torch.dtype, width: int, tma: bool) -> Build:
     return Build(key, entry, arch, packed_attention_kernel, types, constants, options)
 
 
-def _hopper(arch: int, width: int) -> Build:
-    from sora_kernels.attention import gluon
+def _gluon(arch: int, width: int, name: str = "gluon") -> Build:
+    """Packed attention for Hopper, or as `name` says for Blackwell."""
+    from sora_kernels.attention import blackwell, gluon
+    from sora_kernels.attention.items import BLOCK_N, shared_layout
 
-    layout = gluon.shared_layout()
-    blocks = {"q": gluon.ROWS.value, "k": gluon.BLOCK_N.value, "v": gluon.BLOCK_N.value}
+    backend: Any = blackwell if name == "blackwell" else gluon
+    kernel = {
+        "gluon": gluon.hopper_attention_kernel,
+        "blackwell": blackwell.blackwell_attention_kernel,
+    }[name]
+    layout = shared_layout()
+    blocks = {"q": backend.ROWS.value, "k": BLOCK_N.value, "v": BLOCK_N.value}
     types = {
         f"{operand}_source": f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
         for operand, rows in blocks.items()
     }
     types |= {"out_ptr": "*bf16", "lse_ptr": "*fp32"}
-    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+    types |= {"tiles_ptr": "*i32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"} | _padding("bf16")
     types |= {"items": "i32", "heads": "i32", "scale2": "fp32"}
-    constants = {"HAS_LSE": True, "WIDTH": width}
-    entry = ("packed_attention", "gluon")
-    key = f"packed_attention/bf16/{width}/gluon"
-    options = {"num_warps": gluon.WARPS}
-    kernel = gluon.hopper_attention_kernel
+    constants = {"HAS_LSE": True, "HAS_PADDING": True, "WIDTH": width}
+    entry = ("packed_attention", name)
+    key = f"packed_attention/bf16/{width}/{name}"
+    options = {"num_warps": backend.WARPS}
     return Build(key, entry, arch, kernel, types, constants, options, gluon=True)
 
 
@@ -245,9 +258,10 @@ def builds(arch: int) -> Iterator[Build]:
         if launch.has_tma(arch):
             yield _attention(arch, *_dtype_width(key), True)
         yield _attention(arch, *_dtype_width(key), False)
-    if arch == 90:
-        for width in (64, 128):
-            yield _hopper(arch, width)
+    for gluon_arch, name in ((90, "gluon"), (100, "blackwell")):
+        if arch == gluon_arch:
+            for width in (64, 128):
+                yield _gluon(arch, width, name)
     for key in launch.entries("invariant_linear", arch):
         if launch.has_tma(arch):
             yield _linear(arch, key, True)

@@ -8,13 +8,16 @@ import torch
 
 
 class Run(NamedTuple):
-    """`segments` consecutive segments that all have `q_len` queries and `k_len` keys."""
+    """`segments` consecutive segments, from number `first`, that all have `q_len` queries and
+    `k_len` keys, and padding beside them or none."""
 
     q_start: int
     k_start: int
     q_len: int
     k_len: int
     segments: int
+    first: int
+    padded: bool = False
 
     @property
     def q_stop(self) -> int:
@@ -30,20 +33,24 @@ def offsets_of(cu_seqlens: torch.Tensor) -> list[int]:
     return cu_seqlens.tolist()
 
 
-def equal_runs(q_offsets: list[int], k_offsets: list[int]) -> list[Run]:
+def equal_runs(
+    q_offsets: list[int], k_offsets: list[int], padding: list[int] | None = None
+) -> list[Run]:
     """Join consecutive segments of equal lengths: each run is one dense batch.
 
-    A uniform batch is a single run, and serves without a loop over segments.
+    A uniform batch is a single run, and serves without a loop over segments. padding: keys of
+    padding of each segment.
     """
     runs: list[Run] = []
     for i in range(len(q_offsets) - 1):
         q_len = q_offsets[i + 1] - q_offsets[i]
         k_len = k_offsets[i + 1] - k_offsets[i]
+        padded = padding is not None and padding[i] > 0
         last = runs[-1] if runs else None
-        if last is not None and last.q_len == q_len and last.k_len == k_len:
+        if last is not None and (last.q_len, last.k_len, last.padded) == (q_len, k_len, padded):
             runs[-1] = last._replace(segments=last.segments + 1)
         else:
-            runs.append(Run(q_offsets[i], k_offsets[i], q_len, k_len, 1))
+            runs.append(Run(q_offsets[i], k_offsets[i], q_len, k_len, 1, i, padded))
     return runs
 
 

@@ -25,8 +25,8 @@ def candidates(op: str, key: str) -> Iterator[Any]:
     """What is tried for an entry, the present one aside."""
     if op == "packed_attention":
         size, _ = (int(part) for part in key.split("x"))
-        blocks = (32, 64, 128) if size == 2 else (16, 32)
-        for m, n in itertools.product(blocks, blocks):
+        queries, keys = ((32, 64, 128),) * 2 if size == 2 else ((16, 32, 64), (16, 32))
+        for m, n in itertools.product(queries, keys):
             for warps, stages in itertools.product((4, 8), (1, 2, 3)):
                 yield launch.Launch(m, n, warps, stages)
     elif op == "invariant_linear":

@@ -104,8 +104,8 @@ class ContextRuns:
 
     cu_seqlens_q: int32 `[runs + 1]` over the stream's tokens.
     cu_seqlens_k: int32 `[runs + 1]` over `keys` and `values` `[layers, K, heads, head_dim]`.
-    log_padding: float32 `[N]`, log of the count of padding keys that each token reads; None when
-        no run has any. `padding_keys`, `padding_values`: as in `KeyValues`.
+    padding: int32 `[runs]`, how many padding keys each run reads; None when none has any.
+        `padding_keys`, `padding_values`: as in `KeyValues`.
     """
 
     cu_seqlens_q: Tensor
@@ -114,7 +114,7 @@ class ContextRuns:
     max_seqlen_k: int
     keys: Tensor
     values: Tensor
-    log_padding: Tensor | None
+    padding: Tensor | None
     padding_keys: Tensor | None
     padding_values: Tensor | None
     plans: Plans = field(default_factory=dict)
@@ -288,11 +288,9 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
             runs.append(source)
             run_lengths.append(length)
     key_lengths = [run.keys.shape[1] for run in runs]
-    log_padding = None
+    padding = None
     if any(run.padding for run in runs):
-        counts = torch.tensor([run.padding for run in runs], dtype=torch.float32)
-        each = counts.log().repeat_interleave(torch.tensor(run_lengths))
-        log_padding = to_device(each, device)
+        padding = to_device(torch.tensor([run.padding for run in runs], dtype=torch.int32), device)
     single = len(runs) == 1
     # Padding is the model's token and not the text's (Wan's is what its text embedder makes of a
     # zero row), and all of a batch is at one expert: the first run's key and value are everyone's.
@@ -304,7 +302,7 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
         max_seqlen_k=max(key_lengths),
         keys=runs[0].keys if single else torch.cat([run.keys for run in runs], dim=1),
         values=runs[0].values if single else torch.cat([run.values for run in runs], dim=1),
-        log_padding=log_padding,
+        padding=padding,
         padding_keys=runs[0].padding_keys,
         padding_values=runs[0].padding_values,
     )

@@ -82,16 +82,15 @@ class BatchSharder:
 
 
 def _cut_runs(contexts: Mapping[str, ContextRuns], mine: slice) -> dict[str, ContextRuns]:
-    """Context runs over a stretch of the tokens. Keys stay whole: every rank has all texts."""
+    """Context runs over a stretch of the tokens. Keys stay whole, as every rank has all texts, and
+    so does padding, which is a run's."""
     cut = {}
     for name, runs in contexts.items():
         offsets = clip_offsets(runs.cu_seqlens_q.tolist(), mine.start, mine.stop)
-        padding = runs.log_padding
         cut[name] = replace(
             runs,
             cu_seqlens_q=to_device(torch.tensor(offsets, dtype=torch.int32), runs.keys.device),
             max_seqlen_q=longest(offsets),
             plans={},
-            log_padding=None if padding is None else padding[mine],
         )
     return cut

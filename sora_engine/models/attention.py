@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from sora_engine.denoise.packing import ContextRuns, Plans, Stream
 from sora_kernels import (
     AttentionPlan,
+    Padding,
     packed_attention,
     plan_attention,
     takes_plan,
@@ -93,31 +91,23 @@ def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -
 
     q: `[tokens, heads, head_dim]`; returns the same shape.
 
-    Padding tokens have one key and one value. `n` identical keys are one key with `log n` added
-    to its logit, and one key merges with the attention over the others through their log-sum-exp:
-    so a padded text costs what its real tokens cost, and nothing is approximated.
+    Padding tokens have one key and one value, so that they cost next to nothing (`Padding`), and
+    nothing is approximated.
     """
-    operands = (q, runs.keys[layer], runs.values[layer], runs.cu_seqlens_q, runs.cu_seqlens_k)
-    plan = planned(runs.plans, q, runs.cu_seqlens_q, backend)
-    if runs.log_padding is None:
-        return packed_attention(
-            *operands,
-            max_seqlen_q=runs.max_seqlen_q,
-            max_seqlen_k=runs.max_seqlen_k,
-            plan=plan,
-            backend=backend,
-        )
-    assert runs.padding_keys is not None
-    assert runs.padding_values is not None
-    attended, lse = packed_attention(
-        *operands,
+    padding = None
+    if runs.padding is not None:
+        assert runs.padding_keys is not None
+        assert runs.padding_values is not None
+        padding = Padding(runs.padding_keys[layer], runs.padding_values[layer], runs.padding)
+    return packed_attention(
+        q,
+        runs.keys[layer],
+        runs.values[layer],
+        runs.cu_seqlens_q,
+        runs.cu_seqlens_k,
         max_seqlen_q=runs.max_seqlen_q,
         max_seqlen_k=runs.max_seqlen_k,
-        plan=plan,
-        return_lse=True,
+        plan=planned(runs.plans, q, runs.cu_seqlens_q, backend),
+        padding=padding,
         backend=backend,
     )
-    key, value = runs.padding_keys[layer].float(), runs.padding_values[layer].float()
-    logits = torch.einsum("nhd,hd->nh", q.float(), key) / math.sqrt(q.shape[-1])
-    share = torch.sigmoid(logits + runs.log_padding[:, None] - lse)
-    return torch.lerp(attended.float(), value.expand_as(attended), share[..., None]).to(q.dtype)

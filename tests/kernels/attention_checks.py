@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from cases import SLACK, dtypes, layouts, seeds, wide
 from hypothesis import strategies as st
@@ -29,9 +31,12 @@ def attention_cases(draw, max_length=70, max_segments=5, head_dims=(8, 16, 40, 6
         k_lens = list(q_lens)
     if draw(st.booleans()):  # a uniform batch
         q_lens, k_lens = [q_lens[0]] * len(q_lens), [k_lens[0]] * len(k_lens)
+    counts = st.sampled_from([0, 1, 7, 472])
+    padded = draw(st.booleans())
     return {
         "q_lens": q_lens,
         "k_lens": k_lens,
+        "padding": [draw(counts) for _ in q_lens] if padded else None,
         "heads": draw(st.integers(1, 3)),
         "head_dim": draw(st.sampled_from(head_dims)),
         "dtype": draw(dtypes),
@@ -52,9 +57,26 @@ def attention_inputs(case, device="cpu"):
     return q, k, v, *(offsets(case[lens]).to(device) for lens in ("q_lens", "k_lens"))
 
 
+def padding_of(case, device="cpu"):
+    """Its key and value have NaN beside them in memory, as the rest has."""
+    if case.get("padding") is None:
+        return None
+    rng = generator(case["seed"] + 1)
+    made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
+    shape = (1, case["heads"], case["head_dim"])
+    key, value = (guarded(shape, case["dtype"], rng, **made)[0] for _ in range(2))
+    return sk.Padding(key, value, torch.tensor(case["padding"], dtype=torch.int32, device=device))
+
+
+def wide_padding(padding):
+    return padding and sk.Padding(padding.key.double(), padding.value.double(), padding.counts)
+
+
 def check_attention(case, backend, slack=None, device="cpu"):
     q, k, v, cu_q, cu_k = attention_inputs(case, device)
+    padding = padding_of(case, device)
     kwargs = {
+        "padding": padding,
         "max_seqlen_q": max(case["q_lens"]),
         "max_seqlen_k": max(case["k_lens"]),
         "scale": case["scale"],
@@ -64,8 +86,9 @@ def check_attention(case, backend, slack=None, device="cpu"):
     out, lse = sk.packed_attention(q, k, v, cu_q, cu_k, backend=backend, **kwargs)
     low, low_lse = sk.packed_attention(q, k, v, cu_q, cu_k, backend="reference", **kwargs)
     ref, ref_lse = sk.packed_attention(
-        q.double(), k.double(), v.double(), cu_q, cu_k, backend="reference", **kwargs
-    )
+        q.double(), k.double(), v.double(), cu_q, cu_k, backend="reference",
+        **{**kwargs, "padding": wide_padding(padding)},
+    )  # fmt: skip
     check_within_budget("out", out, ref, low, slack)
     # An lse that is off by half the inputs' epsilon moves each weight by less than its rounding.
     floor = torch.finfo(case["dtype"]).eps / 2
@@ -75,6 +98,8 @@ def check_attention(case, backend, slack=None, device="cpu"):
     assert torch.equal(lse, again_lse)
     # Without the log-sum-exp another path may serve; and segments may come in another order.
     q_lens, k_lens = case["q_lens"], case["k_lens"]
+    if padding is not None:
+        padding = replace(padding, counts=padding.counts.flip(0))
     alone = sk.packed_attention(
         turned(q, q_lens),
         turned(k, k_lens),
@@ -82,7 +107,7 @@ def check_attention(case, backend, slack=None, device="cpu"):
         offsets(q_lens[::-1]).to(device),
         offsets(k_lens[::-1]).to(device),
         backend=backend,
-        **{**kwargs, "return_lse": False},
+        **{**kwargs, "return_lse": False, "padding": padding},
     )
     expected = turned(ref, q_lens), turned(low, q_lens)
     check_within_budget("out without lse, segments turned", alone, *expected, slack)
@@ -186,26 +211,38 @@ def check_a_thousand_segments(backend, heads=2, longest=6, filled=1.0, device="c
         torch.testing.assert_close(one, expected[i].float(), rtol=1e-5, atol=1e-6)
 
 
-def check_neighbours_do_not_leak(backend, q_lens, k_lens, head_dim=16, device="cpu"):
-    """A segment of NaN spoils its own result and no other; the others equal a run without it."""
+def check_neighbours_do_not_leak(backend, q_lens, k_lens, head_dim=16, device="cpu", counts=None):
+    """A segment of NaN spoils its own result and no other; the others equal a run without it.
+
+    counts: of padding, whose key and value are NaN too where no other segment has any.
+    """
     rng = generator(7)
     q = torch.randn(sum(q_lens), 2, head_dim, generator=rng).to(device)
     k, v = (torch.randn(sum(k_lens), 2, head_dim, generator=rng).to(device) for _ in range(2))
     cu_q, cu_k = offsets(q_lens).to(device), offsets(k_lens).to(device)
 
-    def run(q, k, v):
-        lengths = {"max_seqlen_q": max(q_lens), "max_seqlen_k": max(k_lens)}
+    padding = None
+    if counts is not None:
+        key, value = (torch.randn(2, head_dim, generator=rng).to(device) for _ in range(2))
+        padding = sk.Padding(key, value, torch.tensor(counts, device=device))
+
+    def run(q, k, v, padding):
+        lengths = {"max_seqlen_q": max(q_lens), "max_seqlen_k": max(k_lens), "padding": padding}
         return sk.packed_attention(q, k, v, cu_q, cu_k, backend=backend, **lengths)
 
     ref = sk.packed_attention(
         q.double(), k.double(), v.double(), cu_q, cu_k, max_seqlen_q=max(q_lens),
-        max_seqlen_k=max(k_lens), backend="reference",
+        max_seqlen_k=max(k_lens), padding=wide_padding(padding), backend="reference",
     )  # fmt: skip
     for spoilt in range(len(q_lens)):
+        spoilt_padding = padding
+        if counts is not None and not any(n for i, n in enumerate(counts) if i != spoilt):
+            nothing = torch.full_like(padding.key, float("nan"))
+            spoilt_padding = replace(padding, key=nothing, value=nothing)
         inputs = [x.clone() for x in (q, k, v)]
         for x, cu in zip(inputs, (cu_q, cu_k, cu_k), strict=True):
             x[cu[spoilt] : cu[spoilt + 1]] = float("nan")
-        out = run(*inputs)
+        out = run(*inputs, spoilt_padding)
         for i in range(len(q_lens)):
             rows = slice(cu_q[i], cu_q[i + 1])
             if i != spoilt:

@@ -26,7 +26,10 @@ KERNELS = Path(library.__file__).parent
 
 @dataclass(frozen=True)
 class Bug:
-    """An edit of a launcher's source; the group of calls that meets it; a word of what is told."""
+    """An edit of a launcher's source; the group of calls that meets it; a word of what is told.
+
+    user: the module that imports what was edited, where that is not a launcher itself.
+    """
 
     module: str
     old: str
@@ -34,6 +37,7 @@ class Bug:
     group: str
     told: str
     arch: int = 90
+    user: str = ""
 
 
 ATTENTION, NORMS = "attention/triton.py", "modulate/triton.py"
@@ -71,8 +75,8 @@ BUGS = {
         "autoencoder/480p: causal 96",
         "IncompatibleType"),
     "rows that lie apart are described as they lie": Bug(
-        "attention/gluon.py", "return tensor if fits else", "return tensor if True else",
-        "1.3B/strided/gluon: odd", "16-byte"),
+        "attention/items.py", "    if not fits:\n", "    if False:\n",
+        "1.3B/strided/gluon: odd", "16-byte", user="attention/gluon.py"),
 }  # fmt: skip
 UNGUARDED = "the current device is not the tensors'"
 SPECIALISED = "kernels are compiled for each number of tokens"
@@ -120,7 +124,10 @@ def caught(name: str) -> str | None:
                     counts = [len(new) for new in new_variants(90, MODELS[0], 60)]
             return f"{sum(counts)} variants" if sum(counts) > MOST_VARIANTS else None
         bug = BUGS[name]
-        with planted(bug.module, bug.old, bug.new, Path(folder)):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(planted(bug.module, bug.old, bug.new, Path(folder)))
+            if bug.user:
+                stack.enter_context(planted(bug.user, "", "", Path(folder)))
             faults = run(bug.arch, bug.group).faults
         return next((fault for fault in faults if bug.told in fault), None)
 

@@ -94,7 +94,9 @@ def calls(off=0):
     past, frames = made(1, 2, 6, 96), made(1, 4, 6, 96)
     frame_weight = made(96, dtype=torch.float32)
     whole = {"max_seqlen_q": 12, "max_seqlen_k": 12}
-    parts = {"max_seqlen_q": 14, "max_seqlen_k": 7, "return_lse": True}
+    counts = torch.tensor([509, 505], dtype=torch.int32)
+    padding = sk.Padding(*made(2, HEADS, WIDTH), counts)
+    parts = {"max_seqlen_q": 14, "max_seqlen_k": 7, "padding": padding}
     gated = sk.gate_residual_norm_modulate
     return {
         "norm": (sk.norm_modulate, (x, scale, shift, None), {}),
@@ -130,10 +132,11 @@ def launched(call, driver):
     driver.take()
     with torch.inference_mode():
         results = function(*operands, **named)
-    plan = named.get("plan")
-    return results_aside(
-        driver.take(), [*operands, *([] if plan is None else [plan.tiles])]
-    ), results
+    plan, padding = named.get("plan"), named.get("padding")
+    more = [] if plan is None else [plan.tiles]
+    if padding is not None:
+        more += [padding.key, padding.value, padding.counts]
+    return results_aside(driver.take(), [*operands, *more]), results
 
 
 def main():

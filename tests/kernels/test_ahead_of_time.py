@@ -95,15 +95,26 @@ def test_the_fast_path_compiles_for_hopper():
     assert min(row["hgmma"], row["tma"], row["setmaxreg"]) > 0
 
 
-def test_the_fast_path_has_not_run_so_auto_leaves_it_out():
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_fast_path_compiles_for_blackwell(width):
+    """Gluon: products of tensor memory, TMA and setmaxnreg in the machine code, and no spills."""
+    pytest.importorskip("triton.experimental.gluon")
+    done = compile_matching(rf"^packed_attention/bf16/{width}/blackwell/sm_100$")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.split(" ", 1)[1])
+    assert min(row["tcgen05"], row["tma"], row["setmaxreg"]) > 0
+
+
+@pytest.mark.parametrize("name", ["gluon", "blackwell"])
+def test_the_fast_path_has_not_run_so_auto_leaves_it_out(name):
     import sora_kernels as sk
     from sora_kernels.attention.api import OP
 
-    assert all("gluon" not in order for order in OP.order.values())
+    assert all(name not in order for order in OP.order.values())
     q = torch.randn(4, 1, 128).bfloat16()
     cu = torch.tensor([0, 4], dtype=torch.int32)
-    with pytest.raises(sk.KernelUnavailableError, match="gluon cannot serve"):
-        sk.packed_attention(q, q, q, cu, cu, max_seqlen_q=4, max_seqlen_k=4, backend="gluon")
+    with pytest.raises(sk.KernelUnavailableError, match=f"{name} cannot serve"):
+        sk.packed_attention(q, q, q, cu, cu, max_seqlen_q=4, max_seqlen_k=4, backend=name)
 
 
 @pytest.mark.slow
@@ -131,6 +142,9 @@ def test_the_committed_table_holds_every_launch_configuration_and_no_fault():
             assert (row["tma"] > 0) == ("pointers" not in key), key
             # Warps that give up registers to others: a producer beside its consumers.
             assert (row["setmaxreg"] > 0) == ("gluon" in key), key
+        if key.startswith("packed_attention/bf16") and key.endswith("/sm_100"):
+            assert row["tcgen05"] > 0, key
+            assert (row["setmaxreg"] > 0) == ("blackwell" in key), key
 
 
 def test_a_changed_kernel_differs_from_its_row():

@@ -235,7 +235,9 @@ def test_gradients_flow_through_the_reference_alone():
     with pytest.raises(ValueError, match="'sdpa' has no gradient"):
         attend(q, k, v, cu_q, cu_k, backend="sdpa")
     with pytest.raises(ValueError, match="no gradient"):
-        torch.ops.sora.packed_attention(q, k, v, cu_q, cu_k, 8, 8, 0.25, None, 0, False, "sdpa")
+        torch.ops.sora.packed_attention(
+            q, k, v, cu_q, cu_k, 8, 8, 0.25, None, 0, False, *[None] * 3, "sdpa"
+        )
     with torch.no_grad():
         attend(q, k, v, cu_q, cu_k, backend="sdpa")
     shift = torch.zeros(1, 8, requires_grad=True)

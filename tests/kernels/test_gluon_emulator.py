@@ -50,6 +50,7 @@ def test_a_packed_batch_is_right(number):
     launched = check(case)
     if launched is None:  # no keys at all: nothing is launched
         assert sum(case.k_lens) == 0
+        assert case.counts is None
         return
     assert launched.counts["products"] > 0
     assert launched.grid == min(case.processors, launched.arguments["items"])
@@ -88,6 +89,10 @@ def test_the_command_counts_its_cases(capsys):
 LONG = Case((300, 20), (640, 300), heads=2, processors=1)
 """Several items a program, and several blocks an item."""
 TAIL = Case((130, 20, 70), (200, 60, 150), spoilt=1, processors=2)
+PADDED = Case((130, 20, 70), (200, 0, 300), heads=2, counts=(472, 9, 0), processors=2)
+"""One segment of padding alone, and one without any."""
+STEEP = replace(PADDED, magnitude=10.0)
+"""With scores whose exponentials overflow."""
 BUGS = {
     # barriers
     "keys are given back by one warpgroup alone": (
@@ -124,9 +129,8 @@ BUGS = {
         "            mbarrier.arrive(v_free.index(stage), count=1)\n"
         "            acc = warpgroup_mma_wait(0, (acc_token,))\n", LONG),
     "queries are given back before the loop": (
-        "        acc = gl.zeros((ROWS, WIDTH), gl.float32, out_layout)\n        for _",
-        "        acc = gl.zeros((ROWS, WIDTH), gl.float32, out_layout)\n"
-        "        mbarrier.arrive(q_free, count=1)\n        for _", LONG),
+        "        for _ in range(1, blocks):\n",
+        "        mbarrier.arrive(q_free, count=1)\n        for _ in range(1, blocks):\n", LONG),
     "scores are read before their product ends": (
         "warpgroup_mma_wait(1, (scores_token,))", "warpgroup_mma_wait(2, (scores_token,))", LONG),
     "the sum is scaled before its product ends": (
@@ -152,6 +156,32 @@ BUGS = {
         "range(gl.program_id(0), items, gl.num_programs(0))",
         "range(gl.program_id(0), items - 1, gl.num_programs(0))", LONG),
     "the log-sum-exp is in powers of two": (" * 0.6931471805599453", "", LONG),
+    # padding
+    "queries are read for padding before they are there": (
+        "        mbarrier.wait(q_ready, turn & 1)\n        if HAS_PADDING:\n",
+        "        if HAS_PADDING:\n", PADDED),
+    "padding counts once": (
+        "gl.log2(gl.maximum(repeats, 1).to(gl.float32))", "0.0", PADDED),
+    "padding's score is not scaled": (
+        "[None, :], axis=1) * scale2\n    log", "[None, :], axis=1)\n    log", PADDED),
+    "padding has the first segment's count": (
+        "gl.load(counts_ptr + segment)", "gl.load(counts_ptr)", PADDED),
+    "padding has the first head's key": (
+        "pointer + head * WIDTH + column", "pointer + column", PADDED),
+    "padding that counts for nothing is read": (
+        "gl.where(repeats > 0, WIDTH, 0)", "WIDTH",
+        Case((70, 130), (200, 140), counts=(0, 9), spoilt=1)),
+    "a segment of padding alone sees nothing": (
+        "            seen = seen | (repeats > 0)\n", "", STEEP),
+    "padding is not in the greatest score": (
+        "            top = gl.maximum(top, before)\n", "", STEEP),
+    "padding is not in the sum of weights": (
+        "            total = total + shrink\n", "", PADDED),
+    "padding's value has all of the weight": (
+        "padding_sums(shrink, ", "padding_sums(shrink * 0.0 + 1.0, ", STEEP),
+    "padding's count is the count of blocks": (
+        "            repeats = gl.load(counts_ptr + segment)\n",
+        "            count = repeats = gl.load(counts_ptr + segment)\n", PADDED),
 }  # fmt: skip
 
 
@@ -170,7 +200,7 @@ def test_a_planted_bug_is_caught(bug):
         check_schedules(case, 6, source)
 
 
-@pytest.mark.parametrize("case", [LONG, TAIL])
+@pytest.mark.parametrize("case", [LONG, TAIL, PADDED, STEEP])
 def test_the_cases_of_the_bugs_pass_without_them(case):
     check_schedules(case, 6)
 

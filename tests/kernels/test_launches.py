@@ -65,6 +65,14 @@ def test_a_block_of_wan_launches_on_hopper(compiled):
     assert maps == 3 * 2 * (2 + 2)
 
 
+def test_attention_launches_on_blackwell(compiled):
+    """By Gluon: 5B at 720p, whose text is one token, and rows that lie apart."""
+    only = "^Wan 5B/(5B 720p|strided)/blackwell"
+    (line,) = launched(compiled, "--arch", "100", "--only", only)
+    assert "5 calls, 5 launches" in line
+    assert "15 tensor maps, 0 faults" in line
+
+
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != 90])
 def test_the_autoencoder_and_windows_launch_everywhere(compiled, arch):
     only = "autoencoder/1080p|small fp32/windowed: windowed"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_checks import attention_cases, attention_inputs, check_attention
+from attention_checks import attention_cases, attention_inputs, check_attention, padding_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,11 +101,11 @@ def test_flex_compiled():
     torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
 
 
-def reference(q, k, v, cu_q, cu_k, scale):
+def reference(q, k, v, cu_q, cu_k, scale, padding=None):
     most_q, most_k = (int(cu.diff().max()) for cu in (cu_q, cu_k))
     return sk.packed_attention(
         q, k, v, cu_q, cu_k, max_seqlen_q=most_q, max_seqlen_k=most_k, scale=scale,
-        return_lse=True, backend="reference",
+        padding=padding, return_lse=True, backend="reference",
     )  # fmt: skip
 
 
@@ -149,6 +149,23 @@ def test_flash_is_called_as_documented(blind_lse, return_lse, tuple_always):
     assert lse.is_contiguous()
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("k_lens", [[7, 13, 5, 0], [0, 0, 0, 0]])
+def test_flash_has_padding_from_its_log_sum_exp(k_lens, return_lse):
+    case = {"q_lens": [3, 20, 0, 6], "k_lens": k_lens, "heads": 2, "head_dim": 16, "seed": 4,
+            "dtype": torch.float32, "layout": "gaps", "magnitude": 1.0,
+            "padding": [472, 0, 3, 1]}  # fmt: skip
+    q, k, v, cu_q, cu_k = attention_inputs(case)
+    padding, function = padding_of(case), varlen_stand_in([], float("inf"))
+    call = Operands(
+        q, k, v, cu_q, cu_k, 20, max(k_lens), 0.3, return_lse=return_lse, padding=padding
+    )
+    out, lse = flash.serve(function, call)
+    expected, expected_lse = reference(q, k, v, cu_q, cu_k, 0.3, padding)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse if return_lse else lse.new_empty(0))
+
+
 def test_flash_refuses_a_log_sum_exp_in_another_layout():
     q = torch.randn(4, 2, 16)
     cu = offsets([4])
@@ -157,12 +174,14 @@ def test_flash_refuses_a_log_sum_exp_in_another_layout():
         flash.serve(padded, Operands(q, q, q, cu, cu, 4, 4, 1.0, return_lse=True))
 
 
+@pytest.mark.parametrize("padding", [None, [5, 0, 300, 1]])
 @pytest.mark.parametrize("layout", ["dense", "rows"])
 @pytest.mark.parametrize(
     ("q_lens", "k_lens"), [([3, 20, 6], [7, 13, 1]), ([3, 20, 0, 6], [7, 13, 5, 0]), ([2], [0])]
 )
-def test_xformers_is_called_as_documented(q_lens, k_lens, layout):
-    case = {"q_lens": q_lens, "k_lens": k_lens, "heads": 2, "head_dim": 16,
+def test_xformers_is_called_as_documented(q_lens, k_lens, layout, padding):
+    padding = padding and padding[: len(q_lens)]
+    case = {"q_lens": q_lens, "padding": padding, "k_lens": k_lens, "heads": 2, "head_dim": 16,
             "dtype": torch.float32, "seed": 4, "layout": layout, "magnitude": 1.0}  # fmt: skip
     q, k, v, cu_q, cu_k = attention_inputs(case)
 
@@ -182,8 +201,10 @@ def test_xformers_is_called_as_documented(q_lens, k_lens, layout):
         attn_bias=SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask),
         memory_efficient_attention_forward=forward,
     )
-    out = xf.serve(fmha, Operands(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens), 0.3))
-    torch.testing.assert_close(out, reference(q, k, v, cu_q, cu_k, 0.3)[0])
+    padding = padding_of(case)
+    most = max(q_lens), max(k_lens)
+    out = xf.serve(fmha, Operands(q, k, v, cu_q, cu_k, *most, 0.3, padding=padding))
+    torch.testing.assert_close(out, reference(q, k, v, cu_q, cu_k, 0.3, padding)[0])
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,10 @@ def run(tmp_path_factory):
     return run
 
 
-def test_the_hopper_kernel_is_right(run):
-    assert "60 of 60 cases right" in run("-m", "sora_kernels.testing.gluon", "--cases", "60")
+@pytest.mark.parametrize("kernel", ["gluon", "blackwell"])
+def test_the_gluon_kernels_are_right(run, kernel):
+    out = run("-m", "sora_kernels.testing.gluon", "--cases", "60", "--kernel", kernel)
+    assert "60 of 60 cases right" in out
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])

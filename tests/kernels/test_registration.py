@@ -20,7 +20,9 @@ FLAT = [extent for grid in GRIDS for extent in grid]
 ANGLE = torch.randn(TOKENS, WIDTH // 2, generator=RNG)
 
 CALLS = {
-    "packed_attention": (Q, K, V, CU, CU, 14, 14, 0.25, None, 0, True, "auto"),
+    "packed_attention": (
+        Q, K, V, CU, CU, 14, 14, 0.25, None, 0, True, K[0], V[0], torch.tensor([5, 0, 1]), "auto",
+    ),
     "norm_modulate": (X, TABLE, TABLE, INDEX, "layer", None, None, 1e-6, "auto"),
     "gate_residual_norm_modulate": (
         X, X, TABLE, TABLE, None, INDEX, "rms", TABLE[0], None, 1e-6, "auto",

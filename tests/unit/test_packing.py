@@ -78,7 +78,8 @@ def test_a_batch_of_segments():
     # The first two segments read one text: one run, one copy of its keys.
     assert text.cu_seqlens_q.tolist() == [0, 11, 14]
     assert text.cu_seqlens_k.tolist() == [0, 3, 7]
-    torch.testing.assert_close(text.log_padding.exp(), torch.tensor([9.0] * 11 + [8.0] * 3))
+    assert text.padding.tolist() == [9, 8]
+    assert text.padding.dtype == torch.int32
     parts = packer.unpack(video.tokens, batch, 5)
     assert [tuple(part.shape) for part in parts] == [(5, 2, 4, 4), (5, 1, 2, 6), (5, 3, 2, 2)]
 
@@ -88,7 +89,7 @@ def test_one_noise_level_needs_no_rows_and_one_text_no_copy():
     batch = Packer((1, 2, 2), CPU).pack([a_segment((2, 4, 4), context) for _ in range(2)])
     assert batch.video.rows is None
     assert batch.contexts["text"].keys is context.sources["text"].keys
-    assert batch.contexts["text"].log_padding is None
+    assert batch.contexts["text"].padding is None
 
 
 def test_a_noise_level_for_each_token():

@@ -123,16 +123,20 @@ def test_calls_are_noted_once_and_made_again():
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("lengths", [([4, 6], [1, 2]), ([5, 5, 5], [3, 3, 3]), ([7], [1])])
-def test_attention_is_warmed_up_on_segments_that_could_be(backend, lengths):
-    """Offsets are read where a backend splits by them, and must hold all tokens."""
+def test_attention_is_warmed_up_on_segments_that_could_be(backend, lengths, padded):
+    """Offsets are read where a backend splits by them, and must hold all tokens. Padding is there
+    as it was, so that the same kernel is compiled."""
     q_lens, k_lens = lengths
     q, k = (torch.randn(sum(lens), 2, 16, device="meta") for lens in lengths)
     cu_q, cu_k = (torch.zeros(len(lens) + 1, dtype=torch.int32, device="meta") for lens in lengths)
+    counts = torch.zeros(len(q_lens), dtype=torch.int32, device="meta")
+    padding = sk.Padding(q[0], q[0], counts) if padded else None
     with Notes() as notes:
         sk.packed_attention(
             q, k, k, cu_q, cu_k, max_seqlen_q=max(q_lens), max_seqlen_k=max(k_lens),
-            return_lse=True, backend="auto",
+            padding=padding, return_lse=True, backend="auto",
         )  # fmt: skip
     ((function, args),) = notes.calls
     with Notes() as again:
@@ -143,6 +147,8 @@ def test_attention_is_warmed_up_on_segments_that_could_be(backend, lengths):
         assert offsets[0] == 0
         assert offsets[-1] == sum(lens)
         assert 0 <= int(offsets.diff().min()) <= int(offsets.diff().max()) <= max(lens)
+    assert [part is not None for part in made[11:14]] == [padded] * 3
+    assert not padded or (made[13].dtype == torch.int32 and int(made[13].min()) == 0)
 
 
 def test_kernels_are_compiled_at_a_time():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels.attention.operands import Operands
+from sora_kernels.attention.padding import joined
 from sora_kernels.dispatch import Case
 
 # Where version 3 may come from: its own build, or the forward-only wheel fa3-fwd.
@@ -88,6 +89,10 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
 
 def serve(function: Callable[..., Any], call: Operands) -> tuple[Tensor, Tensor]:
     """`function` is a `flash_attn_varlen_func`, of either version."""
+    return joined(functools.partial(_without_padding, function), call)
+
+
+def _without_padding(function: Callable[..., Any], call: Operands) -> tuple[Tensor, Tensor]:
     tokens, heads, _ = call.q.shape
     if tokens == 0 or call.k.shape[0] == 0:
         return call.without_keys()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels.attention.operands import Operands
+from sora_kernels.attention.padding import joined
 from sora_kernels.dispatch import Case
 from sora_kernels.triton_support import settle_caches
 
@@ -106,6 +107,10 @@ def block_mask(q_offsets: tuple[int, ...], k_offsets: tuple[int, ...], device: t
 
 
 def run(call: Operands) -> tuple[Tensor, Tensor]:
+    return joined(_without_padding, call)
+
+
+def _without_padding(call: Operands) -> tuple[Tensor, Tensor]:
     if call.q.shape[0] == 0 or call.k.shape[0] == 0:
         return call.without_keys()
     q_offsets, k_offsets = call.offsets()

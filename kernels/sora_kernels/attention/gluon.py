@@ -16,7 +16,6 @@ it.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sora_kernels.attention.items import (
+    BLOCK_N,
+    WIDTHS,
+    clear_rows,
+    decode,
+    padding_scores,
+    padding_sums,
+    source_of,
+)
 from sora_kernels.attention.operands import Operands
 from sora_kernels.attention.plan import plan_tiles
 from sora_kernels.dispatch import Case
@@ -37,11 +45,9 @@ from sora_kernels.launch import architecture
 from sora_kernels.triton_support import unsupported as no_triton
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup
-BLOCK_N = gl.constexpr(128)  # keys a block
 STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
 BLOCK_M = 128
 WARPS = 4  # of the default partition, which is the first warpgroup
-WIDTHS = (64, 128)
 TAKES_PLAN = True
 
 
@@ -62,30 +68,6 @@ def unsupported(case: Case) -> str | None:
 
 
 @gluon.jit
-def _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr):
-    """Head, first and last query, first and last key of a work item; nothing for padding.
-
-    Items go through the tiles of one head before the next head's. The programs that run at a time
-    then share one or two heads' keys and values, which stay in the second-level cache. With heads
-    fastest they would share none: `sora_kernels.testing.gluon.traffic` counts it.
-    """
-    head = item // tiles
-    tile = item % tiles
-    segment = gl.load(tiles_ptr + 2 * tile)
-    start = gl.load(tiles_ptr + 2 * tile + 1)
-    live = segment >= 0
-    segment = gl.maximum(segment, 0)
-    q_first = gl.load(cu_q_ptr + segment).to(gl.int32) + start
-    q_last = gl.load(cu_q_ptr + segment + 1).to(gl.int32)
-    k_first = gl.load(cu_k_ptr + segment).to(gl.int32)
-    k_last = gl.load(cu_k_ptr + segment + 1).to(gl.int32)
-    q_last = gl.where(live, q_last, q_first)
-    # At least one block, all of it masked where there are no keys, keeps the barriers in step.
-    blocks = gl.maximum((k_last - k_first + BLOCK_N - 1) // BLOCK_N, 1)
-    return head, q_first, q_last, k_first, k_last, blocks
-
-
-@gluon.jit
 def _produce(
     q_source, k_source, v_source, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, q_tiles, k_tiles,
     v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free, WIDTH: gl.constexpr,
@@ -95,7 +77,7 @@ def _produce(
     turn = 0
     tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, q_first, _, k_first, _, blocks = _decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr)
+        _, head, q_first, _, k_first, _, blocks = decode(item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr)
         column = head * WIDTH
         mbarrier.wait(q_free, (turn & 1) ^ 1)
         mbarrier.expect(q_ready, 2 * q_source.block_type.nbytes)
@@ -124,9 +106,10 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, scale2, q_tiles, k_tiles,
-    v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free, turns, GROUP: gl.constexpr,
-    HAS_LSE: gl.constexpr, WIDTH: gl.constexpr,
+    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, padding_key_ptr, padding_value_ptr, counts_ptr,
+    items, heads, scale2, q_tiles, k_tiles, v_tiles, q_ready, q_free, k_ready, k_free, v_ready,
+    v_free, turns, GROUP: gl.constexpr, HAS_LSE: gl.constexpr, HAS_PADDING: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 queries of each item."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -141,10 +124,16 @@ def _consume(
     issued = 0
     tiles = items // heads
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, q_first, q_last, k_first, k_last, blocks = _decode(
+        segment, head, q_first, q_last, k_first, k_last, blocks = decode(
             item, tiles, tiles_ptr, cu_q_ptr, cu_k_ptr
         )
         mbarrier.wait(q_ready, turn & 1)
+        if HAS_PADDING:
+            repeats = gl.load(counts_ptr + segment)
+            before = padding_scores(
+                q_tile, padding_key_ptr, repeats, head, scale2, out_layout, WIDTH
+            )
+            before = gl.convert_layout(before, rows)
         # The masked block.
         stage = count % STAGES
         phase = (count // STAGES) & 1
@@ -159,16 +148,24 @@ def _consume(
         key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
         scores = gl.where((key < left)[None, :], scores, float("-inf"))
         top = gl.max(scores, axis=1) * scale2
+        seen = left > 0
+        if HAS_PADDING:
+            seen = seen | (repeats > 0)
+            top = gl.maximum(top, before)
         # Only an item without keys has no finite top.
-        top = gl.where(left > 0, top, 0.0)
+        top = gl.where(seen, top, 0.0)
         weights = gl.exp2(scores * scale2 - top[:, None])
         total = gl.sum(weights, axis=1)
         factors = gl.convert_layout(weights.to(dtype), weights_layout)
         mbarrier.wait(v_ready.index(stage), phase)
         if left < BLOCK_N:
             # Rows past the end are another segment's, where 0 * NaN would be NaN.
-            _clear_rows(v_tiles.index(stage), left, WIDTH)
+            clear_rows(v_tiles.index(stage), left, WIDTH)
         acc = gl.zeros((ROWS, WIDTH), gl.float32, out_layout)
+        if HAS_PADDING:
+            shrink = gl.exp2(before - top)
+            total = total + shrink
+            acc = padding_sums(shrink, padding_value_ptr, repeats, head, out_layout, WIDTH)
         for _ in range(1, blocks):
             next_count = count + 1
             next_stage = next_count % STAGES
@@ -220,19 +217,6 @@ def _consume(
             gl.store(lse_ptr + row.to(gl.int64) * heads + head, lse, mask=row < q_last)
 
 
-@gluon.jit
-def _clear_rows(tile, left, WIDTH: gl.constexpr):
-    """Zero in rows `left` and on of a block of values, 16 rows at a time."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    row = gl.arange(0, 16, gl.SliceLayout(1, layout))
-    for first in gl.static_range(0, BLOCK_N, 16):
-        if left < first + 16:
-            part = tile.slice(first, 16)
-            values = part.load(layout)
-            part.store(gl.where((row + first < left)[:, None], values, 0.0).to(tile.dtype))
-    fence_async_shared()
-
-
 @gluon.jit(do_not_specialize=["items"])
 def hopper_attention_kernel(
     q_source,
@@ -243,10 +227,14 @@ def hopper_attention_kernel(
     tiles_ptr,
     cu_q_ptr,
     cu_k_ptr,
+    padding_key_ptr,
+    padding_value_ptr,
+    counts_ptr,
     items,
     heads,
     scale2,
     HAS_LSE: gl.constexpr,
+    HAS_PADDING: gl.constexpr,
     WIDTH: gl.constexpr,
 ):
     """Persistent grid. Sources are 2-D descriptors `[tokens, heads * head_dim]`."""
@@ -277,17 +265,19 @@ def hopper_attention_kernel(
             (
                 _consume,
                 (
-                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, scale2,
-                    q_tiles, k_tiles, v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                    turns, gl.constexpr(0), HAS_LSE, WIDTH,
+                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, padding_key_ptr,
+                    padding_value_ptr, counts_ptr, items, heads, scale2, q_tiles, k_tiles, v_tiles,
+                    q_ready, q_free, k_ready, k_free, v_ready, v_free, turns, gl.constexpr(0),
+                    HAS_LSE, HAS_PADDING, WIDTH,
                 ),
             ),
             (
                 _consume,
                 (
-                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, items, heads, scale2,
-                    q_tiles, k_tiles, v_tiles, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                    turns, gl.constexpr(1), HAS_LSE, WIDTH,
+                    out_ptr, lse_ptr, tiles_ptr, cu_q_ptr, cu_k_ptr, padding_key_ptr,
+                    padding_value_ptr, counts_ptr, items, heads, scale2, q_tiles, k_tiles, v_tiles,
+                    q_ready, q_free, k_ready, k_free, v_ready, v_free, turns, gl.constexpr(1),
+                    HAS_LSE, HAS_PADDING, WIDTH,
                 ),
             ),
             (
@@ -304,57 +294,35 @@ def hopper_attention_kernel(
     )  # fmt: skip
 
 
-def shared_layout() -> Any:
-    """Of tiles of 16-bit elements at least 64 wide."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
-def _source(tensor: Tensor, rows: int) -> Any:
-    """A descriptor of `[tokens, heads, head_dim]` as `[tokens, heads * head_dim]`."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    tokens, heads, head_dim = tensor.shape
-    flat = [tokens, heads * head_dim]
-    return TensorDescriptor(tensor, flat, [tensor.stride(0), 1], [rows, head_dim], shared_layout())
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The tensor itself where its heads lie side by side in rows that TMA can address."""
-    fits = (
-        tensor.stride(2) == 1
-        and tensor.stride(1) == tensor.shape[2]
-        and tensor.stride(0) % 8 == 0
-        and tensor.data_ptr() % 16 == 0
-    )
-    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
-
-
 def run(call: Operands) -> tuple[Tensor, Tensor]:
     q, k, v, tiles = call.q, call.k, call.v, call.tiles
     tokens, heads, head_dim = q.shape
-    if tokens == 0 or k.shape[0] == 0:
+    if tokens == 0 or (k.shape[0] == 0 and call.padding is None):
         return call.without_keys()
+    if k.shape[0] == 0:  # a descriptor has rows: these are no segment's
+        k, v = q[:1], q[:1]
     lse = call.lse()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v = _flat(q), _flat(k), _flat(v)
     # A plan for the portable kernel has the same tiles where its block is 128 too.
     if tiles is None or call.block != BLOCK_M:
         tiles = plan_tiles(call.cu_seqlens_q, tokens, BLOCK_M)
     items = tiles.shape[0] * heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     hopper_attention_kernel[(min(items, processors),)](
-        _source(q, ROWS.value),
-        _source(k, BLOCK_N.value),
-        _source(v, BLOCK_N.value),
+        source_of(q, ROWS.value),
+        source_of(k, BLOCK_N.value),
+        source_of(v, BLOCK_N.value),
         out,
         lse,
         tiles,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
+        *call.padding_parts(out),
         items,
         heads,
         call.scale * math.log2(math.e),
         HAS_LSE=call.return_lse,
+        HAS_PADDING=call.padding is not None,
         WIDTH=head_dim,
         num_warps=WARPS,
     )

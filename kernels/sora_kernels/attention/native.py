@@ -28,6 +28,9 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
     for column, offsets in ((0, call.cu_seqlens_q), (3, call.cu_seqlens_k)):
         spans[:, column] = offsets[:-1]
         spans[:, column + 2] = offsets.diff()
+    padding: tuple[Tensor | None, ...] = (None, None, None)
+    if call.padding is not None:
+        padding = call.padding.key, call.padding.value, call.padding.counts.float().log()
     return torch.ops.sora.native_attention(
-        call.q, call.k, call.v, spans, call.scale, call.return_lse
+        call.q, call.k, call.v, spans, call.scale, call.return_lse, *padding
     )

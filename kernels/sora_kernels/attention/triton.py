@@ -1,7 +1,8 @@
 """Packed attention as a portable Triton kernel (FlashAttention-2's schedule, arXiv 2307.08691).
 
 A program is one tile of queries of one head; the tile table names its segment. The main loop runs
-over whole blocks of keys without a mask, and one masked block takes the rest. Loads go through host
+over whole blocks of keys without a mask, and one masked block takes the rest. Padding's key is the
+running softmax's first state, and costs no block. Loads go through host
 tensor descriptors where the architecture has TMA, and through pointers elsewhere.
 
 fp32 queries wider than 64 do not fit the registers in the two halves that tf32x3 takes: their
@@ -50,20 +51,20 @@ def unsupported(case: Case) -> str | None:
 @triton.jit
 def _rows(
     source, stride, head_stride, first, last, head, head_dim, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, START: tl.constexpr = 0,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, start=0,
 ):  # fmt: skip
-    """[BLOCK, WIDTH] from row `first` and column START of one head; rows from `last` on are zero
+    """[BLOCK, WIDTH] from row `first` and column `start` of one head; rows from `last` on are zero
     where MASKED.
 
     A descriptor reads on into the next segment, whose values (or NaN) must not count.
     """
     row = first + tl.arange(0, BLOCK)
     if TMA:
-        tile = source.load([first, head, START]).reshape(BLOCK, WIDTH)
+        tile = source.load([first, head, start]).reshape(BLOCK, WIDTH)
         if MASKED:
             tile = tl.where((row < last)[:, None], tile, 0.0)
     else:
-        column = START + tl.arange(0, WIDTH)
+        column = start + tl.arange(0, WIDTH)
         inside = column[None, :] < head_dim
         if MASKED:
             inside = inside & (row < last)[:, None]
@@ -112,6 +113,16 @@ def _attend_block(
     return acc, total, new_top
 
 
+@triton.jit
+def _padding_scores(
+    q, key_ptr, head, head_dim, first, WIDTH: tl.constexpr, live,
+):  # fmt: skip
+    """[BLOCK_M], of columns `first` and on; a key that is not live is not read, and counts as 0."""
+    column = first + tl.arange(0, WIDTH)
+    key = tl.load(key_ptr + head * head_dim + column, mask=(column < head_dim) & live, other=0.0)
+    return tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], axis=1)
+
+
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def packed_attention_kernel(
     q_source,
@@ -128,6 +139,9 @@ def packed_attention_kernel(
     tiles_ptr,
     cu_q_ptr,
     cu_k_ptr,
+    padding_key_ptr,
+    padding_value_ptr,
+    counts_ptr,
     q_len,
     k_len,
     heads,
@@ -135,6 +149,7 @@ def packed_attention_kernel(
     scale2,
     UNIFORM: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
@@ -171,6 +186,29 @@ def packed_attention_kernel(
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if HAS_PADDING:
+        count = tl.load(counts_ptr + segment)
+        live = count > 0
+        if PARTS == 1:
+            score = _padding_scores(q, padding_key_ptr, head, head_dim, 0, WIDTH, live)
+        else:
+            PIECE: tl.constexpr = WIDTH // PARTS
+            score = tl.zeros((BLOCK_M,), tl.float32)
+            for part in tl.range(PARTS):  # a loop: unrolled, sm_90 spills at head_dim 256
+                some = _rows(
+                    q_source, q_stride, q_head_stride, q_first, q_last, head, head_dim, BLOCK_M,
+                    PIECE, TMA, not TMA, part * PIECE,
+                )  # fmt: skip
+                score += _padding_scores(
+                    some, padding_key_ptr, head, head_dim, part * PIECE, PIECE, live
+                )
+        log_count = tl.log2(tl.maximum(count, 1).to(tl.float32))
+        top = score * scale2 + tl.where(live, log_count, float("-inf"))
+        total += tl.where(live, 1.0, 0.0)
+        column = tl.arange(0, WIDTH)
+        inside = (column < head_dim) & live
+        value = tl.load(padding_value_ptr + head * head_dim + column, mask=inside, other=0.0)
+        acc += value.to(tl.float32)[None, :]
     whole = k_first + (k_last - k_first) // BLOCK_N * BLOCK_N
     for at in tl.range(k_first, whole, BLOCK_N):
         if PARTS == 1:
@@ -299,6 +337,7 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
         tiles,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
+        *call.padding_parts(out),
         most_q,
         most_k,
         heads,
@@ -306,6 +345,7 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
         call.scale * math.log2(math.e),
         UNIFORM=uniform,
         HAS_LSE=call.return_lse,
+        HAS_PADDING=call.padding is not None,
         TMA=tma,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         PARTS=parts,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels.attention.operands import Operands
+from sora_kernels.attention.padding import laid_out
 from sora_kernels.dispatch import Case
 
 INSTALL = "pip install xformers"
@@ -47,6 +48,7 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
 
 def serve(fmha: Any, call: Operands) -> Tensor:
     """`fmha` is `xformers.ops.fmha`. Segments without queries or without keys are left out."""
+    call = laid_out(call)
     q, k, v = call.q, call.k, call.v
     q_offsets, k_offsets = call.offsets()
     lengths = [

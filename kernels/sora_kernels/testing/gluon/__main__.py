@@ -1,4 +1,4 @@
-"""`python -m sora_kernels.testing.gluon`: the Hopper kernel on the emulator, case by case."""
+"""`python -m sora_kernels.testing.gluon`: a Gluon kernel on the emulator, case by case."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sora_kernels.testing.gluon", description=__doc__)
     parser.add_argument("--cases", type=int, default=60, help="how many (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the number to begin with")
+    parser.add_argument("--kernel", choices=("gluon", "blackwell"), default="gluon")
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiles are small
     began, failed, most = time.monotonic(), 0, dict[str, int]()
     try:
-        for number, case in enumerate(cases(options.first + options.cases)):
+        for number, case in enumerate(cases(options.first + options.cases, options.kernel)):
             if number < options.first:
                 continue
             try:

@@ -1,7 +1,8 @@
-"""Varlen cases of the Hopper kernel, each run on the emulator and held against fp64."""
+"""Varlen cases of the Gluon kernels, each run on the emulator and held against fp64."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,9 @@ LAYOUTS = ("dense", "rows", "gaps")
 class Case:
     """A packed batch and a schedule. `spoilt`: the segment whose keys and values are NaN.
 
-    block: queries a tile of the plan, 0 for a call without one.
+    block: queries a tile of the plan, 0 for a call without one. counts: of padding, for each
+    segment; padding's key and value are NaN where it is the spoilt segment's alone. kernel: the
+    backend whose source runs.
     """
 
     q_lens: tuple[int, ...]
@@ -38,12 +41,14 @@ class Case:
     layout: str = "dense"
     offsets: torch.dtype = torch.int32
     lse: bool = True
+    counts: tuple[int, ...] | None = None
     block: int = 0
     spoilt: int | None = None
     magnitude: float = 1.0
     processors: int = 3
     seed: int = 0
     landing: str = "any"
+    kernel: str = "gluon"
 
 
 FIXED = (
@@ -55,6 +60,10 @@ FIXED = (
     Case((70, 70, 70), (500, 500, 500), heads=2, processors=2),
     Case((300, 1, 0, 200), (300, 1, 0, 200), heads=2, dtype=torch.float16, block=128),
     Case((64,), (0,), heads=2),
+    Case((64, 9), (0, 0), heads=2, counts=(3, 0)),
+    Case((130, 0, 70, 20), (5, 3, 0, 300), heads=2, width=128, counts=(507, 1, 512, 0)),
+    Case((200, 30, 10), (40, 2, 129), counts=(472, 0, 1), lse=False, processors=1, landing="late"),
+    Case((70, 130), (200, 140), counts=(0, 9), spoilt=1, landing="early"),
     Case((10, 20), (0, 257), lse=False, layout="rows"),
     Case((130, 20, 70), (200, 60, 150), spoilt=1, landing="late"),
     Case((130, 20, 70), (200, 60, 150), width=128, spoilt=1, layout="rows", heads=2),
@@ -83,6 +92,7 @@ def drawn(seed: int) -> Case:
         layout=rng.choice(LAYOUTS),
         offsets=rng.choice((torch.int32, torch.int64)),
         lse=rng.random() < 0.7,
+        counts=tuple(rng.choice((0, 1, 7, 472)) for _ in q_lens) if rng.random() < 0.5 else None,
         block=rng.choice((0, 64, 128)),
         spoilt=rng.randrange(count) if rng.random() < 0.3 else None,
         magnitude=rng.choice((1.0, 1.0, 1e-3, 10.0)),
@@ -92,11 +102,11 @@ def drawn(seed: int) -> Case:
     )
 
 
-def cases(count: int) -> Iterator[Case]:
+def cases(count: int, kernel: str = "gluon") -> Iterator[Case]:
     """`count` of them: the fixed ones first, then at random."""
-    yield from FIXED[:count]
-    for seed in range(count - len(FIXED)):
-        yield drawn(seed)
+    drawings = (drawn(seed) for seed in itertools.count())
+    for case in itertools.islice(itertools.chain(FIXED, drawings), count):
+        yield replace(case, kernel=kernel)
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +125,20 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def padding_of(case: Case, spoilt: bool = False) -> sk.Padding | None:
+    """As for a call; spoilt: NaN where no segment but the spoilt one reads it."""
+    if case.counts is None:
+        return None
+    rng = generator(case.seed + 1)
+    made: Any = {"layout": case.layout, "magnitude": case.magnitude}
+    shape = (1, case.heads, case.width)
+    key, value = (guarded(shape, case.dtype, rng, **made)[0] for _ in range(2))
+    others = [n for i, n in enumerate(case.counts) if i != case.spoilt]
+    if spoilt and case.spoilt is not None and not any(others):
+        key, value = (torch.full_like(tensor, float("nan")) for tensor in (key, value))
+    return sk.Padding(key, value, torch.tensor(case.counts, dtype=case.offsets))
+
+
 def attend(
     case: Case, operands: tuple[Tensor, Tensor, Tensor], source: str | None = None
 ) -> tuple[Tensor, Tensor, Launched | None]:
@@ -123,7 +147,7 @@ def attend(
     source: of the kernel, where it is another than the package's.
     """
     emulator = Emulator(case.processors, case.seed, case.landing)
-    module = load_kernel(source or kernel_source(), "emulated_kernel", emulator)
+    module = load_kernel(source or kernel_source(case.kernel), "emulated_kernel", emulator)
     cu_q, cu_k = (offsets(lens, case.offsets) for lens in (case.q_lens, case.k_lens))
     tiles = plan_tiles(cu_q, sum(case.q_lens), case.block) if case.block else None
     call = Operands(
@@ -136,6 +160,7 @@ def attend(
         tiles,
         case.block,
         case.lse,
+        padding_of(case, spoilt=True),
     )
     out, lse = module.run(call)
     return out, lse, emulator.launches[-1] if emulator.launches else None
@@ -163,11 +188,15 @@ def check(case: Case, source: str | None = None) -> Launched | None:
         "backend": "reference",
     }
     cu = offsets(case.q_lens), offsets(case.k_lens)
-    low, low_lse = reference(*clean, *cu, **arguments)
+    padding = padding_of(case)
+    low, low_lse = reference(*clean, *cu, **arguments, padding=padding)
     wide: Any = (tensor.double() for tensor in clean)
-    exact, exact_lse = reference(*wide, *cu, **arguments)
+    if padding is not None:
+        padding = sk.Padding(padding.key.double(), padding.value.double(), padding.counts)
+    exact, exact_lse = reference(*wide, *cu, **arguments, padding=padding)
     kept = torch.ones(len(q), dtype=torch.bool)
-    if case.spoilt is not None and case.k_lens[case.spoilt]:
+    counts = case.counts or (0,) * len(case.k_lens)
+    if case.spoilt is not None and case.k_lens[case.spoilt] + counts[case.spoilt]:
         first = sum(case.q_lens[: case.spoilt])
         kept[first : first + case.q_lens[case.spoilt]] = False
     check_within_budget("out", out[kept], exact[kept], low[kept])

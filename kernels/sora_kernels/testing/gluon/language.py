@@ -1,9 +1,9 @@
 """A Gluon kernel's own source, run over stand-ins for Triton's language.
 
 The file is compiled as it stands. Only its imports are answered otherwise: `gluon.jit` gives a
-kernel that the emulator runs, `gl` and Hopper's operations are those of this folder, and a device
-has as many processors as the emulator was asked for. Descriptors and layouts are Triton's own
-classes, so that their checks hold.
+kernel that the emulator runs, `gl` and the operations of Hopper and Blackwell are those of this
+folder, and a device has as many processors as the emulator was asked for. Descriptors and layouts
+are Triton's own classes, so that their checks hold.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from sora_kernels.testing.gluon.registers import (
     plain,
     store,
 )
+from sora_kernels.testing.gluon.tensor_memory import TensorMemory, commit, multiply
 
 
 @dataclass
@@ -163,7 +165,7 @@ def _language(emulator: Emulator) -> SimpleNamespace:
         max=lambda x, axis: Tile(x.values.amax(axis)),
         sum=lambda x, axis: Tile(x.values.sum(axis)),
         exp2=lambda x: Tile(torch.exp2(x.values)),
-        log2=lambda x: Tile(torch.log2(x.values)),
+        log2=lambda x: Tile(torch.log2(x.values)) if isinstance(x, Tile) else math.log2(x),
         zeros=lambda shape, dtype, layout: Tile(torch.zeros([*map(int, shape)], dtype=dtype)),
         arange=lambda first, last, layout: Tile(
             torch.arange(int(first), int(last), dtype=torch.int32)
@@ -206,6 +208,30 @@ def _hopper(emulator: Emulator) -> SimpleNamespace:
     )
 
 
+def _blackwell(emulator: Emulator) -> SimpleNamespace:
+    """`gluon.language.nvidia.blackwell`: Hopper's barriers and copies, tensor memory, products."""
+    from triton.experimental.gluon.language.nvidia.blackwell import TensorMemoryLayout
+
+    def product(
+        a: Any, b: Any, acc: Any, *, use_acc: bool = True, mbarriers: Sequence[Any] = ()
+    ) -> None:
+        multiply(emulator.ops, a, b, acc, bool(use_acc), mbarriers)
+
+    hopper = _hopper(emulator)
+    return SimpleNamespace(
+        TensorMemoryLayout=TensorMemoryLayout,
+        allocate_tensor_memory=lambda dtype, shape, layout: TensorMemory.allocate(
+            emulator.ops, dtype, shape, layout
+        ),
+        get_tmem_reg_layout=lambda *args: None,
+        tcgen05_mma=product,
+        tcgen05_commit=lambda bar: commit(emulator.ops, bar),
+        fence_async_shared=hopper.fence_async_shared,
+        mbarrier=hopper.mbarrier,
+        tma=hopper.tma,
+    )
+
+
 class _Torch:
     """torch, on whose devices there are as many processors as the emulator has."""
 
@@ -233,6 +259,7 @@ def load_kernel(source: str, name: str, emulator: Emulator) -> ModuleType:
         "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=jit, language=language)),
         "triton.experimental.gluon": SimpleNamespace(jit=jit, language=language),
         "triton.experimental.gluon.language.nvidia.hopper": _hopper(emulator),
+        "triton.experimental.gluon.language.nvidia.blackwell": _blackwell(emulator),
     }
 
     def answered(
@@ -249,11 +276,14 @@ def load_kernel(source: str, name: str, emulator: Emulator) -> ModuleType:
         return builtins.__import__(name, names, local, wanted or (), level)
 
     module = ModuleType(name)
+    answers["sora_kernels.attention.items"] = module  # the source has it at its beginning
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": answered}
     exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     return module
 
 
-def kernel_source() -> str:
-    """The source of packed attention for Hopper."""
-    return (Path(__file__).parents[2] / "attention" / "gluon.py").read_text(encoding="utf-8")
+def kernel_source(name: str = "gluon") -> str:
+    """The source of a kernel of packed attention, behind that of what Gluon kernels share."""
+    folder = Path(__file__).parents[2] / "attention"
+    shared, own = ((folder / f"{part}.py").read_text(encoding="utf-8") for part in ("items", name))
+    return shared + own.replace("from __future__ import annotations\n", "", 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels.testing.faults import FaultError
-from sora_kernels.testing.gluon.machine import Flight, Machine
+from sora_kernels.testing.gluon.machine import Flight, Machine, Partition
 from sora_kernels.testing.gluon.registers import Array, Tile
 
 MOST_BYTES = (1 << 20) - 1  # that a barrier can count (PTX manual, mbarrier)
@@ -187,6 +187,7 @@ class Operations:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.memory: list[Shared] = []
+        self.tensor_columns = 0  # of tensor memory, that are allocated
         self.barriers: list[Barrier] = []
 
     def allocate(self, dtype: torch.dtype, shape: Sequence[int]) -> Shared | Barriers:
@@ -282,13 +283,7 @@ class Operations:
             raise FaultError("an operand of a product is itself in flight")
         shared = [operand for operand in (a, b) if isinstance(operand, Shared)]
         for operand in shared:
-            operand.check_readable("a product")
-            if operand.any("stored", me.bit):
-                raise FaultError("a product reads what its partition stored and did not fence")
-            others = operand.states["stored"] & ~me.bit
-            if (others.astype(bool) & ((operand.states["fenced"] & me.bit) == 0)).any():
-                raise FaultError("a product reads what another partition stored and did not fence")
-            operand.states["reading"] += 1
+            reads(operand, me)
         left = a.matrix if isinstance(a, Shared) else a.values
         if left.dtype != b.dtype or left.shape[1] != b.matrix.shape[0]:
             raise FaultError(f"a product of {left.dtype} {[*left.shape]} with {[*b.matrix.shape]}")
@@ -321,6 +316,17 @@ class Operations:
                 raise FaultError("warpgroup_mma_wait gives a product that it does not wait for")
         tiles = [pending.__dict__["result"][0] for pending in results]
         return tiles[0] if len(tiles) == 1 else tuple(tiles)
+
+
+def reads(operand: Shared, me: Partition) -> None:
+    """A product of a partition begins to read shared memory."""
+    operand.check_readable("a product")
+    if operand.any("stored", me.bit):
+        raise FaultError("a product reads what its partition stored and did not fence")
+    others = operand.states["stored"] & ~me.bit
+    if (others.astype(bool) & ((operand.states["fenced"] & me.bit) == 0)).any():
+        raise FaultError("a product reads what another partition stored and did not fence")
+    operand.states["reading"] += 1
 
 
 def arrays(arguments: dict[str, Any]) -> dict[str, Array]:

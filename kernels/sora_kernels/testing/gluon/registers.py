@@ -29,7 +29,9 @@ class Scalar(int):
             raise FaultError(f"{value} overflows int{bits}")
         return made
 
-    def to(self, dtype: torch.dtype) -> Scalar:
+    def to(self, dtype: torch.dtype) -> Any:
+        if dtype.is_floating_point:
+            return float(self)
         return Scalar(int(self), 8 * dtype.itemsize)
 
 
@@ -135,13 +137,20 @@ class Pointer:
         return Pointer(self.array, plain(self.offset) + plain(offset))
 
 
-def load(pointer: Pointer, mask: Any = None) -> Scalar:
-    """A scalar of integers: what this kernel reads through pointers."""
-    if mask is not None or isinstance(pointer.offset, Tensor):
-        raise FaultError("emulator: loads through pointers are of one integer")
+def load(pointer: Pointer, mask: Tile | None = None, other: float = 0.0) -> Scalar | Tile:
+    """One integer; or a tile of elements, `other` where the mask is false and nothing is read."""
     flat = pointer.array.tensor.reshape(-1)
-    at = pointer.array.at(torch.tensor(pointer.offset))
-    return Scalar(int(flat[at]), 8 * flat.dtype.itemsize)
+    if not isinstance(pointer.offset, Tensor):
+        if mask is not None:
+            raise FaultError("emulator: a load of one element has no mask")
+        at = pointer.array.at(torch.tensor(pointer.offset))
+        return Scalar(int(flat[at]), 8 * flat.dtype.itemsize)
+    if mask is None:
+        return Tile(flat[pointer.array.at(pointer.offset)])
+    kept = mask.values.expand(pointer.offset.shape)
+    values = torch.full(pointer.offset.shape, other, dtype=flat.dtype)
+    values[kept] = flat[pointer.array.at(pointer.offset[kept])]
+    return Tile(values)
 
 
 def store(pointer: Pointer, value: Tile, mask: Tile) -> None:

@@ -24,8 +24,8 @@ def items_of(
     tiles, starts = Pointer(Array(table)), Pointer(Array(cu))
     found = []
     for item in range(len(table) * heads):
-        decoded = module._decode(Scalar(item), Scalar(len(table)), tiles, starts, starts)
-        head, _, _, k_first, k_last, _ = decoded
+        decoded = module.decode(Scalar(item), Scalar(len(table)), tiles, starts, starts)
+        _, head, _, _, k_first, k_last, _ = decoded
         found.append((int(head), int(k_first), int(k_last)))
     return found
 

@@ -134,7 +134,10 @@ def block(model: Model, batch: Batch, index: int = 0, backend: str = "auto") -> 
     yield checked("self-attention", attention, q, k, v, cu, cu, **own, backend=backend)
     keys = made(sum(_texts(batch)), heads, model.head_dim)
     seen: dict[str, Any] = {"max_seqlen_q": longest, "max_seqlen_k": max(_texts(batch))}
-    seen |= {"plan": plan, "return_lse": True, "backend": backend}
+    key, value = made(2, heads, model.head_dim).unbind()
+    counts = torch.tensor([TEXT_TOKENS - n for n in _texts(batch)], dtype=torch.int32)
+    padding = sk.Padding(key, value, on_card(counts, index))
+    seen |= {"plan": plan, "padding": padding, "backend": backend}
     yield checked("cross-attention", attention, q, keys, keys, cu, texts, **seen)
 
 
@@ -162,13 +165,15 @@ def _texts(batch: Batch) -> list[int]:
 
 def strided(model: Model, index: int = 0, backend: str = "auto") -> Iterator[Call]:
     """Attention on parts of a fused projection: dense heads in wider rows, and rows that TMA
-    cannot address."""
+    cannot address. With a log-sum-exp too, as ranks in a ring ask for it."""
     tokens, heads, width = 700, model.heads, model.head_dim
     cu = on_card(offsets([300, 400]), index)
     lengths = {"max_seqlen_q": 400, "max_seqlen_k": 400, "backend": backend}
     fused = empty(tokens, 3 * heads, width, dtype=model.dtype, index=index)
     q, k, v = fused.split(heads, dim=1)
     yield checked("fused projection", sk.packed_attention, q, k, v, cu, cu, **lengths)
+    too: dict[str, Any] = {**lengths, "return_lse": True}
+    yield checked("fused projection, lse", sk.packed_attention, q, k, v, cu, cu, **too)
     flat = empty(tokens * heads * (width + 1), dtype=model.dtype, index=index)
     odd = flat.view(tokens, heads, width + 1)[..., :width]
     yield checked("odd rows", sk.packed_attention, odd, odd, odd, cu, cu, **lengths)

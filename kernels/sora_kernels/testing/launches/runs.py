@@ -28,7 +28,8 @@ from sora_kernels.testing.launches.production import (
 
 TEMPORAL = Batch("temporal", ((21, 30, 52), (1, 20, 20), (70, 6, 10)))
 WINDOWED = Batch("windowed", ((5, 30, 52), (3, 17, 40)))
-HOPPER = 90
+GLUON = {90: "gluon", 100: "blackwell"}
+"""The backend of packed attention that is in Gluon, by architecture."""
 
 
 @dataclass
@@ -47,10 +48,11 @@ def groups(arch: int) -> Iterator[tuple[str, Callable[[int], Iterator[Call]]]]:
             yield f"{model.name}/{batch.name}", partial(block, model, batch)
             yield f"{model.name}/{batch.name}/exact", partial(exact, model, batch)
         yield f"{model.name}/strided", partial(strided, model)
-        if arch == HOPPER and model is not SMALL:
+        name = GLUON.get(arch)
+        if name is not None and model is not SMALL:
             for batch in BATCHES:
-                yield f"{model.name}/{batch.name}/gluon", partial(_by_gluon, model, batch)
-            yield f"{model.name}/strided/gluon", partial(strided, model, backend="gluon")
+                yield f"{model.name}/{batch.name}/{name}", partial(_by_gluon, model, batch, name)
+            yield f"{model.name}/strided/{name}", partial(strided, model, backend=name)
     for model in (MODELS[0], SMALL):
         for batch in (TEMPORAL, WINDOWED):
             yield f"{model.name}/{batch.name}", partial(factorised, model, batch)
@@ -58,9 +60,9 @@ def groups(arch: int) -> Iterator[tuple[str, Callable[[int], Iterator[Call]]]]:
         yield f"autoencoder/{name}", partial(autoencoder, pixels)
 
 
-def _by_gluon(model: Model, batch: Batch, index: int) -> Iterator[Call]:
+def _by_gluon(model: Model, batch: Batch, backend: str, index: int) -> Iterator[Call]:
     """The calls of attention alone."""
-    return (call for call in block(model, batch, index, "gluon") if "attention" in call[0])
+    return (call for call in block(model, batch, index, backend) if "attention" in call[0])
 
 
 def run(arch: int, pattern: str = "", *, index: int = 0, devices: int = 1) -> Report:
