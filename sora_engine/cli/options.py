@@ -146,9 +146,7 @@ class Common:
     vae_dtype: VAEDtype = "auto"
     exact: Annotated[
         bool,
-        typer.Option(
-            "--exact", help="Bits that hang on nothing that runs beside it; slower on GPUs."
-        ),
+        typer.Option("--exact", help="Bits that hang on nothing that runs beside it; slower."),
     ] = False
     offload: Annotated[
         str,

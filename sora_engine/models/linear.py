@@ -142,7 +142,7 @@ def block_linears(module: nn.Module) -> None:
     """Replace every linear layer within `module` that gains by it, one after the other."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
-            if can_block(child.weight):
+            if type(child) is nn.Linear and can_block(child.weight):
                 setattr(module, name, BlockedLinear(child))
         else:
             block_linears(child)

@@ -84,14 +84,14 @@ def load_video_model(
     check_level(offload)
     target = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, target)
-    check_attention_backend(attention_backend, target)
     if exact:
-        check_exact(target, weights_dtype, attention_backend)
+        attention_backend = exact_attention(target, attention_backend)
+    check_attention_backend(attention_backend, target)
     build = partial(
         hollow_transformer,
         dtype=weights_dtype,
         attention_backend=attention_backend,
-        invariant=exact and target.type != "cpu",
+        invariant=exact,
     )
     checkpoint, name = open_checkpoint(path, components)
     coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
@@ -167,18 +167,18 @@ def check_attention_backend(name: str, device: torch.device) -> None:
         raise BackendError(f"attention_backend {name!r} cannot serve on {device}: {reason}")
 
 
-def check_exact(device: torch.device, dtype: torch.dtype, attention_backend: str) -> None:
-    """Raises BackendError unless results there can have bits that no company changes."""
-    if device.type == "cpu" and dtype != torch.float32:
+def exact_attention(device: torch.device, backend: str) -> str:
+    """The attention that serves every batch alike, whatever its segments' lengths. Raises
+    BackendError for a backend that does not promise that."""
+    alike = ("sdpa", "reference") if device.type == "cpu" else ("triton", "gluon", "reference")
+    if backend == "auto":  # it may choose by the length of what else is in the batch
+        return alike[0]
+    if backend not in alike:
         raise BackendError(
-            f"exact=True: on a CPU it is of float32, not of {str(dtype).removeprefix('torch.')}; "
-            "dtype='float32' would work"
+            f"exact=True: attention_backend {backend!r} promises no bits on {device.type}; auto, "
+            f"{', '.join(alike)} do"
         )
-    if device.type != "cpu" and attention_backend not in ("auto", "triton", "gluon"):
-        raise BackendError(
-            f"exact=True: attention_backend {attention_backend!r} promises no bits; "
-            "auto, triton and gluon do"
-        )
+    return backend
 
 
 # The transformers.

@@ -122,8 +122,8 @@ class Engine:
             vae_cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady
                 step as a CUDA graph; `"auto"` does so on a GPU, and logs where it cannot.
             attention_backend: a backend of `sora_kernels.packed_attention`.
-            exact: results whose bits do not depend on what is packed beside them. On a GPU linear
-                layers then have fixed tiles and are slower; on a CPU it is of float32.
+            exact: results whose bits do not depend on what is packed beside them: linear layers
+                have fixed tiles then, and are slower.
             components: what a transformer file lacks: a folder in diffusers' or ComfyUI's layout,
                 or a mapping from `vae`, `text_encoder`, `tokenizer`, `image_encoder`,
                 `image_processor`, `scheduler` and `transformer_2` to a file or a folder of each.

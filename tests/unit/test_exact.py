@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from sora_engine.models.linear import (
     linear_gelu,
     make_invariant,
 )
-from sora_engine.models.loading import check_exact, load_video_model
+from sora_engine.models.loading import exact_attention, load_video_model
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
 from sora_engine.testing.device import shadow_device
@@ -62,21 +64,23 @@ def test_no_rows_beside_it_change_a_row(dtype, error):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "attention", "says"),
+    ("device", "asked", "taken"),
     [
-        ("cpu", BF16, "auto", r"on a CPU it is of float32, not of bfloat16; dtype='float32' would"),
-        ("cuda", BF16, "flash", r"attention_backend 'flash' promises no bits; auto, triton"),
-        ("cuda", FP32, "sdpa", r"attention_backend 'sdpa' promises no bits"),
+        ("cpu", "auto", "sdpa"),
+        ("cpu", "reference", "reference"),
+        ("cuda", "auto", "triton"),
+        ("cuda", "gluon", "gluon"),
     ],
 )
-def test_what_is_refused(device, dtype, attention, says):
+def test_attention_that_serves_every_batch_alike(device, asked, taken):
+    assert exact_attention(torch.device(device), asked) == taken
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", "native"), ("cuda", "flash")])
+def test_attention_that_promises_no_bits_is_refused(device, asked):
+    says = f"attention_backend '{asked}' promises no bits on {device}; auto, "
     with pytest.raises(BackendError, match=says):
-        check_exact(torch.device(device), dtype, attention)
-
-
-def test_an_engine_refuses_it_before_it_loads():
-    with pytest.raises(BackendError, match="dtype='float32' would work"):
-        sora.Engine.from_pretrained("sprites", device="cpu", dtype="bfloat16", exact=True)
+        exact_attention(torch.device(device), asked)
 
 
 def test_it_is_there_on_a_gpu_and_rehearsed():
@@ -95,6 +99,25 @@ def test_it_is_there_on_a_gpu_and_rehearsed():
     with sora.Engine.from_pretrained("sprites", device="cpu", exact=True) as engine:
         due = engine.generate(REQUEST).latents
     assert float((made.latents - due).norm() / due.norm()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_cpu_company_changes_no_bit(dtype):
+    sizes = [(48, 48, 9), (64, 32, 5), (16, 16, 1), (96, 80, 13)]
+    requests = [
+        replace(REQUEST, prompt="a ball " * i, height=h, width=w, num_frames=n, seed=i)
+        for i, (h, w, n) in enumerate(sizes, 1)
+    ]
+    settings = {"device": "cpu", "dtype": dtype, "exact": True}
+    settings["limits"] = sora.Limits(pack_tokens=4096)
+    with sora.Engine.from_pretrained("sprites", **settings) as engine:
+        alone = [engine.generate(request) for request in requests]
+        together = engine.generate(requests)
+    assert {video.receipt.most_in_company for video in alone} == {1}
+    assert max(video.receipt.most_in_company for video in together) > 2
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert (one.frames == other.frames).all()
 
 
 @pytest.mark.parametrize("name", ["reference", "sdpa", "native"])
