@@ -31,7 +31,9 @@ def planned(
     tokens = q.shape[0] if num_tokens is None else num_tokens
     offsets, plan = plans.get((head_dim, q.dtype), (None, None))
     if offsets is not cu_seqlens or plan is None:
-        plan = plan_attention(cu_seqlens, num_tokens=tokens, head_dim=head_dim, dtype=q.dtype)
+        plan = plan_attention(
+            cu_seqlens, num_tokens=tokens, head_dim=head_dim, dtype=q.dtype, backend=backend
+        )
         plans[head_dim, q.dtype] = cu_seqlens, plan
     return plan
 

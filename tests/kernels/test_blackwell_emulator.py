@@ -11,6 +11,8 @@ import pytest
 import torch
 from test_gluon_emulator import QUICK, STEEP, one_thread  # noqa: F401
 
+from sora_kernels.attention import plan
+from sora_kernels.dispatch import Op
 from sora_kernels.testing.faults import FaultError
 from sora_kernels.testing.gluon import __main__ as command
 from sora_kernels.testing.gluon.cases import (
@@ -78,6 +80,8 @@ def test_the_command_runs_it(capsys):
 
 LONG = Case((300, 20), (640, 300), heads=2, processors=1, kernel=KERNEL)
 """Several items a program, and several blocks an item."""
+RISING = replace(LONG, magnitude=10.0)
+"""With scores that pass far over those before them, so that sums are scaled."""
 TAIL = Case((130, 20, 270), (200, 60, 150), spoilt=1, processors=2, kernel=KERNEL)
 PADDED = Case(
     (330, 20, 70), (200, 0, 300), heads=2, counts=(472, 9, 0), processors=1, kernel=KERNEL
@@ -89,8 +93,9 @@ CLEARED = (
 )
 STORED = "            p_tile.store(gl.convert_layout(weights.to(dtype), p_layout))\n"
 SCALED = (
-    "            acc = o_tile.load(o_layout)\n"
-    "            o_tile.store(acc * gl.convert_layout(shrink, out_rows)[:, None])\n"
+    "            if gl.min(shrink, axis=0) < 1.0:\n"
+    "                acc = o_tile.load(o_layout)\n"
+    "                o_tile.store(acc * gl.convert_layout(shrink, out_rows)[:, None])\n"
 )
 TOLD = "            mbarrier.arrive(p_ready.index(GROUP), count=1)\n"
 VALUES_FREE = (
@@ -152,7 +157,7 @@ BUGS = {
         "            mbarrier.wait(s_ready.index(GROUP), issued & 1)\n", "", LONG),
     "the result is read before its product ends": (
         "        mbarrier.wait(o_ready.index(GROUP), turn & 1)\n", "", LONG),
-    "weights are told of before the sum is scaled": (SCALED + TOLD, TOLD + SCALED, LONG),
+    "weights are told of before the sum is scaled": (SCALED + TOLD, TOLD + SCALED, RISING),
     "weights are told of before they are there": (
         STORED + SCALED + TOLD, SCALED + TOLD + STORED, LONG),
     "weights are the other group's": (
@@ -188,7 +193,11 @@ BUGS = {
     "the second group has the first one's queries": (
         "[q_first + ROWS, column]", "[q_first, column]", LONG),
     "every head reads the first": ("column = head * WIDTH", "column = 0", LONG),
-    "the sum is not scaled down": (SCALED, "", LONG),
+    "the sum is not scaled down": (SCALED, "", RISING),
+    "a greatest score that rises is not taken": (
+        "gl.where(new_top > top + RISE, new_top, top)", "top", RISING),
+    "each block halves the sum": (
+        "shrink = gl.exp2(top - new_top)", "shrink = gl.exp2(top - new_top) * 0.5", LONG),
     "queries of the next segment are stored to": (
         "mask=(row < q_last)[:, None]", "mask=(row < q_last + 1)[:, None]", TAIL),
     "the last item is left out": (
@@ -220,7 +229,7 @@ def test_a_planted_bug_is_caught(bug):
         check_schedules(case, 6, source)
 
 
-@pytest.mark.parametrize("case", [LONG, TAIL, PADDED, STEEP])
+@pytest.mark.parametrize("case", [LONG, RISING, TAIL, PADDED, STEEP])
 def test_the_cases_of_the_bugs_pass_without_them(case):
     check_schedules(case, 6)
 
@@ -262,6 +271,31 @@ def test_narrow_elements_lie_in_the_cells_of_wide_ones():
         scores._reinterpret(torch.float64, [128, 128], layout)
     with pytest.raises(FaultError, match="a store of"):
         weights.store(Tile(torch.ones(128, 128)))
+
+
+def test_a_plan_has_the_tiles_of_the_backend_that_it_is_for(monkeypatch):
+    """Blackwell's are wider than those of the portable kernel and Hopper's."""
+    from sora_kernels.attention import blackwell, gluon, triton
+
+    modules = {"blackwell": blackwell, "gluon": gluon, "triton": triton}
+    monkeypatch.setattr(Op, "resolve", lambda self, backend, case: modules[backend])
+    monkeypatch.setattr(plan, "architecture", lambda device: 100)
+    card = torch.device("cuda", 0)
+    blocks = {name: plan._tile_of(name, card, torch.bfloat16, 128) for name in modules}
+    assert blocks == {"blackwell": 256, "gluon": 128, "triton": 128}
+
+
+def test_a_plan_is_taken_as_it_is(monkeypatch):
+    """And none is made anew; one of other tiles is not taken."""
+    case = Case((200, 37, 300), (130, 300, 5), block=256, kernel=KERNEL)
+    operands = inputs(case)
+    expected, _, _ = attend(replace(case, block=0), operands)
+    planned, made = plan.plan_tiles, []
+    monkeypatch.setattr(plan, "plan_tiles", lambda *args: made.append(args) or planned(*args))
+    for block, times in ((256, 0), (128, 1)):
+        out, _, _ = attend(replace(case, block=block), operands)
+        assert len(made) == times
+        assert torch.equal(out, expected)
 
 
 def test_an_emulator_outside_a_kernel_has_no_tensor_memory():

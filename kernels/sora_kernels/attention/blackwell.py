@@ -4,7 +4,8 @@ A persistent program has two softmax groups of 128 queries each, a warp that iss
 warp that brings tiles by TMA. Scores and sums lie in tensor memory. A group turns its scores into
 weights where they lie, for the product with the values, and scales its sum there; the warp of
 products serves the two groups in turn, so that one's softmax runs under the other's products. The
-masked block of keys comes first, so the loop has no mask.
+masked block of keys comes first, so the loop has no mask. A sum is scaled in blocks alone in which
+a score rises far above what its row has met: weights of up to 256 are as exact as those below 1.
 
 It compiles ahead of time without spills, its source runs on an emulator (`testing/gluon`), and it
 **has never run on a GPU**: it serves when asked for by name on sm_100, and `auto` does not choose
@@ -49,7 +50,10 @@ from sora_kernels.triton_support import unsupported as no_triton
 
 ROWS = gl.constexpr(128)  # queries of a softmax group
 STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
+RISE = gl.constexpr(8.0)
+"""How far scores may pass a row's top, in powers of two, before its sum is scaled to a new one."""
 BLOCK_M = 256
+TAKES_PLAN = True
 WARPS = 4  # of the default partition, which is the first softmax group
 
 
@@ -237,14 +241,16 @@ def _soften(
         for _ in range(1, blocks):
             mbarrier.wait(s_ready.index(GROUP), issued & 1)
             weights = s_tile.load(s_layout)
-            new_top = gl.maximum(top, gl.max(weights, axis=1) * scale2)
+            new_top = gl.max(weights, axis=1) * scale2
+            new_top = gl.where(new_top > top + RISE, new_top, top)
             weights = gl.exp2(weights * scale2 - new_top[:, None])
             shrink = gl.exp2(top - new_top)
             total = total * shrink + gl.sum(weights, axis=1)
             top = new_top
             p_tile.store(gl.convert_layout(weights.to(dtype), p_layout))
-            acc = o_tile.load(o_layout)
-            o_tile.store(acc * gl.convert_layout(shrink, out_rows)[:, None])
+            if gl.min(shrink, axis=0) < 1.0:
+                acc = o_tile.load(o_layout)
+                o_tile.store(acc * gl.convert_layout(shrink, out_rows)[:, None])
             mbarrier.arrive(p_ready.index(GROUP), count=1)
             issued += 1
         mbarrier.wait(o_ready.index(GROUP), turn & 1)
@@ -369,8 +375,9 @@ def run(call: Operands) -> tuple[Tensor, Tensor]:
         k, v = q[:1], q[:1]
     lse = call.lse()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # A plan has the portable kernel's tiles, which are narrower.
-    tiles = plan_tiles(call.cu_seqlens_q, tokens, BLOCK_M)
+    tiles = call.tiles
+    if tiles is None or call.block != BLOCK_M:
+        tiles = plan_tiles(call.cu_seqlens_q, tokens, BLOCK_M)
     items = tiles.shape[0] * heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     blackwell_attention_kernel[(min(items, processors),)](

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels import checks
+from sora_kernels.dispatch import OPS, Case
 from sora_kernels.grids import Grid, check_grids, flatten
 from sora_kernels.launch import architecture, find_or_raise
 from sora_kernels.windowed.plan import BlockPlan, build, build_cached, check_masks, check_window
@@ -65,6 +66,7 @@ def plan_attention(
     num_tokens: int,
     head_dim: int,
     dtype: torch.dtype,
+    backend: str = "auto",
 ) -> AttentionPlan: ...
 
 
@@ -96,12 +98,13 @@ def plan_attention(
     origins: Sequence[Sequence[int]] | None = None,
     masks: Tensor | Sequence[Tensor] | None = None,
     cell: Sequence[int] = (1, -1, -1),
+    backend: str = "auto",
 ) -> AttentionPlan | BlockPlan:
     """Plan attention once for many calls with the same offsets.
 
     cu_seqlens_q: int32 or int64 `[segments + 1]`, on the device of the calls; num_tokens: the
-    number of queries. Without `grids` the plan is `packed_attention`'s: calls without one make one
-    each time, which costs a few small kernels.
+    number of queries. Without `grids` the plan is `packed_attention`'s, by the `backend` of its
+    calls: calls without one make one each time, which costs a few small kernels.
 
     With `grids` (frames, rows and columns of each segment) it is `windowed_attention`'s, for its
     `window`, `key_grids` and `origins`. `masks` narrow the window further: for each segment (or one
@@ -122,8 +125,8 @@ def plan_attention(
         raise ValueError(f"{op}: head_dim {head_dim}; 1 to {checks.MAX_HEAD_DIM} is supported")
     arch, width = architecture(cu_seqlens_q.device), padded_width(head_dim)
     if grids is None:
-        launch = find_or_raise("packed_attention", arch, dtype, width)
-        return AttentionPlan(plan_tiles(cu_seqlens_q, num_tokens, launch.block_m), launch.block_m)
+        block = _tile_of(backend, cu_seqlens_q.device, dtype, head_dim)
+        return AttentionPlan(plan_tiles(cu_seqlens_q, num_tokens, block), block)
     queries = check_grids(op, "grids", flatten(op, grids), offsets)
     keys = queries if key_grids is None else check_grids(op, "key_grids", flatten(op, key_grids))
     starts: list[Grid] = [(0, 0, 0)] * len(queries)
@@ -141,3 +144,14 @@ def plan_attention(
         return build_cached(*place)
     checked = check_masks(masks, queries, keys, cell)
     return build(*place, checked, (cell[0], cell[1], cell[2]))
+
+
+def _tile_of(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """Queries a tile: of a kernel that has one size, or of the portable one by the launch table."""
+    if device.type == "cuda":
+        case = Case(device.type, device.index, dtype, head_dim)
+        kernel = OPS["packed_attention"].resolve(backend, case)
+        if hasattr(kernel, "BLOCK_M"):
+            return int(kernel.BLOCK_M)
+    arch, width = architecture(device), padded_width(head_dim)
+    return int(find_or_raise("packed_attention", arch, dtype, width).block_m)

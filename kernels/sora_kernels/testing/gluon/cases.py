@@ -106,7 +106,9 @@ def cases(count: int, kernel: str = "gluon") -> Iterator[Case]:
     """`count` of them: the fixed ones first, then at random."""
     drawings = (drawn(seed) for seed in itertools.count())
     for case in itertools.islice(itertools.chain(FIXED, drawings), count):
-        yield replace(case, kernel=kernel)
+        # Plans of Blackwell's tiles in the place of Hopper's.
+        block = 256 if case.block == 128 and kernel == "blackwell" else case.block
+        yield replace(case, kernel=kernel, block=block)
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:

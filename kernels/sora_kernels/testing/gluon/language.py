@@ -163,6 +163,7 @@ def _language(emulator: Emulator) -> SimpleNamespace:
         where=_where,
         maximum=_maximum,
         max=lambda x, axis: Tile(x.values.amax(axis)),
+        min=lambda x, axis: float(x.values.amin(axis)),
         sum=lambda x, axis: Tile(x.values.sum(axis)),
         exp2=lambda x: Tile(torch.exp2(x.values)),
         log2=lambda x: Tile(torch.log2(x.values)) if isinstance(x, Tile) else math.log2(x),

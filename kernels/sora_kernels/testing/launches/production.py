@@ -128,7 +128,9 @@ def block(model: Model, batch: Batch, index: int = 0, backend: str = "auto") -> 
     longest = max(batch.lengths)
     plan = None
     if sk.takes_plan(q, backend):
-        plan = sk.plan_attention(cu, num_tokens=tokens, head_dim=model.head_dim, dtype=dtype)
+        plan = sk.plan_attention(
+            cu, num_tokens=tokens, head_dim=model.head_dim, dtype=dtype, backend=backend
+        )
     attention = sk.packed_attention
     own: dict[str, Any] = {"max_seqlen_q": longest, "max_seqlen_k": longest, "plan": plan}
     yield checked("self-attention", attention, q, k, v, cu, cu, **own, backend=backend)
