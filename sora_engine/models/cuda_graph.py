@@ -148,7 +148,7 @@ class GraphedPasses:
             and video.sees is None
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and not any(getattr(batch, name) is not None for name in _UNKNOWN)
+            and all(getattr(batch, name) is default for name, default in _UNKNOWN.items())
         )
 
     def _graph_for(self, batch: PackedBatch, layout: PackLayout, kind: Kind) -> PassGraph | None:
@@ -186,7 +186,8 @@ class GraphedPasses:
 
 
 _KNOWN = {"streams", "timesteps", "contexts", "pooled", "layout"}
-_UNKNOWN = [f.name for f in fields(PackedBatch) if f.name not in _KNOWN]
+_UNKNOWN = {f.name: f.default for f in fields(PackedBatch) if f.name not in _KNOWN}
+"""What else a batch may carry, and what it has there where it carries nothing."""
 
 
 def _inputs(batch: PackedBatch) -> tuple[Tensor | None, ...]:

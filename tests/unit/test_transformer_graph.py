@@ -205,9 +205,9 @@ def test_other_passes_run_as_they_are(reason):
 def test_what_a_batch_carries_beside_is_not_passed_over(monkeypatch):
     """A field that a batch has and a graph does not know of: the pass runs as it is."""
     made = Setting()
-    monkeypatch.setattr(cuda_graph, "_UNKNOWN", ["pooled"])
+    monkeypatch.setattr(cuda_graph, "_UNKNOWN", {"pooled": None})
     for step in range(EAGER_PASSES + 3):
-        made.check(replace(made.batch(0, step=step), pooled=torch.zeros(1, 4)))
+        made.check(replace(made.batch(0, step=step), pooled=("adapters",)))
     assert made.recorder.recordings == 0
     for step in range(EAGER_PASSES + 3):
         made.check(made.batch(0, step=step))
