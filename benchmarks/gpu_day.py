@@ -65,6 +65,7 @@ STAGES = (
     Stage("step, Wan 1.3B 480p", 2, 45, "gpu.engine:step_small_model", ("av",)),
     Stage("step, Wan 14B 720p", 2, 60, "gpu.engine:step_large_model", ("av",)),
     Stage("sixteen small", 2, 40, "gpu.engine:sixteen_small", ("av",)),
+    Stage("small passes", 2, 25, "gpu.engine:small_passes", ("av",)),
     Stage("company", 2, 30, "gpu.engine:company", ("av",)),
     Stage("memory plan", 2, 20, "gpu.engine:memory_plan", ("av",)),
     Stage("decode", 2, 90, "gpu.engine:decode", ("av",)),

@@ -17,6 +17,7 @@ import sora_engine as sora
 from gpu.timing import DRY, figure, milliseconds, tflops
 from sora_engine.bench.h200 import CASES, NOISE_LEVEL, TEXT_TOKENS, Case, gemm_flops, tiny
 from sora_engine.bench.ops import packed
+from sora_engine.models.cuda_graph import EAGER_PASSES
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
 
@@ -101,7 +102,7 @@ def _transformer(case: Case, depth: int) -> WanTransformer:
     model = model.to(DTYPE).to_empty(device=DEVICE)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).prepare()
 
 
 def _profile(model: WanTransformer, every: Any, batch: Any, depth: int) -> Figures:
@@ -143,6 +144,33 @@ def sixteen_small() -> Figures:
     yield figure(f"a step of {count} together", f"{together:.4g}", "ms")
     yield figure("a step of one", f"{alone:.4g}", "ms")
     yield figure("together beside one after the other", f"{count * alone / together:.2f}", "times")
+
+
+@torch.inference_mode()
+def small_passes() -> Figures:
+    """Passes that wait for the host, as they are and as CUDA graphs."""
+    for published in (CASES[0], CASES[2]):
+        case = tiny(published) if DRY else published
+        model = _transformer(case, min(case.shape.layers, 2 if DRY else 10))
+        size = (2, 2, 2) if DRY else (5, 30, 26)
+        text = torch.randn(40, case.shape.text_dim, device=DEVICE, dtype=DTYPE)
+        latents = torch.randn(case.shape.channels, *size, device=DEVICE, dtype=DTYPE)
+        batch = packed(model, [(latents, text)] * 2, NOISE_LEVEL)
+        name = (
+            f"{case.shape.width} wide, {len(model.blocks)} blocks, {len(batch.video.tokens)} tokens"
+        )
+        yield figure(f"{name}: a pass", f"{milliseconds(partial(model, batch)):.4g}", "ms")
+        if DEVICE.type == "cpu":
+            yield figure(f"{name}: as a CUDA graph", "needs a GPU")
+            continue
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model(batch)
+        yield figure(f"{name}: the host's part", f"{(time.perf_counter() - began) * 1e3:.4g}", "ms")
+        model.replay_passes(required=True)
+        for _ in range(EAGER_PASSES + 1):
+            model(batch)
+        yield figure(f"{name}: as a CUDA graph", f"{milliseconds(partial(model, batch)):.4g}", "ms")
 
 
 def company() -> Figures:

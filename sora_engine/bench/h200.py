@@ -217,7 +217,8 @@ def scale(
 
 
 def build(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any, WanTransformer]:
-    """diffusers' transformer with random weights, and ours on the very same tensors."""
+    """diffusers' transformer with random weights, and ours on the very same tensors, but for those
+    that a GPU has joined."""
     from diffusers import WanTransformer3DModel
 
     config = {**case.shape.transformer_config(), "num_layers": max(case.depths)}
@@ -229,7 +230,8 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Any, Wa
     with torch.device("meta"):
         ours = WanTransformer(WanConfig(**config))
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    return theirs, ours.eval().requires_grad_(False)
+    ours.eval().requires_grad_(False)
+    return theirs, ours.prepare() if device.type == "cuda" else ours
 
 
 def plain(theirs: Any) -> None:

@@ -127,6 +127,7 @@ class PackedBatch:
     streams: by modality: `"video"`, and one for each name of `Context.tokens`.
     timesteps: float32 `[rows]`, one for each row of the modulation table.
     contexts: for cross-attention, by source (`"text"`, `"image"`).
+    layout: what of it is the same object in batches of other steps; None where that is not said.
     pooled: `[rows, dim]`, what each row of the modulation table is of beside its timestep; None
         where contexts have nothing pooled.
     """
@@ -135,13 +136,14 @@ class PackedBatch:
     timesteps: Tensor
     contexts: Mapping[str, ContextRuns]
     pooled: Tensor | None = None
+    layout: PackLayout | None = None
 
     @property
     def video(self) -> Stream:
         return self.streams[VIDEO]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class PackLayout:
     """The part of a batch that stays the same from step to step: geometry and contexts."""
 
@@ -186,7 +188,9 @@ class Packer:
         streams = {VIDEO: video}
         for name in segments[0].contexts[0][0].tokens:
             streams[name] = _context_stream(name, segments, rows, self.device)
-        return PackedBatch(streams, to_device(timesteps, self.device), layout.contexts, pooled)
+        return PackedBatch(
+            streams, to_device(timesteps, self.device), layout.contexts, pooled, layout
+        )
 
     def unpack(self, predictions: Tensor, batch: PackedBatch, channels: int) -> list[Tensor]:
         """Split `predictions [N, patch volume * channels]` into one `[C, T, H, W]` a segment."""

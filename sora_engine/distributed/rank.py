@@ -189,7 +189,7 @@ class _Rank:
             from sora_engine.distributed.weights import WeightShards
 
             sharder = WeightShards(mesh)
-        model = load_video_model(device=device, sharder=sharder, **settings["model"])
+        model = load_video_model(device=device, sharder=sharder, alone=False, **settings["model"])
         return cls(model, mesh)
 
     def describe(self) -> dict[str, Any]:

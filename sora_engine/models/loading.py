@@ -41,6 +41,7 @@ from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.decoder import VideoDecoder
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.free_memory import free_bytes
+from sora_engine.vae.recording import wanted
 from sora_engine.vae.registry import build_vae, read_vae_config, vae_kind
 
 USABLE = 0.9
@@ -67,19 +68,21 @@ def load_video_model(
     dtype: str | torch.dtype = "auto",
     vae_backend: str = "auto",
     vae_dtype: str | torch.dtype = "auto",
-    vae_cuda_graphs: str = "auto",
+    cuda_graphs: str = "auto",
     attention_backend: str = "auto",
     exact: bool = False,
     components: Components | None = None,
     offload: str = "none",
     needed: Callable[[VideoModel], int] | None = None,
     sharder: WeightSharder | None = None,
+    alone: bool = True,
 ) -> VideoModel:
     """Load a checkpoint; the arguments are those of `Engine.from_pretrained`.
 
     needed: what a usual request takes beside the weights, of a model whose transformers are on the
         meta device: `"auto"` offloading keeps that free.
     sharder: where this rank holds no more than its share of the transformer's weights.
+    alone: whether passes are this process's own, and no others take part in them.
     """
     check_level(offload)
     target = resolve_device(device)
@@ -96,7 +99,7 @@ def load_video_model(
     checkpoint, name = open_checkpoint(path, components)
     coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
     decoder = _open_decoder(
-        checkpoint, target, coding_dtype, vae_backend, vae_cuda_graphs, by_time=not exact
+        checkpoint, target, coding_dtype, vae_backend, cuda_graphs, by_time=not exact
     )
     if offload == "auto" and target.type == "cpu":
         offload = "none"
@@ -128,7 +131,12 @@ def load_video_model(
         checkpoint,
         weights_dtype,
         lambda source: load_transformer(
-            source, build(source), target, sharder=sharder, visiting=offload == "blocks"
+            source,
+            build(source),
+            target,
+            sharder=sharder,
+            visiting=offload == "blocks",
+            cuda_graphs=cuda_graphs if alone else "off",
         ),
         shares=1 if sharder is None else sharder.num_ranks,
     )
@@ -144,7 +152,7 @@ def load_video_decoder(
     dtype: str | torch.dtype = "auto",
     vae_backend: str = "auto",
     vae_dtype: str | torch.dtype = "auto",
-    vae_cuda_graphs: str = "auto",
+    cuda_graphs: str = "auto",
     components: Components | None = None,
 ) -> VideoDecoder:
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
@@ -152,7 +160,7 @@ def load_video_decoder(
     checkpoint, _ = open_checkpoint(path, components)
     weights_dtype = resolve_dtype(dtype, target)
     coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
-    return _open_decoder(checkpoint, target, coding_dtype, vae_backend, vae_cuda_graphs)
+    return _open_decoder(checkpoint, target, coding_dtype, vae_backend, cuda_graphs)
 
 
 def check_attention_backend(name: str, device: torch.device) -> None:
@@ -191,10 +199,13 @@ def load_transformer(
     *,
     sharder: WeightSharder | None = None,
     visiting: bool = False,
+    cuda_graphs: str = "off",
 ) -> DiffusionTransformer:
     """A transformer, which is on the meta device, filled from its files.
 
     visiting: the weights of the blocks are read into host memory and wait there.
+    cuda_graphs: whether passes are recorded, of weights that are whole and stay on the device:
+        "auto", "on" or "off".
     """
     dtype = transformer.dtype
     if sharder is not None:
@@ -202,7 +213,10 @@ def load_transformer(
         return transformer
     source.fill(transformer, device="cpu" if visiting else device, dtype=dtype)
     if not visiting:
-        return transformer.prepare()
+        transformer.prepare()
+        if wanted(cuda_graphs, device):
+            transformer.replay_passes(required=cuda_graphs == "on")
+        return transformer
     offload_blocks(
         transformer,
         transformer.blocks_in_order,

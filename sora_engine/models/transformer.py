@@ -13,8 +13,10 @@ from sora_engine.denoise.conditioning import Context, Embedding
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import PackedBatch
 from sora_engine.models.backends import Backends
+from sora_engine.models.cuda_graph import GraphedPasses
 from sora_engine.models.cuda_linear import CublasLinear, lay_out_for_cuda
 from sora_engine.models.linear import block_linears, lay_out_like
+from sora_engine.vae.recording import Recorder, record
 
 
 class DiffusionTransformer(nn.Module, ABC):
@@ -36,6 +38,8 @@ class DiffusionTransformer(nn.Module, ABC):
     block_methods: ClassVar[tuple[str, ...]] = ("forward",)
     one_input: ClassVar[tuple[str, ...]] = ()
     backends: Backends
+    graphs: GraphedPasses | None = None
+    """What replays its small passes, where that is wanted."""
 
     @property
     @abstractmethod
@@ -81,6 +85,13 @@ class DiffusionTransformer(nn.Module, ABC):
         """Give the blocks' linear layers the forms that they have on CUDA. Returns self."""
         for block in self.blocks_in_order:
             lay_out_for_cuda(block, self.one_input)
+        return self
+
+    def replay_passes(self, *, required: bool = False, recorder: Recorder = record) -> Self:
+        """Have passes be recorded and replayed as CUDA graphs (`GraphedPasses`), for a transformer
+        whose weights stay where they are. Returns self."""
+        self.graphs = GraphedPasses(self.forward, self.shape, required=required, recorder=recorder)
+        self.forward = self.graphs  # type: ignore[method-assign,assignment]
         return self
 
     def without_weights(self) -> Self:

@@ -99,7 +99,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         vae_backend: str = "auto",
         vae_dtype: str | torch.dtype = "auto",
-        vae_cuda_graphs: str = "auto",
+        cuda_graphs: str = "auto",
         attention_backend: str = "auto",
         exact: bool = False,
         components: Components | None = None,
@@ -119,8 +119,10 @@ class Engine:
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
                 (engines that `sora export-vae` has built); `"auto"` is torch.
             vae_dtype: of the autoencoder; `"auto"` is `dtype` on a GPU and float32 on a CPU.
-            vae_cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady
-                step as a CUDA graph; `"auto"` does so on a GPU, and logs where it cannot.
+            cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady step
+                as a CUDA graph, and the transformer its small passes, where its weights stay on one
+                GPU. `"auto"` does so on a GPU, and logs where it cannot; `"on"` replays passes of
+                any size, and raises where it cannot.
             attention_backend: a backend of `sora_kernels.packed_attention`.
             exact: results whose bits do not depend on what is packed beside them: linear layers
                 have fixed tiles then, and are slower.
@@ -155,7 +157,7 @@ class Engine:
                 dtype=dtype,
                 vae_backend=vae_backend,
                 vae_dtype=vae_dtype,
-                vae_cuda_graphs=vae_cuda_graphs,
+                cuda_graphs=cuda_graphs,
                 attention_backend=attention_backend,
                 exact=exact,
                 components=components,
@@ -167,7 +169,7 @@ class Engine:
             dtype=dtype,
             vae_backend=vae_backend,
             vae_dtype=vae_dtype,
-            vae_cuda_graphs=vae_cuda_graphs,
+            cuda_graphs=cuda_graphs,
             attention_backend=attention_backend,
             exact=exact,
             components=components,

@@ -180,12 +180,16 @@ class MemoryPlanner:
     def _fewer(self, request: ResolvedRequest, batch_tokens: int) -> int | None:
         """The next smaller batch: half of the parts of a step that it held; None at one part."""
         canvas = self._canvas(request, 1)
-        size = math.prod(canvas.latents.shape[2:]) // math.prod(self.model.grid.patch[1:])
-        span = canvas.windows()[0].length + canvas.num_anchors
-        part = span // self.model.grid.patch[0] * size
+        part = self._part_tokens(canvas)
         parts = len(canvas.windows()) * (1 if canvas.prompts.negative is None else 2)
         held = min(parts, max(1, batch_tokens // part))
         return None if held == 1 else held // 2 * part
+
+    def _part_tokens(self, canvas: Canvas) -> int:
+        """Tokens of one window under one branch of guidance."""
+        size = math.prod(canvas.latents.shape[2:]) // math.prod(self.model.grid.patch[1:])
+        span = canvas.windows()[0].length + canvas.num_anchors
+        return span // self.model.grid.patch[0] * size
 
     def _text_lengths(self, request: ResolvedRequest) -> list[int]:
         """Tokens of each text that is encoded."""
@@ -217,6 +221,9 @@ class MemoryPlanner:
                 del predictions, fresh
                 held = max(held, meter.now)
             denoise = meter.peak
+        graphs = self.model.loaded_transformer.graphs
+        if graphs is not None and graphs.replays(self._part_tokens(canvas)):
+            held = denoise  # what a recorded pass works in stays reserved between two steps
         texts = sum(tensor.nbytes for tensor in canvas.prompts.tensors)
         decode, decode_held = self._decode(request, canvas, texts)
         return Rehearsal(begin, texts, denoise, decode, max(held, decode_held))

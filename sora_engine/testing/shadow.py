@@ -171,9 +171,9 @@ class Walk:
 def load(path: str | Path, shadow: Shadow, device: str = "cuda") -> VideoModel:
     """A checkpoint on the shadow device, in the dtype that it has on a GPU."""
     with shadow.trace.phase("load"):
-        model = load_video_model(path, device=device, vae_cuda_graphs="off")
+        model = load_video_model(path, device=device, cuda_graphs="off")
         for expert in range(model.num_experts):
-            model.transformer(expert)
+            model.transformer(expert).replay_passes(recorder=run_again)
     if model.vae.layers is not None:
         coder = GraphedVAE(model.vae.layers, recorder=run_again)
         model.vae = FittedCoder(coder, dtype=model.vae_dtype, device=model.device)
@@ -182,7 +182,7 @@ def load(path: str | Path, shadow: Shadow, device: str = "cuda") -> VideoModel:
 
 
 def run_again(step: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], int]:
-    """A `cuda_graph.Recorder` whose graph is the step itself, on the same places in memory."""
+    """A `recording.Recorder` whose graph is the step itself, on the same places in memory."""
     return step, 0
 
 

@@ -2,7 +2,6 @@
 
 From its third latent frame on a video repeats one step: same shapes, same caches. After a few such
 steps it is recorded once for each size and dtype, and then replayed on buffers that stay in place.
-Written against torch's `torch.cuda.graph`; it has not run on hardware yet.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,35 +17,15 @@ from torch import Tensor
 from sora_engine.errors import BackendError
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import ChunkCoder
+from sora_engine.vae.recording import Recorded, Recorder, record, wanted
 from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents
 from sora_engine.vae.state import FeatureCache, FixedFeatureCache, VAEState
 
 logger = logging.getLogger(__name__)
 
-CudaGraphs = Literal["auto", "on", "off"]
-SETTINGS = ("auto", "on", "off")
-
 EAGER_LATENTS = 4
 """Latent frames of a video before its step is recorded: the decoder's first, its second and two
 steady ones, in which weights are laid out, kernels compiled and algorithms picked."""
-
-Recorder = Callable[[Callable[[], None], torch.device], tuple[Callable[[], None], int]]
-"""Takes a step that reads and writes tensors at fixed places of a device, and records it without
-running it. Returns what runs it, and the bytes that stay reserved for what it works in."""
-
-
-def record(step: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], int]:
-    """A `Recorder` by `torch.cuda.graph`."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(device)
-        # Other threads of the process may go on using the device.
-        with torch.cuda.graph(
-            graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
-        ):
-            step()
-        return graph.replay, max(0, torch.cuda.memory_reserved(device) - before)
 
 
 class SteadyGraph:
@@ -74,7 +52,11 @@ class SteadyGraph:
             self._output = step(self._input, FixedFeatureCache(self._caches))
 
         with torch.inference_mode():
-            self._replay, self.workspace_bytes = recorder(once, x.device)
+            self._recorded = Recorded(once, x.device, recorder)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self._recorded.workspace_bytes
 
     @torch.inference_mode()  # where most states are from: elsewhere theirs may not be written to
     def run(self, x: Tensor, state: VAEState, *, consume: bool) -> tuple[Tensor, VAEState]:
@@ -82,7 +64,7 @@ class SteadyGraph:
         done = state.latent_frames
         self._bring_in(state, consume=consume)
         self._input.copy_(x)
-        self._replay()
+        self._recorded.replay()
         after = VAEState(self._caches, done + 1, home=self)
         self._inside = weakref.ref(after)
         return self._output.clone(), after
@@ -231,15 +213,8 @@ def _is_steady(state: VAEState | None) -> bool:
 def graphed(
     vae: CausalVAE, setting: str, device: torch.device, *, by_time: bool = True
 ) -> CausalVAE | GraphedVAE:
-    """`vae`, with CUDA graphs by the setting: "auto" where the device is CUDA, "on" always, "off"
-    never. by_time: as of `GraphedVAE`.
-
-    BackendError for another setting, and for "on" without a CUDA device.
-    """
-    if setting not in SETTINGS:
-        raise BackendError(f"CUDA graphs are {', '.join(SETTINGS)}, not {setting!r}")
-    if setting == "on" and device.type != "cuda":
-        raise BackendError(f"CUDA graphs need a CUDA device, not {device}; auto or off would work")
-    if setting == "off" or device.type != "cuda":
+    """`vae`, with CUDA graphs by the setting; raises as `recording.wanted`. by_time: as of
+    `GraphedVAE`."""
+    if not wanted(setting, device):
         return vae
     return GraphedVAE(vae, required=setting == "on", by_time=by_time)

@@ -100,10 +100,7 @@ class FittedCoder(ChunkCoder[Any]):
         if key not in self._chosen:
             budget = self._budget
             if budget is None:
-                free = free_bytes(self._device)
-                if isinstance(self.coder, GraphedVAE):
-                    free -= self.coder.workspace_bytes
-                budget = int(_SHARE * free)
+                budget = int(_SHARE * free_bytes(self._device))
             offload = self._device.type != "cpu"
             plan = plan_tiles(
                 self.config, height, width, budget,

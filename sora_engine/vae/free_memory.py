@@ -8,17 +8,19 @@ import torch
 
 from sora_engine.config import NO_LIMIT
 from sora_engine.io.memory_limits import left_under_limits
+from sora_engine.vae.recording import reserved_bytes
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is to be had on a device, what torch keeps for itself but does not use included.
+    """Memory that is to be had on a device, what torch keeps for itself but does not use included,
+    and not what CUDA graphs work in.
 
     On the host no more than the limits of a container and of the shell leave. Where the system does
     not say, it counts as unlimited.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        return torch.cuda.mem_get_info(device)[0] + kept - reserved_bytes(device)
     left = left_under_limits()
     return _free_here() if left is None else min(left, _free_here())
 

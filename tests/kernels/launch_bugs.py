@@ -57,8 +57,8 @@ BUGS = {
         "rope/triton.py", "triton.next_power_of_2(head_dim)), triton.next_power_of_2(heads)",
         "triton.next_power_of_2(head_dim)), heads", "1.3B/5B 720p: rope", "rope: KeyError"),
     "tokens lie on the second axis of the grid": Bug(
-        NORMS, "(triton.cdiv(tokens, rows_each),)", "(1, triton.cdiv(tokens, rows_each))",
-        "1.3B/1080p: norm$", "a grid of"),
+        NORMS, "(triton.cdiv(tokens, rows_each),),",
+        "(1, triton.cdiv(tokens, rows_each)),", "1.3B/1080p: norm$", "a grid of"),
     "more warps than a block may have": Bug(
         NORMS, 'num_warps=row_warps("norm_modulate", architecture(x.device), rows_each * block)',
         "num_warps=64", "1.3B/5B 720p: norm$", "threads"),

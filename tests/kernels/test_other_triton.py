@@ -65,6 +65,12 @@ def test_few_variants_serve_all_requests(run):
     assert int(out.split(" variants")[0].split()[-1]) <= launch_bugs.MOST_VARIANTS
 
 
+def test_calls_are_launched_again(run):
+    found = json.loads(run(str(HERE / "replays.py")).splitlines()[-1])
+    assert found["rope: replays"] == found["cross-attention: replays"] == 1
+    assert all(value for name, value in found.items() if name.endswith(": the same launch"))
+
+
 def test_planted_bugs_are_caught(run):
     told = dict(map(json.loads, run(str(HERE / "launch_bugs.py")).splitlines()))
     assert list(told) == list(launch_bugs.NAMES)

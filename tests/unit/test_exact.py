@@ -86,7 +86,7 @@ def test_attention_that_promises_no_bits_is_refused(device, asked):
 def test_it_is_there_on_a_gpu_and_rehearsed():
     """On the shadow device, in bfloat16."""
     with shadow_device() as shadow:
-        model = load_video_model("sprites", device="cuda", exact=True, vae_cuda_graphs="off")
+        model = load_video_model("sprites", device="cuda", exact=True, cuda_graphs="off")
         kinds = {type(layer) for layer in layers_of(model.transformer(0)).values()}
         assert kinds == {InvariantLinear, InvariantPatches}
         hollow = layers_of(model.transformer(0).without_weights())

@@ -1,5 +1,4 @@
-"""The steady step that is recorded once and replayed. Here the recorder is a stand-in that keeps to
-the rules of a CUDA graph: it does not run what it records, and replays on the same memory."""
+"""The steady step of an autoencoder that is recorded once and replayed, by a stand-in."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import logging
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_engine.errors import BackendError
 from sora_engine.vae import TiledCoder, TilePlan, stream_decode, stream_encode
@@ -19,57 +17,7 @@ from sora_engine.vae.state import FixedFeatureCache, VAEState
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_config import WanVAEConfig
 from tests.parity.vae_models import make_pair, relative
-
-WORKSPACE = 1000
-
-
-class Recording(TorchDispatchMode):
-    """All operations of a step with the tensors that they read and wrote."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.made, self.before = [], set(), {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        writes = func._schema.is_mutable
-        if writes and id(args[0]) not in self.before and id(args[0]) not in self.made:
-            self.before[id(args[0])] = args[0], args[0].clone()
-        out = func(*args, **(kwargs or {}))
-        outs = list(out) if isinstance(out, tuple | list) else [out]
-        self.made.update(map(id, outs))
-        self.operations.append((func, args, kwargs or {}, outs, writes))
-        return out
-
-    def undo(self):
-        for tensor, before in self.before.values():
-            tensor.copy_(before)
-
-    @torch.inference_mode()
-    def replay(self):
-        for func, args, kwargs, outs, writes in self.operations:
-            again = func(*args, **kwargs)
-            if not writes:
-                again = again if isinstance(again, tuple | list) else [again]
-                for old, new in zip(outs, again, strict=True):
-                    if old.data_ptr() != new.data_ptr():  # else it is a view of what is there
-                        old.copy_(new)
-
-
-class Recorder:
-    def __init__(self):
-        self.recordings, self.replays = 0, 0
-
-    def __call__(self, step, device):
-        with Recording() as recording:
-            step()
-        recording.undo()
-        self.recordings += 1
-
-        def replay():
-            self.replays += 1
-            recording.replay()
-
-        return replay, WORKSPACE
+from tests.recorder import WORKSPACE, Recorder
 
 
 @pytest.fixture(params=["wan21", "wan22"])

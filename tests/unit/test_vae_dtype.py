@@ -84,7 +84,7 @@ def test_like_and_decode_take_the_dtype_of_the_file(tmp_path, monkeypatch):
 def test_float32_beside_a_transformer_in_bfloat16_on_a_gpu():
     """On the shadow device, where what mixes devices raises: frames as a CPU decodes them."""
     with shadow_device() as shadow:
-        model = load_video_model("sprites", device="cuda", vae_dtype="fp32", vae_cuda_graphs="off")
+        model = load_video_model("sprites", device="cuda", vae_dtype="fp32", cuda_graphs="off")
         assert (model.dtype, model.vae_dtype) == (BF16, FP32)
         assert {weight.dtype for weight in model.vae.layers.parameters()} == {FP32}
         model.vae.limit(NO_LIMIT)
