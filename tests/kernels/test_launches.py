@@ -56,7 +56,8 @@ def launched(compiled, *arguments):
 
 def test_a_block_of_wan_launches_on_hopper(compiled):
     """14B at 720p by Triton, and its attention by Gluon; 16 small requests in one batch."""
-    (line,) = launched(compiled, "--arch", "90", "--only", "^Wan 14B/(720p|16 small)(/gluon)?:")
+    only = "^Wan 14B/(720p|16 small)(/gluon)?: "
+    (line,) = launched(compiled, "--arch", "90", "--only", only)
     found = re.search(r"(\d+) calls, (\d+) launches of (\d+) kernels, (\d+) tensor maps", line)
     assert found is not None, line
     calls, launches, _, maps = map(int, found.groups())
@@ -71,6 +72,13 @@ def test_attention_launches_on_blackwell(compiled):
     (line,) = launched(compiled, "--arch", "100", "--only", only)
     assert "5 calls, 5 launches" in line
     assert "15 tensor maps, 0 faults" in line
+
+
+def test_adapters_of_a_batch_are_two_launches_whatever_their_number(compiled):
+    (line,) = launched(compiled, "--arch", "90", "--only", "^Wan 14B/(480p|16 small)/adapters")
+    found = re.search(r"(\d+) calls, (\d+) launches of 2 kernels", line)
+    assert found is not None, line
+    assert (int(found[1]), int(found[2])) == (2 * 3, 2 * 3 * 2)
 
 
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != 90])
