@@ -19,9 +19,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
+import sora_kernels as sk
 from sora_engine.bench.models import WAN_1_3B, WAN_14B, WanShape
 from sora_engine.denoise.packing import PackedBatch, Packer, Segment
 from sora_engine.models.wan.config import WanConfig
@@ -92,6 +94,42 @@ def blocks_cost(shape: WanShape, rounds: int, text_tokens: int = 512) -> tuple[f
     return least * share, median * share
 
 
+def calls(heads: int = 40, head_dim: int = 128, tokens: int = 1950) -> dict[str, Callable[[], Any]]:
+    """Calls of a block's ops, by name."""
+    dim = heads * head_dim
+
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=META)
+
+    x, residual = made(tokens, dim), made(tokens, dim, dtype=torch.float32)
+    gate, scale, shift = made(1, 6, dim, dtype=torch.float32).unbind(1)[:3]
+    q, k, v = made(tokens, 3 * heads, head_dim).split(heads, dim=1)
+    weight, angles = made(dim), made(tokens, head_dim // 2, dtype=torch.float32)
+    offsets = made(3, dtype=torch.int32)
+    turn = (q, k, weight, weight, angles, angles)
+    longest = {"max_seqlen_q": tokens // 2, "max_seqlen_k": tokens // 2}
+    return {
+        "norm_modulate": partial(sk.norm_modulate, x, scale, shift),
+        "gate_residual_norm_modulate": partial(
+            sk.gate_residual_norm_modulate, x, residual, gate, scale, shift
+        ),
+        "qk_norm_rope": partial(sk.qk_norm_rope, *turn, across_heads=True),
+        "packed_attention": partial(sk.packed_attention, q, k, v, offsets, offsets, **longest),
+    }
+
+
+def microseconds(call: Callable[[], Any], count: int = 2000) -> float:
+    """Of this thread on its processor: the least of three means."""
+    call()
+    call()
+
+    def several() -> None:
+        for _ in range(count):
+            call()
+
+    return min(milliseconds(several) for _ in range(3)) / count * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
@@ -105,6 +143,9 @@ def main() -> None:
             least, median = blocks_cost(shape, options.rounds, options.text_tokens)
             times = f"{least:.1f} ms | {median:.1f} ms"
             print(f"| {name} | {found.total()} | {shape.layers} | {times} |", flush=True)
+        with torch.inference_mode():
+            took = {name: microseconds(call) for name, call in calls().items()}
+    print("\nA call: " + ", ".join(f"{name} {each:.0f} us" for name, each in took.items()))
     print("\nA block: " + ", ".join(f"{count} {kernel}" for kernel, count in found.items()))
 
 
