@@ -160,7 +160,7 @@ def test_a_file_under_wans_own_names_is_the_same_model(pair, tmp_path):
     }
     save_file(own, tmp_path / "vace.safetensors")
     from sora_engine.io.safetensors import Weights
-    from sora_engine.models.wan.checkpoint import to_diffusers_name
+    from sora_engine.models.wan.names import to_diffusers_name
 
     with Weights.open(tmp_path / "vace.safetensors") as opened:
         assert {to_diffusers_name(name) for name in opened} == set(weights)

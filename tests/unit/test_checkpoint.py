@@ -21,10 +21,10 @@ from sora_engine.models.wan.checkpoint import (
     TransformerSource,
     infer_config,
     resolve_model,
-    to_diffusers_name,
 )
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
+from sora_engine.models.wan.names import to_diffusers_name
 from sora_engine.samplers.config import read_config
 from tests.unit.wan_folders import IMAGE, VARIANTS, pipeline, transformer
 

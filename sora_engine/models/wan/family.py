@@ -20,12 +20,12 @@ from sora_engine.models.wan.checkpoint import (
     LAYOUT,
     WanCheckpoint,
     resolve_model,
-    to_diffusers_name,
     transformer_in_file,
 )
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.ladders import WAN_LADDERS
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
+from sora_engine.models.wan.names import to_diffusers_name
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.ladders import Ladder
 from sora_engine.vae.registry import read_vae_config
