@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         UpsamplingError,
     )
     from sora_engine.request.guidance import Guidance
+    from sora_engine.request.lora import Lora
     from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
     from sora_engine.request.windows import SparsePlan, WindowPlan
     from sora_engine.runtime.async_engine import AsyncEngine
@@ -82,6 +83,7 @@ _HOMES = {
     "Progress": "runtime.job",
     "MemoryPlan": "runtime.memory",
     "Receipt": "video",
+    "Lora": "request.lora",
     "Clip": "request.request",
     "Footage": "request.request",
     "Shot": "request.request",
@@ -113,6 +115,7 @@ __all__ = [
     "JobState",
     "LayoutError",
     "Limits",
+    "Lora",
     "MediaError",
     "MemoryLimitError",
     "MemoryPlan",

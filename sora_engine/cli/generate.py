@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sora_engine.cli.app import UsageError
-from sora_engine.cli.options import DEFAULT_MODEL, Common, Frames
+from sora_engine.cli.options import DEFAULT_MODEL, Common, Frames, as_option
 from sora_engine.cli.work import Command, video_command
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def image(
 def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common) -> Command:
     """The plan of a video that is made again from what its file says."""
     from sora_engine.io.provenance import read_provenance
+    from sora_engine.request.recipe import loras_of
     from sora_engine.request.request import VideoRequest
 
     provenance = read_provenance(path)
@@ -115,6 +116,9 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
             raise UsageError(f"--like: {path} was made by {provenance.model!r}; name it by --model")
         common = replace(common, model=[DEFAULT_MODEL])
     made = provenance.settings
+    if common.lora is None:
+        found = loras_of(provenance, folder=Path(path).parent)
+        common = replace(common, lora=[as_option(lora) for lora in found])
     if common.dtype == "auto":
         common = replace(common, dtype=str(made.get("dtype", "auto")))
     if common.vae_dtype == "auto":

@@ -12,6 +12,7 @@ import typer
 
 from sora_engine.cli.app import UsageError
 from sora_engine.config import ParallelConfig
+from sora_engine.request.lora import EXPERTS, Lora
 
 DEFAULT_MODEL = "sprites"
 
@@ -96,6 +97,15 @@ class Common:
     vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None
     image_encoder: Annotated[str | None, typer.Option(help="Its image encoder, likewise.")] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:STRENGTH[:EXPERT]]",
+            help="An adapter, merged into the model; of two experts, high or low is the one it is "
+            "for. Repeat it for several.",
+            show_default=False,
+        ),
+    ] = None
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = (
         None
     )
@@ -180,6 +190,10 @@ class Common:
             )
         return given or self.components
 
+    def loras(self) -> tuple[Lora, ...]:
+        """The adapters, as `Engine.from_pretrained` takes them."""
+        return tuple(parse_lora(text) for text in self.lora or ())
+
     def settings(self) -> dict[str, Any]:
         """What was given of a `VideoRequest`'s values."""
         height, width = (None, None) if self.size is None else parse_size(self.size)
@@ -237,6 +251,33 @@ def parse_size(
     if match is None:
         raise UsageError(f"{option}: {size!r} is not {form}")
     return int(match[2]), int(match[1])
+
+
+def parse_lora(text: str) -> Lora:
+    """'detail.safetensors:0.8:high' as an adapter. A file of just that name is taken as it is."""
+    path, strength, expert = text, 1.0, None
+    if not Path(text).exists():
+        match = re.fullmatch(r"(.+?):([^:/\\]*)(?::([^:/\\]*))?", text)
+        if match is not None:
+            path, number, expert = match.groups()
+            try:
+                strength = float(number)
+            except ValueError:
+                raise UsageError(
+                    f"--lora: {number!r} in {text!r} is no strength; FILE:0.8 or FILE:0.8:high "
+                    "would work"
+                ) from None
+    if expert is not None and expert not in EXPERTS:
+        raise UsageError(f"--lora: {expert!r} in {text!r} is no expert; high or low would work")
+    if not Path(path).exists():
+        raise UsageError(f"--lora: {path} does not exist")
+    return Lora(path, strength, expert)
+
+
+def as_option(lora: Lora) -> str:
+    """An adapter as `parse_lora` reads it."""
+    parts = [str(lora.path_or_name), repr(lora.strength)]
+    return ":".join(parts if lora.expert is None else [*parts, lora.expert])
 
 
 def parse_parallel(text: str) -> ParallelConfig | Literal["auto"]:

@@ -165,6 +165,7 @@ def check_before_loading(command: Command, output: str) -> None:
         with suppress(OSError):
             if os.path.samefile(path, output):
                 raise UsageError(f"--output: {path} would be written over; name another file")
+    command.common.loras()
     try:
         check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
         for path in command.files:
@@ -203,6 +204,7 @@ def load_engine(common: Common) -> Engine:
             vae_dtype=common.vae_dtype,
             exact=common.exact,
             offload=common.offload,
+            loras=common.loras(),
         )
     except SoraError as error:
         raise UsageError(in_options(error)) from error

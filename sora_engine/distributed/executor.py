@@ -29,6 +29,7 @@ from sora_engine.io.system import usable_cores
 from sora_engine.models.device import resolve_device, resolve_dtype, resolve_vae_dtype
 from sora_engine.models.registry import Components, ModelPath, open_checkpoint, plain_components
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
+from sora_engine.request.lora import EXPERTS, Lora, LoraRecord, checked_loras
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +61,7 @@ class RemoteModel:
     from_timesteps: tuple[float, ...]
     weights_hash: str
     known_mode: KnownMode
+    loras: tuple[LoraRecord, ...] = ()
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> RemoteModel:
@@ -76,6 +78,7 @@ class RemoteModel:
             from_timesteps=tuple(fields["from_timesteps"]),
             weights_hash=fields["weights_hash"],
             known_mode=KnownMode(fields["known_mode"]),
+            loras=tuple(LoraRecord(**record) for record in fields["loras"]),
         )
 
     @property
@@ -302,6 +305,7 @@ def start_replicas(
     attention_backend: str,
     exact: bool,
     components: Components | None,
+    loras: Sequence[Lora] = (),
 ) -> list[RankExecutor]:
     """Start `parallel.data` replicas of a model, each over the ranks of one layout.
 
@@ -330,6 +334,7 @@ def start_replicas(
         "attention_backend": attention_backend,
         "exact": exact,
         "components": plain_components(components),
+        "loras": [lora.to_json() for lora in checked_loras(loras, len(EXPERTS))],
     }
     layout = replace(parallel, data=1)
     if torchrun.launched():

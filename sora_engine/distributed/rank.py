@@ -42,6 +42,7 @@ from sora_engine.distributed.wire import (
 from sora_engine.errors import JobFailedError, NonFiniteError, RankFailedError, SoraError
 from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
+from sora_engine.request.lora import Lora
 from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.decoding import as_kept, decoding
 
@@ -189,7 +190,9 @@ class _Rank:
             from sora_engine.distributed.weights import WeightShards
 
             sharder = WeightShards(mesh)
-        model = load_video_model(device=device, sharder=sharder, alone=False, **settings["model"])
+        options = dict(settings["model"])
+        options["loras"] = [Lora(**lora) for lora in options.get("loras", ())]
+        model = load_video_model(device=device, sharder=sharder, alone=False, **options)
         return cls(model, mesh)
 
     def describe(self) -> dict[str, Any]:
@@ -204,6 +207,7 @@ class _Rank:
             "from_timesteps": [expert.from_timestep for expert in model.experts],
             "weights_hash": model.weights_hash,
             "known_mode": model.known_mode,
+            "loras": [record.to_json() for record in model.loras],
             "latents_mean": list(model.vae.config.latents_mean),
             "latents_std": list(model.vae.config.latents_std),
             "vae_name": type(model.vae.coder).__name__,

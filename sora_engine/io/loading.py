@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.source import WeightSource
 
 
@@ -24,6 +25,7 @@ def load_into(
     tied: Mapping[str, str] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
     shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
+    merge: Merge | None = None,
 ) -> None:
     """Give `module`, built on the meta device, its parameters and persistent buffers.
 
@@ -37,6 +39,7 @@ def load_into(
     no file holds. `shard` makes the module one of several that share its weights out: it is called
     once the module has the dtypes that are wanted, still on the meta device, and tells for names
     whose parameters are now DTensors which rows of them this process has; no others are read.
+    `merge` changes parameters as they are read, by the module's names.
 
     Raises `CheckpointError` for missing, unexpected and wrong-shape tensors, before anything is
     read, and leaves the module as it was.
@@ -58,7 +61,10 @@ def load_into(
         stored = weights.info(source).dtype
         target = _target(name, stored, dtype, keep_fp32)
         own = rows.get(name)
-        value = weights.read(source, device=device, dtype=target, rows=own)
+        if merge is not None and name in merge:
+            value = merge.read(name, weights, source, device=device, dtype=target, rows=own)
+        else:
+            value = weights.read(source, device=device, dtype=target, rows=own)
         if own is None:
             _assign(module, name, value, wanted[name])
         else:

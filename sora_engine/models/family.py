@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sora_engine.denoise.model import TransformerShape
+from sora_engine.io.weights.merging import Merge
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
@@ -22,6 +23,8 @@ from sora_engine.request.ladders import Ladder
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The tensors of a file: their names and shapes."""
+Sizes = Mapping[str, tuple[int, int]]
+"""Of modules, by the engine's names: rows of the weight, and values of a row."""
 ShardWeights = Callable[[nn.Module], Mapping[str, range]]
 """Makes a module on the meta device one of several that share its weights out; tells which rows of
 which parameters this process then has. See `io.loading.load_into`."""
@@ -37,8 +40,10 @@ class Fill(Protocol):
         device: torch.device | str,
         dtype: torch.dtype,
         shard: ShardWeights | None = None,
+        merge: Merge | None = None,
     ) -> None:
-        """Fill a module that was built on the meta device. Raises CheckpointError."""
+        """Fill a module that was built on the meta device, adapters merged in. Raises
+        CheckpointError."""
         ...
 
 
@@ -150,6 +155,20 @@ class Family(Protocol):
     def describe_file(self, path: Path) -> str:
         """What a transformer file that it claims is, and what goes with it, for people. Raises
         CheckpointError."""
+        ...
+
+    def own_name(self, module: str) -> str | None:
+        """The module or parameter that an adapter's name for it means, in any published naming,
+        with dots or with underscores in their place; None for one that is no naming's."""
+        ...
+
+    def is_further_input(self, name: str) -> bool:
+        """Whether a parameter serves an input that some of its transformers do not take, such as
+        an image's tokens: adapters' changes of it are left out there, and logged."""
+        ...
+
+    def describe_adapter(self, sizes: Sizes) -> str | None:
+        """Which of its models has such parameters, for people; None where none of them are its."""
         ...
 
     def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:

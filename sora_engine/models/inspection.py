@@ -7,10 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora_engine.io.weights.adapter_keys import parse_key
+from sora_engine.io.weights.adapters import read_adapter
 from sora_engine.io.weights.dequantised import DequantisedWeights
 from sora_engine.io.weights.gguf import GGUFWeights
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.source import WeightSource
+from sora_engine.models.adapters import describe
 from sora_engine.models.registry import families
 from sora_engine.text.clip_file import is_clip
 from sora_engine.text.umt5_file import TOKENIZER, is_umt5
@@ -65,6 +68,8 @@ def inspect_file(path: str | Path) -> FileReport:
         kinds.append(f"UMT5 text encoder, {'with' if tokens else 'without'} its tokenizer")
     if is_clip(path):
         kinds.append("CLIP image encoder")
+    if not kinds and any(parse_key(name) is not None for name in shapes):
+        kinds.append(describe(read_adapter(path, check_values=False)))
     return FileReport(path, tuple(kinds), dict(formats), len(shapes), size)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -14,8 +14,10 @@ from sora_engine.denoise.preview import LatentPreview
 from sora_engine.errors import BackendError
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
+from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.selected import SelectedWeights
 from sora_engine.io.weights.source import WeightSource
+from sora_engine.models.adapters import merges_of
 from sora_engine.models.device import (
     own_device,
     resolve_device,
@@ -31,9 +33,10 @@ from sora_engine.models.offload import (
     offload_blocks,
     offload_encoder,
 )
-from sora_engine.models.registry import Components, ModelPath, open_checkpoint
+from sora_engine.models.registry import Components, ModelPath, family_named, open_checkpoint
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
+from sora_engine.request.lora import Lora, LoraRecord
 from sora_engine.samplers import SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, PromptEncoder, load_text_encoder
 from sora_engine.vae.backend import open_coder
@@ -73,6 +76,7 @@ def load_video_model(
     exact: bool = False,
     components: Components | None = None,
     offload: str = "none",
+    loras: Sequence[Lora] = (),
     needed: Callable[[VideoModel], int] | None = None,
     sharder: WeightSharder | None = None,
     alone: bool = True,
@@ -97,6 +101,7 @@ def load_video_model(
         invariant=exact,
     )
     checkpoint, name = open_checkpoint(path, components)
+    merges, records = _merges(loras, checkpoint, build)
     coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
     decoder = _open_decoder(
         checkpoint, target, coding_dtype, vae_backend, cuda_graphs, by_time=not exact
@@ -108,7 +113,7 @@ def load_video_model(
         family=checkpoint.family,
         device=target,
         dtype=weights_dtype,
-        experts=_experts(checkpoint, weights_dtype, build),
+        experts=_experts(checkpoint, weights_dtype, lambda source, _: build(source)),
         vae=decoder.vae,
         vae_dtype=decoder.dtype,
         prompt_encoder=load_prompt_encoder(checkpoint, target, weights_dtype, offload),
@@ -121,6 +126,7 @@ def load_video_model(
         defaults=checkpoint.defaults,
         weights_hash=sampled_hash(checkpoint.weights_paths),
         preview=LatentPreview.read(checkpoint.path, checkpoint.grid.channels),
+        loras=records,
     )
     if offload == "auto":
         offload = _level_for(model, needed)
@@ -130,14 +136,16 @@ def load_video_model(
     model.experts = _experts(
         checkpoint,
         weights_dtype,
-        lambda source: load_transformer(
+        lambda source, merge: load_transformer(
             source,
             build(source),
             target,
             sharder=sharder,
             visiting=offload == "blocks",
             cuda_graphs=cuda_graphs if alone else "off",
+            merge=merge,
         ),
+        merges=merges,
         shares=1 if sharder is None else sharder.num_ranks,
     )
     model.transformer(0)
@@ -200,18 +208,21 @@ def load_transformer(
     sharder: WeightSharder | None = None,
     visiting: bool = False,
     cuda_graphs: str = "off",
+    merge: Merge | None = None,
 ) -> DiffusionTransformer:
     """A transformer, which is on the meta device, filled from its files.
 
-    visiting: the weights of the blocks are read into host memory and wait there.
+    visiting: the weights of the blocks are read into host memory and wait there. merge: what
+        adapters change of them.
     cuda_graphs: whether passes are recorded, of weights that are whole and stay on the device:
         "auto", "on" or "off".
     """
     dtype = transformer.dtype
+    fill = source.fill if merge is None else partial(source.fill, merge=merge)
     if sharder is not None:
-        source.fill(transformer, device=device, dtype=dtype, shard=partial(sharder.cut, device))
+        fill(transformer, device=device, dtype=dtype, shard=partial(sharder.cut, device))
         return transformer
-    source.fill(transformer, device="cpu" if visiting else device, dtype=dtype)
+    fill(transformer, device="cpu" if visiting else device, dtype=dtype)
     if not visiting:
         transformer.prepare()
         if wanted(cuda_graphs, device):
@@ -244,19 +255,35 @@ def hollow_transformer(
 def _experts(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
-    load: Callable[[ExpertSource], DiffusionTransformer],
+    load: Callable[[ExpertSource, Merge | None], DiffusionTransformer],
     shares: int = 1,
+    merges: Sequence[Merge | None] | None = None,
 ) -> list[Expert]:
-    """shares: over how many ranks each one's weights are shared out."""
+    """shares: over how many ranks each one's weights are shared out. merges: of each."""
+    each = merges or [None] * len(checkpoint.experts)
     num_timesteps = _sampler_config(checkpoint).num_train_timesteps
     return [
         Expert(
-            load=partial(load, source),
+            load=partial(load, source, merge),
             from_timestep=source.from_fraction * num_timesteps,
             size_bytes=source.num_parameters * dtype.itemsize // shares,
         )
-        for source in checkpoint.experts
+        for source, merge in zip(checkpoint.experts, each, strict=True)
     ]
+
+
+def _merges(
+    loras: Sequence[Lora],
+    checkpoint: Checkpoint,
+    build: Callable[[ExpertSource], DiffusionTransformer],
+) -> tuple[Sequence[Merge | None] | None, tuple[LoraRecord, ...]]:
+    """What adapters change of each expert, and how results name them."""
+    if not loras:
+        return None, ()
+    hollow = build(checkpoint.experts[0]).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in hollow.items()}
+    family = family_named(checkpoint.family)
+    return merges_of(loras, family, shapes, len(checkpoint.experts))
 
 
 def _sampler_config(checkpoint: Checkpoint) -> SamplerConfig:

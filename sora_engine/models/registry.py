@@ -71,6 +71,11 @@ def families() -> list[Family]:
     return [entry for entry in _FAMILIES if not isinstance(entry, str)]
 
 
+def family_named(name: str) -> Family:
+    """The family of a checkpoint, by its name."""
+    return next(family for family in families() if family.name == name)
+
+
 def open_checkpoint(
     path: ModelPath, components: Components | None = None
 ) -> tuple[Checkpoint, str]:

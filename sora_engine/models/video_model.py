@@ -13,6 +13,7 @@ from sora_engine.denoise.preview import LatentPreview
 from sora_engine.models.backends import served_backends
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.lora import LoraRecord
 from sora_engine.samplers import SamplerConfig
 from sora_engine.text import ImageEncoder, PromptEncoder
 from sora_engine.vae.fit import FittedCoder
@@ -44,6 +45,7 @@ class VideoModel:
     learned_variance: whether predictions carry as many channels again, of a variance.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to colours, where the checkpoint brings that.
+    loras: adapters that are merged into its transformers.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
     """
 
@@ -64,6 +66,7 @@ class VideoModel:
     family: str = ""
     learned_variance: bool = False
     preview: LatentPreview | None = None
+    loras: tuple[LoraRecord, ...] = ()
     offload: str = "none"
 
     @property

@@ -2,6 +2,7 @@
 
 from sora_engine.request.facts import GenerationDefaults, KnownMode, LatentGrid, ModelFacts
 from sora_engine.request.guidance import Guidance
+from sora_engine.request.lora import Lora
 from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
 from sora_engine.request.resolve import ResolvedRequest, check_for_mode, resolve_request
 from sora_engine.request.windows import SparsePlan, WindowPlan
@@ -13,6 +14,7 @@ __all__ = [
     "Guidance",
     "KnownMode",
     "LatentGrid",
+    "Lora",
     "ModelFacts",
     "ResolvedRequest",
     "Shot",

@@ -24,6 +24,7 @@ from sora_engine.io.provenance import Provenance
 from sora_engine.request.checks import integer
 from sora_engine.request.frames import as_array
 from sora_engine.request.guidance import Guidance
+from sora_engine.request.lora import Lora, LoraRecord
 from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
 from sora_engine.request.resolve import ResolvedRequest
 from sora_engine.request.windows import SparsePlan, WindowPlan
@@ -49,6 +50,8 @@ class Maker(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def vae_dtype(self) -> torch.dtype: ...
+    @property
+    def loras(self) -> tuple[LoraRecord, ...]: ...
 
 
 Make = Callable[[VideoRequest], Video]
@@ -92,6 +95,8 @@ def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
     if request.latents is not None:
         noise = request.latents.detach().float().cpu().contiguous().numpy()
         settings["latents"] = {"sha256": _hash(noise.tobytes())}
+    if model.loras:
+        settings["loras"] = [record.to_json() for record in model.loras]
     settings["model_hash"] = model.weights_hash
     settings["device"] = model.device.type
     settings["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -140,6 +145,22 @@ def request_of(provenance: Provenance, make: Make, *, folder: Path | None = None
     except (TypeError, KeyError, AttributeError) as error:
         raise RequestError(f"its metadata are not this engine's: {error}") from error
     return VideoRequest(provenance.prompt, seed=provenance.seed, **values)
+
+
+def loras_of(provenance: Provenance, *, folder: Path | None = None) -> tuple[Lora, ...]:
+    """The adapters that a result was made with, found as its clips are; raises likewise."""
+    try:
+        records = [LoraRecord(**record) for record in provenance.settings.get("loras", ())]
+    except TypeError as error:
+        raise RequestError(f"its metadata are not this engine's: {error}") from error
+    return tuple(
+        Lora(
+            _find(Path(Path(r.name).name), r.sha256, folder, "adapter"),
+            r.strength,
+            r.expert,
+        )
+        for r in records
+    )
 
 
 def _clip_to_json(clip: Clip) -> dict[str, Any]:
@@ -196,8 +217,8 @@ def _frames_from_json(record: dict[str, Any], make: Make, folder: Path | None) -
     return whole
 
 
-def _find(path: Path, sha256: str, folder: Path | None) -> Path:
-    """The clip's file: beside the result or in the current folder, if it is still the same."""
+def _find(path: Path, sha256: str, folder: Path | None, what: str = "clip") -> Path:
+    """The file: beside the result or in the current folder, if it is still the same."""
     here = Path.cwd()
     places = [path, here / path.name]
     if folder is not None:
@@ -206,13 +227,13 @@ def _find(path: Path, sha256: str, folder: Path | None) -> Path:
     if not found:
         looked = here if folder is None else f"{folder}, and not in {here}"
         raise MediaError(
-            f"the clip {path.name} (sha256 {sha256[:12]}) is not there any more: it is not in "
+            f"the {what} {path.name} (sha256 {sha256[:12]}) is not there any more: it is not in "
             f"{looked}; a copy of it, or a link to it, beside the result would work"
         )
     for place in found:
         if (place.is_file() or place.is_dir()) and _hash_path(place) == sha256:
             return place
-    raise MediaError(f"the clip {found[0]} is not the file it was (sha256 {sha256[:12]})")
+    raise MediaError(f"the {what} {found[0]} is not the file it was (sha256 {sha256[:12]})")
 
 
 def _hash_path(path: Path) -> str:

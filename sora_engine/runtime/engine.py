@@ -24,6 +24,7 @@ from sora_engine.models.registry import Components, ModelPath
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import ResolvedRequest, VideoRequest, check_for_mode, resolve_request
 from sora_engine.request.checks import integer, positive, shown
+from sora_engine.request.lora import Lora
 from sora_engine.request.unread import unread
 from sora_engine.runtime.executor import AnyExecutor, LocalExecutor, ServedModel
 from sora_engine.runtime.hooks import Hooks
@@ -104,6 +105,7 @@ class Engine:
         exact: bool = False,
         components: Components | None = None,
         offload: str = "auto",
+        loras: Sequence[Lora] = (),
         parallel: ParallelConfig | Literal["auto"] | None = None,
         limits: Limits | None = None,
         hooks: Hooks | None = None,
@@ -133,14 +135,16 @@ class Engine:
                 `"text"`, the text and image encoders' layers; `"blocks"`, the transformers' too.
                 `"auto"`, on a GPU: the first of these with which a request of the checkpoint's
                 default size fits. The results are the same.
+            loras: adapters that are merged into the transformers' weights as these are read; all
+                requests have them, and they take no memory of their own.
             parallel: over how many ranks; the engine starts and owns them, on this machine.
                 `"auto"`: over all GPUs, as the planner would.
             limits: bounds on requests and on what is done at a time.
             hooks: what a service checks of requests and frames.
 
-        Raises CheckpointError for a checkpoint that cannot be used, BackendError for a device or a
-        backend that is not there, LayoutError for a `parallel` that cannot be, RankFailedError
-        where a rank does not start.
+        Raises CheckpointError for a checkpoint or an adapter that cannot be used, BackendError for
+        a device or a backend that is not there, LayoutError for a `parallel` that cannot be,
+        RankFailedError where a rank does not start.
         """
         _check_types(limits, hooks)
         layout = settle_layout(parallel, model, components, device)
@@ -161,6 +165,7 @@ class Engine:
                 attention_backend=attention_backend,
                 exact=exact,
                 components=components,
+                loras=loras,
             )
             return cls(limits=limits, hooks=hooks, replicas=replicas)
         loaded = load_video_model(
@@ -174,6 +179,7 @@ class Engine:
             exact=exact,
             components=components,
             offload=offload,
+            loras=loras,
             needed=lambda hollow: default_peak(hollow, limits or Limits()),
         )
         return cls(loaded, limits=limits, hooks=hooks)

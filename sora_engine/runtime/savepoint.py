@@ -28,6 +28,7 @@ from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.provenance import Provenance
 from sora_engine.io.whole_file import read_whole
 from sora_engine.request import Guidance, LatentGrid, ResolvedRequest, Shot, SparsePlan, WindowPlan
+from sora_engine.request.lora import LoraRecord
 from sora_engine.request.recipe import Maker
 
 FORMAT = 3
@@ -96,6 +97,7 @@ def save_state(
         "frame_texts": list(state.frame_texts),
         "model": model.weights_hash,
         "dtype": str(model.dtype),
+        "loras": [record.to_json() for record in model.loras],
         "provenance": provenance.to_json(),
     }
     # Copies: some tensors share storage, which the format does not allow.
@@ -153,10 +155,25 @@ def _check_kind(path: Path, model: SavedFor, names: Sequence[str], said: Mapping
             f"{model.weights_hash[:12]}",
             path=path,
         )
+    mine = [record.to_json() for record in model.loras]
+    saved = metadata.get("loras", [])
+    if saved != mine:
+        raise CheckpointError(
+            f"the job was saved with {_told(saved)} merged in, and this engine has {_told(mine)}",
+            path=path,
+        )
     if dtype != str(model.dtype):
         raise CheckpointError(
             f"the job was saved with dtype {dtype}, this engine has {model.dtype}", path=path
         )
+
+
+def _told(loras: Any) -> str:
+    """Adapters for people, out of a file or not."""
+    try:
+        return ", ".join(str(LoraRecord(**record)) for record in loras) or "no adapters"
+    except (TypeError, ValueError):
+        return "adapters that cannot be read"
 
 
 def _request_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ResolvedRequest:

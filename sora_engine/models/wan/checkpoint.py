@@ -20,6 +20,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import refuse_pickle
+from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.selected import under_prefix
 from sora_engine.io.weights.source import WeightSource
@@ -99,9 +100,10 @@ class TransformerSource:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
+        merge: Merge | None = None,
     ) -> None:
-        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` as
-        of `load_into`."""
+        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` and
+        `merge` as of `load_into`."""
         with open_transformer(self.path) as weights:
             load_into(
                 module,
@@ -112,6 +114,7 @@ class TransformerSource:
                 keep_fp32=KEEP_FP32,
                 ignore=IGNORED,
                 shard=shard,
+                merge=merge,
             )
 
     @property

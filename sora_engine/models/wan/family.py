@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from sora_engine.models.family import (
     ExpertSource,
     ImageSource,
     Shapes,
+    Sizes,
     TextSource,
 )
 from sora_engine.models.folder import FolderLayout
@@ -25,7 +27,7 @@ from sora_engine.models.wan.checkpoint import (
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.ladders import WAN_LADDERS
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
-from sora_engine.models.wan.names import to_diffusers_name
+from sora_engine.models.wan.names import own_name, to_diffusers_name
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.ladders import Ladder
 from sora_engine.vae.registry import read_vae_config
@@ -66,6 +68,36 @@ class WanFamily:
             f"{self.name} transformer, {'ti2v' if five else kind}: {config.num_layers} layers, "
             f"{width} wide, {config.in_channels} channels in; goes with {', '.join(needs)}"
         )
+
+    def own_name(self, module: str) -> str | None:
+        """As `names.own_name`."""
+        return own_name(module)
+
+    def is_further_input(self, name: str) -> bool:
+        """What reads CLIP's tokens of an image (2.1 I2V)."""
+        parts = ("image_embedder", "add_k_proj", "add_v_proj", "norm_added_k", "norm_added_q")
+        return any(part in parts for part in name.split("."))
+
+    def describe_adapter(self, sizes: Sizes) -> str | None:
+        """Width and layers, from the attention and feed-forward weights of its blocks."""
+        widths, layers, image = set(), 0, False
+        for name, (rows, width) in sizes.items():
+            image = image or self.is_further_input(name)
+            block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+            if block is None:
+                continue
+            layers = max(layers, int(block[1]) + 1)
+            if re.fullmatch(r"attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)", block[2]):
+                widths.add(rows)
+            elif block[2] == "ffn.net.0.proj":
+                widths.add(width)
+        if len(widths) != 1:
+            return None
+        (width,) = widths
+        known = {1536: "1.3B", 3072: "5B", 5120: "14B"}.get(width)
+        size = f"{width} wide" if known is None else f"{width} wide ({known})"
+        kind = ", with an image encoder" if image else ""
+        return f"a {self.name} transformer {size} of {layers} layers or more{kind}"
 
     def open_folder(self, path: Path, settings: Mapping[str, Any]) -> Checkpoint:
         """A folder in diffusers' layout."""

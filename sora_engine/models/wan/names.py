@@ -66,3 +66,29 @@ def to_diffusers_name(name: str) -> str:
     else:
         stem = _OUTSIDE.get(stem, stem)
     return stem + dot + leaf
+
+
+def own_name(module: str) -> str | None:
+    """The module or parameter that a name without `.weight` and `.bias` means: Wan's own or
+    diffusers', with dots or with underscores in their place (kohya, musubi-tuner, VideoX-Fun). None
+    for one that is neither's."""
+    if "." in module:
+        name = to_diffusers_name(module)
+        if name.endswith(".to_out"):  # diffusers' attention processors of 2023 had it so
+            name += ".0"
+        return name
+    block = re.fullmatch(r"((?:vace_)?blocks)_(\d+)_(.+)", module)
+    if block is None:
+        return _UNDERSCORED_OUTSIDE.get(module)
+    inside = _UNDERSCORED.get(block[3])
+    return None if inside is None else f"{block[1]}.{block[2]}.{inside}"
+
+
+def _underscored(names: dict[str, str]) -> dict[str, str]:
+    """Both namings with underscores, to diffusers'. Wan's own go first where both have one."""
+    theirs = {name.replace(".", "_"): name for name in names.values()}
+    return theirs | {own.replace(".", "_"): name for own, name in names.items()}
+
+
+_UNDERSCORED_OUTSIDE = _underscored(_OUTSIDE)
+_UNDERSCORED = _underscored(_IN_BLOCK)
