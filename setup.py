@@ -29,6 +29,7 @@ PER_ISA = [
     "csrc/cpu/rope.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/causal.cpp",
+    "csrc/cpu/lora.cpp",
 ]
 ONCE = ["csrc/cpu/dispatch.cpp", "csrc/bindings.cpp"]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]

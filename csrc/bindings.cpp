@@ -314,6 +314,64 @@ std::tuple<Tensor, Tensor> causal_norm_silu(const Tensor& x_in, const Tensor& pa
   return {joined, cache};
 }
 
+// Adapter i changes the rows from rows[2 i] to below rows[2 i + 1].
+Tensor lora_linear(const Tensor& x_in, const Tensor& base_in, at::TensorList down,
+                   at::TensorList up, at::IntArrayRef rows, at::ArrayRef<double> scale) {
+  const Tensor x = dense_rows(x_in), base = dense_rows(base_in);
+  const int64_t tokens = x.size(0), count = down.size();
+  TORCH_CHECK(base.size(0) == tokens && base.scalar_type() == x.scalar_type() &&
+                  static_cast<int64_t>(up.size()) == count &&
+                  static_cast<int64_t>(rows.size()) == 2 * count &&
+                  static_cast<int64_t>(scale.size()) == count,
+              "sora: ", count, " adapters on ", x.sizes(), " and ", base.sizes());
+  Tensor out = result({tokens, base.size(1)}, x.options());
+  sora::LoraArgs args;
+  args.type = type_of(x);
+  args.x = x.const_data_ptr();
+  args.x_stride = x.stride(0);
+  args.base = base.const_data_ptr();
+  args.base_stride = base.stride(0);
+  args.out = out.mutable_data_ptr();
+  args.ins = x.size(1);
+  args.outs = base.size(1);
+  std::vector<Tensor> held;  // conversions, alive until the end
+  std::vector<sora::LoraGroup> groups(count);
+  std::vector<int64_t> cuts = {0, tokens};
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK(down[i].dim() == 2 && up[i].dim() == 2 && down[i].size(1) == args.ins &&
+                    up[i].size(0) == args.outs && up[i].size(1) == down[i].size(0) &&
+                    0 <= rows[2 * i] && rows[2 * i] <= rows[2 * i + 1] &&
+                    rows[2 * i + 1] <= tokens,
+                "sora: adapter ", i, " of ", down[i].sizes(), " and ", up[i].sizes());
+    held.push_back(down[i].to(at::kFloat).contiguous());
+    groups[i].down = held.back().const_data_ptr<float>();
+    held.push_back(up[i].to(at::kFloat).t().contiguous());
+    groups[i].up = held.back().const_data_ptr<float>();
+    groups[i].rank = down[i].size(0);
+    groups[i].scale = static_cast<float>(scale[i]);
+    cuts.insert(cuts.end(), {rows[2 * i], rows[2 * i + 1]});
+  }
+  std::sort(cuts.begin(), cuts.end());
+  const auto& kernels = sora::kernels();
+  for (size_t cut = 0; cut + 1 < cuts.size(); ++cut) {
+    const int64_t start = cuts[cut], stop = cuts[cut + 1];
+    if (start == stop) continue;
+    std::vector<sora::LoraGroup> own;
+    int64_t ranks = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (rows[2 * i] > start || rows[2 * i + 1] < stop) continue;
+      own.push_back(groups[i]);
+      ranks += groups[i].rank;
+    }
+    const int64_t work = args.outs + ranks * (args.ins + args.outs) / 4;
+    at::parallel_for(start, stop, 4 * grain(work), [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(sora::lora_scratch(args.ins, ranks));
+      kernels.lora(args, own.data(), own.size(), begin, end, scratch.data());
+    });
+  }
+  return out;
+}
+
 // A tile of `block` queries for each entry: (segment, first query of the tile in its segment).
 Tensor plan_tiles(const Tensor& offsets_in, int64_t block) {
   const Tensor offsets = offsets_in.to(at::kLong).contiguous();
@@ -361,6 +419,8 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
         "-> (Tensor, Tensor)");
   m.def("native_causal_norm_silu(Tensor x, Tensor past, Tensor weight, float eps) "
         "-> (Tensor, Tensor)");
+  m.def("native_lora_linear(Tensor x, Tensor base, Tensor[] down, Tensor[] up, int[] rows, "
+        "float[] scale) -> Tensor");
   m.def("native_plan_tiles(Tensor offsets, int block) -> Tensor");
   m.def("native_isa() -> str", native_isa);
   m.def("native_threads() -> int", native_threads);
@@ -372,5 +432,6 @@ TORCH_LIBRARY_IMPL(sora, CPU, m) {
   m.impl("native_norm_rope", norm_rope);
   m.impl("native_attention", attention);
   m.impl("native_causal_norm_silu", causal_norm_silu);
+  m.impl("native_lora_linear", lora_linear);
   m.impl("native_plan_tiles", plan_tiles);
 }

@@ -158,11 +158,27 @@ def check_linear(backend: str, device: str, dtype: torch.dtype) -> None:
             raise AssertionError(f"linear {backend}: rows {first} to {last} change in company")
 
 
+def check_lora(backend: str, device: str, dtype: torch.dtype) -> None:
+    rng = generator(7)
+    made = [torch.randn(*s, generator=rng).to(device, dtype) for s in ((777, 200), (777, 300))]
+    ranks, rows, scales = (4, 20, 33), [(0, 300), (250, 600), (600, 700)], [1.0, -0.5, 2.0]
+    down = [torch.randn(r, 200, generator=rng).to(device, dtype) for r in ranks]
+    up = [torch.randn(300, r, generator=rng).to(device, dtype) for r in ranks]
+
+    def call(backend: str, cast: torch.dtype) -> torch.Tensor:
+        x, base, *factors = (t.to(cast) for t in (*made, *down, *up))
+        return sk.lora_linear(x, base, factors[:3], factors[3:], rows, scales, backend=backend)
+
+    low, ref = call("reference", dtype), call("reference", torch.float64)
+    check_within_budget(f"adapters {backend}", call(backend, dtype), ref, low, slack=4.0)
+
+
 def checks() -> Iterator[tuple[str, str, Check]]:
     """Each check with its op and its name: of a backend, a device and a dtype, against fp64."""
     for lengths in ([300, 1, 0, 777], [256, 256, 256]):
         yield "packed_attention", f"segments {lengths}", partial(check_attention, lengths=lengths)
     yield "invariant_linear", "linear, rows in any company", check_linear
+    yield "lora_linear", "adapters", check_lora
     yield "norm_modulate", "norm", check_plain_norm
     yield "causal_norm_silu", "causal norm", check_causal
     yield "gate_residual_norm_modulate", "gated norm", check_norm

@@ -102,6 +102,23 @@ def invariant_linear(shape: Shape) -> Work:
     )
 
 
+def lora_linear(shape: Shape) -> Work:
+    """An adapter of rank 32 for each half of the tokens, on a projection's result."""
+    x, base = randn(shape.tokens, shape.channels), randn(shape.tokens, shape.channels)
+    down, up = randn(32, shape.channels), randn(shape.channels, 32)
+    half = shape.tokens // 2
+    rows = [(0, half), (half, shape.tokens)]
+    return Work(
+        lambda backend: (
+            lambda: sk.lora_linear(
+                x, base, [down, down], [up, up], rows, [1.0, 0.5], backend=backend
+            )
+        ),
+        lambda: torch.cat([x[a:b] @ down.T @ up.T for a, b in rows]).add_(base),
+        flops=4 * shape.tokens * down.numel(),
+    )
+
+
 def temporal_attention(shape: Shape) -> Work:
     q, k, v = (randn(shape.tokens, shape.heads, shape.head_dim) for _ in range(3))
     grid = (shape.frames, 1, shape.positions)
@@ -129,6 +146,7 @@ FUSED = {
 BY_SHAPE = {
     **FUSED,
     "invariant_linear": invariant_linear,
+    "lora_linear": lora_linear,
     "temporal_attention": temporal_attention,
 }
 

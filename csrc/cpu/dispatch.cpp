@@ -10,10 +10,12 @@
   void rope(const sora::RopeArgs&, int64_t, int64_t, float*);                               \
   void attention(const sora::AttentionArgs&, sora::Span, sora::Span, int64_t, float, float*); \
   void causal(const sora::CausalArgs&, int64_t, int64_t);                                   \
+  void lora(const sora::LoraArgs&, const sora::LoraGroup*, int64_t, int64_t, int64_t,       \
+            float*);                                                                        \
   int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \
   }                                                                                         \
   static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
-                                              isa::causal, isa::attention_scratch};
+                                              isa::causal, isa::lora, isa::attention_scratch};
 
 SORA_DECLARE(baseline)
 #ifdef SORA_X86

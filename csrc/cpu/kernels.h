@@ -73,6 +73,23 @@ struct CausalArgs {
   float eps;
 };
 
+struct LoraArgs {
+  Type type;          // of x, base and out
+  const void* x;      // [rows, ins]
+  int64_t x_stride;
+  const void* base;   // [rows, outs]
+  int64_t base_stride;
+  void* out;          // [rows, outs], dense
+  int64_t ins, outs;
+};
+
+// One adapter: `down` [rank, ins] and the transpose of `up`, [rank, outs], both dense.
+struct LoraGroup {
+  const float *down, *up;
+  int64_t rank;
+  float scale;
+};
+
 // Tokens first, first + step, ...: `count` of them.
 struct Span {
   int64_t first, step, count;
@@ -86,6 +103,8 @@ struct Kernels {
   void (*attention)(const AttentionArgs&, Span q, Span k, int64_t head, float padding,
                     float* scratch);
   void (*causal)(const CausalArgs&, int64_t begin, int64_t end);  // rows of `joined`
+  void (*lora)(const LoraArgs&, const LoraGroup* groups, int64_t count, int64_t begin,
+               int64_t end, float* scratch);  // rows that all of the groups change
   int64_t (*attention_scratch)(int64_t queries, int64_t keys, int64_t head_dim);
 };
 
@@ -94,6 +113,8 @@ inline int64_t norm_scratch(int64_t channels) { return channels + 16; }
 inline int64_t rope_scratch(int64_t heads, int64_t head_dim) {
   return heads * head_dim + 2 * head_dim + 48;
 }
+
+inline int64_t lora_scratch(int64_t ins, int64_t ranks) { return 4 * (ins + 16 + ranks); }
 
 // The best table for this processor.
 const Kernels& kernels();

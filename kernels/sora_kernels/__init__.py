@@ -16,6 +16,7 @@ from sora_kernels.dispatch import KernelUnavailableError, backends
 from sora_kernels.factorised.api import spatial_attention, temporal_attention
 from sora_kernels.gated.api import gate_residual_norm_modulate
 from sora_kernels.invariant.api import invariant_linear
+from sora_kernels.lora.api import lora_linear
 from sora_kernels.modulate.api import norm_modulate
 from sora_kernels.rope.api import qk_norm_rope
 from sora_kernels.windowed.api import windowed_attention
@@ -30,6 +31,7 @@ __all__ = [
     "causal_norm_silu",
     "gate_residual_norm_modulate",
     "invariant_linear",
+    "lora_linear",
     "norm_modulate",
     "packed_attention",
     "plan_attention",

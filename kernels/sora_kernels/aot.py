@@ -244,6 +244,25 @@ def _linear(arch: int, key: str, tma: bool) -> Build:
     return Build(f"invariant_linear/{name}{form}", entry, arch, kernel, types, constants, options)
 
 
+def _lora(arch: int, key: str, up: bool) -> Build:
+    from sora_kernels.lora.triton import BLOCK_R, lora_down_kernel, lora_up_kernel
+
+    dtype = torch.bfloat16 if key == "2" else torch.float32
+    name, parameters = _NAMES[dtype], launch.matmul("lora_linear", arch, dtype)
+    types = {"x_ptr": f"*{name}", "base_ptr": f"*{name}", "out_ptr": f"*{name}"}
+    types |= dict.fromkeys(("tiles_ptr", "entries_ptr"), "*i64")
+    types |= dict.fromkeys(("scales_ptr", "middle_ptr"), "*fp32")
+    types |= dict.fromkeys(("x_stride", "base_stride", "ins", "outs", "middle_width"), "i32")
+    constants: dict[str, Any] = {"PRECISION": _precision(dtype), "BLOCK_R": BLOCK_R}
+    constants |= {"BLOCK_M": parameters.block_m}
+    constants |= {"BLOCK_N": parameters.block_n} if up else {"BLOCK_K": parameters.block_k}
+    kernel = lora_up_kernel if up else lora_down_kernel
+    types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+    options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
+    build = f"lora_linear/{name}/{'up' if up else 'down'}"
+    return Build(build, ("lora_linear", key), arch, kernel, types, constants, options)
+
+
 def builds(arch: int) -> Iterator[Build]:
     """Every kernel at every configuration for one architecture.
 
@@ -266,6 +285,9 @@ def builds(arch: int) -> Iterator[Build]:
         if launch.has_tma(arch):
             yield _linear(arch, key, True)
         yield _linear(arch, key, False)
+    for key in launch.entries("lora_linear", arch):
+        yield _lora(arch, key, up=False)
+        yield _lora(arch, key, up=True)
     for key in launch.entries("norm_modulate", arch):
         yield _norm(arch, int(key), gated=False)
         yield _norm(arch, int(key), gated=True)

@@ -61,6 +61,7 @@ KINDS: Mapping[str, Callable[..., Any]] = {
     "windowed_attention": TileLaunch,
     "temporal_attention": TileLaunch,
     "invariant_linear": MatmulLaunch,
+    "lora_linear": MatmulLaunch,
     "norm_modulate": RowLaunch,
     "qk_norm_rope": RowLaunch,
 }
@@ -69,6 +70,7 @@ _INTERPRETED: Mapping[str, Any] = {
     "windowed_attention": TileLaunch(32, 4, 1),
     "temporal_attention": TileLaunch(64, 4, 1),
     "invariant_linear": MatmulLaunch(16, 32, 32, 4, 1),
+    "lora_linear": MatmulLaunch(16, 32, 32, 4, 1),
     "norm_modulate": RowLaunch(4),
     "qk_norm_rope": RowLaunch(4),
 }

@@ -34,6 +34,10 @@ def candidates(op: str, key: str) -> Iterator[Any]:
         for m, n, k in itertools.product(blocks[:2], blocks, (32, 64)):
             for warps, stages in itertools.product((4, 8), (2, 3, 4)):
                 yield launch.MatmulLaunch(m, n, k, warps, stages)
+    elif op == "lora_linear":
+        for m, n, k in itertools.product((32, 64, 128), (64, 128), (32, 64)):
+            for warps, stages in itertools.product((4, 8), (2, 3)):
+                yield launch.MatmulLaunch(m, n, k, warps, stages)
     elif op in ("windowed_attention", "temporal_attention"):
         for tokens, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3)):
             yield launch.TileLaunch(tokens, warps, stages)
@@ -65,6 +69,14 @@ def workload(op: str, key: str, device: torch.device) -> Callable[[], object]:
         dtype = torch.bfloat16 if key == "2" else torch.float32
         x, weight = randn(20_280, 1536, dtype=dtype), randn(8960, 1536, dtype=dtype)
         return lambda: sk.invariant_linear(x, weight, backend="triton")
+    if op == "lora_linear":
+        dtype = torch.bfloat16 if key == "2" else torch.float32
+        x, base = randn(20_280, 1536, dtype=dtype), randn(20_280, 1536, dtype=dtype)
+        down, up = randn(32, 1536, dtype=dtype), randn(1536, 32, dtype=dtype)
+        halves = [(0, 10_140), (10_140, 20_280)]
+        return lambda: sk.lora_linear(
+            x, base, [down, down], [up, up], halves, [1.0, 0.5], backend="triton"
+        )
     size, width = (int(part) for part in key.split("x"))
     dtype = torch.bfloat16 if size == 2 else torch.float32
     grid = (13, 30, 52)

@@ -147,6 +147,34 @@ def test_invariant_linear_refuses(change, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.randn(6, 2, 8)}, "[6, 2, 8]"),
+        ({"x": torch.ones(6, 8, dtype=torch.int8)}, "int8"),
+        ({"base": torch.randn(5, 3)}, "base has 5 rows and x 6"),
+        ({"base": torch.randn(6, 3).half()}, "float16"),
+        ({"down": [torch.randn(2, 9)]}, "[rank, 8] is due"),
+        ({"down": [torch.randn(0, 8)]}, "[0, 8]"),
+        ({"up": [torch.randn(3, 4)]}, "[3, 2] is due"),
+        ({"up": [torch.randn(3, 2).bfloat16()]}, "bfloat16"),
+        ({"up": [torch.randn(3, 2, device="meta")]}, "meta"),
+        ({"up": []}, "1 down, 0 up"),
+        ({"rows": [(0, 7)]}, "rows 0 are 0 to 7; x has 6"),
+        ({"rows": [(3, 2)]}, "rows 0 are 3 to 2"),
+        ({"rows": [(-1, 2)]}, "rows 0 are -1"),
+        ({"scale": [1.0, 2.0]}, "2 scale"),
+        ({"backend": "cublas"}, "'cublas'"),
+    ],
+)
+def test_lora_linear_refuses(change, named):
+    inputs = {"x": torch.randn(6, 8), "base": torch.randn(6, 3), "down": [torch.randn(2, 8)]}
+    inputs |= {"up": [torch.randn(3, 2)], "rows": [(0, 6)], "scale": [1.0], **change}
+    with pytest.raises(ValueError, match=r".") as caught:
+        sk.lora_linear(**inputs)
+    assert named in str(caught.value)
+
+
 @pytest.mark.parametrize("op", [sk.temporal_attention, sk.spatial_attention])
 @pytest.mark.parametrize(
     ("change", "named"),

@@ -21,6 +21,7 @@ from attention_checks import (
 from cases import SLACK
 from hypothesis import given, settings
 from linear_checks import check_linear, linear_cases
+from lora_checks import check_lora, lora_cases
 from norm_checks import (
     causal_cases,
     check_causal,
@@ -93,6 +94,17 @@ def test_native_attention_at_the_edges_of_blocks(queries, keys):
 @given(linear_cases(max_rows=300))
 def test_invariant_linear(case):
     check_linear(case, "reference")
+
+
+@given(lora_cases())
+def test_lora_linear(case):
+    check_lora(case, "reference", same_bits=False)
+
+
+@pytest.mark.usefixtures("native_library")
+@given(lora_cases())
+def test_native_lora_linear(case):
+    check_lora(case, "native")
 
 
 @pytest.mark.usefixtures("native_library")

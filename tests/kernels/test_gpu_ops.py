@@ -25,6 +25,7 @@ from attention_checks import (
 from gpu_runs import asks_for_gpu
 from hypothesis import given
 from linear_checks import check_linear, linear_cases
+from lora_checks import check_lora, lora_cases
 from norm_checks import (
     causal_cases,
     check_causal,
@@ -117,6 +118,13 @@ def test_gate_residual_norm_modulate(backend, case):
 @given(rope_cases(max_tokens=100, head_dims=(16, 64, 128)))
 def test_qk_norm_rope(backend, case):
     check_rope(case, served("qk_norm_rope", backend), device="cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@given(lora_cases(max_rows=700, sizes=(1, 33, 64, 200, 1536)))
+def test_lora_linear(case):
+    check_lora(case, served("lora_linear", "triton"), device="cuda")
 
 
 @pytest.mark.gpu

@@ -31,6 +31,9 @@ CALLS = {
         X.view(2, 3, 4, -1), X.view(2, 3, 4, -1)[:, :2], TABLE[0], 1e-6, "auto",
     ),
     "invariant_linear": (X, X[:3].contiguous(), X[0, :3].contiguous(), "tanh", "auto"),
+    "lora_linear": (
+        X, X, [TABLE, TABLE[:1]], [TABLE.T, TABLE[:1].T], [0, 9, 5, TOKENS], [1.0, 0.5], "auto",
+    ),
     "qk_norm_rope": (Q, K, None, None, ANGLE.cos(), ANGLE.sin(), True, True, 1e-6, "auto"),
     "temporal_attention": (Q, K, V, FLAT, 0.25, "auto"),
     "windowed_attention": (

@@ -16,6 +16,7 @@ from attention_checks import (
 )
 from hypothesis import given, settings
 from linear_checks import check_linear, linear_cases
+from lora_checks import check_lora, lora_cases
 from norm_checks import (
     causal_cases,
     check_causal,
@@ -81,6 +82,12 @@ def test_q_and_k_with_weights_of_their_own_kinds(weights):
 @given(linear_cases(max_rows=40))
 def test_invariant_linear(case):
     check_linear(case, "triton")
+
+
+@settings(max_examples=FEW)
+@given(lora_cases(max_rows=40))
+def test_lora_linear(case):
+    check_lora(case, "triton")
 
 
 @settings(max_examples=FEW)

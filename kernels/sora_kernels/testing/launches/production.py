@@ -5,9 +5,11 @@ Every call is an op's public function on tensors of the pretended card.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,6 +160,21 @@ def exact(model: Model, batch: Batch, index: int = 0) -> Iterator[Call]:
             for shape in ((sum(batch.lengths), ins), (outs, ins), (outs,))
         )
         yield checked(name, sk.invariant_linear, x, weight, bias, gelu=gelu)
+
+
+def adapters(model: Model, batch: Batch, index: int = 0) -> Iterator[Call]:
+    """Low-rank changes of a block's products: adapters of different ranks for the segments, and two
+    for the first."""
+    dim, hidden = model.dim, 4 * model.dim
+    cuts = [0, *itertools.accumulate(batch.lengths)]
+    rows = [(cuts[0], cuts[1]), *itertools.pairwise(cuts)]
+    ranks = [(4, 16, 33, 128)[i % 4] for i in range(len(rows))]
+    for name, ins, outs in (("projection", dim, dim), ("up", dim, hidden), ("down", hidden, dim)):
+        made = partial(empty, dtype=model.dtype, index=index)
+        x, base = made(cuts[-1], ins), made(cuts[-1], outs)
+        down, up = [made(r, ins) for r in ranks], [made(outs, r) for r in ranks]
+        scales = [0.5] * len(rows)
+        yield checked(f"lora {name}", sk.lora_linear, x, base, down, up, rows, scales)
 
 
 def _texts(batch: Batch) -> list[int]:

@@ -18,6 +18,7 @@ from sora_kernels.testing.launches.production import (
     Batch,
     Call,
     Model,
+    adapters,
     autoencoder,
     block,
     exact,
@@ -47,6 +48,7 @@ def groups(arch: int) -> Iterator[tuple[str, Callable[[int], Iterator[Call]]]]:
         for batch in BATCHES:
             yield f"{model.name}/{batch.name}", partial(block, model, batch)
             yield f"{model.name}/{batch.name}/exact", partial(exact, model, batch)
+            yield f"{model.name}/{batch.name}/adapters", partial(adapters, model, batch)
         yield f"{model.name}/strided", partial(strided, model)
         name = GLUON.get(arch)
         if name is not None and model is not SMALL:

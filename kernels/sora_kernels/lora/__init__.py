@@ -1,0 +1,1 @@
+"""Low-rank changes of a linear layer, other ones for other stretches of its rows."""
