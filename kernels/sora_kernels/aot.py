@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,12 @@ from typing import Any
 import torch
 
 from sora_kernels import launch
+from sora_kernels.machine_code import read_cubin
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Shared memory that one block may take, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
 
 Rows = dict[str, dict[str, Any]]
 
@@ -248,19 +246,17 @@ def _lora(arch: int, key: str, up: bool) -> Build:
     from sora_kernels.lora.triton import BLOCK_R, lora_down_kernel, lora_up_kernel
 
     dtype = torch.bfloat16 if key == "2" else torch.float32
-    name, parameters = _NAMES[dtype], launch.matmul("lora_linear", arch, dtype)
-    types = {"x_ptr": f"*{name}", "base_ptr": f"*{name}", "out_ptr": f"*{name}"}
-    types |= dict.fromkeys(("tiles_ptr", "entries_ptr"), "*i64")
-    types |= dict.fromkeys(("scales_ptr", "middle_ptr"), "*fp32")
-    types |= dict.fromkeys(("x_stride", "base_stride", "ins", "outs", "middle_width"), "i32")
-    constants: dict[str, Any] = {"PRECISION": _precision(dtype), "BLOCK_R": BLOCK_R}
-    constants |= {"BLOCK_M": parameters.block_m}
-    constants |= {"BLOCK_N": parameters.block_n} if up else {"BLOCK_K": parameters.block_k}
+    name, parameters = _NAMES[dtype], launch.matmul("lora_linear", arch, dtype)._asdict()
     kernel = lora_up_kernel if up else lora_down_kernel
-    types = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-    options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
+    values = dict.fromkeys(("x", "base", "out"), name) | {"tiles": "i64", "entries": "i64"}
+    named = {argument: argument.removesuffix("_ptr") for argument in kernel.arg_names}
+    types = {a: "i32" if a == n else f"*{values.get(n, 'fp32')}" for a, n in named.items()}
+    sizes = {k: parameters[k.lower()] for k in ("BLOCK_M", "BLOCK_N" if up else "BLOCK_K")}
+    sizes |= {"PRECISION": _precision(dtype), "BLOCK_R": BLOCK_R}
+    options = {option: parameters[option] for option in ("num_warps", "num_stages")}
+    types = {argument: kind for argument, kind in types.items() if argument not in sizes}
     build = f"lora_linear/{name}/{'up' if up else 'down'}"
-    return Build(build, ("lora_linear", key), arch, kernel, types, constants, options)
+    return Build(build, ("lora_linear", key), arch, kernel, types, sizes, options)
 
 
 def builds(arch: int) -> Iterator[Build]:
@@ -286,8 +282,7 @@ def builds(arch: int) -> Iterator[Build]:
             yield _linear(arch, key, True)
         yield _linear(arch, key, False)
     for key in launch.entries("lora_linear", arch):
-        yield _lora(arch, key, up=False)
-        yield _lora(arch, key, up=True)
+        yield from (_lora(arch, key, up) for up in (False, True))
     for key in launch.entries("norm_modulate", arch):
         yield _norm(arch, int(key), gated=False)
         yield _norm(arch, int(key), gated=True)
@@ -316,12 +311,6 @@ def _attributes(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
     }
 
 
-def tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def compiled(build: Build) -> Any:
     """Triton's compiled kernel: `asm["cubin"]` is its machine code."""
     import triton
@@ -347,44 +336,6 @@ def resources(build: Build) -> dict[str, Any]:
     """Compile, and read registers, stack, shared memory and instructions of the machine code."""
     kernel = compiled(build)
     return {**read_cubin(kernel.asm["cubin"]), "shared_bytes": kernel.metadata.shared}
-
-
-def dump(cubin: bytes, what: str) -> str:
-    """What cuobjdump says of machine code: `-sass` or `-res-usage`."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool("cuobjdump"), what, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def instructions(cubin: bytes) -> list[str]:
-    """The instructions of machine code with their widths, such as `LDG.E.128`."""
-    pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9.]+)"
-    return re.findall(pattern, dump(cubin, "-sass"), re.MULTILINE)
-
-
-def read_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack, and counts of telling instructions of one kernel's machine code."""
-    usage = dump(cubin, "-res-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reports no resources: {usage}")
-    opcodes = [instruction.partition(".")[0] for instruction in instructions(cubin)]
-    telling = {
-        "spills": ("STL", "LDL"),
-        "hgmma": ("HGMMA",),
-        "mma": ("HMMA", "QMMA"),
-        "tcgen05": ("UTCHMMA", "UTCQMMA"),
-        "tma": ("UTMALDG",),
-        "setmaxreg": ("USETMAXREG",),
-    }
-    return {
-        "registers": int(found[1]),
-        "stack_bytes": int(found[2]),
-        "instructions": len(opcodes),
-        **{name: sum(opcodes.count(code) for code in codes) for name, codes in telling.items()},
-    }
 
 
 def faults(key: str, row: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.adapting import Adapters
 from sora_engine.denoise.conditioning import Context, Prompts
 from sora_engine.denoise.model import DiffusionModel
 from sora_engine.denoise.packing import Segment
@@ -56,6 +57,7 @@ class Canvas:
     guidances: one for each expert; guidance_memory: what theirs keeps from step to step.
     preview: what the last step makes of the video, uint8 `[T, H, W, 3]`, where the model can tell.
     contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
+    adapters: for each expert those of the request; empty where it has none.
     chain: with chained windows all of them, in the order in which they are denoised; windows_done:
         how many of them are. Every one is taken through the whole schedule: `step` and `num_steps`
         count over all.
@@ -77,6 +79,7 @@ class Canvas:
     guidance_memory: Tensor | None = None
     preview: np.ndarray | None = None
     windows_done: int = 0
+    adapters: tuple[Adapters | None, ...] = ()
     chain: tuple[Window, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -122,6 +125,10 @@ class Canvas:
         guidance = self.guidances[expert]
         wanted = guidance.needs_unconditional(self.step_index, len(self.solver.schedule))
         return wanted and self.prompts.negative is not None
+
+    def adapters_at(self, expert: int) -> Adapters | None:
+        """What changes this expert's transformer for the request."""
+        return self.adapters[expert] if self.adapters else None
 
     @property
     def num_windows(self) -> int:
@@ -194,6 +201,7 @@ class Canvas:
         """Denoising is over: let go of all that only steps need."""
         assert self.finished
         self.contexts.clear()
+        self.adapters = ()
         self.noise = self.latents
         self.solver_state = SolverState(step=self.step_index)
         self.known = self.guidance_memory = None
@@ -291,6 +299,7 @@ def lay_out_canvas(
         resample=1 if known is None else request.resample,
         window_plan=request.window,
         solver_state=solver.init(),
+        adapters=tuple(model.adapters_of(request.loras)) if request.loras else (),
     )
 
 

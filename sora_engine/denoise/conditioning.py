@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from sora_engine.denoise.adapting import Adapters
+
 Embedding: TypeAlias = Mapping[str, Tensor]
 """One prompt, encoded, by the names that its family gives: `"text"` `[n, text_dim]` for the tokens
 of a text encoder. Others may stand beside it or in its place: a second encoder's tokens, a pooled
@@ -73,8 +75,10 @@ class Context:
     tokens: `[n, dim]` by name, for families whose self-attention joins them to the video's tokens:
         each name becomes a stream of the packed batch.
     pooled: `[dim]`, for families that modulate by a pooled text or a label beside the noise level.
+    adapters: with which it was made; the tokens that read it have them too.
     """
 
     sources: Mapping[str, KeyValues] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Tensor | None = None
+    adapters: Adapters | None = None

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.adapting import AdapterRun, Adapters
 from sora_engine.denoise.canvas import Canvas, lay_out_canvas, solver_of
-from sora_engine.denoise.conditioning import Embedding, Prompts
+from sora_engine.denoise.conditioning import Context, Embedding, Prompts
 from sora_engine.denoise.guidance import guide
 from sora_engine.denoise.known import encode_known, encode_video
-from sora_engine.denoise.model import DiffusionModel
+from sora_engine.denoise.model import DiffusionModel, Transformer
 from sora_engine.denoise.packing import Packer
 from sora_engine.denoise.preview import LatentPreview
 from sora_engine.denoise.sharing import ALONE, Part, PartPredictions, Predictions, StepSharing
@@ -208,14 +211,15 @@ def predict(
     for canvas in canvases:
         if expert not in canvas.contexts:
             branches = [_on_device(branch, model.device) for branch in canvas.prompts.branches]
-            canvas.contexts[expert] = transformer.encode_contexts(branches)
+            canvas.contexts[expert] = _contexts(branches, transformer, canvas.adapters_at(expert))
         canvas.impose_known()
 
     parts = [part for canvas in canvases for part in split(canvas, expert)]
     predictions: PartPredictions = {}
     for group in fill(sharing.own(parts), max_tokens, packer):
         batch = packer.pack([part.segment for part in group])
-        predicted = sharing.predict(transformer, batch)
+        with transformer.adapting(batch.adapters) if batch.adapters else nullcontext():
+            predicted = sharing.predict(transformer, batch)
         outputs = packer.unpack(predicted, batch, transformer.shape.out_channels)
         for part, output in zip(group, outputs, strict=True):
             # No solver here draws from a learned variance: DDIM and the ODEs need the mean alone.
@@ -223,6 +227,17 @@ def predict(
             own_frames = mean[:, part.segment.num_anchors :].float()
             predictions[id(part.canvas), part.window, part.conditional] = own_frames
     return sharing.join(parts, predictions)
+
+
+def _contexts(
+    branches: Sequence[Embedding], transformer: Transformer, adapters: Adapters | None
+) -> list[Context]:
+    """What each branch is to an expert's layers, with the adapters of a request."""
+    if adapters is None:
+        return transformer.encode_contexts(branches)
+    with transformer.adapting([AdapterRun(adapters)]):
+        contexts = transformer.encode_contexts(branches)
+    return [replace(context, adapters=adapters) for context in contexts]
 
 
 def _on_device(embedding: Embedding, device: torch.device) -> Embedding:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.adapting import AdapterRun, Adapters
 from sora_engine.denoise.conditioning import Context, Embedding
 from sora_engine.denoise.packing import PackedBatch
 from sora_engine.denoise.preview import LatentPreview
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.lora import LoraRecord
 from sora_engine.samplers import SamplerConfig
 from sora_engine.vae.coder import ChunkCoder
 
@@ -47,6 +50,10 @@ class Transformer(Protocol):
 
     @property
     def shape(self) -> TransformerShape: ...
+
+    def adapting(self, runs: Sequence[AdapterRun]) -> AbstractContextManager[None]:
+        """While it lasts, adapters change what the layers make of these runs of tokens."""
+        ...
 
     def encode_contexts(self, embeddings: Sequence[Embedding]) -> list[Context]:
         """What each embedding is to attention, for every layer: once a request."""
@@ -117,4 +124,8 @@ class DiffusionModel(Protocol):
 
     def transformer(self, index: int) -> Transformer:
         """Expert `index`, loaded."""
+        ...
+
+    def adapters_of(self, loras: Sequence[LoraRecord]) -> Sequence[Adapters | None]:
+        """For each expert what these adapters, which are loaded, change of it."""
         ...

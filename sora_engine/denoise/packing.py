@@ -6,14 +6,16 @@ into a `PackedBatch`: what a model's forward pass takes. Nothing here has a batc
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.adapting import AdapterRun, adapter_runs
 from sora_engine.denoise.conditioning import Context, KeyValues
 from sora_kernels import AttentionPlan, BlockPlan
 from sora_kernels.transfer import to_device
@@ -106,6 +108,8 @@ class ContextRuns:
     cu_seqlens_k: int32 `[runs + 1]` over `keys` and `values` `[layers, K, heads, head_dim]`.
     padding: int32 `[runs]`, how many padding keys each run reads; None when none has any.
         `padding_keys`, `padding_values`: as in `KeyValues`.
+    stretches: where adapters make the padding of some tokens another one than that of others: the
+        runs of each stretch of tokens, and its length. All else is the first one's then.
     """
 
     cu_seqlens_q: Tensor
@@ -118,6 +122,7 @@ class ContextRuns:
     padding_keys: Tensor | None
     padding_values: Tensor | None
     plans: Plans = field(default_factory=dict)
+    stretches: tuple[tuple[ContextRuns, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,7 @@ class PackedBatch:
     layout: what of it is the same object in batches of other steps; None where that is not said.
     pooled: `[rows, dim]`, what each row of the modulation table is of beside its timestep; None
         where contexts have nothing pooled.
+    adapters: the tokens of the video that have any, in order.
     """
 
     streams: Mapping[str, Stream]
@@ -137,6 +143,7 @@ class PackedBatch:
     contexts: Mapping[str, ContextRuns]
     pooled: Tensor | None = None
     layout: PackLayout | None = None
+    adapters: tuple[AdapterRun, ...] = ()
 
     @property
     def video(self) -> Stream:
@@ -188,9 +195,11 @@ class Packer:
         streams = {VIDEO: video}
         for name in segments[0].contexts[0][0].tokens:
             streams[name] = _context_stream(name, segments, rows, self.device)
-        return PackedBatch(
-            streams, to_device(timesteps, self.device), layout.contexts, pooled, layout
-        )
+        lengths = map(math.prod, layout.grids)
+        own = (segment.contexts[0][0].adapters for segment in segments)
+        runs = adapter_runs(zip(own, lengths, strict=True))
+        levels = to_device(timesteps, self.device)
+        return PackedBatch(streams, levels, layout.contexts, pooled, layout, runs)
 
     def unpack(self, predictions: Tensor, batch: PackedBatch, channels: int) -> list[Tensor]:
         """Split `predictions [N, patch volume * channels]` into one `[C, T, H, W]` a segment."""
@@ -262,10 +271,7 @@ def lay_out(
         cu_seqlens=_cumulative(lengths, device),
         max_seqlen=max(lengths),
         grids=tuple(grids),
-        contexts={
-            name: _context_runs([(c.sources[name], n) for c, n in spans], device)
-            for name in spans[0][0].sources
-        },
+        contexts={name: _joined(name, spans, device) for name in spans[0][0].sources},
     )
 
 
@@ -279,6 +285,17 @@ def _times(frames: int, anchors: int, patch_frames: int) -> Tensor:
     times = torch.arange(frames)
     times[anchors // patch_frames :] += ANCHOR_GAP if anchors else 0
     return times
+
+
+def _joined(name: str, spans: Sequence[tuple[Context, int]], device: torch.device) -> ContextRuns:
+    """What spans of tokens read of a source: in one, or in a stretch for each of those whose
+    adapters differ, as the model's padding is another one then."""
+    stretches = []
+    for _, group in itertools.groupby(spans, key=lambda span: id(span[0].adapters)):
+        own = [(context.sources[name], length) for context, length in group]
+        stretches.append((_context_runs(own, device), sum(length for _, length in own)))
+    first = stretches[0][0]
+    return first if len(stretches) == 1 else replace(first, stretches=tuple(stretches))
 
 
 def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) -> ContextRuns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sora_engine.denoise.packing import ContextRuns, Plans, Stream
@@ -96,6 +97,13 @@ def cross_attention(q: Tensor, runs: ContextRuns, layer: int, *, backend: str) -
     Padding tokens have one key and one value, so that they cost next to nothing (`Padding`), and
     nothing is approximated.
     """
+    if runs.stretches:
+        parts = q.split([length for _, length in runs.stretches])
+        done = [
+            cross_attention(part, own, layer, backend=backend)
+            for part, (own, _) in zip(parts, runs.stretches, strict=True)
+        ]
+        return torch.cat(done)
     padding = None
     if runs.padding is not None:
         assert runs.padding_keys is not None

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_engine.models.cuda_linear import CublasLinear
 from sora_kernels import invariant_linear
 
 ROWS_HINT = 1024
@@ -121,8 +120,9 @@ _num_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
     """A linear layer and GELU behind it, in one pass where the layer can."""
-    if isinstance(layer, (BlockedLinear, CublasLinear, InvariantLinear)):
-        return layer.with_gelu(x, approximate)
+    fused: Callable[[Tensor, str], Tensor] | None = getattr(layer, "with_gelu", None)
+    if fused is not None:
+        return fused(x, approximate)
     return F.gelu(layer(x), approximate=approximate)
 
 

@@ -17,6 +17,7 @@ from sora_engine.io.safetensors import sampled_hash
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.selected import SelectedWeights
 from sora_engine.io.weights.source import WeightSource
+from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.adapters import merges_of
 from sora_engine.models.device import (
     own_device,
@@ -127,6 +128,13 @@ def load_video_model(
         weights_hash=sampled_hash(checkpoint.weights_paths),
         preview=LatentPreview.read(checkpoint.path, checkpoint.grid.channels),
         loras=records,
+        adapters=AdapterStore(
+            family_named(checkpoint.family),
+            partial(build, checkpoint.experts[0]),
+            len(checkpoint.experts),
+            target,
+            weights_dtype,
+        ),
     )
     if offload == "auto":
         offload = _level_for(model, needed)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from sora_engine.denoise.adapting import AdapterRun
 from sora_engine.denoise.conditioning import Context, Embedding
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import PackedBatch
@@ -16,6 +18,7 @@ from sora_engine.models.backends import Backends
 from sora_engine.models.cuda_graph import GraphedPasses
 from sora_engine.models.cuda_linear import CublasLinear, lay_out_for_cuda
 from sora_engine.models.linear import block_linears, lay_out_like
+from sora_engine.models.lora import adapting
 from sora_engine.vae.recording import Recorder, record
 
 
@@ -35,6 +38,9 @@ class DiffusionTransformer(nn.Module, ABC):
 
     block_lists: ClassVar[tuple[str, ...]] = ("blocks",)
     own_parts: ClassVar[tuple[str, ...]]
+    adaptable: ClassVar[str] = ""
+    """A pattern of the layers, by name, whose adapters may differ from row to row: their input has
+    a row for each token of the video, or of a text."""
     block_methods: ClassVar[tuple[str, ...]] = ("forward",)
     one_input: ClassVar[tuple[str, ...]] = ()
     backends: Backends
@@ -66,6 +72,10 @@ class DiffusionTransformer(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: PackedBatch) -> Tensor:
         """Predictions for the video's tokens, `[N, patch volume * out_channels]`, channel last."""
+
+    def adapting(self, runs: Sequence[AdapterRun]) -> AbstractContextManager[None]:
+        """While it lasts, adapters change what the layers make of these runs of tokens."""
+        return adapting(self, runs)
 
     @property
     def blocks_in_order(self) -> list[nn.Module]:

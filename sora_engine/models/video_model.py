@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sora_engine.denoise.preview import LatentPreview
+from sora_engine.errors import RequestError
+from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.backends import served_backends
+from sora_engine.models.lora import AdapterSet
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.lora import LoraRecord
@@ -45,7 +48,7 @@ class VideoModel:
     learned_variance: whether predictions carry as many channels again, of a variance.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to colours, where the checkpoint brings that.
-    loras: adapters that are merged into its transformers.
+    loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
     """
 
@@ -67,6 +70,7 @@ class VideoModel:
     learned_variance: bool = False
     preview: LatentPreview | None = None
     loras: tuple[LoraRecord, ...] = ()
+    adapters: AdapterStore | None = None
     offload: str = "none"
 
     @property
@@ -91,6 +95,12 @@ class VideoModel:
                     gc.collect()  # what visits a device and its methods refer to each other
             expert.transformer = expert.load()
         return expert.transformer
+
+    def adapters_of(self, loras: Sequence[LoraRecord]) -> Sequence[AdapterSet | None]:
+        """For each expert what these adapters, which are loaded, change of it."""
+        if self.adapters is None:
+            raise RequestError("this model takes no adapters of requests")
+        return self.adapters.sets(loras, hollow=self.device.type == "meta")
 
     @property
     def loaded_transformer(self) -> DiffusionTransformer:

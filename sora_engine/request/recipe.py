@@ -95,8 +95,8 @@ def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
     if request.latents is not None:
         noise = request.latents.detach().float().cpu().contiguous().numpy()
         settings["latents"] = {"sha256": _hash(noise.tobytes())}
-    if model.loras:
-        settings["loras"] = [record.to_json() for record in model.loras]
+    if model.loras or request.loras:
+        settings["loras"] = [record.to_json() for record in (*model.loras, *request.loras)]
     settings["model_hash"] = model.weights_hash
     settings["device"] = model.device.type
     settings["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -116,7 +116,8 @@ def request_of(provenance: Provenance, make: Make, *, folder: Path | None = None
     """The request that made a result.
 
     make: makes the videos that the request started from, where it started from some. folder: that
-    of the result; clips are looked for there, and in the current folder.
+    of the result; clips are looked for there, and in the current folder. Adapters are left out:
+    `loras_of` has them, for a request or for loading.
     Raises RequestError or MediaError for a clip that is missing, was changed, or was never a file.
     """
     settings = provenance.settings

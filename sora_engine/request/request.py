@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, TypeAlias
 
 from sora_engine.request.guidance import Guidance
+from sora_engine.request.lora import Lora
 from sora_engine.request.windows import SparsePlan, WindowPlan
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ class VideoRequest:
         resample: how often each step is taken where known frames are put into the sample (RePaint,
             arXiv 2201.09865), so that the rest agrees with them better: for checkpoints of
             `KnownMode.REPLACEMENT`, 1 to 50; others take 1. n costs n times as much.
+        loras: adapters, by the names under which `Engine.load_lora` loaded them, or by their files,
+            which are loaded as long as jobs have them. Requests in one batch may have different
+            ones. Files that change more than linear layers by LoRA are merged on loading:
+            `Engine.from_pretrained(loras=...)`.
         original_prompt: what the prompt was before a prompt upsampler rewrote it; kept with the
             result, and nothing else.
     """
@@ -148,4 +153,5 @@ class VideoRequest:
     strict_grid: bool = False
     guidance: Guidance | None = None
     resample: int = 1
+    loras: Sequence[Lora] = ()
     original_prompt: str | None = None

@@ -20,6 +20,7 @@ from sora_engine.request.facts import (
 )
 from sora_engine.request.guidance import Guidance, needs_unconditional
 from sora_engine.request.ladders import with_ladder
+from sora_engine.request.lora import LoraRecord
 from sora_engine.request.request import Clip, Shot, VideoRequest
 from sora_engine.request.steps import resolve_steps, steps_taken
 from sora_engine.request.windows import SparsePlan, WindowPlan, default_plan
@@ -73,6 +74,7 @@ class ResolvedRequest:
     resample: int = 1
     original_prompt: str | None = None
     ladder: str = ""
+    loras: tuple[LoraRecord, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:

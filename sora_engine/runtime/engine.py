@@ -13,17 +13,17 @@ from typing import Any, Literal, NoReturn, overload
 
 import torch
 
-from sora_engine.config import NO_LIMIT, Limits, ParallelConfig
+from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise.denoise import num_passes, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
-from sora_engine.io.atomic import refuse_no_name
+from sora_engine.models.adapter_store import AdapterStore, LoadedAdapter
 from sora_engine.models.device import own_device
 from sora_engine.models.loading import USABLE, load_video_model
 from sora_engine.models.registry import Components, ModelPath
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import ResolvedRequest, VideoRequest, check_for_mode, resolve_request
-from sora_engine.request.checks import integer, positive, shown
+from sora_engine.request.checks import several, shown
 from sora_engine.request.lora import Lora
 from sora_engine.request.unread import unread
 from sora_engine.runtime.executor import AnyExecutor, LocalExecutor, ServedModel
@@ -36,9 +36,9 @@ from sora_engine.runtime.job import (
     ProgressCallback,
 )
 from sora_engine.runtime.lifetime import Origin, stop_when_dropped
-from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
+from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner, default_peak
+from sora_engine.runtime.options import check_types, checked_options, path_of
 from sora_engine.runtime.savepoint import Savepoint, load_state
-from sora_engine.runtime.scheduler import MAX_PRIORITY
 from sora_engine.runtime.warming import compile_kernels
 from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
@@ -66,7 +66,7 @@ class Engine:
     ) -> None:
         """model: loaded in this process. replicas: what does the work where the model is elsewhere:
         each serves its own jobs."""
-        _check_types(limits, hooks)
+        check_types(limits, hooks)
         self._origin = Origin()
         self.limits = limits or Limits()
         self.hooks = hooks or Hooks()
@@ -80,6 +80,8 @@ class Engine:
             self._planner = MemoryPlanner(
                 model, self.limits.max_batch_tokens, limit, self.limits.pack_tokens
             )
+            if model.adapters is not None:
+                model.adapters.on_change = self._planner.reserve
             replicas = [LocalExecutor(model)]
             if model.device.type == "cuda":
                 compile_kernels(model, self._planner, self.limits)
@@ -146,7 +148,7 @@ class Engine:
         a device or a backend that is not there, LayoutError for a `parallel` that cannot be,
         RankFailedError where a rank does not start.
         """
-        _check_types(limits, hooks)
+        check_types(limits, hooks)
         layout = settle_layout(parallel, model, components, device)
         if layout is not None:
             if offload not in ("auto", "none"):
@@ -205,10 +207,10 @@ class Engine:
                 f"a request must be a VideoRequest, or several of them, got {shown(request)}"
             )
         requests = [request] if isinstance(request, VideoRequest) else list(request)
-        resolved = [self._taken(r) for r in requests]
+        taken = [self._taken(r) for r in requests]
         jobs: list[Job] = []
         try:
-            jobs += [self._enqueue(r, JobOptions()) for r in resolved]
+            jobs += [self._enqueue(r, JobOptions(), held) for r, held in taken]
             videos = [job.result() for job in jobs]
         except BaseException:  # KeyboardInterrupt too: nothing is left running
             for job in jobs:
@@ -251,10 +253,11 @@ class Engine:
             on_frames=on_frames,
             on_latents=on_latents,
             on_progress=on_progress,
-            save_to=None if save_to is None else _path("save_to", save_to),
+            save_to=None if save_to is None else path_of("save_to", save_to),
             save_every=save_every,
         )
-        return self._enqueue(self._taken(request), options)
+        resolved, held = self._taken(request)
+        return self._enqueue(resolved, options, held)
 
     @own_device()
     def resume(self, path: str | PathLike[str], **options: Any) -> Job:
@@ -267,17 +270,17 @@ class Engine:
         """
         self._origin.check()
         if options.get("save_to") is not None:
-            options["save_to"] = _path("save_to", options["save_to"])
-        saved = load_state(_path("the file of a saved job", path), self.model)
+            options["save_to"] = path_of("save_to", options["save_to"])
+        saved = load_state(path_of("the file of a saved job", path), self.model)
+        records = saved.request.loras
+        held = self._adapters().held(records) if records else []
         if self._planner is not None:
             saved.canvas(self._planner.model)  # what is damaged is told here; ranks tell it later
-        return self._enqueue(saved.request, JobOptions(**options), saved)
+        return self._enqueue(saved.request, JobOptions(**options), held, saved)
 
     def resolve(self, request: VideoRequest) -> ResolvedRequest:
         """The request with the checkpoint's defaults, checked; raises RequestError."""
-        resolved = resolve_request(request, self.model, self.limits, solvers=SOLVERS)
-        check_for_mode(resolved, self.model.known_mode)
-        return resolved
+        return self._resolved(request)[0]
 
     @own_device()
     def plan(self, request: VideoRequest) -> MemoryPlan:
@@ -288,7 +291,40 @@ class Engine:
         self._origin.check()
         if self._planner is None:
             raise RequestError("the memory of several ranks is not planned")
-        return self._planner.plan(self.resolve(request))
+        resolved, _held = self._resolved(request)
+        return self._planner.plan(resolved)
+
+    @own_device()
+    def load_lora(self, path: str | PathLike[str], name: str | None = None) -> str:
+        """Load an adapter beside the model, for requests that name it; returns its name.
+
+        name: by default the file's, without its suffix. Raises CheckpointError for an adapter that
+        cannot be used by requests, RequestError for a name that is taken, MemoryLimitError.
+        """
+        own = Path(path_of("the file of an adapter", path)).stem if name is None else name
+        if not isinstance(own, str) or not own:
+            raise RequestError(f"the name of an adapter must be a text, got {shown(name)}")
+        self._adapters().load(path, own)
+        return own
+
+    def unload_lora(self, name: str) -> None:
+        """Forget an adapter; its memory is free once no job has it. RequestError for no name."""
+        self._adapters().unload(name)
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The names of the adapters that are loaded."""
+        return self._adapters().names
+
+    def _adapters(self) -> AdapterStore:
+        self._origin.check()
+        store = None if self._planner is None else self._planner.model.adapters
+        if store is None:
+            raise RequestError(
+                "adapters of requests are for an engine of one rank; over ranks "
+                "Engine.from_pretrained(loras=...) merges them on loading"
+            )
+        return store
 
     @property
     def loaded_model(self) -> VideoModel:
@@ -347,12 +383,22 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _taken(self, request: VideoRequest) -> ResolvedRequest:
+    @own_device()
+    def _resolved(self, request: VideoRequest) -> tuple[ResolvedRequest, list[LoadedAdapter]]:
+        """As `resolve`, and the adapters, which stay for as long as they are held."""
+        resolved = resolve_request(request, self.model, self.limits, solvers=SOLVERS)
+        check_for_mode(resolved, self.model.known_mode)
+        if not several("loras", request.loras, "Lora(path_or_name, strength)"):
+            return resolved, []
+        records, held = self._adapters().take(request.loras)
+        return replace(resolved, loras=records), held
+
+    def _taken(self, request: VideoRequest) -> tuple[ResolvedRequest, list[LoadedAdapter]]:
         """A request that is to be made: as `resolve`, and what of it nothing reads is logged."""
-        resolved = self.resolve(request)
+        resolved, held = self._resolved(request)
         for line in unread(request, resolved, self.model.num_experts):
             logger.warning("%s", line)
-        return resolved
+        return resolved, held
 
     def _check_save_to(self, path: Path | None) -> None:
         """RequestError where another job keeps its state there: the last one to write would win."""
@@ -367,7 +413,11 @@ class Engine:
 
     @own_device()
     def _enqueue(
-        self, request: ResolvedRequest, options: JobOptions, saved: Savepoint | None = None
+        self,
+        request: ResolvedRequest,
+        options: JobOptions,
+        adapters: Sequence[LoadedAdapter] = (),
+        saved: Savepoint | None = None,
     ) -> Job:
         self._origin.check()
         options = checked_options(options)
@@ -377,6 +427,7 @@ class Engine:
         if self.hooks.check_request is not None:
             self.hooks.check_request(request)
         job = Job(request, options)
+        job.adapters = adapters
         job.batch_tokens = self.limits.max_batch_tokens
         if self._planner is not None:
             job.plan = self._planner.plan(request)
@@ -392,52 +443,3 @@ class Engine:
         idlest = min(alive, key=lambda worker: worker.num_queued + worker.num_running)
         idlest.enqueue(job, steps + DECODE_STEPS)
         return job
-
-
-def default_peak(model: VideoModel, limits: Limits) -> int:
-    """Bytes that a request of the checkpoint's default size takes, decoded in whole frames."""
-    request = resolve_request(VideoRequest(prompt="a prompt"), model, limits, solvers=SOLVERS)
-    model.vae.limit(NO_LIMIT)
-    planner = MemoryPlanner(model, limits.max_batch_tokens, None, limits.pack_tokens)
-    return planner.plan(request).peak
-
-
-def _check_types(limits: object, hooks: object) -> None:
-    for name, value, kind in (("limits", limits, Limits), ("hooks", hooks, Hooks)):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name} must be sora_engine.{kind.__name__}, got {shown(value)}")
-
-
-def _path(name: str, value: object) -> Path:
-    """A path in a text or a Path; RequestError for other things, bytes among them."""
-    if not isinstance(value, (str, PathLike)) or isinstance(os.fspath(value), bytes):
-        raise RequestError(f"{name} must be a path in a text or a Path, got {shown(value)}")
-    return Path(value)
-
-
-def checked_options(options: JobOptions) -> JobOptions:
-    """The options, their numbers plain ones; RequestError for a value that cannot be."""
-    priority = integer("priority", options.priority, 0)
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise RequestError(
-            f"priority must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}"
-        )
-    save_every = integer("save_every", options.save_every, 1)
-    if save_every < 1:
-        raise RequestError(f"save_every must be steps, 1 or more, got {save_every}")
-    deadline_s = options.deadline_s
-    for name in ("on_frames", "on_latents", "on_progress"):
-        given = getattr(options, name)
-        if given is not None and not callable(given):
-            raise RequestError(f"{name} must be a function, got {shown(given)}")
-    if options.save_to is not None:
-        try:
-            refuse_no_name(options.save_to)
-        except OSError as error:
-            raise RequestError(f"save_to: {error}") from error
-    return replace(
-        options,
-        priority=priority,
-        save_every=save_every,
-        deadline_s=None if deadline_s is None else positive("deadline_s", deadline_s),
-    )

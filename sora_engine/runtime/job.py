@@ -6,7 +6,7 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -111,6 +111,7 @@ class Job:
         self.preparing: Generator[None, None, ServedCanvas] | None = None
         self.saved: Savepoint | None = None
         self.decoding: Iterator[int] | None = None
+        self.adapters: Sequence[object] = ()  # they are loaded for as long as it is not done
         self.tokens = 0
         self.planned_steps = request.steps_taken  # the engine counts chained windows in
         self.batch_tokens = 1

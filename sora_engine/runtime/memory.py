@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sora_engine.config import NO_LIMIT, Limits
 from sora_engine.denoise.canvas import Canvas, Known, lay_out_canvas
 from sora_engine.denoise.conditioning import Embedding, Prompts
 from sora_engine.denoise.denoise import advance, frame_texts_of, predict, prompts_of
@@ -28,8 +29,15 @@ from sora_engine.denoise.packing import Packer
 from sora_engine.errors import MemoryLimitError
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
-from sora_engine.request import KnownMode, ResolvedRequest, SparsePlan
+from sora_engine.request import (
+    KnownMode,
+    ResolvedRequest,
+    SparsePlan,
+    VideoRequest,
+    resolve_request,
+)
 from sora_engine.runtime.repeats import Repeats
+from sora_engine.samplers import SOLVERS
 from sora_engine.vae.meter import META, OnOneDevice, StorageMeter
 from sora_engine.vae.rehearsal import (
     CodingMemory,
@@ -112,8 +120,24 @@ class MemoryPlanner:
         self.window_tokens = min(window_tokens or max_batch_tokens, max_batch_tokens)
         self._rehearsals: dict[tuple[object, ...], Rehearsal] = {}
         self._lock = threading.Lock()
+        self._reserving = threading.RLock()  # the garbage collector gives back, anywhere
         self._hollow: VideoModel | None = None
         self._repeats: Repeats
+
+    def reserve(self, size: int) -> None:
+        """Adapters take so many bytes more, or less: requests have what is left. Raises
+        MemoryLimitError where less is left than that."""
+        with self._reserving:
+            if self.limit is None:
+                return
+            if size > self.limit:
+                raise MemoryLimitError(
+                    f"an adapter takes {_mib(size)}, and {_mib(self.limit)} are to be had; unload "
+                    "others, or merge it on loading",
+                    needed=size,
+                    limit=self.limit,
+                )
+            self.limit -= size
 
     def plan(self, request: ResolvedRequest) -> MemoryPlan:
         """The request's figures with as large a batch as fits.
@@ -200,6 +224,8 @@ class MemoryPlanner:
 
     def _rehearse(self, request: ResolvedRequest, text_tokens: int, batch_tokens: int) -> Rehearsal:
         model = self._on_meta()
+        if request.loras:  # made before anything is counted: they are loaded already
+            model.adapters_of(request.loras)
         packer = Packer(model.grid.patch, META)
         weights = model.loaded_transformer.parameters()
         with torch.inference_mode(), OnOneDevice(), StorageMeter(weights) as meter:
@@ -258,6 +284,8 @@ class MemoryPlanner:
             prompts=Prompts(tuple(embeddings), frame_texts, negative, image),
             known=self._known_content(request, shape),
         )
+        if request.loras:
+            canvas.adapters = tuple(self._on_meta().adapters_of(request.loras))
         canvas.windows_done = min(1, max(0, len(canvas.chain) - 1))  # settled frames, and anchors
         return canvas
 
@@ -334,6 +362,14 @@ class MemoryPlanner:
             ]
             self._hollow = replace(self.model, device=META, experts=experts)
         return self._hollow
+
+
+def default_peak(model: VideoModel, limits: Limits) -> int:
+    """Bytes that a request of the checkpoint's default size takes, decoded in whole frames."""
+    request = resolve_request(VideoRequest(prompt="a prompt"), model, limits, solvers=SOLVERS)
+    model.vae.limit(NO_LIMIT)
+    planner = MemoryPlanner(model, limits.max_batch_tokens, None, limits.pack_tokens)
+    return planner.plan(request).peak
 
 
 def tensors_of(canvas: Canvas) -> list[Tensor]:

@@ -92,6 +92,7 @@ def save_state(
             "guidance": asdict(request.guidance),
             "window": None if request.window is None else asdict(request.window),
             "sparse": isinstance(request.window, SparsePlan),
+            "loras": [record.to_json() for record in request.loras],
         },
         "noise_given": request.latents is not None,
         "frame_texts": list(state.frame_texts),
@@ -189,4 +190,5 @@ def _request_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R
         clips=(),
         init=None,
         latents=tensors["noise"] if metadata["noise_given"] else None,
+        loras=tuple(LoraRecord(**record) for record in plain.get("loras", ())),
     )

@@ -429,6 +429,7 @@ class Worker:
     def _retire(self, job: Job) -> None:
         if job.canvas_or_none is not None:
             self.executor.forget(job.canvas_or_none)
+        job.adapters = ()
         with self._wake:
             if job in self._running:
                 self._running.remove(job)

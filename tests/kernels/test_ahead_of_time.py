@@ -59,11 +59,11 @@ def test_the_kernel_of_the_autoencoder_compiles():
 
 
 OF_ROTATION = """
-from sora_kernels import aot
+from sora_kernels import aot, machine_code
 for arch in aot.ARCHITECTURES:
     for build in aot.builds(arch):
         if build.key.startswith("qk_norm_rope/bf16/8192/across/"):
-            print(*aot.instructions(aot.compiled(build).asm["cubin"]))
+            print(*machine_code.instructions(aot.compiled(build).asm["cubin"]))
 """
 
 

@@ -75,6 +75,10 @@ class AdapterFile:
         found = {"dora" if c.change.decorated else c.change.kind for c in self.changes}
         return tuple(sorted(found))
 
+    def open(self) -> Weights:
+        """Its tensors."""
+        return Weights.open(self.path)
+
 
 def adapter_path(path: str | PathLike[str]) -> Path:
     """The file of an adapter: itself, or PEFT's in a folder. Raises CheckpointError."""

@@ -48,6 +48,12 @@ class WanTransformer(DiffusionTransformer):
     """Tables of modulation are read for all blocks at once, VACE's projections by the model."""
     block_methods = ("forward", "keys_values")
     one_input = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+    adaptable = (
+        r"(vace_)?blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2)"
+        r"|proj_in|proj_out)|condition_embedder\.(text_embedder\.linear_[12]"
+        r"|image_embedder\.ff\.net\.(0\.proj|2))|proj_out"
+    )
+    """Not the embedding of noise levels, whose rows are of all requests, nor the patches'."""
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from sora_kernels.aot import SHARED_LIMIT, tool
+from sora_kernels.aot import SHARED_LIMIT
+from sora_kernels.machine_code import tool
 from sora_kernels.testing.faults import FaultError
 
 MOST_GRID = ((1 << 31) - 1, 65_535, 65_535)

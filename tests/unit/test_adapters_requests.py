@@ -1,0 +1,314 @@
+"""Adapters of requests: each has its own in one batch, and none knows of another's."""
+
+from __future__ import annotations
+
+import gc
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sora_engine as sora
+from sora_engine import CheckpointError, Clip, Lora, MemoryLimitError, RequestError, VideoRequest
+from sora_engine.denoise.adapting import AdapterRun, adapter_runs
+from sora_engine.models import offload
+from sora_engine.models.adapter_store import LoadedAdapter
+from sora_engine.models.lora import AdapterSet, LayerChange, adapting
+from tests.faults.test_memory_promise import metered  # noqa: F401
+from tests.parity.oracles import tiny_pipeline
+from tests.unit.adapter_recipes import RECIPES, Noise
+from tests.unit.test_adapters_engine import REQUEST, close, make_adapter
+from tests.unit.test_offload import Absent
+
+MARGIN = 1e-5
+PACKED = sora.Limits(pack_tokens=1 << 15)  # not measured: what shares a batch is settled
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Adapters of different ranks and layers for sprites."""
+    folder = tmp_path_factory.mktemp("adapters")
+    made = []
+    for seed in range(5):
+        path = folder / f"style{seed}.safetensors"
+        make_adapter(path, seed=seed, layers=range(seed, 6), scale=0.2 + 0.05 * seed)
+        made.append(path)
+    return made
+
+
+@pytest.fixture
+def engine():
+    with sora.Engine.from_pretrained("sprites", device="cpu", limits=PACKED) as made:
+        yield made
+
+
+def state_of(engine):
+    gc.collect()
+    alive = sum(isinstance(x, LoadedAdapter) for x in gc.get_objects())
+    return engine.loaded_model.adapters.nbytes, engine._planner.limit, alive
+
+
+def test_eight_requests_with_five_adapters_are_each_as_alone(engine, files):
+    for i, path in enumerate(files[:3]):
+        engine.load_lora(path, f"style{i}")
+    window = sora.WindowPlan(3, 1)
+    requests = [
+        replace(REQUEST, loras=[Lora("style0")]),
+        REQUEST,
+        replace(REQUEST, loras=[Lora("style1", -0.5)], seed=4, height=48),
+        replace(REQUEST, loras=[Lora("style0", 0.3), Lora("style2")], prompt="a blue square"),
+        replace(REQUEST, loras=[Lora(files[3])], guidance_scale=1.0),
+        replace(REQUEST, loras=[Lora(files[4], 0.7)], num_frames=17, window=window),
+        replace(REQUEST, prompt="a green square moves up", num_frames=9),
+        replace(REQUEST, loras=[Lora("style2", 2.0), Lora(files[3], 0.5), Lora("style2", -1.0)]),
+    ]
+    alone = [engine.generate(request) for request in requests]
+    together = engine.generate(requests)
+    for one, other, request in zip(alone, together, requests, strict=True):
+        assert other.receipt.most_in_company > 1
+        assert close(other.latents, one.latents) < MARGIN
+        plain = engine.generate(replace(request, loras=()))
+        assert (close(plain.latents, one.latents) > 1e-3) == bool(request.loras)
+        assert other.receipt.loras == one.receipt.loras
+    assert together[3].receipt.loras == ["style0:0.3", "style2:1"]
+    assert [r["name"] for r in together[5].provenance.settings["loras"]] == ["style4.safetensors"]
+    assert engine.loras == ("style0", "style1", "style2")
+
+
+def test_a_neighbour_with_adapters_changes_no_bit_of_one_without(engine, files):
+    """Rows without adapters go the way that they go alone, GELU included."""
+    alone = engine.generate(REQUEST)
+    _, other = engine.generate([replace(REQUEST, loras=[Lora(files[0])]), REQUEST])
+    assert other.receipt.most_in_company == 2
+    assert torch.equal(other.latents, alone.latents)
+
+
+def lora_for(path, kind, folder):
+    """LoRA with biases of every layer that may have adapters by rows."""
+    noise, tensors = Noise(7), {}
+    shapes = {}
+    for part in ("transformer", "transformer_2"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            shapes |= {name: value.shape for name, value in load_file(file).items()}
+    with sora.Engine.from_pretrained(folder, device="cpu") as made:
+        adaptable = made.loaded_model.loaded_transformer.adaptable
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight")
+        if layer != name and re.fullmatch(adaptable, layer):
+            key = f"transformer.{layer}"
+            tensors[f"{key}.lora_A.weight"] = noise(3, shape[1], scale=0.15)
+            tensors[f"{key}.lora_B.weight"] = noise(shape[0], 3, scale=0.15)
+            tensors[f"{key}.diff_b"] = noise(shape[0], scale=0.1)
+    save_file(tensors, path)
+    return len(tensors) // 3
+
+
+LAYERS = {"t2v": 23, "i2v": 29, "vace": 66, "a14b-t2v": 23, "ti2v-5b": 23}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_beside_the_weights_it_is_as_merged(tmp_path, kind, monkeypatch):
+    folder, path = tmp_path / "model", tmp_path / "all.safetensors"
+    tiny_pipeline(kind, seed=3).save_pretrained(folder)
+    assert lora_for(path, kind, folder) == LAYERS[kind]
+    clips = [Clip(torch.rand(1, 32, 32, 3).mul(255).byte().numpy())] if kind == "i2v" else []
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "seed": 1}
+    request = VideoRequest("a red circle moves left", guidance_scale=2.0, clips=clips, **size)
+    # Of two experts, each has the adapters that are its own.
+    loras = [Lora(path, 0.5)]
+    if kind == "a14b-t2v":
+        loras = [Lora(path, 0.5, "high"), Lora(path, -0.3, "low")]
+    with sora.Engine.from_pretrained(folder, device="cpu", loras=loras) as made:
+        merged = made.generate(request)
+    with sora.Engine.from_pretrained(folder, device="cpu", limits=PACKED) as made:
+        plain = made.generate(request)
+        beside, neighbour = made.generate([replace(request, loras=loras), request])
+        alone = made.generate(replace(request, loras=loras))
+    assert beside.receipt.most_in_company == 2
+    assert close(neighbour.latents, plain.latents) < MARGIN
+    assert close(plain.latents, merged.latents) > 1e-2
+    assert close(beside.latents, merged.latents) < MARGIN
+    assert close(beside.latents, alone.latents) < MARGIN
+    assert beside.receipt.loras == merged.receipt.loras
+    monkeypatch.setattr(offload, "OffloadedModules", Absent)
+    with sora.Engine.from_pretrained(folder, offload="blocks") as made:
+        visiting = made.generate(replace(request, loras=loras))
+    assert torch.equal(visiting.latents, alone.latents)
+
+
+def test_loading_and_unloading_leaves_nothing(engine, files):
+    before = state_of(engine)
+    for i in range(100):
+        engine.load_lora(files[i % 5], "style")
+        assert engine.loaded_model.adapters.nbytes > 0
+        engine.unload_lora("style")
+        if i % 20 == 0:
+            engine.generate(replace(REQUEST, num_inference_steps=1, loras=[Lora(files[i % 5])]))
+    assert state_of(engine) == before
+    assert before[0] == before[2] == 0
+    assert engine.loras == ()
+
+
+def test_an_adapter_stays_as_long_as_a_job_has_it(engine, files):
+    before = state_of(engine)
+    expected = engine.generate(replace(REQUEST, loras=[Lora(files[0])]))
+    engine.load_lora(files[0], "style")
+    held = state_of(engine)
+    assert held[0] == before[1] - held[1] > 0  # what requests may take is less by as much
+    job = engine.submit(replace(REQUEST, loras=[Lora("style")], num_inference_steps=40))
+    same = engine.submit(replace(REQUEST, loras=[Lora("style")]))
+    engine.unload_lora("style")
+    with pytest.raises(RequestError, match="no adapter 'style': no such file, and none is loaded"):
+        engine.submit(replace(REQUEST, loras=[Lora("style")]))
+    assert torch.equal(same.result().latents, expected.latents)
+    job.result()
+    assert state_of(engine) == before
+
+
+def test_one_file_is_held_once_whatever_its_names(engine, files):
+    engine.load_lora(files[0], "a")
+    size = engine.loaded_model.adapters.nbytes
+    engine.load_lora(files[0], "b")
+    engine.generate(replace(REQUEST, loras=[Lora(files[0])]))
+    assert engine.loaded_model.adapters.nbytes == size
+    assert engine.load_lora(files[1]) == "style1"
+    with pytest.raises(RequestError, match="an adapter 'a' is loaded; unload it"):
+        engine.load_lora(files[1], "a")
+    with pytest.raises(RequestError, match="no adapter 'c' is loaded; loaded are a, b, style1"):
+        engine.unload_lora("c")
+    for bad in ("", 3):
+        with pytest.raises(RequestError, match="the name of an adapter"):
+            engine.load_lora(files[1], bad)
+
+
+NOT_BY_ROWS = [
+    "5 extracts with differences",
+    "6 alphas outside of blocks",
+    "7 LoHa",
+    "7 LoKr",
+    "8 DoRA by rows",
+    "11 a convolution",
+]
+
+
+@pytest.mark.parametrize("kind", NOT_BY_ROWS)
+def test_what_cannot_differ_by_request_says_to_merge_it(tmp_path, kind):
+    folder = tmp_path / "model"
+    made = tiny_pipeline("t2v", seed=3)
+    made.save_pretrained(folder)
+    path = tmp_path / "adapter.safetensors"
+    recipe = RECIPES[kind](made.transformer.state_dict())
+    save_file(recipe.tensors, path, recipe.metadata)
+    request = VideoRequest("a", height=32, width=32, num_frames=5, num_inference_steps=1)
+    with sora.Engine.from_pretrained(folder, device="cpu") as engine:
+        before = state_of(engine)
+        for attempt in (
+            lambda: engine.load_lora(path),
+            lambda: engine.submit(replace(request, loras=[Lora(path)])),
+        ):
+            with pytest.raises(CheckpointError, match="merges it on loading") as told:
+                attempt()
+            assert told.value.path == path
+            assert told.value.tensor in recipe.tensors
+        assert state_of(engine) == before
+        assert engine.loras == ()
+    sora.Engine.from_pretrained(folder, device="cpu", loras=[Lora(path)]).close()
+
+
+def test_a_broken_adapter_leaves_nothing_loaded(engine, files, tmp_path):
+    path = tmp_path / "broken.safetensors"
+    tensors = load_file(files[0])
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    before = state_of(engine)
+    for spoiled, says in (
+        ({name: torch.full_like(tensors[name], torch.nan)}, "NaN or infinity"),
+        ({name: torch.ones(7, 4)}, "the model's has"),
+        ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "half an adapter"),
+        ({"mystery": torch.ones(2)}, "of no known kind"),
+    ):
+        save_file({**tensors, **spoiled}, path)
+        with pytest.raises(CheckpointError, match=says) as told:
+            engine.load_lora(path)
+        assert told.value.path == path
+        assert state_of(engine) == before
+        assert engine.loras == ()
+    with pytest.raises(RequestError, match="no such file"):
+        engine.submit(replace(REQUEST, loras=[Lora(tmp_path / "none.safetensors")]))
+    for bad in ("style", [3], [Lora("x", "much")], [Lora("x", 1.0, "high")]):
+        with pytest.raises(RequestError, match=r"loras|Lora"):
+            engine.submit(replace(REQUEST, loras=bad))
+
+
+def test_memory_that_adapters_take_is_asked_for_first(files):
+    with sora.Engine.from_pretrained("sprites", device="cpu") as engine:
+        engine.load_lora(files[0])
+        size = engine.loaded_model.adapters.nbytes
+    limits = sora.Limits(memory_bytes=size - 1)
+    with sora.Engine.from_pretrained("sprites", device="cpu", limits=limits) as engine:
+        with pytest.raises(MemoryLimitError, match="an adapter takes") as told:
+            engine.load_lora(files[0])
+        assert (told.value.needed, told.value.limit) == (size, size - 1)
+        assert state_of(engine) == (0, size - 1, 0)
+
+
+def test_the_promise_holds_with_adapters(metered, engine, files):  # noqa: F811
+    # Larger than the frames' memory, so that steps have the peak.
+    request = replace(REQUEST, height=96, width=96, num_frames=9, num_inference_steps=1)
+    engine.generate(replace(request, loras=[Lora(files[0])]))
+    engine.load_lora(files[0], "style")
+    engine.load_lora(files[2], "other")
+    for loras in ((), [Lora("style")], [Lora("style"), Lora("other", 0.5)]):
+        promised, taken = metered(engine, replace(request, loras=loras))
+        assert 0.7 * promised <= taken <= promised
+
+
+def test_a_saved_job_goes_on_where_its_adapters_are_loaded(engine, files, tmp_path):
+    saved = tmp_path / "job"
+    whole = engine.submit(
+        replace(REQUEST, loras=[Lora(files[0], 0.5)], num_inference_steps=3), save_to=saved
+    ).result()
+    gc.collect()
+    with pytest.raises(CheckpointError, match=r"style0\.safetensors \(sha256 \w+\) is not loaded"):
+        engine.resume(saved)
+    engine.load_lora(files[0], "by another name")
+    again = engine.resume(saved).result()
+    assert torch.equal(again.latents, whole.latents)
+    assert again.receipt.loras == whole.receipt.loras == ["style0.safetensors:0.5"]
+    assert again.provenance == whole.provenance
+    assert str(files[0].parent) not in saved.read_bytes().decode("latin-1")
+
+
+def test_ranks_say_that_they_merge_on_loading(files):
+    parallel = sora.ParallelConfig(ulysses=2)
+    with sora.Engine.from_pretrained("sprites", device="cpu", parallel=parallel) as engine:
+        for attempt in (
+            lambda: engine.load_lora(files[0]),
+            lambda: engine.submit(replace(REQUEST, loras=[Lora(files[0])])),
+        ):
+            with pytest.raises(RequestError, match=r"from_pretrained\(loras=\.\.\.\) merges them"):
+                attempt()
+
+
+def test_runs_of_tokens():
+    one, two = AdapterSet({}), AdapterSet({})
+    runs = adapter_runs([(one, 3), (one, 2), (None, 4), (two, 1), (one, 5)])
+    assert runs == (AdapterRun(one, 0, 5), AdapterRun(two, 9, 10), AdapterRun(one, 10, 15))
+    assert adapter_runs([(None, 3)]) == ()
+
+
+def test_layers_are_put_back_after_an_error():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    layers = list(model)
+    adapters = AdapterSet({"0": [(LayerChange(bias=torch.ones(4)), 1.0)]})
+    x = torch.randn(3, 4)
+    with torch.no_grad(), adapting(model, [AdapterRun(adapters, 1, 2)]):
+        changed = model[0](x) - layers[0](x)
+    assert torch.equal(changed[[0, 2]], torch.zeros(2, 4))
+    torch.testing.assert_close(changed[1], torch.ones(4))
+    with pytest.raises(AttributeError), adapting(model, [AdapterRun(AdapterSet({"9": []}))]):
+        pass
+    with pytest.raises(ZeroDivisionError), adapting(model, [AdapterRun(adapters)]):
+        _ = 1 / 0
+    assert list(model) == layers
