@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,14 @@ class AsyncEngine:
     def submit(self, request: VideoRequest, **options: Any) -> Job:
         """Queue a request; takes and raises what `Engine.submit` does."""
         return self.engine.submit(request, **options)
+
+    async def load_lora(self, path: str | PathLike[str], name: str | None = None) -> str:
+        """As `Engine.load_lora`, without holding up the event loop."""
+        return await asyncio.to_thread(self.engine.load_lora, path, name)
+
+    def unload_lora(self, name: str) -> None:
+        """As `Engine.unload_lora`."""
+        self.engine.unload_lora(name)
 
     async def generate(self, request: VideoRequest, **options: Any) -> Video:
         """Make a video. Cancelling the task cancels the job, within one step or latent frame."""

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +191,9 @@ def walk(model: VideoModel, request: VideoRequest, shadow: Shadow, *, decode: bo
     executor = LocalExecutor(model)
     resolved = resolve_request(request, model, Limits(), solvers=SOLVERS)
     check_for_mode(resolved, model.known_mode)
+    if request.loras and model.adapters is not None:
+        records, _held = model.adapters.take(request.loras)
+        resolved = replace(resolved, loras=records)
     trace = shadow.trace
     phases: dict[str, Tally] = {}
 

@@ -73,6 +73,13 @@ def test_attention_launches_on_blackwell(compiled):
     assert "15 tensor maps, 0 faults" in line
 
 
+def test_adapters_of_a_batch_are_two_launches_whatever_their_number(compiled):
+    (line,) = launched(compiled, "--arch", "90", "--only", "^Wan 14B/(480p|16 small.*)/adapters")
+    found = re.search(r"(\d+) calls, (\d+) launches of 2 kernels", line)
+    assert found is not None, line
+    assert (int(found[1]), int(found[2])) == (2 * 3, 2 * 3 * 2)
+
+
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != 90])
 def test_the_autoencoder_and_windows_launch_everywhere(compiled, arch):
     only = "autoencoder/1080p|small fp32/windowed: windowed"

@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from sora_engine import Lora
 from sora_engine.errors import CheckpointError, RequestError
 from sora_engine.io.weights.adapters import read_adapter
+from sora_engine.io.weights.changes import PIECE_VALUES, Change
+from sora_engine.io.weights.merging import Applied, Merge
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.adapters import merges_of
 from sora_engine.models.registry import family_named
 from sora_engine.models.wan.checkpoint import TransformerSource, infer_config
 from sora_engine.models.wan.model import WanTransformer
 from sora_engine.models.wan.names import to_diffusers_name
+from sora_engine.vae.meter import StorageMeter
 from tests.unit.adapter_recipes import RECIPES, Made, own, relative_error, with_strength
 from tests.unit.test_checkpoint import original_name
 from tests.unit.wan_folders import IMAGE, TINY, transformer
@@ -242,6 +245,22 @@ def test_what_is_read_at_a_time_makes_no_difference(tiny, tmp_path, monkeypatch)
     path = saved(made, tmp_path / "adapter.safetensors")
     monkeypatch.setattr("sora_engine.io.weights.changes.PIECE_VALUES", 100)
     check(tiny.merged(Lora(path))[0], tiny.weights, made.after)
+
+
+def test_merging_takes_little_beside_the_weight(tmp_path):
+    """Pieces of the weight and of the change, and the factors."""
+    weight, rank, side = tmp_path / "weight.safetensors", 8, 3000
+    save_file({"weight": torch.zeros(side, side, dtype=torch.bfloat16)}, weight)
+    path = tmp_path / "adapter.safetensors"
+    factors = {"up": torch.ones(side, rank), "down": torch.ones(rank, side)}
+    save_file(factors, path)
+    change = Change("lora", {name: name for name in factors}, (side, side), 0.5, rank)
+    merge = Merge({"weight": [Applied(change, path, 2.0)]})
+    with open_weights(weight) as weights, StorageMeter() as meter:
+        merged = merge.read("weight", weights, "weight", dtype=torch.bfloat16)
+    assert torch.equal(merged, torch.full_like(merged, rank))
+    kept = merged.nbytes + sum(factor.nbytes for factor in factors.values())
+    assert meter.peak < kept + 4 * 4 * PIECE_VALUES
 
 
 def test_files_named_for_one_expert_are_told_of(tiny, tmp_path, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from sora_engine.denoise.adapting import AdapterRun, adapter_runs
 from sora_engine.models import offload
 from sora_engine.models.adapter_store import LoadedAdapter
 from sora_engine.models.lora import AdapterSet, LayerChange, adapting
+from sora_engine.testing import shadow
+from sora_engine.testing.device import shadow_device
 from tests.faults.test_memory_promise import metered  # noqa: F401
 from tests.parity.oracles import tiny_pipeline
 from tests.unit.adapter_recipes import RECIPES, Noise
@@ -278,6 +281,27 @@ def test_a_saved_job_goes_on_where_its_adapters_are_loaded(engine, files, tmp_pa
     assert again.receipt.loras == whole.receipt.loras == ["style0.safetensors:0.5"]
     assert again.provenance == whole.provenance
     assert str(files[0].parent) not in saved.read_bytes().decode("latin-1")
+
+
+def test_on_a_device_they_cost_no_wait(tmp_path, monkeypatch):
+    """On the shadow of a GPU, where the host is counted: the values are a CPU's."""
+    folder, path = tmp_path / "model", tmp_path / "all.safetensors"
+    tiny_pipeline("t2v", seed=3).save_pretrained(folder)
+    lora_for(path, "t2v", folder)
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 1}
+    plain = VideoRequest("a red circle", **size)
+    request = replace(plain, loras=[Lora(path, 0.5)])
+    with sora.Engine.from_pretrained(folder, device="cpu") as engine:
+        expected = engine.generate(request).latents
+    in_float32 = partial(shadow.load_video_model, dtype="float32")
+    monkeypatch.setattr(shadow, "load_video_model", in_float32)
+    with shadow_device() as device:
+        there = shadow.load(folder, device)
+        made = shadow.walk(there, request, device, decode=False)
+        without = shadow.walk(there, plain, device, decode=False)
+    assert close(made.latents, expected) < 1e-4
+    for name, tally in made.phases.items():
+        assert tally.waits == without.phases[name].waits, name
 
 
 def test_ranks_say_that_they_merge_on_loading(files):
