@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sora_engine.errors import CheckpointError, RequestError
-from sora_engine.io.weights.adapters import AdapterFile, read_adapter
+from sora_engine.io.weights.adapters import AdapterFile, adapter_path, read_adapter
 from sora_engine.io.weights.changes import Change
 from sora_engine.models.adapters import fit
 from sora_engine.models.family import Family, Shapes
@@ -31,8 +31,10 @@ Layers = dict[str, LayerChange]
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoadedAdapter:
-    """An adapter's tensors on the model's device. layers: by expert and layer what it changes."""
+    """An adapter's tensors on the model's device. name: of its file. layers: by expert and layer
+    what it changes."""
 
+    name: str
     sha256: str
     layers: tuple[Layers, ...]
 
@@ -68,6 +70,9 @@ class AdapterStore:
         """Told how many bytes adapters take more, or less; may raise for more."""
         self._named: dict[str, LoadedAdapter] = {}
         self._alive: weakref.WeakValueDictionary[str, LoadedAdapter] = weakref.WeakValueDictionary()
+        self._of_file: weakref.WeakValueDictionary[tuple[object, ...], LoadedAdapter] = (
+            weakref.WeakValueDictionary()
+        )
         self._widest_sets: tuple[object, list[AdapterSet | None]] = ((), [])
         self._lock = threading.RLock()
 
@@ -124,7 +129,7 @@ class AdapterStore:
                             f"no adapter {lora.path_or_name!r}: no such file, and {self._known()}"
                         )
                     adapter = self._read(lora.path_or_name)
-            records.append(LoraRecord(lora.name, adapter.sha256, lora.strength, lora.expert))
+            records.append(LoraRecord(adapter.name, adapter.sha256, lora.strength, lora.expert))
             held.append(adapter)
         return tuple(records), held
 
@@ -170,6 +175,11 @@ class AdapterStore:
 
     def _read(self, path: str | os.PathLike[str]) -> LoadedAdapter:
         """An adapter from its file; the one that is there already, where it is the same."""
+        status = adapter_path(path).stat()
+        known = (os.path.realpath(path), status.st_size, status.st_mtime_ns)
+        present = self._of_file.get(known)
+        if present is not None:
+            return present
         file = read_adapter(path)
         present = self._alive.get(file.sha256)
         if present is not None:
@@ -179,12 +189,12 @@ class AdapterStore:
         needed = sum(self._bytes(changes) for changes in fitted[: None if file.both else 1])
         self.on_change(needed)
         try:
-            adapter = LoadedAdapter(file.sha256, self._layers(file, fitted))
+            adapter = LoadedAdapter(file.path.name, file.sha256, self._layers(file, fitted))
         except BaseException:
             self.on_change(-needed)
             raise
         weakref.finalize(adapter, partial(_give_back, weakref.ref(self), needed))
-        self._alive[file.sha256] = adapter
+        self._alive[file.sha256] = self._of_file[known] = adapter
         return adapter
 
     def _check(self, file: AdapterFile, fitted: Sequence[dict[str, Change]]) -> None:

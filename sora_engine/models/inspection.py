@@ -69,7 +69,7 @@ def inspect_file(path: str | Path) -> FileReport:
     if is_clip(path):
         kinds.append("CLIP image encoder")
     if not kinds and any(parse_key(name) is not None for name in shapes):
-        kinds.append(describe(read_adapter(path, check_values=False)))
+        kinds.append(describe(read_adapter(path, whole=False)))
     return FileReport(path, tuple(kinds), dict(formats), len(shapes), size)
 
 

@@ -155,7 +155,7 @@ def test_a_bad_lora_option_is_named(tmp_path, adapter, monkeypatch, capsys, give
     assert not (tmp_path / "a.webp").exists()
 
 
-def test_inspect_tells_what_an_adapter_is(adapter, capsys):
+def test_inspect_tells_what_an_adapter_is(adapter, tmp_path, capsys):
     assert main(["inspect", str(adapter)]) == 0
     told = capsys.readouterr().out
     for what in (
@@ -164,6 +164,10 @@ def test_inspect_tells_what_an_adapter_is(adapter, capsys):
     ):  # fmt: skip
         assert what in told
     assert inspect_file(adapter).num_tensors == 30
+    # Values are not read: that these are none shows when they are used.
+    torn = tmp_path / "torn.safetensors"
+    make_adapter(torn, scale=float("nan"))
+    assert "LoRA of rank 4" in inspect_file(torn).lines()[0]
 
 
 @pytest.mark.parametrize("shard_weights", [False, True])

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import sora_engine as sora
 from sora_engine import CheckpointError, Clip, Lora, MemoryLimitError, RequestError, VideoRequest
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
-from sora_engine.models import offload
+from sora_engine.io.weights.adapters import read_adapter
+from sora_engine.models import adapter_store, offload
 from sora_engine.models.adapter_store import LoadedAdapter
 from sora_engine.models.lora import AdapterSet, LayerChange, adapting
 from sora_engine.testing import shadow
@@ -75,7 +76,7 @@ def test_eight_requests_with_five_adapters_are_each_as_alone(engine, files):
         plain = engine.generate(replace(request, loras=()))
         assert (close(plain.latents, one.latents) > 1e-3) == bool(request.loras)
         assert other.receipt.loras == one.receipt.loras
-    assert together[3].receipt.loras == ["style0:0.3", "style2:1"]
+    assert together[3].receipt.loras == ["style0.safetensors:0.3", "style2.safetensors:1"]
     assert [r["name"] for r in together[5].provenance.settings["loras"]] == ["style4.safetensors"]
     assert engine.loras == ("style0", "style1", "style2")
 
@@ -218,6 +219,25 @@ def test_what_cannot_differ_by_request_says_to_merge_it(tmp_path, kind):
         assert state_of(engine) == before
         assert engine.loras == ()
     sora.Engine.from_pretrained(folder, device="cpu", loras=[Lora(path)]).close()
+
+
+def test_a_file_that_changed_is_another_adapter(engine, tmp_path, monkeypatch):
+    path = tmp_path / "style.safetensors"
+    make_adapter(path)
+    request = replace(REQUEST, loras=[Lora(path)], num_inference_steps=1)
+    engine.load_lora(path, "before")
+    reads = []
+    monkeypatch.setattr(
+        adapter_store, "read_adapter", lambda path: reads.append(path) or read_adapter(path)
+    )
+    first = engine.generate(request)
+    assert reads == []  # it is there
+    make_adapter(path, seed=9)
+    second = engine.generate(request)
+    assert len(reads) == 1
+    assert close(second.latents, first.latents) > 1e-3
+    again = engine.generate(replace(request, loras=[Lora("before")]))
+    assert torch.equal(again.latents, first.latents)
 
 
 def test_a_broken_adapter_leaves_nothing_loaded(engine, files, tmp_path):

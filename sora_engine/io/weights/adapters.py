@@ -55,7 +55,7 @@ class AdapterFile:
     """An adapter, checked, of which no more than headers and alphas is kept.
 
     layout: whose naming it has. both: it has changes of two experts, each its own. sha256: of the
-    file.
+    file, where all of it was read.
     """
 
     path: Path
@@ -100,12 +100,12 @@ def adapter_path(path: str | PathLike[str]) -> Path:
     return path
 
 
-def read_adapter(path: str | PathLike[str], *, check_values: bool = True) -> AdapterFile:
+def read_adapter(path: str | PathLike[str], *, whole: bool = True) -> AdapterFile:
     """Read an adapter's file, in any layout that `docs/adapters.md` lists.
 
-    check_values: look for NaN and infinity, which reads all of it once. Raises CheckpointError,
-    which names file and tensor, for what is no adapter, is half of one, or of a kind that is not
-    read.
+    whole: read all of it, for its hash and to see that there is no NaN or infinity. Raises
+    CheckpointError, which names file and tensor, for what is no adapter, is half of one, or of a
+    kind that is not read.
     """
     path = adapter_path(path)
     with Weights.open(path) as weights:
@@ -114,11 +114,13 @@ def read_adapter(path: str | PathLike[str], *, check_values: bool = True) -> Ada
         keys = _keys(weights)
         reader = _Reader(weights, AdapterConfig.read(weights.files[0].metadata, path))
         changes = tuple(change for module in _by_module(keys) for change in reader.changes(module))
-        if check_values:
+        if whole:
             for name in weights:
                 finite(weights, name)
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256 = ""
+    if whole:
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return AdapterFile(
         path,
         changes,
