@@ -17,7 +17,8 @@ from sora_engine.denoise.adapting import AdapterRun, adapter_runs
 from sora_engine.io.weights.adapters import read_adapter
 from sora_engine.models import adapter_store, offload
 from sora_engine.models.adapter_store import LoadedAdapter
-from sora_engine.models.lora import AdapterSet, LayerChange, adapting
+from sora_engine.models.linear import linear_gelu
+from sora_engine.models.lora import AdaptedLinear, AdapterSet, LayerChange, Stretch, adapting
 from sora_engine.testing import shadow
 from sora_engine.testing.device import shadow_device
 from tests.faults.test_memory_promise import metered  # noqa: F401
@@ -277,14 +278,18 @@ def test_memory_that_adapters_take_is_asked_for_first(files):
 
 
 def test_the_promise_holds_with_adapters(metered, engine, files):  # noqa: F811
-    # Larger than the frames' memory, so that steps have the peak.
-    request = replace(REQUEST, height=96, width=96, num_frames=9, num_inference_steps=1)
+    window = sora.WindowPlan(48, 8)  # packed together, so that steps have the peak
+    size = {"height": 32, "width": 32, "num_frames": 193, "num_inference_steps": 1}
+    request = replace(REQUEST, window=window, **size)
     engine.generate(replace(request, loras=[Lora(files[0])]))
     engine.load_lora(files[0], "style")
     engine.load_lora(files[2], "other")
+    plain = engine.plan(request)
+    assert plain.denoise == plain.peak
     for loras in ((), [Lora("style")], [Lora("style"), Lora("other", 0.5)]):
         promised, taken = metered(engine, replace(request, loras=loras))
         assert 0.7 * promised <= taken <= promised
+        assert (taken > plain.peak) == bool(loras)
 
 
 def test_a_saved_job_goes_on_where_its_adapters_are_loaded(engine, files, tmp_path):
@@ -340,6 +345,26 @@ def test_runs_of_tokens():
     runs = adapter_runs([(one, 3), (one, 2), (None, 4), (two, 1), (one, 5)])
     assert runs == (AdapterRun(one, 0, 5), AdapterRun(two, 9, 10), AdapterRun(one, 10, 15))
     assert adapter_runs([(None, 3)]) == ()
+
+
+class Fused(torch.nn.Linear):
+    """A layer whose GELU in one pass can be told from one behind it."""
+
+    def with_gelu(self, x, approximate):
+        return torch.full((len(x), self.out_features), 7.0)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (2, 6), (0, None), (5, 6)])
+def test_rows_without_adapters_keep_their_way_through_gelu(start, stop):
+    layer, x = Fused(4, 5), torch.randn(6, 4)
+    changes = [(LayerChange(bias=torch.ones(5)), 2.0)]
+    with torch.no_grad():
+        y = linear_gelu(AdaptedLinear(layer, [Stretch(changes, start, stop)]), x, "tanh")
+        expected = torch.full((6, 5), 7.0)
+        expected[start:stop] = torch.nn.functional.gelu(layer(x) + 2, approximate="tanh")[
+            start:stop
+        ]
+    torch.testing.assert_close(y, expected)
 
 
 def test_layers_are_put_back_after_an_error():
