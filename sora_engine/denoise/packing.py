@@ -197,14 +197,9 @@ class Packer:
             streams[name] = _context_stream(name, segments, rows, self.device)
         lengths = map(math.prod, layout.grids)
         own = (segment.contexts[0][0].adapters for segment in segments)
-        return PackedBatch(
-            streams,
-            to_device(timesteps, self.device),
-            layout.contexts,
-            pooled,
-            layout=layout,
-            adapters=adapter_runs(zip(own, lengths, strict=True)),
-        )
+        runs = adapter_runs(zip(own, lengths, strict=True))
+        levels = to_device(timesteps, self.device)
+        return PackedBatch(streams, levels, layout.contexts, pooled, layout, runs)
 
     def unpack(self, predictions: Tensor, batch: PackedBatch, channels: int) -> list[Tensor]:
         """Split `predictions [N, patch volume * channels]` into one `[C, T, H, W]` a segment."""

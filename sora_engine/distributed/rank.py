@@ -191,10 +191,8 @@ class _Rank:
 
             sharder = WeightShards(mesh)
         options = dict(settings["model"])
-        loras = [Lora(**lora) for lora in options.pop("loras", ())]
-        model = load_video_model(
-            device=device, sharder=sharder, loras=loras, alone=False, **options
-        )
+        options["loras"] = [Lora(**lora) for lora in options.get("loras", ())]
+        model = load_video_model(device=device, sharder=sharder, alone=False, **options)
         return cls(model, mesh)
 
     def describe(self) -> dict[str, Any]:

@@ -217,12 +217,14 @@ def load_transformer(
     visiting: bool = False,
     merge: Merge | None = None,
     cuda_graphs: str = "off",
+    merge: Merge | None = None,
 ) -> DiffusionTransformer:
     """A transformer, which is on the meta device, filled from its files.
 
     visiting: the weights of the blocks are read into host memory and wait there. merge: what
-    adapters change of them. cuda_graphs: whether passes are recorded, of weights that are whole and
-    stay on the device: "auto", "on" or "off".
+        adapters change of them.
+    cuda_graphs: whether passes are recorded, of weights that are whole and stay on the device:
+        "auto", "on" or "off".
     """
     dtype = transformer.dtype
     fill = source.fill if merge is None else partial(source.fill, merge=merge)

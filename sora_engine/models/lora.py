@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_engine.denoise.adapting import AdapterRun
-from sora_engine.models.linear import linear_gelu
+from sora_engine.models.linear import InvariantLinear, linear_gelu
 from sora_kernels import lora_linear
+
+TILE = 64
+"""Rows of a tile where no row's bits may depend on the others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,11 +85,18 @@ class AdaptedLinear(nn.Module):
                 parts.append(linear_gelu(self.base, x[done : stretch.start], approximate))
             own = x[stretch.start : stop]
             changed = self._changed(own, self.base(own), [stretch._replace(start=0, stop=None)])
-            parts.append(F.gelu(changed, approximate=approximate))
+            parts.append(self._gelu(changed, approximate))
             done = stop
         if done < len(x):
             parts.append(linear_gelu(self.base, x[done:], approximate))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gelu(self, x: Tensor, approximate: str) -> Tensor:
+        if not isinstance(self.base, InvariantLinear) or x.device.type == "cuda":
+            return F.gelu(x, approximate=approximate)
+        # In tiles of one size: on a CPU the last values of a tensor go another way than the rest.
+        tiles = F.pad(x, (0, 0, 0, -len(x) % TILE)).split(TILE)
+        return torch.cat([F.gelu(tile, approximate=approximate) for tile in tiles])[: len(x)]
 
     def _changed(self, x: Tensor, base: Tensor, stretches: Sequence[Stretch]) -> Tensor:
         down, up, rows, scales = [], [], [], []

@@ -90,6 +90,18 @@ def test_a_neighbour_with_adapters_changes_no_bit_of_one_without(engine, files):
     assert torch.equal(other.latents, alone.latents)
 
 
+def test_exact_engines_give_the_same_bits_in_any_company(files):
+    loras = ([Lora(files[0])], [Lora(files[1], 0.5), Lora(files[2])], [])
+    requests = [replace(REQUEST, loras=each, height=32 + 16 * i) for i, each in enumerate(loras)]
+    options = {"device": "cpu", "exact": True, "limits": PACKED}
+    with sora.Engine.from_pretrained("sprites", **options) as engine:
+        alone = [engine.generate(request) for request in requests]
+        together = engine.generate(requests)
+    for one, other in zip(alone, together, strict=True):
+        assert other.receipt.most_in_company > 1
+        assert torch.equal(other.latents, one.latents)
+
+
 def lora_for(path, kind, folder):
     """LoRA with biases of every layer that may have adapters by rows."""
     noise, tensors = Noise(7), {}
