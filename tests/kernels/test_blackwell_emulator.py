@@ -73,6 +73,27 @@ def test_the_schedule_changes_nothing():
         assert torch.equal(lse, lse_again)
 
 
+@pytest.mark.parametrize("kernel", ["gluon", "blackwell"])
+def test_company_changes_no_bit(kernel):
+    """A segment's result is the same alone and packed beside others, though one group's rows of a
+    tile may be scaled where another's are not."""
+    case = Case(
+        (200, 37, 300), (390, 300, 140), heads=2, width=128, counts=(3, 0, 500), magnitude=10.0,
+        kernel=kernel,
+    )  # fmt: skip
+    operands = inputs(case)
+    out, lse, _ = attend(case, operands)
+    parts = zip(*(x.split(list(lens)) for x, lens in zip(
+        (*operands, out, lse),
+        (case.q_lens, case.k_lens, case.k_lens, case.q_lens, case.q_lens), strict=True,
+    )), strict=True)  # fmt: skip
+    for i, (q, k, v, due, due_lse) in enumerate(parts):
+        lens = {"q_lens": (len(q),), "k_lens": (len(k),), "counts": (case.counts[i],)}
+        alone, lse_alone, _ = attend(replace(case, **lens), (q, k, v))
+        assert torch.equal(alone, due)
+        assert torch.equal(lse_alone, due_lse)
+
+
 def test_the_command_runs_it(capsys):
     assert command.main(["--first", "7", "--cases", "2", "--kernel", KERNEL]) == 0
     assert "2 of 2 cases right" in capsys.readouterr().out
