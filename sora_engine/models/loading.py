@@ -215,7 +215,6 @@ def load_transformer(
     *,
     sharder: WeightSharder | None = None,
     visiting: bool = False,
-    merge: Merge | None = None,
     cuda_graphs: str = "off",
     merge: Merge | None = None,
 ) -> DiffusionTransformer:

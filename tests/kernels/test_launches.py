@@ -56,8 +56,7 @@ def launched(compiled, *arguments):
 
 def test_a_block_of_wan_launches_on_hopper(compiled):
     """14B at 720p by Triton, and its attention by Gluon; 16 small requests in one batch."""
-    only = "^Wan 14B/(720p|16 small)(/gluon)?: "
-    (line,) = launched(compiled, "--arch", "90", "--only", only)
+    (line,) = launched(compiled, "--arch", "90", "--only", "^Wan 14B/(720p|16 small)(/gluon)?:")
     found = re.search(r"(\d+) calls, (\d+) launches of (\d+) kernels, (\d+) tensor maps", line)
     assert found is not None, line
     calls, launches, _, maps = map(int, found.groups())
