@@ -12,11 +12,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sora_engine as sora
-from sora_engine import CheckpointError, Clip, Lora, MemoryLimitError, RequestError, VideoRequest
+from sora_engine import (
+    BackendError,
+    CheckpointError,
+    Clip,
+    Lora,
+    MemoryLimitError,
+    RequestError,
+    VideoRequest,
+)
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
+from sora_engine.denoise.conditioning import Context
+from sora_engine.denoise.model import TransformerShape
+from sora_engine.denoise.packing import Packer, Segment
 from sora_engine.io.weights.adapters import read_adapter
 from sora_engine.models import adapter_store, offload
 from sora_engine.models.adapter_store import LoadedAdapter
+from sora_engine.models.cuda_graph import EAGER_PASSES, GraphedPasses
 from sora_engine.models.linear import linear_gelu
 from sora_engine.models.lora import AdaptedLinear, AdapterSet, LayerChange, Stretch, adapting
 from sora_engine.testing import shadow
@@ -350,6 +362,31 @@ def test_ranks_say_that_they_merge_on_loading(files):
         ):
             with pytest.raises(RequestError, match=r"from_pretrained\(loras=\.\.\.\) merges them"):
                 attempt()
+
+
+def test_a_pass_with_adapters_is_no_cuda_graph():
+    """What is recorded has the layers of the moment in it."""
+
+    def record(*arguments, **options):
+        raise RuntimeError("recorded")
+
+    packer = Packer((1, 2, 2), torch.device("cpu"))
+    context = Context()
+    segment = Segment(torch.zeros(4, 1, 4, 4), torch.zeros(1), ((context, 1),))
+    own = replace(segment, contexts=((replace(context, adapters=AdapterSet({})), 1),))
+    shape = TransformerShape(
+        num_layers=1, num_heads=1, head_dim=4, ffn_dim=4, in_channels=4, out_channels=4
+    )
+    passes = GraphedPasses(lambda batch: batch.video.tokens, shape, required=True, recorder=record)
+    with torch.inference_mode():
+        for _ in range(6):
+            batch = packer.pack([segment, own])
+            assert batch.adapters == (AdapterRun(own.contexts[0][0].adapters, 4, 8),)
+            passes(batch)
+        for _ in range(EAGER_PASSES):
+            passes(packer.pack([segment, segment]))
+        with pytest.raises(BackendError, match="recorded"):
+            passes(packer.pack([segment, segment]))
 
 
 def test_runs_of_tokens():
