@@ -34,9 +34,16 @@ from sora_engine.models.offload import (
     offload_blocks,
     offload_encoder,
 )
-from sora_engine.models.registry import Components, ModelPath, family_named, open_checkpoint
+from sora_engine.models.registry import (
+    Components,
+    ModelPath,
+    family_named,
+    on_ladder_of,
+    open_checkpoint,
+)
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
+from sora_engine.request.ladders import ladder_of_adapters
 from sora_engine.request.lora import Lora, LoraRecord
 from sora_engine.samplers import SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, PromptEncoder, load_text_encoder
@@ -103,6 +110,8 @@ def load_video_model(
     )
     checkpoint, name = open_checkpoint(path, components)
     merges, records = _merges(loras, checkpoint, build)
+    names = [record.name for record in records if record.strength]
+    checkpoint = on_ladder_of(checkpoint, ladder_of_adapters(names), ", ".join(names))
     coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
     decoder = _open_decoder(
         checkpoint, target, coding_dtype, vae_backend, cuda_graphs, by_time=not exact

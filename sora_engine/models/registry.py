@@ -107,9 +107,14 @@ def _on_its_ladder(found: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
     """A model in files with the ladder that their names tell, where they tell one and the same."""
     ladders = {ladder_of_file(path.name) for path in paths}
     ladder = ladders.pop()
-    if ladder is None or ladders:
+    return found if ladders else on_ladder_of(found, ladder, paths[0].name)
+
+
+def on_ladder_of(found: Checkpoint, ladder: str | None, name: str) -> Checkpoint:
+    """A model with the ladder that a file's name tells, unless it has one of its own."""
+    if ladder is None or found.defaults.ladder is not None:
         return found
-    logger.info("%s: steps of ladder %s, by its name", paths[0].name, ladder)
+    logger.info("steps of ladder %s, as %s says by its name", ladder, name)
     return replace(found, defaults=on_ladder(replace(found.defaults, ladder=ladder)))
 
 

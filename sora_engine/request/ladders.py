@@ -7,11 +7,11 @@ are those that its publishers' code steps through, after their shift.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from sora_engine.errors import RequestError
-from sora_engine.request.checks import integer, shown
+from sora_engine.request.checks import integer, several, shown
 from sora_engine.request.request import VideoRequest
 
 
@@ -66,16 +66,24 @@ def ladder_of_file(name: str) -> str | None:
     return max(found, default=(0, None))[1]
 
 
+def ladder_of_adapters(names: Iterable[str]) -> str | None:
+    """The one ladder that the file names of a request's or a model's adapters tell; None where they
+    tell none, or several."""
+    told = {ladder for name in names if (ladder := ladder_of_file(name)) is not None}
+    return told.pop() if len(told) == 1 else None
+
+
 def with_ladder(request: VideoRequest, own: str | None) -> tuple[VideoRequest, str]:
     """The request on its ladder's levels, and the ladder's name; as it is and "" where it has none.
 
-    own: the checkpoint's ladder. `request.ladder` goes before it, "" switches it off, and so do
-    `sigmas` of the request's own. RequestError for an unknown name, and for steps, levels or a
-    shift beside a ladder that has others.
+    own: the checkpoint's ladder. That of the request's adapters goes before it, `request.ladder`
+    before both; "" switches it off, and so do `sigmas` of the request's own. RequestError for an
+    unknown name, and for steps, levels or a shift beside a ladder that has others.
     """
     name = request.ladder
-    if name is None:
-        name = own if request.sigmas is None else None
+    if name is None and request.sigmas is None:
+        adapters = (getattr(lora, "name", "") for lora in several("loras", request.loras, "Loras"))
+        name = ladder_of_adapters(adapters) or own
     if name is None or name == "":
         return request, ""
     ladder = ladder_named(name)

@@ -188,6 +188,36 @@ def test_names_of_files(name):
     assert ladder_of_file(name) == FILES[name]
 
 
+def test_a_requests_adapters_tell_it():
+    distill = sora.Lora("loras/Wan21_CausVid_14B_T2V_lora_rank32.safetensors", 0.7)
+    style = sora.Lora("loras/ink.safetensors")
+    made = resolve(loras=(distill, style))
+    assert (made.ladder, made.num_inference_steps, made.guidance_scale) == ("causvid-9", 9, 1.0)
+    assert resolve(own="fastwan-3", loras=(distill,)).ladder == "causvid-9"
+    assert resolve(own="fastwan-3", loras=(style,)).ladder == "fastwan-3"
+    assert resolve(loras=(distill,), ladder="").num_inference_steps == 50
+    assert resolve(loras=(distill, sora.Lora("self_forcing.safetensors"))).ladder == ""
+    pair = [sora.Lora(f"Wan2.2-Lightning-4steps_{noise}.safetensors") for noise in ("HIGH", "low")]
+    assert resolve(loras=pair).ladder == "lightx2v-4"
+
+
+def test_an_adapter_that_is_merged_on_loading_tells_it(models, tmp_path):
+    from safetensors.torch import save_file as save
+
+    name, rank, width = "blocks.0.attn1.to_q", 2, 24
+    tensors = {
+        f"transformer.{name}.lora_A.weight": torch.randn(rank, width),
+        f"transformer.{name}.lora_B.weight": torch.randn(width, rank),
+    }
+    for file, ladder, steps in (("lightx2v_4steps", "lightx2v-4", 4), ("ink", None, 50)):
+        path = tmp_path / f"{file}.safetensors"
+        save(tensors, path)
+        settings = {"device": "cpu", "loras": [sora.Lora(path)]}
+        with sora.Engine.from_pretrained(models("t2v"), **settings) as engine:
+            defaults = engine.model.defaults
+            assert (defaults.ladder, defaults.num_inference_steps) == (ladder, steps)
+
+
 def test_a_file_by_its_name_takes_four_steps_without_a_flag(models, tmp_path):
     folder = models("t2v")
     model = tiny_transformer(0, num_attention_heads=1, attention_head_dim=128)
