@@ -263,6 +263,18 @@ def test_merging_takes_little_beside_the_weight(tmp_path):
     assert meter.peak < kept + 4 * 4 * PIECE_VALUES
 
 
+def test_a_raw_file_of_peft_says_that_its_alpha_is_elsewhere(tiny, tmp_path, caplog):
+    made = RECIPES["9 raw PEFT"](tiny.weights)
+    path = saved(made, tmp_path / "adapter_model.safetensors")
+    tiny.merged(Lora(path))
+    assert "its alpha is in PEFT's adapter_config.json, which is not beside it" in caplog.text
+    caplog.clear()
+    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}')
+    (state,) = tiny.merged(Lora(tmp_path))
+    assert not caplog.text
+    check(state, tiny.weights, with_strength(tiny.weights, made.after, 2.0))
+
+
 def test_files_named_for_one_expert_are_told_of(tiny, tmp_path, caplog):
     made = RECIPES["9 DiffSynth"](tiny.weights)
     path = saved(made, tmp_path / "light_HIGH_noise.safetensors")

@@ -8,6 +8,7 @@ only to see that they are finite.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from sora_engine.io.weights.adapter_keys import (
 from sora_engine.io.weights.changes import Change, finite
 
 WORKS = "LoRA, LoHa, LoKr, DoRA and differences of weights would work"
+
+logger = logging.getLogger(__name__)
 
 _FACTORS = {
     "lora": ("up", "down"),
@@ -112,7 +115,15 @@ def read_adapter(path: str | PathLike[str], *, whole: bool = True) -> AdapterFil
         if not len(weights):
             raise CheckpointError("it holds no tensors: a download that failed?", path=path)
         keys = _keys(weights)
-        reader = _Reader(weights, AdapterConfig.read(weights.files[0].metadata, path))
+        told = AdapterConfig.read(weights.files[0].metadata, path)
+        raw = "base_model.model." in keys[0].prefix and not told.settings
+        if raw and all(key.part != "alpha" for key in keys):
+            logger.warning(
+                "%s: its alpha is in PEFT's adapter_config.json, which is not beside it; it is "
+                "applied with the scale 1",
+                path.name,
+            )
+        reader = _Reader(weights, told)
         changes = tuple(change for module in _by_module(keys) for change in reader.changes(module))
         if whole:
             for name in weights:
