@@ -33,6 +33,28 @@ def dies():
 """
 
 
+def test_the_estimate_on_the_page_follows_from_the_tables(monkeypatch):
+    """All but what the host takes, which another machine does in another time."""
+    estimate = runpy.run_path(str(ROOT / "benchmarks" / "gpu" / "estimate.py"))
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    begin, end = "<!-- estimate -->", "<!-- /estimate -->"
+    shown = page.partition(begin)[2].partition(end)[0].strip().splitlines()
+    made = list(estimate["rows"](13, 0.0))
+    assert len(shown) == len(made) == 6
+    for row, due in zip(shown, made, strict=True):
+        cells, expected = (line.split(" | ") for line in (row, due))
+        assert cells[:5] == expected[:5]
+    # By hand: 14B at 720p, two branches of 75,600 tokens, 40 heads of 128, 512 keys of a text.
+    case = estimate["CASES"][0]
+    products = 2 * 2 * 75_600 * (6 * 5120**2 + 2 * 5120 * 13_824) / 790e12
+    assert estimate["product_seconds"](case) == pytest.approx(products)
+    kernel = estimate["Kernel"]("two at a time", 2)
+    attention = 4 * 128 * 2 * 75_600 * (75_600 + 512) * 40 / 790e12
+    assert estimate["attention_seconds"](case, kernel) == pytest.approx(attention)
+    alone = estimate["attention_seconds"](case, estimate["Kernel"]("one", 1))
+    assert alone / attention == pytest.approx(1 + (1 / 16 + 3.5 / 128) / (4 * 128 / 4096))
+
+
 @pytest.fixture(scope="module")
 def day():
     return runpy.run_path(str(ROOT / "benchmarks" / "gpu_day.py"))
