@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -100,7 +101,14 @@ class DiffusionTransformer(nn.Module, ABC):
     def replay_passes(self, *, required: bool = False, recorder: Recorder = record) -> Self:
         """Have passes be recorded and replayed as CUDA graphs (`GraphedPasses`), for a transformer
         whose weights stay where they are. Returns self."""
-        self.graphs = GraphedPasses(self.forward, self.shape, required=required, recorder=recorder)
+        owner = weakref.ref(self)  # the graphs are its own: without a circle it goes at once
+
+        def forward(batch: PackedBatch) -> Tensor:
+            transformer = owner()
+            assert transformer is not None
+            return type(transformer).forward(transformer, batch)
+
+        self.graphs = GraphedPasses(forward, self.shape, required=required, recorder=recorder)
         self.forward = self.graphs  # type: ignore[method-assign,assignment]
         return self
 
