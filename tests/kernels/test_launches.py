@@ -65,6 +65,17 @@ def test_a_block_of_wan_launches_on_hopper(compiled):
     assert maps == 3 * 2 * (2 + 2)
 
 
+def test_each_card_has_its_own_limit_of_shared_memory(compiled):
+    """In one process: Blackwell's kernel takes more than sm_80 has, and sm_120 has less."""
+    only = "^Wan 5B/5B 720p(/blackwell)?: self"
+    lines = launched(compiled, "--arch", "80", "100", "120", "--only", only)
+    assert [re.findall(r"\d+ calls|\d+ faults", line) for line in lines] == [
+        ["1 calls", "0 faults"],
+        ["2 calls", "0 faults"],
+        ["1 calls", "0 faults"],
+    ]
+
+
 def test_attention_launches_on_blackwell(compiled):
     """By Gluon: 5B at 720p, whose text is one token, and rows that lie apart."""
     only = "^Wan 5B/(5B 720p|strided)/blackwell"

@@ -122,7 +122,10 @@ def pretend(arch: int, *, devices: int = 1) -> Iterator[Record]:
 
 
 def forget() -> None:
-    """Kernels that were compiled for another device."""
+    """Kernels that were compiled for another device, and its limit of shared memory."""
+    from triton.compiler import compiler
+
+    compiler.max_shared_mem.cache_clear()
     replay.forget()
     for kernel in kernels():
         kernel.device_caches.clear()
