@@ -173,7 +173,8 @@ def check_before_loading(command: Command, output: str) -> None:
                 read_video(path, max_frames=1)
             elif read_first_image(path) is None:
                 open_video(path).close()
-        resolve_request(command.early, _AnyModel(), Limits())
+        # Ladders are a family's, and no family is known yet.
+        resolve_request(replace(command.early, ladder=""), _AnyModel(), Limits())
     except SoraError as error:
         raise UsageError(in_options(error)) from error
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -257,6 +259,24 @@ def test_experts_change_at_step_two_of_lightx2vs(kind, boundary, models):
     assert starts == [boundary, 0.0]
     timesteps = [1000 * sigma for sigma in LADDERS["lightx2v-4"].sigmas]
     assert [timestep >= 1000 * starts[0] for timestep in timesteps] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ladder", "code", "says"),
+    [
+        ("self-forcing-4", 0, "v.png: 16x16, 1 frames"),
+        ("lightx2v", 2, "--ladder: ladder 'lightx2v' is not known; there are lightx2v-4, self-"),
+    ],
+)
+def test_the_command_alone_in_its_process(ladder, code, says, tmp_path):
+    """It looks at what was asked before it knows of any family."""
+    command = [sys.executable, "-c", "from sora_engine.cli import main; raise SystemExit(main())"]
+    command += ["generate", "a ball", "--size", "16x16", "--frames", "1", "-o", "v.png"]
+    done = subprocess.run(
+        [*command, "--ladder", ladder], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert says in done.stdout + done.stderr
+    assert done.returncode == code
 
 
 def test_made_again_from_its_file_and_by_its_parts(tmp_path, monkeypatch):
