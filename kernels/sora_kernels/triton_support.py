@@ -89,3 +89,11 @@ def unsupported_row(case: Case) -> str | None:
 def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is dense, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether TMA can address it: 16-byte base and strides."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(
+        stride * size % 16 == 0 for stride in tensor.stride()[:-1]
+    )

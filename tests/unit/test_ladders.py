@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ from sora_engine.config import Limits
 from sora_engine.denoise.canvas import solver_of
 from sora_engine.denoise.denoise import prepare
 from sora_engine.errors import CheckpointError, RequestError
-from sora_engine.models.generation_config import GENERATION_CONFIG
+from sora_engine.models.generation_config import GENERATION_CONFIG, on_ladder
 from sora_engine.models.registry import BUNDLED, families, open_checkpoint
 from sora_engine.models.wan.ladders import WAN_LADDERS as LADDERS
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, resolve_request
@@ -46,20 +47,10 @@ families()  # theirs are known with them
 
 
 def resolve(own=None, **values):
-    defaults = DEFAULTS if own is None else sora_defaults(own)
+    defaults = on_ladder(replace(DEFAULTS, ladder=own))
     facts = SimpleNamespace(grid=GRID, defaults=defaults, known_mode=KnownMode.REPLACEMENT)
     request = sora.VideoRequest(**{"prompt": "a", **values})
     return resolve_request(request, facts, Limits(), solvers=SOLVERS)
-
-
-def sora_defaults(ladder):
-    from sora_engine.models.generation_config import on_ladder
-
-    return on_ladder(GenerationDefaults(**{**vars_of(DEFAULTS), "ladder": ladder}))
-
-
-def vars_of(defaults):
-    return {name: getattr(defaults, name) for name in defaults.__slots__}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +155,7 @@ def test_a_checkpoints_own_ladder():
 
 
 def test_a_draft_keeps_its_steps():
-    facts = SimpleNamespace(grid=GRID, defaults=sora_defaults("fastwan-3"))
+    facts = SimpleNamespace(grid=GRID, defaults=on_ladder(replace(DEFAULTS, ladder="fastwan-3")))
     assert tasks.draft(facts, sora.VideoRequest("a")).num_inference_steps is None
     assert tasks.draft(facts, sora.VideoRequest("a", ladder="")).num_inference_steps == 2
 
@@ -204,8 +195,6 @@ def test_a_requests_adapters_tell_it():
 
 
 def test_an_adapter_that_is_merged_on_loading_tells_it(models, tmp_path):
-    from safetensors.torch import save_file as save
-
     name, rank, width = "blocks.0.attn1.to_q", 2, 24
     tensors = {
         f"transformer.{name}.lora_A.weight": torch.randn(rank, width),
@@ -213,7 +202,7 @@ def test_an_adapter_that_is_merged_on_loading_tells_it(models, tmp_path):
     }
     for file, ladder, steps in (("lightx2v_4steps", "lightx2v-4", 4), ("ink", None, 50)):
         path = tmp_path / f"{file}.safetensors"
-        save(tensors, path)
+        save_file(tensors, path)
         settings = {"device": "cpu", "loras": [sora.Lora(path)]}
         with sora.Engine.from_pretrained(models("t2v"), **settings) as engine:
             defaults = engine.model.defaults

@@ -26,7 +26,7 @@ from sora_kernels.attention.plan import padded_width, plan_tiles
 from sora_kernels.dispatch import Case
 from sora_kernels.launch import architecture, find, find_or_raise, has_tma
 from sora_kernels.replay import launch as launch_kernel
-from sora_kernels.triton_support import dense_rows
+from sora_kernels.triton_support import dense_rows, describable
 from sora_kernels.triton_support import unsupported as no_triton
 
 TAKES_PLAN = True
@@ -268,14 +268,6 @@ def packed_attention_kernel(
     if HAS_LSE:
         lse = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
         tl.store(lse_ptr + row.to(tl.int64) * heads + head, lse, mask=row < q_last)
-
-
-def describable(tensor: Tensor) -> bool:
-    """Whether TMA can address it: 16-byte base and strides."""
-    size = tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and all(
-        stride * size % 16 == 0 for stride in tensor.stride()[:-1]
-    )
 
 
 def _addressable(tensor: Tensor) -> Tensor:

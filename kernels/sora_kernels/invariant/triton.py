@@ -20,7 +20,7 @@ from sora_kernels.dispatch import Case
 from sora_kernels.invariant.operands import GELUS, Operands
 from sora_kernels.launch import architecture, has_tma, matmul
 from sora_kernels.replay import launch
-from sora_kernels.triton_support import dense_rows
+from sora_kernels.triton_support import dense_rows, describable
 from sora_kernels.triton_support import unsupported as no_triton
 
 GROUP = 8  # tiles of rows that go through a column of weights before the next: those stay in cache
@@ -100,11 +100,6 @@ def invariant_linear_kernel(
     )
 
 
-def _describable(tensor: Tensor) -> bool:
-    """Whether TMA can address it: 16-byte base and rows."""
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
-
-
 def _source(tensor: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -120,7 +115,7 @@ def run(call: Operands) -> Tensor:
     arch = architecture(x.device)
     sizes = matmul("invariant_linear", arch, x.dtype)
     # What a row comes to must not hang on where rows begin either: both ways load the same values.
-    tma = has_tma(arch) and _describable(x) and _describable(weight)
+    tma = has_tma(arch) and describable(x) and describable(weight)
     sources: tuple[Any, Any] = (x, weight)
     if tma:
         sources = (
