@@ -66,8 +66,7 @@ class AdapterStore:
         self.family, self.num_experts = family, num_experts
         self.device, self.dtype = device, dtype
         self._build = build
-        self.on_change: Callable[[int], None] = lambda _bytes: None
-        """Told how many bytes adapters take more, or less; may raise for more."""
+        self._listener: weakref.WeakMethod[Callable[[int], None]] | None = None
         self._named: dict[str, LoadedAdapter] = {}
         self._alive: weakref.WeakValueDictionary[str, LoadedAdapter] = weakref.WeakValueDictionary()
         self._of_file: weakref.WeakValueDictionary[tuple[object, ...], LoadedAdapter] = (
@@ -75,6 +74,16 @@ class AdapterStore:
         )
         self._widest_sets: tuple[object, list[AdapterSet | None]] = ((), [])
         self._lock = threading.RLock()
+
+    def tell(self, listener: Callable[[int], None]) -> None:
+        """Tell a method how many bytes adapters take more, or less; it may raise for more. It is
+        held weakly: an object that counts a model's memory holds the model, and so this store."""
+        self._listener = weakref.WeakMethod(listener)
+
+    def _on_change(self, size: int) -> None:
+        listener = None if self._listener is None else self._listener()
+        if listener is not None:
+            listener(size)
 
     @cached_property
     def _hollow(self) -> DiffusionTransformer:
@@ -187,11 +196,11 @@ class AdapterStore:
         fitted = fit(file, self.family, self.shapes, self.num_experts)
         self._check(file, fitted)
         needed = sum(self._bytes(changes) for changes in fitted[: None if file.both else 1])
-        self.on_change(needed)
+        self._on_change(needed)
         try:
             adapter = LoadedAdapter(file.path.name, file.sha256, self._layers(file, fitted))
         except BaseException:
-            self.on_change(-needed)
+            self._on_change(-needed)
             raise
         weakref.finalize(adapter, partial(_give_back, weakref.ref(self), needed))
         self._alive[file.sha256] = self._of_file[known] = adapter
@@ -273,4 +282,4 @@ class AdapterStore:
 def _give_back(store: weakref.ref[AdapterStore], size: int) -> None:
     alive = store()
     if alive is not None:
-        alive.on_change(-size)
+        alive._on_change(-size)

@@ -81,7 +81,7 @@ class Engine:
                 model, self.limits.max_batch_tokens, limit, self.limits.pack_tokens
             )
             if model.adapters is not None:
-                model.adapters.on_change = self._planner.reserve
+                model.adapters.tell(self._planner.reserve)
             replicas = [LocalExecutor(model)]
             if model.device.type == "cuda":
                 compile_kernels(model, self._planner, self.limits)

@@ -43,8 +43,8 @@ class Bug:
 ATTENTION, NORMS = "attention/triton.py", "modulate/triton.py"
 BUGS = {
     "strides that TMA cannot take go into a descriptor": Bug(
-        ATTENTION, "return tensor.data_ptr() % 16 == 0 and all(", "return True or all(",
-        "1.3B/strided: odd", "16-byte"),
+        "triton_support.py", "return tensor.data_ptr() % 16 == 0 and all(", "return True or all(",
+        "1.3B/strided: odd", "16-byte", user=ATTENTION),
     "keys are described with a box of another size than the kernel's": Bug(
         ATTENTION, "_source(k, launch.block_n, width // parts)",
         "_source(k, 2 * launch.block_n, width // parts)", "1.3B/5B 720p: self", "self-attention"),
