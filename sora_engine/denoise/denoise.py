@@ -26,7 +26,7 @@ from sora_engine.denoise.guidance import guide
 from sora_engine.denoise.known import encode_known, encode_video
 from sora_engine.denoise.model import DiffusionModel, Transformer
 from sora_engine.denoise.packing import Packer
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import Preview
 from sora_engine.denoise.sharing import ALONE, Part, PartPredictions, Predictions, StepSharing
 from sora_engine.denoise.windows import chain_of, plan_windows
 from sora_engine.errors import NonFiniteError, RequestError
@@ -249,7 +249,7 @@ def advance(
     expert: int,
     predictions: Predictions,
     fresh: Tensor | None,
-    preview: LatentPreview | None = None,
+    preview: Preview | None = None,
 ) -> None:
     """Join the branches, and take the solver's step."""
     schedule, i = canvas.solver.schedule, canvas.step_index

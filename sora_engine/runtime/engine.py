@@ -120,8 +120,9 @@ class Engine:
                 expert for high noise first; or `"sprites"`, the bundled checkpoint.
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
-            vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
-                (engines that `sora export-vae` has built); `"auto"` is torch.
+            vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache), `"tensorrt"`
+                (engines that `sora export-vae` has built) or `"tiny"` (TAEHV, an approximation);
+                `"auto"` is torch.
             vae_dtype: of the autoencoder; `"auto"` is `dtype` on a GPU and float32 on a CPU.
             cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady step
                 as a CUDA graph, and the transformer its small passes, where its weights stay on one
@@ -133,6 +134,8 @@ class Engine:
             components: what a transformer file lacks: a folder in diffusers' or ComfyUI's layout,
                 or a mapping from `vae`, `text_encoder`, `tokenizer`, `image_encoder`,
                 `image_processor`, `scheduler` and `transformer_2` to a file or a folder of each.
+                Of every model `tiny_vae`, a tiny autoencoder: previews are made with it, and with
+                `vae_backend="tiny"` the video.
             offload: which weights wait in host memory and cross when they are needed: `"none"`;
                 `"text"`, the text and image encoders' layers; `"blocks"`, the transformers' too.
                 `"auto"`, on a GPU: the first of these with which a request of the checkpoint's
