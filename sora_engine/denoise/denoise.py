@@ -104,13 +104,14 @@ def encode_prompts(
 ) -> Prompts:
     """Embeddings of the prompts, and which of them each latent frame reads."""
     texts = list(model.prompt_encoder.encode(prompts_of(request)))
+    reused = model.prompt_encoder.reused
     encoded = [tensor for text in texts for tensor in text.values()]
     encoded += [] if image is None else [image]
     check_finite(encoded, "a prompt or an image", stage="encoding", dtype=model.dtype)
     negative = texts.pop() if request.guided else None
     frame_texts = frame_texts_of(request, model.grid, latent_frames)
     cut = model.prompt_encoder.cut(prompts_of(request))
-    return Prompts(tuple(texts), frame_texts, negative, image, cut)
+    return Prompts(tuple(texts), frame_texts, negative, image, cut, reused)
 
 
 def prompts_of(request: ResolvedRequest) -> list[str]:

@@ -67,6 +67,11 @@ class Transformer(Protocol):
 class PromptEncoder(Protocol):
     """What turns the prompts of requests into what a transformer reads."""
 
+    @property
+    def reused(self) -> int:
+        """Of the prompts that were encoded last, how many were known from before."""
+        ...
+
     def encode(self, prompts: Sequence[str]) -> Sequence[Embedding]: ...
 
     def cut(self, prompts: Sequence[str]) -> tuple[str, ...]:

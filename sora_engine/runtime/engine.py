@@ -74,6 +74,7 @@ class Engine:
         self._planner: MemoryPlanner | None = None
         if model is not None:
             model.vae.limit(self.limits.vae_memory_bytes)
+            model.prompt_encoder.kept.bound(self.limits.text_cache_bytes)
             limit = self.limits.memory_bytes
             if limit is None:
                 limit = int(USABLE * free_bytes(model.device))

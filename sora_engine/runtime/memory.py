@@ -166,6 +166,17 @@ class MemoryPlanner:
                 )
             batch_tokens = fewer
 
+    def fits(self, held: Sequence[MemoryPlan], batch: Sequence[MemoryPlan]) -> bool:
+        """Whether what these requests hold, and what a turn of them needs beside that, keep within
+        the limit: the turn of one of them, or a step of a batch. Texts that are kept give way."""
+        if self.limit is None:
+            return True
+        working = max((plan.working for plan in held), default=0)
+        needed = sum(plan.held for plan in held)
+        needed += max(working, sum(plan.working for plan in batch))
+        self.model.prompt_encoder.kept.give_way(self.limit - needed)
+        return needed <= self.limit
+
     def _plan(
         self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
     ) -> MemoryPlan:
