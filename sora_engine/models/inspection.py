@@ -19,6 +19,7 @@ from sora_engine.text.clip_file import is_clip
 from sora_engine.text.gguf_tokenizer import TOKENS
 from sora_engine.text.umt5_file import TOKENIZER, is_umt5
 from sora_engine.vae.registry import vae_in_file
+from sora_engine.vae.tiny_config import infer_tiny, is_tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,10 @@ def inspect_file(path: str | Path) -> FileReport:
     config = vae_in_file(shapes, path=path)
     if config is not None:
         kinds.append(f"{config.class_name} with {config.z_dim} latent channels")
+    if is_tiny(shapes):
+        tiny = infer_tiny(shapes, path=path)
+        form = ", super" if tiny.deep else ""
+        kinds.append(f"tiny autoencoder (TAEHV{form}) for {tiny.z_dim} latent channels: --tiny-vae")
     if is_umt5(path):
         tokens = embedded_tokens or any(n.rpartition(".")[2] == TOKENIZER for n in shapes)
         kinds.append(f"UMT5 text encoder, {'with' if tokens else 'without'} its tokenizer")

@@ -42,14 +42,18 @@ class ReadsFile(Protocol):
 @dataclass(frozen=True, slots=True)
 class VAEKind:
     """One kind: how its configuration is read, the layers that are built from it, and how it lies
-    in single files."""
+    in single files. encodes: whether it encodes, too."""
 
     config: ReadsConfig
     layers: type[CausalVAE]
     files: ReadsFile | None = None
+    encodes: bool = True
 
 
-_KINDS: dict[str, VAEKind | str] = {"AutoencoderKLWan": "sora_engine.vae.wan_checkpoint"}
+_KINDS: dict[str, VAEKind | str] = {
+    "AutoencoderKLWan": "sora_engine.vae.wan_checkpoint",
+    "TAEHV": "sora_engine.vae.tiny",
+}
 """By class name the kind, or the module that has it as `KIND`."""
 
 

@@ -171,7 +171,8 @@ def resolve_model(
     `path` is a diffusers folder, or a `.safetensors` file (or `.safetensors.index.json`) with the
     transformer, or two such files, the expert for high noise first. For files, `components` is as
     of `parts.find_parts`, and may name the second one as `transformer_2`, and as `vace` and
-    `vace_2` files of VACE's blocks that are laid over the transformers. `boundary_ratio` overrides where the second expert takes over, and `attention_head_dim` tells what shapes do not.
+    `vace_2` files of VACE's blocks that are laid over the transformers. `boundary_ratio` overrides
+    where the second expert takes over, and `attention_head_dim` tells what shapes do not.
 
     Raises `CheckpointError` for what is missing or cannot be; nothing is ever downloaded.
     """
