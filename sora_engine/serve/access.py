@@ -16,8 +16,11 @@ from hashlib import sha256
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sora_engine.serve.failures import ApiError
 from sora_engine.serve.keys import LOOPBACK, Key, Keys
-from sora_engine.serve.refusal import AsgiApp, Receive, Scope, Send, header, headers, refuse
+from sora_engine.serve.refusal import header, headers, refuse
 
 COOKIE = "sora_session"
 SESSION_S = 12 * 3600.0
@@ -92,7 +95,7 @@ def set_cookie(token: str, *, secure: bool, max_age_s: float = SESSION_S) -> str
 class Access:
     """ASGI middleware. It puts the `Caller` into `scope["state"]["caller"]`, or refuses."""
 
-    app: AsgiApp
+    app: ASGIApp
     rules: AccessRules = field(default_factory=AccessRules)
     sessions: Sessions = field(default_factory=Sessions)
 
@@ -103,28 +106,26 @@ class Access:
             return  # no other protocol is served
         refused = self._of_site(scope)
         if refused is not None:
-            await refuse(send, *refused)
+            await refuse(send, refused)
             return
         caller = self._caller(scope)
         if caller is None and not self._is_open(scope):
-            await refuse(
-                send,
-                401,
-                "invalid_api_key",
-                "a key is needed, as Authorization: Bearer KEY; the one given is not known"
-                if header(scope, b"authorization")
-                else "a key is needed, as Authorization: Bearer KEY",
-                more=[(b"www-authenticate", b"Bearer")],
-            )
+            told = "a key is needed, as Authorization: Bearer KEY"
+            if header(scope, b"authorization"):
+                told = "the key is not known; " + told
+            challenge = {"www-authenticate": "Bearer"}
+            await refuse(send, ApiError(401, "invalid_api_key", told, headers=challenge))
             return
         scope.setdefault("state", {})["caller"] = caller or Caller()
         await self.app(scope, receive, send)
 
-    def _of_site(self, scope: Scope) -> tuple[int, str, str] | None:
+    def _of_site(self, scope: Scope) -> ApiError | None:
         named = headers(scope, b"host")
         host = host_name(named[0]) if len(named) == 1 else ""
         if not (host in LOOPBACK or "*" in self.rules.hosts or host in self.rules.hosts):
-            return 421, "misdirected", "this server is not called so; --allow-host NAME lets it be"
+            return ApiError(
+                421, "misdirected", "this server is not called so; --allow-host NAME lets it be"
+            )
         origin = header(scope, b"origin")
         if (
             origin is not None
@@ -132,7 +133,7 @@ class Access:
             and origin not in self.rules.origins
             and urlsplit_netloc(origin) != named[0].lower()
         ):
-            return 403, "foreign_origin", "pages of other sites may not call this server"
+            return ApiError(403, "foreign_origin", "pages of other sites may not call this server")
         return None
 
     def _is_open(self, scope: Scope) -> bool:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import h11
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sora_engine.serve.refusal import AsgiApp, Message, Receive, Scope, Send, header, refuse
+from sora_engine.serve.failures import ApiError
+from sora_engine.serve.refusal import header, refuse
 
 LINGER_S = 2.0
 """How long a refused body is read on and thrown away: a client that is still sending when the
@@ -35,13 +37,6 @@ class Bounds:
     bytes_per_s: float = 4096.0
 
 
-@dataclass(slots=True)
-class _Verdict:
-    status: int
-    code: str
-    message: str
-
-
 class BodyRefusedError(Exception):
     """Raised out of `receive` into the application, which is to end: its answer is not sent."""
 
@@ -49,7 +44,7 @@ class BodyRefusedError(Exception):
 class Guard:
     """ASGI middleware, to be laid around the whole application."""
 
-    def __init__(self, app: AsgiApp, bounds: Bounds | None = None) -> None:
+    def __init__(self, app: ASGIApp, bounds: Bounds | None = None) -> None:
         self.app = app
         self.bounds = bounds or Bounds()
 
@@ -63,13 +58,13 @@ class Guard:
             return
         await _Watched(self, scope, receive, send).run()
 
-    def _of_head(self, scope: Scope) -> _Verdict | None:
+    def _of_head(self, scope: Scope) -> ApiError | None:
         bounds = self.bounds
         fields = scope["headers"]
         size = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         size += sum(len(name) + len(value) + 4 for name, value in fields)
         if size > bounds.max_header or len(fields) > bounds.max_headers:
-            return _Verdict(
+            return _refusal(
                 431,
                 "headers_too_large",
                 f"the address and headers have {size} bytes in {len(fields)} fields; at most "
@@ -80,8 +75,8 @@ class Guard:
             return self.too_large(f"{int(declared)}")
         return None
 
-    def too_large(self, size: str) -> _Verdict:
-        return _Verdict(
+    def too_large(self, size: str) -> ApiError:
+        return _refusal(
             413,
             "body_too_large",
             f"the body has {size} bytes; at most {self.bounds.max_body} are read",
@@ -98,7 +93,7 @@ class _Watched:
         self._whole = False
         self._started = False
         self._begun = time.monotonic()
-        self._verdict: _Verdict | None = None
+        self._verdict: ApiError | None = None
 
     async def run(self) -> None:
         try:
@@ -122,7 +117,7 @@ class _Watched:
             message = await asyncio.wait_for(self._receive(), min(bounds.body_s, until - now))
         except TimeoutError:
             raise self._refused(
-                _Verdict(
+                _refusal(
                     408,
                     "body_too_slow",
                     f"{self._size} bytes of the body came in {now - self._begun:.0f} s and then "
@@ -142,12 +137,12 @@ class _Watched:
         self._started = True
         await self._send(message)
 
-    def _refused(self, verdict: _Verdict) -> BodyRefusedError:
+    def _refused(self, verdict: ApiError) -> BodyRefusedError:
         self._verdict = verdict
         return BodyRefusedError(verdict.message)
 
 
-async def _end(send: Send, receive: Receive, verdict: _Verdict) -> None:
+async def _end(send: Send, receive: Receive, verdict: ApiError) -> None:
     """Answer, let the client finish sending for a moment, and close."""
 
     async def linger() -> None:
@@ -159,14 +154,11 @@ async def _end(send: Send, receive: Receive, verdict: _Verdict) -> None:
         except TimeoutError:
             return
 
-    await refuse(
-        send,
-        verdict.status,
-        verdict.code,
-        verdict.message,
-        more=[(b"connection", b"close")],
-        before_end=linger,
-    )
+    await refuse(send, verdict, before_end=linger)
+
+
+def _refusal(status: int, code: str, message: str) -> ApiError:
+    return ApiError(status, code, message, headers={"connection": "close"})
 
 
 class GuardedProtocol(H11Protocol):

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.types import Scope, Send
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-
-
-def envelope(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """The error object of OpenAI's interface."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+from sora_engine.serve.failures import ApiError
 
 
 def header(scope: Scope, name: bytes) -> str | None:
     """The value of a request's header, the name in lower case; None where it is not given."""
-    for key, value in scope.get("headers", ()):
-        if key == name:
-            return bytes(value).decode("latin-1")
-    return None
+    return next(iter(headers(scope, name)), None)
 
 
 def headers(scope: Scope, name: bytes) -> list[str]:
@@ -35,33 +21,21 @@ def headers(scope: Scope, name: bytes) -> list[str]:
 
 
 async def refuse(
-    send: Send,
-    status: int,
-    code: str,
-    message: str,
-    *,
-    more: Iterable[tuple[bytes, bytes]] = (),
-    before_end: Callable[[], Awaitable[None]] | None = None,
+    send: Send, error: ApiError, *, before_end: Callable[[], Awaitable[None]] | None = None
 ) -> None:
     """Send the whole answer.
 
-    more: headers. before_end: awaited when the client has all of the answer, and before the
-    connection may close.
+    before_end: awaited when the client has all of it, and before the connection may close.
     """
-    body = json.dumps(envelope(status, code, message)).encode()
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"cache-control", b"no-store"),
-                (b"x-content-type-options", b"nosniff"),
-                *more,
-            ],
-        }
-    )
+    body = json.dumps(error.envelope()).encode()
+    fields = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "cache-control": "no-store",
+        **error.headers,
+    }
+    coded = [(name.lower().encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": coded})
     await send({"type": "http.response.body", "body": body, "more_body": before_end is not None})
     if before_end is not None:
         await before_end()
