@@ -8,6 +8,7 @@ is its own where it posts.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import secrets
 import time
 from collections.abc import Collection
@@ -50,7 +51,7 @@ class Caller:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessRules:
     """keys: None lets everybody in. hosts: names by which the server may be called beside
-    loopback's, without ports; "*" for any. origins: of other sites whose pages may call (CORS).
+    loopback's and addresses, without ports; "*" for any. origins: of other sites whose pages may call (CORS).
     open_metrics: `/metrics` needs no key."""
 
     keys: Keys | None = None
@@ -122,7 +123,8 @@ class Access:
     def _of_site(self, scope: Scope) -> ApiError | None:
         named = headers(scope, b"host")
         host = host_name(named[0]) if len(named) == 1 else ""
-        if not (host in LOOPBACK or "*" in self.rules.hosts or host in self.rules.hosts):
+        known = host in LOOPBACK or host in self.rules.hosts or "*" in self.rules.hosts
+        if not (known or is_address(host)):
             return ApiError(
                 421, "misdirected", "this server is not called so; --allow-host NAME lets it be"
             )
@@ -131,7 +133,7 @@ class Access:
             origin is not None
             and scope["method"] not in _SAFE
             and origin not in self.rules.origins
-            and urlsplit_netloc(origin) != named[0].lower()
+            and place_of(origin) != named[0].lower()
         ):
             return ApiError(403, "foreign_origin", "pages of other sites may not call this server")
         return None
@@ -186,7 +188,16 @@ def host_name(host: str) -> str:
     return "" if odd else (parts.hostname or "").rstrip(".")
 
 
-def urlsplit_netloc(origin: str) -> str:
+def is_address(host: str) -> bool:
+    """Whether it is an IP address: no name server had a say in it, so nothing was rebound."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def place_of(origin: str) -> str:
     """Name and port of an origin; "" for `null` and nonsense."""
     try:
         return urlsplit(origin).netloc.lower()
