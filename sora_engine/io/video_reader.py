@@ -84,6 +84,17 @@ def read_video(
     return stack.frames(), float(rate)
 
 
+def frames_of(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+    """Each stored frame of what `read_video` reads, decoded and not kept: when it ends, in seconds
+    after the first one's beginning, and its pixels, uint8 [height, width, 3].
+
+    MediaError as of `read_video`, when the frame's turn has come.
+    """
+    due = _Due(_named(path), None, 0, None)
+    for picture, _ in due.pictures():
+        yield due.played_s, picture.pixels(None, None)
+
+
 def measure_video(
     path: str | Path, *, fps: float | None = None, stop: int | None = None
 ) -> tuple[int, int, int]:
@@ -161,10 +172,10 @@ class _Due:
             for begin, picture in source:
                 due = self._due(picture.end - begin)
                 count = min(due, self._stop or due) - max(self.passed, self._start)
+                self.played_s = picture.end - begin
                 if count > 0:
                     yield picture, count
                 self.passed = max(self.passed, due)
-                self.played_s = picture.end - begin
                 if self._stop is not None and self.passed >= self._stop:
                     self.passed = self._stop
                     return

@@ -89,14 +89,18 @@ class Keys:
         except (OSError, UnicodeDecodeError) as error:
             raise KeyFileError(f"the key file {path} cannot be read: {_why(error)}") from error
         if path.stat().st_mode & 0o002:
-            raise KeyFileError(f"the key file {path} can be written by anyone; chmod 600 would work")
+            raise KeyFileError(
+                f"the key file {path} can be written by anyone; chmod 600 would work"
+            )
         keys = [
             _parsed(line.split(), f"{path}, line {number}")
             for number, text in enumerate(lines, 1)
             if (line := text.partition("#")[0].strip())
         ]
         if not keys:
-            raise KeyFileError(f"the key file {path} holds no key; `sora serve --new-key` makes one")
+            raise KeyFileError(
+                f"the key file {path} holds no key; `sora serve --new-key` makes one"
+            )
         if len({key.digest for key in keys}) < len(keys):
             raise KeyFileError(f"the key file {path} has a key twice; each needs a line of its own")
         if len({key.owner for key in keys}) < len(keys):
@@ -155,4 +159,3 @@ def _digest(key: str) -> bytes:
 
 def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or "it is not UTF-8"
-

@@ -82,9 +82,7 @@ class Turns:
         return list(heads.values())
 
     @staticmethod
-    def _first(
-        heads: list[_Waiting], ends: dict[str, float], now: float
-    ) -> tuple[float, _Waiting]:
+    def _first(heads: list[_Waiting], ends: dict[str, float], now: float) -> tuple[float, _Waiting]:
         starts = [(max(now, ends.get(entry.owner, 0.0)), entry.number, entry) for entry in heads]
         start, _, entry = min(starts, key=lambda item: item[:2])
         return start, entry

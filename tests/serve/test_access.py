@@ -153,7 +153,10 @@ def test_sessions_end_after_their_time_and_are_few(keys: Keys, monkeypatch) -> N
     ("host", "status"),
     [
         *[(h, 200) for h in ("127.0.0.1", "127.0.0.1:8000", "localhost:8000", "[::1]:8000")],
-        *[(h, 200) for h in ("LOCALHOST", "localhost.", "10.1.2.3:80", "[2001:db8::1]", "mine.lan")],
+        *[
+            (h, 200)
+            for h in ("LOCALHOST", "localhost.", "10.1.2.3:80", "[2001:db8::1]", "mine.lan")
+        ],
         *[(h, 421) for h in ("evil", "evil.example:8000", "localhost.evil", "a@localhost", "")],
         *[(h, 421) for h in ("localhost/evil", "127.0.0.1.nip.io", "localhost:port", "[::1")],
         *[(h, 421) for h in ("other.mine.lan", "localhost evil", "127.1", "0x7f000001")],

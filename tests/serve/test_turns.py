@@ -31,10 +31,10 @@ def test_a_job_that_comes_behind_a_flood_is_next() -> None:
     turns.add("b0", "bob", 30.0)
     assert turns.position("b0") == 0
     assert turns.pop() == "b0"
-    # Bob has had 30 jobs' worth: Alice has hers before his next one.
+    # Bob has had 30 jobs' worth: Alice has as many before his next one.
     turns.add("b1", "bob", 1.0)
-    assert turns.position("b1") == 29
-    assert drained(turns).index("b1") == 29
+    assert turns.position("b1") == 30
+    assert drained(turns).index("b1") == 30
 
 
 def test_shares_are_even_whatever_is_sent() -> None:
