@@ -9,10 +9,11 @@ cannot be used.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,45 +50,43 @@ class Examined:
 
 
 class Intake:
-    """Looks at uploads, at most `at_once` of them at a time. For one event loop."""
+    """Looks at uploads, at most `at_once` of them at a time. Safe to use from any thread."""
 
     def __init__(self, caps: Caps | None = None, at_once: int = 2) -> None:
         self.caps = caps or Caps()
-        self._places = asyncio.Semaphore(at_once)
+        self._places = threading.BoundedSemaphore(at_once)
 
-    async def examine(self, path: Path) -> Examined:
+    def examine(self, path: Path) -> Examined:
         """What is in a file; MediaError, which names no path, for what is none of the formats or
-        cannot be decoded within the caps."""
+        cannot be decoded within the caps. It takes about half a second."""
         with path.open("rb") as file:
             kind = kind_of_upload(file)  # reads a few bytes, and runs no decoder
-            async with self._places:
-                return await self._ask(file.fileno(), kind)
+            with self._places:
+                return self._ask(file.fileno(), kind)
 
-    async def _ask(self, descriptor: int, kind: str) -> Examined:
-        child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sora_engine.serve.examiner"),
-            *(str(descriptor), kind, json.dumps(asdict(self.caps))),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+    def _ask(self, descriptor: int, kind: str) -> Examined:
+        child = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "sora_engine.serve.examiner"),
+                *(str(descriptor), kind, json.dumps(asdict(self.caps))),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             pass_fds=(descriptor,),
             env=_environment(),
             start_new_session=True,
         )
-        try:
-            async with asyncio.timeout(self.caps.wall_s):
-                assert child.stdout is not None
-                said = await child.stdout.read(4096)
-                await child.wait()
-        except TimeoutError:
-            raise MediaError(
-                f"the upload takes over {self.caps.wall_s:g} s to decode; a shorter or smaller one "
-                "would work"
-            ) from None
-        finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
+        with child:
+            try:
+                said, _ = child.communicate(timeout=self.caps.wall_s)
+            except subprocess.TimeoutExpired:
+                raise MediaError(
+                    f"the upload takes over {self.caps.wall_s:g} s to decode; a shorter or smaller "
+                    "one would work"
+                ) from None
+            finally:
+                child.kill()  # nothing where it has ended
         return _understood(said, child.returncode)
 
 

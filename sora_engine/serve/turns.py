@@ -7,82 +7,72 @@ was idle begins at the present, so it is ahead of a flood and saves up nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class _Waiting:
-    job: str
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What is known of a job that waits. work: over 0, in any unit, the same for all. priority:
+    among the jobs of its owner alone; the higher one first. number: the order in which they came.
+    """
+
     owner: str
     work: float
-    rank: int
+    priority: int
     number: int
 
 
-class Turns:
-    """Jobs that wait, and the order in which they go. Not thread-safe: for the desk's thread."""
+class Turns(Generic[T]):
+    """The order of jobs that wait. Not thread-safe: its user has a lock."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[str, _Waiting] = {}
+    def __init__(self, turn_of: Callable[[T], Turn]) -> None:
+        self._turn_of = turn_of
         self._ends: dict[str, float] = {}
         self._now = 0.0
-        self._count = 0
 
-    def add(self, job: str, owner: str, work: float, priority: int = 0) -> None:
-        """A job waits. work: more than 0, in any unit, the same for all. priority: among the jobs
-        of its owner alone; the higher one first."""
-        if not work > 0:
-            raise ValueError(f"work must be over 0, got {work}")
-        self._waiting[job] = _Waiting(job, owner, work, -priority, self._count)
-        self._count += 1
-
-    def remove(self, job: str) -> bool:
-        """It waits no more, and its owner has used nothing; False where it did not wait."""
-        return self._waiting.pop(job, None) is not None
-
-    def pop(self) -> str | None:
-        """The next job, which begins now; None where none waits."""
-        heads = self._heads(self._waiting.values())
-        if not heads:
-            return None
-        start, entry = self._first(heads, self._ends, self._now)
-        self._now = max(self._now, start)
-        self._ends[entry.owner] = start + entry.work
-        del self._waiting[entry.job]
-        if not self._waiting:  # nobody is owed anything
+    def choose(self, waiting: Sequence[T]) -> T:
+        """The next job, which begins now. waiting: all that wait, at least one."""
+        job, turn, start = self._first(_heads((job, self._turn_of(job)) for job in waiting))
+        self._count(turn, start)
+        if len(waiting) == 1:  # nobody else wants anything, so nobody is owed anything
             self._ends.clear()
-            self._now = 0.0
-        return entry.job
+        return job
 
-    def order(self) -> Iterator[str]:
+    def order(self, waiting: Iterable[T]) -> list[T]:
         """All that wait, in the order in which they would go if no other came."""
-        left, ends, now = dict(self._waiting), dict(self._ends), self._now
+        ahead = Turns(self._turn_of)
+        ahead._ends, ahead._now = dict(self._ends), self._now
+        left = {turn.number: (job, turn) for job in waiting for turn in (self._turn_of(job),)}
+        ordered = []
         while left:
-            start, entry = self._first(self._heads(left.values()), ends, now)
-            now = max(now, start)
-            ends[entry.owner] = start + entry.work
-            del left[entry.job]
-            yield entry.job
+            job, turn, start = ahead._first(_heads(left.values()))
+            ahead._count(turn, start)
+            del left[turn.number]
+            ordered.append(job)
+        return ordered
 
-    def position(self, job: str) -> int | None:
-        """How many go before it; None where it does not wait."""
-        return next((i for i, other in enumerate(self.order()) if other == job), None)
+    def _first(self, heads: Iterable[tuple[T, Turn]]) -> tuple[T, Turn, float]:
+        starts = [
+            (max(self._now, self._ends.get(turn.owner, 0.0)), turn.number, job, turn)
+            for job, turn in heads
+        ]
+        start, _, job, turn = min(starts, key=lambda item: item[:2])
+        return job, turn, start
 
-    def __len__(self) -> int:
-        return len(self._waiting)
+    def _count(self, turn: Turn, start: float) -> None:
+        self._now = max(self._now, start)
+        self._ends[turn.owner] = start + max(turn.work, 1.0)
 
-    @staticmethod
-    def _heads(waiting: object) -> list[_Waiting]:
-        heads: dict[str, _Waiting] = {}
-        for entry in waiting:  # type: ignore[attr-defined]
-            head = heads.get(entry.owner)
-            if head is None or (entry.rank, entry.number) < (head.rank, head.number):
-                heads[entry.owner] = entry
-        return list(heads.values())
 
-    @staticmethod
-    def _first(heads: list[_Waiting], ends: dict[str, float], now: float) -> tuple[float, _Waiting]:
-        starts = [(max(now, ends.get(entry.owner, 0.0)), entry.number, entry) for entry in heads]
-        start, _, entry = min(starts, key=lambda item: item[:2])
-        return start, entry
+def _heads(waiting: Iterable[tuple[T, Turn]]) -> Iterable[tuple[T, Turn]]:
+    """The first job of each owner."""
+    heads: dict[str, tuple[T, Turn]] = {}
+    for job, turn in waiting:
+        head = heads.get(turn.owner)
+        if head is None or (-turn.priority, turn.number) < (-head[1].priority, head[1].number):
+            heads[turn.owner] = job, turn
+    return heads.values()
