@@ -31,9 +31,7 @@ ROUTERS = (works.router, videos.router, images.router, models.router, health.rou
 """`works` before `videos`: its paths, such as /v1/videos/connect, would be taken for ids."""
 
 
-def make_app(
-    engine: Engine | Callable[[], Engine], settings: Settings | None = None
-) -> FastAPI:
+def make_app(engine: Engine | Callable[[], Engine], settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application.
 
     engine: one that the caller closes; or what makes one, which is called in a thread once the
