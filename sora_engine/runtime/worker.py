@@ -35,7 +35,7 @@ from sora_engine.runtime.hooks import FrameSpan, Hooks
 from sora_engine.runtime.job import Job, JobState
 from sora_engine.runtime.memory import MemoryPlanner
 from sora_engine.runtime.receipt import video_of
-from sora_engine.runtime.saving import carry_out_orders, keep_state
+from sora_engine.runtime.saving import carry_out_orders, is_due, keep_state
 from sora_engine.runtime.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ class Worker:
     def _after_step(self, job: Job) -> None:
         job.preview = self.hooks.pass_preview(job.canvas.preview, job.request)
         options = job.options
-        if options.save_to is not None and job.canvas.step % options.save_every == 0:
+        if options.save_to is not None and is_due(job):
             keep_state(job, options.save_to, self.executor)
         job.tell_progress()
 
@@ -346,9 +346,8 @@ class Worker:
         """Decode a job's latents (`Video.latents`); yields how many frames each turn made.
         Completes the job at its end."""
         request, canvas = job.request, job.canvas
-        frames = torch.empty(
-            (request.num_frames, request.height, request.width, 3), dtype=torch.uint8
-        )
+        kept = request.num_frames if job.options.keep_frames else 0
+        frames = torch.empty((kept, request.height, request.width, 3), dtype=torch.uint8)
         stop = 0
         chunks = self.executor.decoding(canvas, latents)
         del latents
@@ -361,7 +360,8 @@ class Worker:
             passed = self.hooks.pass_frames(
                 cropped.contiguous().numpy(), FrameSpan(request, start, stop)
             )
-            frames[start:stop] = torch.from_numpy(passed)
+            if kept:
+                frames[start:stop] = torch.from_numpy(passed)
             if job.options.on_frames is not None:
                 job.options.on_frames(passed)
             del chunk, cropped, passed

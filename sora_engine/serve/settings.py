@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,86 @@ PARSERS: dict[str, Callable[[str, object], Any]] = {
     ),
 }
 """How the settings that have units are read from a flag, the environment or a file."""
+
+
+def settings_from(
+    flags: Mapping[str, Any], environment: Mapping[str, str], config: Mapping[str, Any]
+) -> Settings:
+    """Settings by a flag, else by SORA_ and the name in capitals, else by a file; ValueError names
+    what cannot be.
+
+    A name may leave out `_s` (seconds), and be written with dashes: `keep` and `drain-timeout`.
+    """
+    kinds = {field.name: field for field in dataclass_fields(Settings)}
+    given: dict[str, Any] = {}
+    for name, value in config.items():
+        plain = name.replace("-", "_")
+        own = plain if plain in kinds else f"{plain}_s"
+        if own not in kinds:
+            raise ValueError(f"{name}: there is no such setting")
+        given[own] = value
+    for own in kinds:
+        short = own.removesuffix("_s")
+        for name in (own, short):
+            text = environment.get(f"SORA_{name.upper()}")
+            if text is not None:
+                given[own] = text
+    given.update(flags)
+    return Settings(**{name: _read(name, value) for name, value in given.items()})
+
+
+def _read(name: str, value: Any) -> Any:
+    """A setting as a flag, the environment or a file gives it."""
+    if name in PARSERS:
+        return PARSERS[name](name, value)
+    if name in ("data_dir", "api_keys"):
+        return Path(str(value)).expanduser()
+    if name == "loras":
+        if isinstance(value, Mapping):
+            return {str(key): Path(str(path)) for key, path in value.items()}
+        pairs = [value] if isinstance(value, str) else value
+        return dict(_lora(pair) for pair in pairs)
+    if name == "hooks":
+        return value if isinstance(value, Hooks) else _hooks(str(value))
+    if name in ("allow_hosts", "cors", "aliases"):
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part).strip() for part in parts)
+    if not isinstance(value, str):
+        return value
+    return _from_text(name, value)
+
+
+def _from_text(name: str, text: str) -> Any:
+    default = Settings.__dataclass_fields__[name].default
+    if isinstance(default, bool):
+        if text.lower() not in ("1", "0", "true", "false", "yes", "no"):
+            raise ValueError(f"{name}: {text!r} is not true or false")
+        return text.lower() in ("1", "true", "yes")
+    if isinstance(default, int) or name == "max_work":
+        if not re.fullmatch(r"-?\d{1,15}", text):
+            raise ValueError(f"{name}: {text!r} is no whole number")
+        return int(text)
+    return text
+
+
+def _lora(pair: str) -> tuple[str, Path]:
+    name, equals, path = pair.partition("=")
+    if not equals or not path:
+        raise ValueError(f"loras: {pair!r} is not NAME=FILE")
+    return name, Path(path).expanduser()
+
+
+def _hooks(where: str) -> Hooks:
+    module, colon, function = where.partition(":")
+    if not colon:
+        raise ValueError(f"hooks: {where!r} is not MODULE:FUNCTION")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"hooks: {where} cannot be imported: {error}") from error
+    if not isinstance(made, Hooks):
+        raise ValueError(f"hooks: {where} made no Hooks, but {type(made).__name__}")
+    return made
 
 
 def _whole(settings: Settings, name: str, least: int, most: int | None = None) -> None:
