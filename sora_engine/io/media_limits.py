@@ -21,7 +21,8 @@ class MediaLimits(NamedTuple):
     decoded_bytes: int | None = None
 
 
-_current: ContextVar[MediaLimits] = ContextVar("media_limits", default=MediaLimits())
+_OWN_BOUNDS = MediaLimits()
+_current: ContextVar[MediaLimits] = ContextVar("media_limits", default=_OWN_BOUNDS)
 
 
 def media_limits() -> MediaLimits:

@@ -76,7 +76,8 @@ class Hooks:
 
 def _alike(name: str, given: np.ndarray, passed: np.ndarray) -> np.ndarray:
     """What a hook returned, which must be of the same shape and dtype as what it was given."""
+    want = f"{given.dtype} {list(given.shape)}"
     shape, dtype = getattr(passed, "shape", None), getattr(passed, "dtype", None)
     if shape != given.shape or dtype != given.dtype:
-        raise TypeError(f"{name} must return {given.dtype} {list(given.shape)}, got {dtype} {shape}")
+        raise TypeError(f"{name} must return {want}, got {dtype} {shape}")
     return passed

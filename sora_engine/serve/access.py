@@ -51,8 +51,8 @@ class Caller:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessRules:
     """keys: None lets everybody in. hosts: names by which the server may be called beside
-    loopback's and addresses, without ports; "*" for any. origins: of other sites whose pages may call (CORS).
-    open_metrics: `/metrics` needs no key."""
+    loopback's and addresses, without ports; "*" for any. origins: of other sites whose pages may
+    call. open_metrics: `/metrics` needs no key."""
 
     keys: Keys | None = None
     hosts: Collection[str] = ()
@@ -117,7 +117,10 @@ class Access:
             challenge = {"www-authenticate": "Bearer"}
             await refuse(send, ApiError(401, "invalid_api_key", told, headers=challenge))
             return
-        scope.setdefault("state", {})["caller"] = caller or Caller()
+        state = scope.setdefault("state", {})
+        state["caller"] = caller = caller or Caller()
+        if caller.key is not None:
+            state["owner"] = caller.owner
         await self.app(scope, receive, send)
 
     def _of_site(self, scope: Scope) -> ApiError | None:

@@ -72,8 +72,8 @@ class Events:
             for reader in slot.readers:
                 reader.set()
 
-    def enter(self, client: str) -> Callable[[], None]:
-        """A place for one more stream of a client, and what gives it back; ApiError 429."""
+    def check(self, client: str) -> None:
+        """ApiError 429 where a client has as many streams as it may."""
         if self._open[client] >= self._most:
             raise ApiError(
                 429,
@@ -81,6 +81,10 @@ class Events:
                 f"a client has at most {self._most} event streams; close one, or poll",
                 headers={"Retry-After": "5"},
             )
+
+    def enter(self, client: str) -> Callable[[], None]:
+        """One more stream of a client; what is returned ends it. ApiError as `check`."""
+        self.check(client)
         self._open[client] += 1
         if self._watch is not None:
             self._watch.inc()
@@ -116,7 +120,11 @@ class Events:
             yield b"retry: 2000\n\n"
             while not self._closed:
                 woken.clear()
-                told = await asyncio.to_thread(word)
+                try:
+                    told = await asyncio.to_thread(word)
+                except ApiError as error:  # it was deleted
+                    yield event("gone", "gone", error.envelope())
+                    return
                 number = event_id(told)
                 if told != sent and not (sent is None and number == last_id):
                     yield event("progress" if told["status"] not in FINAL else "done", number, told)

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,13 @@ class KeyFileError(SoraError, ValueError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
     """owner: whose it is; jobs belong to owners, so a key can be replaced. digest: its SHA-256.
-    max_jobs: the most unfinished jobs of the owner; None: the server's bound. max_priority: the
-    highest priority that it may ask for."""
+    max_jobs: the most unfinished jobs of the owner. max_priority: the highest priority that it may
+    ask for. None: the server's bound."""
 
     owner: str
     digest: bytes
     max_jobs: int | None = None
-    max_priority: int = 0
+    max_priority: int | None = None
 
 
 def new_key() -> str:
@@ -56,8 +56,8 @@ class Keys:
         self._keys = tuple(keys)
         self._owners = {key.owner: key for key in keys}
 
-    def __len__(self) -> int:
-        return len(self._keys)
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
 
     def key_for(self, presented: str) -> Key | None:
         """The key that a client presents, if it is one. How long that takes tells nothing."""
@@ -76,7 +76,7 @@ class Keys:
     def of_one(cls, key: str) -> Keys:
         """Of a server with one key, given on the command line or in the environment."""
         _check_key(key)
-        return cls([Key(owner="default", digest=_digest(key), max_priority=8)])
+        return cls([Key(owner="default", digest=_digest(key))])
 
     @classmethod
     def read(cls, path: Path) -> Keys:
@@ -99,7 +99,7 @@ class Keys:
         ]
         if not keys:
             raise KeyFileError(
-                f"the key file {path} holds no key; `sora serve --new-key` makes one"
+                f"the key file {path} holds no key; `sora serve --new-key OWNER` makes one"
             )
         if len({key.digest for key in keys}) < len(keys):
             raise KeyFileError(f"the key file {path} has a key twice; each needs a line of its own")
@@ -118,7 +118,7 @@ def _parsed(words: Sequence[str], where: str) -> Key:
     if match is None:
         raise KeyFileError(
             f"{where}: after the owner stands sha256: and 64 hexadecimal digits, which "
-            "`sora serve --new-key` prints"
+            "`sora serve --new-key OWNER` prints"
         )
     options = {}
     for word in words[2:]:
@@ -132,16 +132,6 @@ def _parsed(words: Sequence[str], where: str) -> Key:
     return Key(owner=name, digest=bytes.fromhex(match[1]), **options)
 
 
-def check_exposure(host: str, keys: Keys | None, *, insecure: bool = False) -> None:
-    """Raises KeyFileError for an address that others reach, without a key."""
-    if keys or insecure or host in LOOPBACK:
-        return
-    raise KeyFileError(
-        f"--host {host} can be reached by others, and there is no key; give --api-keys FILE or set "
-        "SORA_API_KEY, or bind to 127.0.0.1 (--insecure-no-key does without)"
-    )
-
-
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -149,7 +139,7 @@ def _check_key(key: str) -> None:
     if len(key) < MIN_CHARS or not key.isascii() or any(c.isspace() for c in key):
         raise KeyFileError(
             f"an API key has at least {MIN_CHARS} ASCII characters and no spaces; "
-            "`sora serve --new-key` makes one"
+            "`sora serve --new-key OWNER` makes one"
         )
 
 

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from sora_engine.serve.store import Row
 
 OUTCOMES = ("completed", "failed", "cancelled", "refused", "expired_deadline")
+REASONS = (
+    "queue_full",
+    "too_many_jobs",
+    "too_many_streams",
+    "loading",
+    "draining",
+    "disk_full",
+    "engine_dead",
+)
 STAGES = ("queued", "encoding", "denoising", "decoding", "writing")
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -27,7 +36,14 @@ _OTHER = "other"
 CODES = frozenset(
     {
         *("none", "cancelled", "refused", "deadline", "memory_limit", "out_of_memory", "internal"),
-        *("device_error", "rank_failed", "engine_dead", "unreadable_media", "not_finite", "crashed"),
+        *(
+            "device_error",
+            "rank_failed",
+            "engine_dead",
+            "unreadable_media",
+            "not_finite",
+            "crashed",
+        ),
         *("invalid_value", "disk_full", "lost"),
     }
 )
@@ -50,10 +66,9 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, model: str = "", *, clock: Callable[[], float] = time.monotonic) -> None:
-        """model: the served one's name, the label of what depends on it."""
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
-        self.model = model
+        self.model = ""
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
 
@@ -103,16 +118,22 @@ class Metrics:
         self.draining = gauge("sora_draining", "whether the server is about to stop")
         self.requests = counter("sora_http_requests_total", "requests", "method", "status")
         self.peak.set_function(_largest_resident_set)
-        self._known()
+        for reason in REASONS:
+            self.refusals.labels(reason)
 
-    def _known(self) -> None:
-        """Series that are 0 are there from the start: an alert on their increase works."""
+    def serves(self, model: str) -> None:
+        """The model is loaded. model: its name, the label of what depends on it.
+
+        Series that are 0 are there from the start: an alert on their increase works."""
+        self.model = model
         for outcome, code in (("completed", "none"), ("cancelled", "cancelled")):
             self.jobs.labels(self.model, outcome, code)
         for stage in STAGES:
             self.stage.labels(self.model, stage)
-        for reason in ("queue_full", "too_many_jobs", "draining", "disk_full", "engine_dead"):
-            self.refusals.labels(reason)
+
+    def refused(self, code: str) -> None:
+        """A request found no place."""
+        self.refusals.labels(code if code in REASONS else _OTHER).inc()
 
     def text(self) -> bytes:
         """The exposition that Prometheus reads."""
@@ -136,7 +157,9 @@ class Metrics:
             steps = live.job.progress.steps_done
             if seen.stage == "denoising" and steps > seen.steps:
                 if seen.stepped:
-                    self.step.labels(self.model).observe((now - seen.stepped) / (steps - seen.steps))
+                    self.step.labels(self.model).observe(
+                        (now - seen.stepped) / (steps - seen.steps)
+                    )
                 seen.steps, seen.stepped = steps, now
 
     def _leave(self, seen: _Seen, now: float) -> None:

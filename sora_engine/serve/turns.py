@@ -46,12 +46,19 @@ class Turns(Generic[T]):
         """All that wait, in the order in which they would go if no other came."""
         ahead = Turns(self._turn_of)
         ahead._ends, ahead._now = dict(self._ends), self._now
-        left = {turn.number: (job, turn) for job in waiting for turn in (self._turn_of(job),)}
+        lines: dict[str, list[tuple[T, Turn]]] = {}
+        for job in waiting:
+            turn = self._turn_of(job)
+            lines.setdefault(turn.owner, []).append((job, turn))
+        for line in lines.values():
+            line.sort(key=_in_line, reverse=True)
         ordered = []
-        while left:
-            job, turn, start = ahead._first(_heads(left.values()))
+        while lines:
+            job, turn, start = ahead._first(line[-1] for line in lines.values())
             ahead._count(turn, start)
-            del left[turn.number]
+            lines[turn.owner].pop()
+            if not lines[turn.owner]:
+                del lines[turn.owner]
             ordered.append(job)
         return ordered
 
@@ -68,11 +75,16 @@ class Turns(Generic[T]):
         self._ends[turn.owner] = start + max(turn.work, 1.0)
 
 
+def _in_line(item: tuple[T, Turn]) -> tuple[int, int]:
+    """A job's place among those of its owner."""
+    return -item[1].priority, item[1].number
+
+
 def _heads(waiting: Iterable[tuple[T, Turn]]) -> Iterable[tuple[T, Turn]]:
     """The first job of each owner."""
     heads: dict[str, tuple[T, Turn]] = {}
-    for job, turn in waiting:
-        head = heads.get(turn.owner)
-        if head is None or (-turn.priority, turn.number) < (-head[1].priority, head[1].number):
-            heads[turn.owner] = job, turn
+    for item in waiting:
+        head = heads.get(item[1].owner)
+        if head is None or _in_line(item) < _in_line(head):
+            heads[item[1].owner] = item
     return heads.values()

@@ -14,8 +14,9 @@ from starlette.testclient import TestClient
 from sora_engine.serve import keys as keys_module
 from sora_engine.serve.access import Access, AccessRules, Sessions, host_name, same_owner
 from sora_engine.serve.failures import ApiError
-from sora_engine.serve.keys import KeyFileError, Keys, check_exposure, hash_of, new_key
+from sora_engine.serve.keys import KeyFileError, Keys, hash_of, new_key
 from sora_engine.serve.session import router
+from sora_engine.serve.settings import Settings
 
 ALICE, BOB = new_key(), new_key()
 OPEN = {
@@ -82,7 +83,11 @@ def test_every_route_needs_a_key_but_those_of_a_closed_list(shut: TestClient, pa
     for method in METHODS:
         url = shut.base_url.copy_with(raw_path=path.encode())
         is_open = (("GET" if method == "HEAD" else method), path) in OPEN
-        wrong = {"none": {}, "wrong": bearer(ALICE[:-1] + "_"), "basic": {"Authorization": f"Basic {ALICE}"}}
+        wrong = {
+            "none": {},
+            "wrong": bearer(ALICE[:-1] + "_"),
+            "basic": {"Authorization": f"Basic {ALICE}"},
+        }
         for name, given in wrong.items():
             answer = shut.request(method, url, headers=given)
             assert (answer.status_code != 401) is is_open, (method, name)
@@ -276,10 +281,12 @@ def test_another_owners_job_is_not_the_callers(keys: Keys) -> None:
     assert same_owner("", Caller())
 
 
-def test_an_address_that_others_reach_needs_a_key(keys: Keys) -> None:
-    check_exposure("127.0.0.1", None)
-    check_exposure("0.0.0.0", keys)
-    check_exposure("0.0.0.0", None, insecure=True)
+def test_an_address_that_others_reach_needs_a_key() -> None:
+    for open_to_this_machine in ("127.0.0.1", "::1", "localhost"):
+        Settings(host=open_to_this_machine)
     for host in ("0.0.0.0", "::", "192.168.1.7", "example.org"):
-        with pytest.raises(KeyFileError, match="can be reached by others"):
-            check_exposure(host, None)
+        with pytest.raises(ValueError, match="can be reached by others"):
+            Settings(host=host)
+        Settings(host=host, api_key="a-long-enough-key")
+        Settings(host=host, api_keys=Path("keys"))
+        Settings(host=host, insecure_no_key=True)

@@ -15,9 +15,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from tests.serve.raw import Live, asked, connected, live, status_of, until_closed
 
 from sora_engine.serve.guard import Bounds, Guard, guarded_protocol
+from tests.serve.raw import Live, asked, connected, live, status_of, until_closed
 
 HEADER_S, BODY_S, WRITE_S = 0.6, 0.5, 0.8
 MAX_BODY = 100_000
