@@ -26,10 +26,25 @@ class JsonLines(logging.Formatter):
         return json.dumps(told, default=str)
 
 
+class NoPrompts(logging.Filter):
+    """The engine says of a text where it was cut, and of a job why it failed: both may have the
+    caller's words in them. The answer to the caller has them too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("sora_engine.runtime.") and record.args:
+            said = str(record.msg)
+            if said == "%s":
+                record.msg, record.args = "the engine said a word about a request", ()
+            elif said.startswith("a job failed"):
+                record.msg, record.args = "a job failed", ()
+        return True
+
+
 def set_up(as_json: bool) -> None:
     """Lines of all of the process to standard error."""
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.addFilter(NoPrompts())
     handler.setFormatter(JsonLines() if as_json else plain)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

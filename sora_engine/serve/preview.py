@@ -1,4 +1,4 @@
-"""What a step makes of a video, as a small picture: latents through one linear map, and no decoder."""
+"""What a step makes of a video, as a small picture: one linear map of the latents, no decoder."""
 
 from __future__ import annotations
 

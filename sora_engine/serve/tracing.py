@@ -1,7 +1,7 @@
 """Spans for OpenTelemetry, by its API alone: where no SDK is set up they go nowhere.
 
 A job is one span, with a child for each stage, made when it ends: times are those that were
-measured. Names are of the GenAI conventions (in development): `gen_ai.operation.name`, `.output.type`.
+measured. Names are of the GenAI conventions (in development), such as `gen_ai.operation.name`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whose job is next: keys share the machine evenly, however many jobs each of them sends.
 
-Start-time fair queueing over keys (Goyal, Vin and Cheng, 1996): a job's start is when its key's last
-job would have ended had each key a machine of its own, and the least start goes first. A key that
-was idle begins at the present, so it is ahead of a flood and saves up nothing.
+Start-time fair queueing over keys (Goyal, Vin and Cheng, 1996): a job's start is when its key's
+last job would have ended had each key a machine of its own, and the least start goes first. A key
+that was idle begins at the present, so it is ahead of a flood and saves up nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Raw sockets, and a server in this process for an ASGI application: what clients would not send."""
+"""Raw sockets, and a server in this process for an ASGI application: what no client sends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -17,22 +17,33 @@ class Live:
     """An application on a loopback port, its loop in a thread."""
 
     def __init__(self, app: Any, **options: Any) -> None:
-        config = uvicorn.Config(
-            app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", **options
-        )
+        given = {"lifespan": "off", "log_config": None, **options}
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, **given)
         self.server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._thread.start()
         while not self.server.started:
             time.sleep(0.01)
         self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self.server.serve()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function in the loop, and wait until it has run."""
+        assert self._loop is not None
+        over = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (function(), over.set()))
+        assert over.wait(10)
 
     @property
     def connections(self) -> int:
         return len(self.server.server_state.connections)
 
     def stop(self) -> None:
-        self.server.should_exit = self.server.force_exit = True
+        self.server.should_exit = True
         self._thread.join()
 
 

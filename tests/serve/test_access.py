@@ -83,11 +83,8 @@ def test_every_route_needs_a_key_but_those_of_a_closed_list(shut: TestClient, pa
     for method in METHODS:
         url = shut.base_url.copy_with(raw_path=path.encode())
         is_open = (("GET" if method == "HEAD" else method), path) in OPEN
-        wrong = {
-            "none": {},
-            "wrong": bearer(ALICE[:-1] + "_"),
-            "basic": {"Authorization": f"Basic {ALICE}"},
-        }
+        basic = {"Authorization": f"Basic {ALICE}"}
+        wrong = {"none": {}, "wrong": bearer(ALICE[:-1] + "_"), "basic": basic}
         for name, given in wrong.items():
             answer = shut.request(method, url, headers=given)
             assert (answer.status_code != 401) is is_open, (method, name)
