@@ -51,11 +51,10 @@ CODES = frozenset(
 
 @dataclass(slots=True)
 class _Seen:
-    """Of a job that is under way: its stage since when, and its last step."""
+    """Of a job that is under way: since when, when it was handed to the engine, its last step."""
 
     began: float
-    stage: str
-    entered: float
+    handed: float | None = None
     steps: int = 0
     stepped: float = 0.0
     resumed: bool = False
@@ -143,37 +142,40 @@ class Metrics:
 
     def saw(self, live: Live) -> None:
         """A job came, or has got further; on whatever thread."""
-        now, name = self._clock(), live.row.id
-        seen = self._seen.get(name)
-        if seen is None:
-            seen = self._seen[name] = _Seen(now, live.stage, now)
-        if live.stage != seen.stage:
-            self._leave(seen, now)
-            seen.stage, seen.entered = live.stage, now
-        if live.job is not None:
-            if not seen.resumed and live.job.resumed_at is not None:
-                seen.resumed = True
-                self.resumed.labels(self.model).inc()
-            steps = live.job.progress.steps_done
-            if seen.stage == "denoising" and steps > seen.steps:
-                if seen.stepped:
-                    self.step.labels(self.model).observe(
-                        (now - seen.stepped) / (steps - seen.steps)
-                    )
-                seen.steps, seen.stepped = steps, now
+        now, job = self._clock(), live.job
+        seen = self._seen.setdefault(live.row.id, _Seen(now))
+        if job is None:
+            return
+        if seen.handed is None:
+            seen.handed = now
+        if not seen.resumed and job.resumed_at is not None:
+            seen.resumed = True
+            self.resumed.labels(self.model).inc()
+        steps = job.progress.steps_done
+        if job.state == "denoising" and steps > seen.steps:
+            if seen.stepped:
+                taken = (now - seen.stepped) / (steps - seen.steps)
+                self.step.labels(self.model).observe(taken)
+            seen.steps, seen.stepped = steps, now
 
-    def _leave(self, seen: _Seen, now: float) -> None:
-        if seen.stage in STAGES:
-            self.stage.labels(self.model, seen.stage).observe(now - seen.entered)
+    def _stages(self, live: Live, seen: _Seen, now: float, facts: dict[str, Any]) -> None:
+        spent = {} if live.job is None else dict(live.job.timings_s)
+        handed = now if seen.handed is None else seen.handed
+        spent["queued"] = spent.get("queued", 0.0) + handed - seen.began
+        if "stage_durations" in facts:
+            spent["writing"] = facts["stage_durations"]["writing"]
+        for stage in STAGES:
+            if stage in spent:
+                self.stage.labels(self.model, stage).observe(spent[stage])
 
     def ended(self, live: Live, row: Row | None) -> None:
         """A job is done. row: its last one; None for a job that was deleted."""
         now = self._clock()
+        facts: dict[str, Any] = {} if row is None else row.facts
         seen = self._seen.pop(live.row.id, None)
         if seen is not None:
-            self._leave(seen, now)
+            self._stages(live, seen, now, facts)
             self.whole.labels(self.model).observe(now - seen.began)
-        facts: dict[str, Any] = {} if row is None else row.facts
         state = "cancelled" if row is None or row.state == "deleting" else row.state
         code = (facts.get("error") or {}).get("code", "none")
         if state == "cancelled":
