@@ -243,7 +243,7 @@ class Engine:
             on_progress: gets the `Progress` after each step and each latent frame that is decoded.
             save_to: a file that holds the job's state after every `save_every` steps, for `resume`,
                 and after the last. No other job that is not done has it.
-            save_every_s: seconds that lie between two of these at least; the last step's is written.
+            save_every_s: seconds between two of these, at least; the last step's is always written.
             keep_frames: False where `on_frames` has them all: `Video.frames` is empty then.
 
         The callbacks are called on the engine's thread; an exception in one fails the job. Raises

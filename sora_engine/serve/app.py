@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,7 @@ def _answer_failures(app: FastAPI, service: Service) -> None:
     app.add_exception_handler(ApiError, api)
     app.add_exception_handler(SoraError, api)
     app.add_exception_handler(OSError, api)
+    app.add_exception_handler(sqlite3.Error, api)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
 

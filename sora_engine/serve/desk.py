@@ -6,7 +6,7 @@ An accepted job is in the store before it is told of, and leaves `running` only 
 acknowledged. So a server that is killed at any point goes on from the rows, the savepoints and the
 results that are in place (`recovery`).
 
-Threads: callers' (creating, deleting), one that feeds the engine, the engine's own (callbacks, which
+Threads: callers' (creating, deleting), one that feeds the engine, the engine's own (callbacks that
 never wait), and for each job that decodes one that writes its files and ends it (`finishing`).
 """
 
@@ -174,7 +174,7 @@ class Desk:
         self._promise(request)
         if self.engine.hooks.check_request is not None:
             self.engine.hooks.check_request(resolved)
-        row = Row(
+        made = Row(
             id=self._new_id(),
             owner=owner,
             kind=kind,
@@ -182,10 +182,10 @@ class Desk:
             body=stored,
             facts={**facts_of(resolved), **facts},
         )
-        live = Live(row, request)
+        live = Live(made, request)
         self._reserve(live)
         try:
-            live.row = self.store.add(row, idempotency)
+            live.row = self.store.add(made, idempotency)
         except Taken as taken:
             self._drop(live)
             row = self.store.given_row(taken)

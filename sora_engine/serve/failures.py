@@ -137,6 +137,9 @@ def api_error(error: Exception, hidden: Mapping[str, str] | None = None) -> ApiE
         return ApiError(400, code, message, param=param_of(message))
     if is_disk_full(error):
         return disk_full()
+    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+        said = "another program has the server's store locked"
+        return ApiError(503, "store_busy", said, headers={"Retry-After": "1"})
     return ApiError(500, "internal", "the server failed; its log has the request id")
 
 

@@ -46,6 +46,7 @@ class Finisher:
     def engine_done(self, live: Live) -> None:
         """The engine has done with a job, one way or the other."""
         assert live.spool is not None
+        live.engine_done_at = time.monotonic()
         live.spool.end()
         self._desk.left_engine(live)
         self.start(live)
@@ -91,9 +92,9 @@ class Finisher:
             job.cancel()  # nobody takes its frames any more
             while spool.get() is not None:
                 pass
-        ended = time.monotonic()
         own = job.exception() if job.done() else None
-        self._close(live, own if own is not None else error, time.monotonic() - ended)
+        writing_s = time.monotonic() - (live.engine_done_at or time.monotonic())
+        self._close(live, own if own is not None else error, writing_s)
 
     def _write(self, live: Live) -> None:
         """Frames as they come, up to the results in place; nothing for a job that fails."""

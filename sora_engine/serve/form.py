@@ -22,8 +22,10 @@ MAX_FILES = 16
 MAX_FIELD_BYTES = 256 << 10
 
 NESTED = frozenset(
-    ("timeline", "input_reference", "video", "mask", "first", "second", "shots", "clips", "window")
-    + ("guidance", "loras", "sigmas", "init")
+    (
+        *("timeline", "input_reference", "video", "mask", "first", "second", "shots", "clips"),
+        *("window", "guidance", "loras", "sigmas", "init"),
+    )
 )
 """The fields that hold an object or a list."""
 

@@ -24,8 +24,10 @@ from sora_engine.serve.writer import IMAGE
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=FAILURES)
 
 ImageFormat = Literal["png", "jpeg", "webp"]
-_OWN = ("n", "response_format", "output_format", "output_compression", "quality", "background")
-_OWN += ("moderation", "stream", "style")
+_OWN = (
+    *("n", "response_format", "output_format", "output_compression", "quality", "background"),
+    *("moderation", "stream", "style"),
+)
 """Fields that say how pictures are answered, and not what they are."""
 
 

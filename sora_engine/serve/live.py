@@ -21,7 +21,8 @@ class Live:
     row: as it was when it came in; its state there is not kept up. request: None until it is made
     anew from the row. job: the engine's, once it has it. done: is set, with nothing, when the row
     has its last state, or is gone. stopping: it is to be cancelled. keeping: what is cancelled is
-    to be queued again, as the server stops or the disk is full.
+    to be queued again, as the server stops or the disk is full. engine_done_at: by the steady
+    clock.
     """
 
     row: Row
@@ -33,7 +34,7 @@ class Live:
     stopping: bool = False
     keeping: bool = False
     retried: bool = False
-    writing: bool = False
+    engine_done_at: float | None = None
     started: threading.Lock = field(default_factory=threading.Lock)
     finisher: threading.Thread | None = None
 
