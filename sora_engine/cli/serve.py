@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tomllib
 from pathlib import Path
@@ -108,6 +107,12 @@ def serve(
         str | None,
         typer.Option(metavar="MODULE:FUNCTION", help="What makes the `Hooks` of the engine."),
     ] = None,
+    new_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER", help="Print a new key, and its line for --api-keys, and end."
+        ),
+    ] = None,
     components: Components = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -121,6 +126,9 @@ def serve(
 
     Each option may stand in SORA_ and its name in capitals, and in the --config file.
     """
+    if new_key is not None:
+        _make_key(new_key)
+        return
     given = {
         **{"host": host, "port": port, "api_key": api_key, "api_keys": api_keys},
         **{"insecure_no_key": insecure_no_key, "data_dir": data_dir, "max_queue": max_queue},
@@ -139,6 +147,7 @@ def serve(
         if error.name is None or error.name.partition(".")[0] == "sora_engine":
             raise
         raise UsageError(f"sora serve needs {error.name}: {EXTRA} brings it") from error
+    from sora_engine.serve.logs import set_up as set_up_logs
     from sora_engine.serve.settings import settings_from
 
     path = model_path(model)
@@ -154,7 +163,7 @@ def serve(
         )
     except ValueError as error:
         raise UsageError(in_options(error)) from error
-    _log()
+    set_up_logs(settings.log_json)
 
     def make_engine() -> Engine:
         from sora_engine.runtime.engine import Engine
@@ -187,15 +196,17 @@ def serve(
     raise SystemExit(code)
 
 
+def _make_key(owner: str) -> None:
+    from sora_engine.serve.keys import hash_of
+    from sora_engine.serve.keys import new_key as make
+
+    key = make()
+    say(f"key, for the client: {key}")
+    say(f"line, for --api-keys: {owner} {hash_of(key)}")
+
+
 def _read(config: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--config: {config} cannot be read: {error}") from error
-
-
-def _log() -> None:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)

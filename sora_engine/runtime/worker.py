@@ -26,6 +26,7 @@ from sora_engine.errors import (
     QueueFullError,
     SoraError,
 )
+from sora_engine.io.media_limits import MediaLimits, set_media_limits
 from sora_engine.request.frames import crop_middle
 from sora_engine.request.recipe import provenance_of
 from sora_engine.runtime.executor import AnyExecutor
@@ -155,6 +156,7 @@ class Worker:
 
     def _work(self) -> None:
         self.executor.make_current()
+        set_media_limits(MediaLimits(self.limits.max_clip_pixels, self.limits.max_clip_bytes))
         while True:
             with self._wake:
                 while not (self._queue or self._running or self._closed):
@@ -166,8 +168,7 @@ class Worker:
             try:
                 self.turn()
             except Exception as error:
-                # Nothing of a job's raises here: it is the engine's own fault, and nobody waits
-                # for ever because of it.
+                # No job's fault but the engine's own, and nobody waits for ever because of it.
                 logger.exception("the engine failed")
                 self._fail([*self._queue, *self._running], failure_of(error))
         if self._let_go:
@@ -307,8 +308,7 @@ class Worker:
                 self._attempt(job, self._after_step)
 
     def _after_step(self, job: Job) -> None:
-        if self.hooks.check_frames is None:
-            job.preview = job.canvas.preview
+        job.preview = self.hooks.pass_preview(job.canvas.preview, job.request)
         options = job.options
         if options.save_to is not None and is_due(job):
             keep_state(job, options.save_to, self.executor)

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora_engine.errors import SoraError
 from sora_engine.serve import health, images, models, videos, works
+from sora_engine.serve.around import lay_around
 from sora_engine.serve.document import describe
 from sora_engine.serve.failures import ApiError, api_error, bad_value, envelope
 from sora_engine.serve.service import Service
@@ -62,6 +63,7 @@ def make_app(engine: Engine | Callable[[], Engine], settings: Settings | None = 
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router)
+    lay_around(app, service)
     describe(app)
     _answer_failures(app, service)
     # The last one added is the first that a request meets.
@@ -72,6 +74,8 @@ def make_app(engine: Engine | Callable[[], Engine], settings: Settings | None = 
 def _answer_failures(app: FastAPI, service: Service) -> None:
     async def api(_request: Request, error: Exception) -> JSONResponse:
         told = api_error(error, service.hidden)
+        for watcher in service.on_failure:
+            watcher(told)
         if told.status >= 500 and not isinstance(error, ApiError):
             logger.error("a request failed: %s", type(error).__name__, exc_info=error)
         return JSONResponse(told.envelope(), told.status, told.headers)

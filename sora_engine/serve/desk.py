@@ -61,6 +61,12 @@ class Desk:
         """Called with a job after each of its steps and changes, on whatever thread; quick."""
         self.choose: Callable[[Sequence[Live]], Live] = first_come
         """Which of the jobs that wait is begun next."""
+        self.order: Callable[[Sequence[Live]], list[Live]] = lambda waiting: sorted(
+            waiting, key=_order
+        )
+        """In which order they would be begun if no other came."""
+        self.most_jobs: Callable[[str], int] = lambda _owner: settings.max_jobs_per_key
+        """How many jobs of an owner may be under way."""
         self.draining = False
         self._planned = _is_planned(engine)
         self._lives: dict[str, Live] = {}
@@ -97,7 +103,7 @@ class Desk:
         """How many jobs are to be begun before this one; None for one that was begun."""
         with self._wake:
             ahead = [live for live in self._at_engine if live.stage == "queued"]
-            for i, live in enumerate(sorted(self._waiting, key=_order)):
+            for i, live in enumerate(self.order(self._waiting)):
                 if live.row.id == name:
                     return len(ahead) + i
         return 0 if any(live.row.id == name for live in ahead) else None
@@ -108,6 +114,13 @@ class Desk:
         with self._wake:
             at_work = sum(live.stage != "queued" for live in self._lives.values())
             return len(self._lives) - at_work, at_work
+
+    @property
+    def promised_bytes(self) -> int:
+        """The planned peaks of the jobs at the engine."""
+        with self._wake:
+            jobs = [live.job for live in self._at_engine if live.job is not None]
+        return sum(job.plan.peak for job in jobs if job.plan is not None)
 
     def is_full(self) -> bool:
         """Whether the disk has less left than the settings want."""
@@ -207,7 +220,7 @@ class Desk:
                     retry_after_s=self._retry_after_s(),
                 )
             own = sum(other.row.owner == owner for other in self._lives.values())
-            if own >= settings.max_jobs_per_key:
+            if own >= self.most_jobs(owner):
                 raise ApiError(
                     429,
                     "too_many_jobs",

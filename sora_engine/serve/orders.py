@@ -176,8 +176,9 @@ class Clerk:
         settings, name = self._service.settings, self._desk.engine.model.name
         if body.model is not None and body.model not in (name, *settings.aliases):
             raise ApiError(400, "model_not_found", f"model: this server has {name}", param="model")
-        if body.priority > settings.max_priority:
-            raise bad_value(f"priority: at most {settings.max_priority} here", "priority")
+        most = self._service.most_priority(self._owner)
+        if body.priority > most:
+            raise bad_value(f"priority: at most {most} here", "priority")
 
     def _keep(self, media: Media, name: str) -> dict[str, Any]:
         if media.upload is not None:

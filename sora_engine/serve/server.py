@@ -22,6 +22,7 @@ from fastapi import FastAPI
 
 from sora_engine.errors import SoraError
 from sora_engine.serve.app import make_app
+from sora_engine.serve.guard import guarded_protocol
 from sora_engine.serve.service import Service
 from sora_engine.serve.settings import Settings
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAINED, FAILED, DEAD = 0, 1, 70
+WRITE_S = 60.0
+"""After how long a client is let go that takes nothing of what is sent to it."""
 LINGER_S = 2.0
 """How long a drained server still answers, so that those who poll see the end."""
 
@@ -138,6 +141,11 @@ class Server(uvicorn.Server):
             await asyncio.sleep(LINGER_S)
         self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for told in self._service.on_stopping:
+            told()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; the second ends the process: what is accepted is on the disk."""
         if self._drain_wanted:
@@ -173,7 +181,8 @@ def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
         "timeout_keep_alive": int(settings.keep_alive_timeout_s),
         "timeout_graceful_shutdown": 5,
         "h11_max_incomplete_event_size": settings.max_header_bytes,
-        "http": "h11",
+        "http": guarded_protocol(settings.header_timeout_s, WRITE_S),
+        "limit_concurrency": settings.max_connections,
         "loop": "asyncio",
         "ws": "none",
         "proxy_headers": bool(settings.forwarded_allow_ips),

@@ -16,6 +16,7 @@ from sora_engine.serve.desk import Desk
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.files import Files
 from sora_engine.serve.keeping import Keeper, last_seen
+from sora_engine.serve.keys import Keys
 from sora_engine.serve.settings import Settings
 from sora_engine.serve.store import Store
 
@@ -36,8 +37,14 @@ class Service:
         self.draining = False
         self.failed: BaseException | None = None
         """Why the engine could not be made."""
-        self.verify: Callable[[Path], None] = first_frame
+        self.verify: Callable[[Path], object] = first_frame
         """Checks a file that a client sent, and raises MediaError."""
+        self.keys: Keys | None = None
+        """Who may ask, and for how much."""
+        self.on_failure: list[Callable[[ApiError], None]] = []
+        """Called with each answer that is no result."""
+        self.on_stopping: list[Callable[[], None]] = []
+        """Called in the loop when the server is about to close its connections."""
         self.on_desk: list[Callable[[Desk], None]] = []
         """Called with the desk once there is one."""
         self._given = engine
@@ -85,6 +92,18 @@ class Service:
             return "draining"
         return "disk_full" if self._desk.is_full() else "ready"
 
+    def most_jobs(self, owner: str) -> int:
+        """How many jobs of an owner may be under way."""
+        key = None if self.keys is None else self.keys.of_owner(owner)
+        own = None if key is None else key.max_jobs
+        return self.settings.max_jobs_per_key if own is None else own
+
+    def most_priority(self, owner: str) -> int:
+        """The highest priority that an owner may ask for."""
+        key = None if self.keys is None else self.keys.of_owner(owner)
+        own = None if key is None else key.max_priority
+        return self.settings.max_priority if own is None else own
+
     @property
     def hidden(self) -> dict[str, str]:
         """What no answer contains, and what stands in its place."""
@@ -131,6 +150,7 @@ class Service:
             engine.load_lora(path, name)
         clock = Clock(last_seen(self._store.noted))
         desk = Desk(engine, self.settings, self._store, self._files, clock)
+        desk.most_jobs = self.most_jobs
         self._keeper = Keeper(self._store, self._files, self.settings, clock)
         self._keeper.start()
         for told in self.on_desk:

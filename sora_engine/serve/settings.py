@@ -15,6 +15,9 @@ from typing import Any
 from sora_engine.config import Limits
 from sora_engine.runtime.hooks import Hooks
 
+MAX_CLIP_BYTES = 512 << 20
+"""Of a clip that a job reads, decoded and in its own size."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SPANS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -44,7 +47,8 @@ class Settings:
     What a request may ask for (more is a 400):
 
     max_pixels, max_frames, max_steps: as `Limits` has them. max_work: latent positions of the
-        canvas times steps; None, no bound. max_upload: bytes of a body. max_priority: the highest
+        canvas times steps; None, no bound. max_upload: bytes of a body. max_upload_pixels,
+        max_upload_frames: of a picture or a clip that a client sends. max_priority: the highest
         `priority` that a request may give itself.
     allow_urls: pictures and clips may be given by their address; refused by default.
     loras: adapters by the names that requests give, and their files.
@@ -99,6 +103,8 @@ class Settings:
     max_work: int | None = None
     max_prompt_chars: int = 32_000
     max_upload: int = 64 << 20
+    max_upload_pixels: int = 4096 * 4096
+    max_upload_frames: int = 2000
     max_priority: int = 0
     allow_urls: bool = False
     loras: Mapping[str, Path] = field(default_factory=dict)
@@ -135,6 +141,8 @@ class Settings:
     def __post_init__(self) -> None:
         _whole(self, "port", 0, 65535)
         for name in ("max_pixels", "max_frames", "max_steps", "max_prompt_chars", "max_queue"):
+            _whole(self, name, 1)
+        for name in ("max_upload_pixels", "max_upload_frames"):
             _whole(self, name, 1)
         for name in ("max_jobs_per_key", "max_running", "max_upload", "max_connections"):
             _whole(self, name, 1)
@@ -187,6 +195,8 @@ class Settings:
             max_frames=self.max_frames,
             max_inference_steps=self.max_steps,
             max_prompt_chars=self.max_prompt_chars,
+            max_clip_pixels=self.max_upload_pixels,
+            max_clip_bytes=MAX_CLIP_BYTES,
         )
 
 
