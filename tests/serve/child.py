@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from sora_engine.config import Limits
+from sora_engine.models.loading import load_video_model
+from sora_engine.models.video_model import VideoModel
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job
 from sora_engine.serve import files as files_module
@@ -27,12 +29,13 @@ from sora_engine.serve.writer import ResultWriter
 
 
 def main() -> None:
+    model = load_video_model("sprites", device="cpu", dtype="float32")
     for line in sys.stdin:
         command = json.loads(line)
         if "start" in command:
             pid = os.fork()
             if pid == 0:
-                run(command["start"])
+                run(command["start"], model)
             answer: Any = pid
         else:
             found, status = os.waitpid(command["wait"], os.WNOHANG)
@@ -40,7 +43,7 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def run(options: dict[str, Any]) -> None:
+def run(options: dict[str, Any], model: VideoModel) -> None:
     os.setsid()
     log = os.open(options["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -51,13 +54,13 @@ def run(options: dict[str, Any]) -> None:
     try:
         for name, value in options.get("faults", {}).items():
             FAULTS[name](value)
-        settings = settings_from(options["settings"], {}, {})
+        settings = settings_from({}, {}, options["settings"])
 
         def make_engine() -> Engine:
             limits = settings.limits()
             known = {name: getattr(limits, name) for name in limits.__slots__}
             bounds = Limits(**{**known, "pack_tokens": 512})
-            return Engine.from_pretrained("sprites", device="cpu", dtype="float32", limits=bounds)
+            return Engine(model, limits=bounds, hooks=settings.hooks)
 
         code = server.run(
             make_engine,

@@ -88,7 +88,8 @@ class Server:
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             code = self.code()
-            for line in self.text().splitlines():
+            whole = self.text().rpartition("\n")[0]
+            for line in whole.splitlines():
                 if line.startswith(f"{word} ") or line == word:
                     return line[len(word) + 1 :]
             if code is not None:
