@@ -236,6 +236,8 @@ class Engine:
         on_progress: ProgressCallback | None = None,
         save_to: str | PathLike[str] | None = None,
         save_every: int = 1,
+        save_every_s: float | None = None,
+        keep_frames: bool = True,
     ) -> Job:
         """Queue a request and return its job at once.
 
@@ -246,12 +248,13 @@ class Engine:
             on_frames: gets uint8 `[n, height, width, 3]` as frames come.
             on_latents: gets the finished latents, as `Video.latents`, before they are decoded.
             on_progress: gets the `Progress` after each step and each latent frame that is decoded.
-            save_to: a file that holds the job's state after every `save_every` steps, for `resume`.
-                It is no other job's that is not done.
+            save_to: a file that holds the job's state after every `save_every` steps, for `resume`,
+                and after the last. No other job that is not done has it.
+            save_every_s: seconds between two of these, at least; the last step's is always written.
+            keep_frames: False where `on_frames` has them all: `Video.frames` is empty then.
 
-        The callbacks are called on the engine's thread; an exception in one fails the job.
-
-        Raises RequestError for a bad value, MemoryLimitError, RefusedError, QueueFullError,
+        The callbacks are called on the engine's thread; an exception in one fails the job. Raises
+        RequestError for a bad value, MemoryLimitError, RefusedError, QueueFullError,
         EngineClosedError, EngineDeadError (see `error`).
         """
         options = JobOptions(
@@ -262,6 +265,8 @@ class Engine:
             on_progress=on_progress,
             save_to=None if save_to is None else path_of("save_to", save_to),
             save_every=save_every,
+            save_every_s=save_every_s,
+            keep_frames=keep_frames,
         )
         resolved, held = self._taken(request)
         return self._enqueue(resolved, options, held)

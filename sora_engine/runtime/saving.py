@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,12 +38,26 @@ def carry_out_orders(job: Job, executor: AnyExecutor) -> None:
         order.over.set()
 
 
+def is_due(job: Job) -> bool:
+    """Whether `save_to` is written after the step that a job has just taken.
+
+    After the last one it always is: from there a job that is killed while it is decoded goes on.
+    """
+    canvas, options = job.canvas, job.options
+    if canvas.finished:
+        return True
+    if canvas.step % options.save_every:
+        return False
+    every_s = options.save_every_s
+    return every_s is None or time.monotonic() - job.kept_at >= every_s
+
+
 def keep_state(job: Job, path: Path, executor: AnyExecutor) -> None:
     """Write `save_to`. It is there so that no work is lost: whatever keeps it from being written,
     the job goes on, and its `save_error` says so. A device that failed is no such thing."""
     try:
         write_state(job, path, executor)
-        job.save_error = None
+        job.save_error, job.kept_at = None, time.monotonic()
     except Exception as error:
         if is_device_error(error):
             raise
