@@ -97,6 +97,14 @@ class Common:
     vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None
     image_encoder: Annotated[str | None, typer.Option(help="Its image encoder, likewise.")] = None
+    vace: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file of VACE's blocks alone, laid over the model. Of two experts: twice, as "
+            "--model.",
+            show_default=False,
+        ),
+    ] = None
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -181,6 +189,9 @@ class Common:
             "text_encoder": self.text_encoder,
             "image_encoder": self.image_encoder,
         }
+        if len(self.vace or ()) > 2:
+            raise UsageError(f"--vace: given {len(self.vace or ())} times; once an expert at most")
+        named |= dict(zip(("vace", "vace_2"), self.vace or (), strict=False))
         given = {name: path for name, path in named.items() if path is not None}
         if given and self.components is not None:
             option = f"--{next(iter(given))}"

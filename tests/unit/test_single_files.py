@@ -6,10 +6,12 @@ import io
 import re
 import shutil
 
+import gguf
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -189,7 +191,70 @@ def test_two_experts_by_name_and_in_comfyuis_folder(parts, folder, tmp_path):
         open_checkpoint(root)
 
 
-@pytest.mark.parametrize("naming", ["transformers", "Wan's", "scaled fp8"])
+LLAMAS_UMT5 = [
+    (r"^shared", "token_embd"),
+    (r"^encoder\.final_layer_norm", "enc.output_norm"),
+    (r"^encoder\.block", "enc.blk"),
+    (r"layer\.0\.layer_norm", "attn_norm"),
+    (r"layer\.1\.layer_norm", "ffn_norm"),
+    (r"layer\.0\.SelfAttention\.relative_attention_bias", "attn_rel_b"),
+    (r"layer\.0\.SelfAttention\.", "attn_"),
+    (r"layer\.1\.DenseReluDense\.wi_0", "ffn_gate"),
+    (r"layer\.1\.DenseReluDense\.wi_1", "ffn_up"),
+    (r"layer\.1\.DenseReluDense\.wo", "ffn_down"),
+]
+
+
+def llamas_umt5_name(name):
+    for pattern, replacement in LLAMAS_UMT5:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def write_umt5_gguf(path, tensors, spiece, unused=3, **changes):
+    """As llama.cpp's converter writes a T5 encoder. changes: of what the metadata says of the
+    tokenizer, by its last part; None leaves one out."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(spiece)
+    pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
+    pieces += [(f"[PAD{len(pieces) + i}]", -10000.0, 5) for i in range(unused)]
+    told = {
+        "model": "t5",
+        "tokens": [text for text, _, _ in pieces],
+        "scores": [score for _, score, _ in pieces],
+        "token_type": [kind for _, _, kind in pieces],
+        "precompiled_charsmap": proto.normalizer_spec.precompiled_charsmap,
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+        "unknown_token_id": 2,
+        **changes,
+    }
+    writer = gguf.GGUFWriter(path, arch="t5encoder")
+    for name, value in told.items():
+        key = f"tokenizer.ggml.{name}"
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif value is not None:
+            writer.add_array(key, value)
+    values = {}
+    for name, tensor in tensors.items():
+        # Q8_0 has blocks of 32: d_ff is 37 here, so wo is not one of them.
+        rows = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+        form = gguf.GGMLQuantizationType["Q8_0" if rows else "F32"]
+        data = gguf.quants.quantize(tensor.float().numpy(), form)
+        writer.add_tensor(llamas_umt5_name(name), data, raw_dtype=form)
+        values[name] = torch.from_numpy(gguf.quants.dequantize(data, form)).reshape(tensor.shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+@pytest.mark.parametrize("naming", ["transformers", "Wan's", "scaled fp8", "GGUF"])
 def test_umt5_under_each_naming(folder, tmp_path, spiece, naming):
     path = tmp_path / "umt5.safetensors"
     tensors = umt5_tensors(folder)
@@ -202,7 +267,16 @@ def test_umt5_under_each_naming(folder, tmp_path, spiece, naming):
         tensors, stored = values, load_file(path)
     else:
         stored = tensors
-    save_file(with_tokenizer(stored, spiece), path)
+    if naming == "GGUF":
+        path = tmp_path / "umt5-xxl-encoder-Q8_0.gguf"
+        tensors = write_umt5_gguf(path, tensors, spiece)
+        assert (
+            tensors["encoder.block.1.layer.0.SelfAttention.q.weight"]
+            .ne(stored["encoder.block.1.layer.0.SelfAttention.q.weight"])
+            .any()
+        )
+    else:
+        save_file(with_tokenizer(stored, spiece), path)
     ours = UMT5Encoder.from_folders(path, None)
     theirs = UMT5EncoderModel(UMT5Config.from_pretrained(folder / "text_encoder")).eval()
     names = {wans_umt5_name(n): n for n in umt5_tensors(folder)} if naming == "Wan's" else {}
@@ -220,6 +294,42 @@ def test_the_ids_of_an_embedded_tokenizer_are_sentencepieces_own(folder, tmp_pat
     processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
     for text in TEXTS:
         assert tokenizer(text).input_ids == processor.encode(text, add_eos=True), text
+
+
+def test_the_ids_of_a_gguf_tokenizer_are_sentencepieces_own(folder, tmp_path, spiece, caplog):
+    path = tmp_path / "umt5.gguf"
+    write_umt5_gguf(path, umt5_tensors(folder), spiece)
+    tokenizer = UMT5Encoder.from_folders(path, None).tokenizer
+    processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    assert len(tokenizer) == processor.get_piece_size()  # what fills the vocabulary up is left out
+    texts = [*TEXTS, "[PAD120]", "「引用」、終わり。", "ｶﾀｶﾅ ㌔ ①"]
+    for text in texts:
+        assert tokenizer(text).input_ids == processor.encode(text, add_eos=True), text
+    assert not caplog.records
+    write_umt5_gguf(path, umt5_tensors(folder), spiece, precompiled_charsmap=None)
+    without = UMT5Encoder.from_folders(path, None).tokenizer
+    assert "lacks the map of characters" in caplog.text
+    full_width = TEXTS[3]
+    assert without(full_width).input_ids != processor.encode(full_width, add_eos=True)
+
+
+def test_a_gguf_tokenizer_that_cannot_be(folder, tmp_path, spiece):
+    path = tmp_path / "umt5.gguf"
+    for changes, says in (
+        ({"model": "llama"}, r"tokenizer\.ggml\.model is 'llama'; UMT5's is 't5'"),
+        ({"tokens": None}, "tokens is no list of texts"),
+        ({"scores": [0.0, 1.0]}, r"scores has 2 values for \d+ tokens"),
+        ({"token_type": None}, "token_type has no values for"),
+        ({"unknown_token_id": 0}, "1 tokens are the unknown one, and unknown_token_id is 0"),
+        ({"add_space_prefix": False}, "add_space_prefix is False; T5's is True"),
+    ):
+        write_umt5_gguf(path, umt5_tensors(folder), spiece, **changes)
+        with pytest.raises(CheckpointError, match=says) as caught:
+            UMT5Encoder.from_folders(path, None)
+        assert caught.value.path == path
+    write_umt5_gguf(path, umt5_tensors(folder), spiece, model=None, tokens=None)
+    with pytest.raises(CheckpointError, match="this one brings none"):
+        UMT5Encoder.from_folders(path, None)
 
 
 def test_what_is_no_umt5(folder, tmp_path, spiece):
