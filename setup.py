@@ -43,6 +43,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
         "-mprefer-vector-width=512",
     ]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 CUDA = ["csrc/cuda/norm.cu", "csrc/cuda/rope.cu"]
 CUDA_BINDINGS = "csrc/cuda/bindings.cpp"
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -29,6 +29,8 @@ class Receipt:
     promised_bytes: the peak of memory that was computed before work began.
     cut_prompts: a line for each text of which the text encoder did not read the end.
     loras: the adapters that it was made with, as `--lora` has them.
+    chosen: on a CPU, why settings that were "auto" have become what they have: `dtype`,
+        `vae_dtype`, and attention over long sequences, with the measured rates.
     lossy: options that trade accuracy, each with its measured relative error; empty unless asked
         for.
     """
@@ -49,6 +51,7 @@ class Receipt:
     promised_bytes: int | None = None
     cut_prompts: list[str] = field(default_factory=list)
     loras: list[str] = field(default_factory=list)
+    chosen: dict[str, str] = field(default_factory=dict)
     lossy: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -25,6 +25,7 @@ SORA_DECLARE(baseline)
 #ifdef SORA_X86
 SORA_DECLARE(avx2)
 SORA_DECLARE(avx512)
+SORA_DECLARE(avx512bf16)
 #endif
 
 namespace sora {
@@ -43,8 +44,10 @@ static const Kernels& pick() {
   const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && allowed("avx512")) return avx512_kernels;
-  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return avx2_kernels;
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && allowed("avx512bf16")) return avx512bf16_kernels;
+  if (has_avx512 && (allowed("avx512") || allowed("avx512bf16"))) return avx512_kernels;
+  if (has_avx2 && !(wanted != nullptr && std::strcmp(wanted, "baseline") == 0)) return avx2_kernels;
 #endif
   return baseline_kernels;
 }
