@@ -22,22 +22,22 @@ using sora::MaybeTensor;
 using sora::result;
 using sora::type_of;
 
-// Rows of a quantised weight, from `first` on, as many as `out` has.
-void unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format, int64_t first,
-            Tensor out) {
+// `count` rows of a quantised weight from `first` on, `ins` values each, as `dtype`.
+Tensor unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format, int64_t ins,
+              int64_t first, int64_t count, at::ScalarType dtype) {
   const Tensor scale = as_float(scale_in);
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.element_size() == 1 &&
-                  out.dim() == 2 && out.is_contiguous() && format >= 0 &&
-                  format <= static_cast<int64_t>(sora::Format::q6_k) && first >= 0 &&
-                  first + out.size(0) <= weight.size(0),
-              "sora: unpack ", weight.sizes(), " from ", first, " to ", out.sizes());
+                  ins > 0 && format >= 0 && format <= static_cast<int64_t>(sora::Format::q6_k) &&
+                  first >= 0 && count >= 0 && first + count <= weight.size(0),
+              "sora: unpack ", weight.sizes(), " from ", first, ", ", count, " rows");
+  Tensor out = result({count, ins}, weight.options().dtype(dtype));
   static constexpr int64_t kValues[] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256};
   static constexpr int64_t kBytes[] = {1, 1, 1, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210};
   sora::UnpackArgs args;
   args.format = static_cast<sora::Format>(format);
   args.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
   args.row_bytes = weight.size(1);
-  args.ins = out.size(1);
+  args.ins = ins;
   TORCH_CHECK(args.row_bytes % kBytes[format] == 0 &&
                   args.row_bytes / kBytes[format] * kValues[format] == args.ins,
               "sora: rows of ", args.row_bytes, " bytes for ", args.ins, " values");
@@ -54,10 +54,11 @@ void unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format, i
   args.type = type_of(out);
   args.out = out.mutable_data_ptr();
   const auto& kernels = sora::kernels();
-  at::parallel_for(first, first + out.size(0), grain(args.ins), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(args.ins);
+  at::parallel_for(first, first + count, grain(ins), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(ins);
     kernels.unpack(args, begin, end, scratch.data());
   });
+  return out;
 }
 
 // Rows as int8 with 128 added, and the scale of each: its largest value is 127.
@@ -125,7 +126,8 @@ void gelu_rows(Tensor out, int64_t gelu) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sora, m) {
-  m.def("native_unpack(Tensor weight, Tensor? scale, int format, int first, Tensor(a!) out) -> ()");
+  m.def("native_unpack(Tensor weight, Tensor? scale, int format, int ins, int first, "
+        "int count, ScalarType dtype) -> Tensor");
   m.def("native_quantise_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("native_finish_rows(Tensor sums, Tensor scale, Tensor? bias, int gelu, ScalarType dtype) "
         "-> Tensor");

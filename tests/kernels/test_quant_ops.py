@@ -33,8 +33,7 @@ def test_unpacked_values_are_the_reference_s(format):
     weight, scale, values = quantised(format, 7, 512, 4, generator(5))
     number = sorted(FORMATS, key=list(sk.quant.formats.FORMATS).index).index(format)
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)):
-        out = torch.full((4, 512), float("nan"), dtype=dtype)
-        torch.ops.sora.native_unpack(weight, scale, number, 2, out)
+        out = torch.ops.sora.native_unpack(weight, scale, number, 512, 2, 4, dtype)
         torch.testing.assert_close(out.double(), values[2:6], rtol=bound, atol=1e-7)
 
 

@@ -27,7 +27,10 @@ def unsupported(case: Case) -> str | None:
 
 
 def problem() -> str | None:
-    """Why there are no int8 products here."""
+    """Loads the native library. Returns why there are no int8 products here, or None."""
+    why = csrc.problem()
+    if why is not None:
+        return why
     if "onednn" not in torch.backends.quantized.supported_engines:
         return "this PyTorch was built without oneDNN's int8 products"
     return None
