@@ -12,7 +12,7 @@ from sora_engine.models.folder import EVERYWHERE, Component, FolderLayout, confi
 from sora_engine.models.wan.vace import OVERLAYS
 from sora_engine.text.clip_file import is_clip
 from sora_engine.text.umt5_file import PREFIXES as TEXT_PREFIXES
-from sora_engine.text.umt5_file import is_umt5
+from sora_engine.text.umt5_file import is_umt5, refuse_t5
 from sora_engine.vae.registry import vae_in_file
 
 USUAL = {
@@ -79,6 +79,8 @@ def part_at(name: str, path: Path, layout: FolderLayout) -> Component:
         raise CheckpointError(f"no such file or folder for the {name}", path=path)
     found = _in_file(name, path, layout)
     if found is None:
+        if name == "text_encoder":
+            refuse_t5(path)
         with open_weights(path) as weights:
             seen = ", ".join(list(weights)[:4])
         raise CheckpointError(
