@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class Limits:
     """What a request may ask of an engine, and how much the engine works on at a time.
 
-    Raises ValueError where a value is not an integer of at least 1; the last three may be None, and
+    Raises ValueError where a value is not an integer of at least 1; the last five may be None, and
     `text_cache_bytes` 0.
 
     Checked when a request is submitted, before it is queued:
@@ -45,6 +45,11 @@ class Limits:
         coded in tiles, which is an approximation and stands in the receipt. A request whose
         smallest tiles need more raises RequestError. None: what is free. Over ranks it does
         nothing: they code whole frames, or rows of them, and never tiles.
+    max_clip_pixels: the most pixels of a picture, or of a frame of a clip, that a request gives as
+        a file. None: 66,355,200, twice 8K UHD.
+    max_clip_bytes: the most bytes of a clip that a request gives as a file, once its frames are
+        decoded and scaled to the request's size. None: 4 GiB. A file over either fails the job
+        with MediaError.
     """
 
     max_queued_jobs: int = 256
@@ -58,6 +63,8 @@ class Limits:
     pack_tokens: int | None = None
     vae_memory_bytes: int | None = None
     memory_bytes: int | None = None
+    max_clip_pixels: int | None = None
+    max_clip_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -141,7 +148,10 @@ NO_LIMIT = 1 << 62
 """Bytes: more than any machine has."""
 
 _SWITCHES = ("text_cache_bytes",)
-_OPTIONAL = ("pack_tokens", "vae_memory_bytes", "memory_bytes")
+_OPTIONAL = (
+    *("pack_tokens", "vae_memory_bytes", "memory_bytes"),
+    *("max_clip_pixels", "max_clip_bytes"),
+)
 
 
 def _integer(name: str, value: object, least: int = 1) -> int:

@@ -52,8 +52,8 @@ Components = Annotated[
 VAEDtype = Annotated[
     str,
     typer.Option(
-        help="Of the autoencoder: auto (float32 on a CPU, --dtype on a GPU), float32, bfloat16 or "
-        "float16."
+        help="Of the autoencoder: auto (--dtype on a GPU, and on a CPU that is fast in it), "
+        "float32, bfloat16 or float16."
     ),
 ]
 VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx, tensorrt or tiny.")]

@@ -19,12 +19,7 @@ from sora_engine.io.weights.selected import SelectedWeights
 from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.adapters import merges_of
-from sora_engine.models.device import (
-    own_device,
-    resolve_device,
-    resolve_dtype,
-    resolve_vae_dtype,
-)
+from sora_engine.models.device import own_device, resolve_device
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.folder import Component
 from sora_engine.models.linear import make_invariant
@@ -34,6 +29,7 @@ from sora_engine.models.offload import (
     offload_blocks,
     offload_encoder,
 )
+from sora_engine.models.precision import settle_precision
 from sora_engine.models.registry import (
     Components,
     ModelPath,
@@ -99,7 +95,16 @@ def load_video_model(
     """
     check_level(offload)
     target = resolve_device(device)
-    weights_dtype = resolve_dtype(dtype, target)
+    checkpoint, name = open_checkpoint(path, components)
+    precision = settle_precision(
+        dtype,
+        vae_dtype,
+        target,
+        weights=[expert.path for expert in checkpoint.experts],
+        vae_backend=vae_backend,
+        exact=exact,
+    )
+    weights_dtype, coding_dtype = precision.dtype, precision.vae_dtype
     if exact:
         attention_backend = exact_attention(target, attention_backend)
     check_attention_backend(attention_backend, target)
@@ -109,11 +114,9 @@ def load_video_model(
         attention_backend=attention_backend,
         invariant=exact,
     )
-    checkpoint, name = open_checkpoint(path, components)
     merges, records = _merges(loras, checkpoint, build)
     names = [record.name for record in records if record.strength]
     checkpoint = on_ladder_of(checkpoint, ladder_of_adapters(names), ", ".join(names))
-    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
     decoder = _open_decoder(
         checkpoint, target, coding_dtype, vae_backend, cuda_graphs, by_time=not exact
     )
@@ -124,6 +127,7 @@ def load_video_model(
         family=checkpoint.family,
         device=target,
         dtype=weights_dtype,
+        chosen=precision.chosen,
         experts=_experts(checkpoint, weights_dtype, lambda source, _: build(source)),
         vae=decoder.vae,
         vae_dtype=decoder.dtype,
@@ -186,9 +190,14 @@ def load_video_decoder(
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
     target = resolve_device(device)
     checkpoint, _ = open_checkpoint(path, components)
-    weights_dtype = resolve_dtype(dtype, target)
-    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
-    return _open_decoder(checkpoint, target, coding_dtype, vae_backend, cuda_graphs)
+    precision = settle_precision(
+        dtype,
+        vae_dtype,
+        target,
+        weights=[expert.path for expert in checkpoint.experts],
+        vae_backend=vae_backend,
+    )
+    return _open_decoder(checkpoint, target, precision.vae_dtype, vae_backend, cuda_graphs)
 
 
 def check_attention_backend(name: str, device: torch.device) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -50,6 +50,7 @@ class VideoModel:
     preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
+    chosen: why settings that were "auto" have become what they have, by name.
     """
 
     name: str
@@ -72,6 +73,7 @@ class VideoModel:
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None
     offload: str = "none"
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
