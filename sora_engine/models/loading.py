@@ -170,6 +170,8 @@ def load_video_model(
         merges=merges,
         shares=1 if sharder is None else sharder.num_ranks,
     )
+    for source in checkpoint.experts[1:]:  # what comes when it is needed is checked now
+        source.fill(build(source), device="meta", dtype=weights_dtype)
     model.transformer(0)
     return model
 

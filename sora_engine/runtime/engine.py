@@ -138,8 +138,7 @@ class Engine:
             components: what a transformer file lacks: a folder in diffusers' or ComfyUI's layout,
                 or a mapping from `vae`, `text_encoder`, `tokenizer`, `image_encoder`,
                 `image_processor`, `scheduler` and `transformer_2` to a file or a folder of each.
-                Of every model `tiny_vae`, a tiny autoencoder: previews are made with it, and with
-                `vae_backend="tiny"` the video.
+                Of every model `tiny_vae`, for previews and for `vae_backend="tiny"`.
             offload: which weights wait in host memory and cross when they are needed: `"none"`;
                 `"text"`, the text and image encoders' layers; `"blocks"`, the transformers' too.
                 `"auto"`, on a GPU: the first of these with which a request of the checkpoint's
@@ -278,12 +277,12 @@ class Engine:
         Over how many ranks it was saved, and is resumed, makes no difference.
 
         options: those of `submit`. Raises CheckpointError for a file that is none, or that another
-        model or dtype left; and as `submit`.
+        model or dtype left; and as `submit`, for a job beyond this engine's limits too.
         """
         self._origin.check()
         if options.get("save_to") is not None:
             options["save_to"] = path_of("save_to", options["save_to"])
-        saved = load_state(path_of("the file of a saved job", path), self.model)
+        saved = load_state(path_of("a saved job", path), self.model, self.limits)
         records = saved.request.loras
         held = self._adapters().held(records) if records else []
         if self._planner is not None:

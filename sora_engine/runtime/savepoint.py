@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from sora_engine.config import Limits
 from sora_engine.denoise.canvas import Canvas
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.denoise.denoise import num_passes
@@ -30,6 +31,7 @@ from sora_engine.io.whole_file import read_whole
 from sora_engine.request import Guidance, LatentGrid, ResolvedRequest, Shot, SparsePlan, WindowPlan
 from sora_engine.request.lora import LoraRecord
 from sora_engine.request.recipe import Maker
+from sora_engine.request.resolve import check_saved
 
 FORMAT = 3
 _PLAIN = (
@@ -115,8 +117,9 @@ class SavedFor(Maker, Protocol):
     def grid(self) -> LatentGrid: ...
 
 
-def load_state(path: Path, model: SavedFor) -> Savepoint:
-    """Read `save_state`'s file; CheckpointError for any other, or another model's."""
+def load_state(path: Path, model: SavedFor, limits: Limits) -> Savepoint:
+    """Read `save_state`'s file; CheckpointError for any other, or another model's, and RequestError
+    for a job beyond the limits."""
     try:
         tensors, said = read_whole(path, partial(_check_kind, path, model))
         metadata = json.loads(said["sora_engine"])
@@ -135,6 +138,7 @@ def load_state(path: Path, model: SavedFor) -> Savepoint:
             raise ValueError(f"{state.step} steps of {num_steps}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"is damaged as a saved job: {error!r}", path=path) from error
+    check_saved(request, model.grid, limits)
     return Savepoint(request, provenance, state, path)
 
 

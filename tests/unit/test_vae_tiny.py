@@ -268,8 +268,8 @@ def test_what_does_not_go_with_the_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("taew2_1", "tiny autoencoder (TAEHV) for 16 latent channels: --tiny-vae"),
-        ("taew2_2_super", "tiny autoencoder (TAEHV, super) for 48 latent channels: --tiny-vae"),
+        ("taew2_1", "tiny autoencoder (TAEHV) for 16 latent channels"),
+        ("taew2_2_super", "tiny autoencoder (TAEHV, super) for 48 latent channels"),
     ],
 )
 def test_inspect_names_it(tmp_path, kind, says):
