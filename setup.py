@@ -30,8 +30,9 @@ PER_ISA = [
     "csrc/cpu/attention.cpp",
     "csrc/cpu/causal.cpp",
     "csrc/cpu/lora.cpp",
+    "csrc/cpu/quantise.cpp",
 ]
-ONCE = ["csrc/cpu/dispatch.cpp", "csrc/bindings.cpp"]
+ONCE = ["csrc/cpu/dispatch.cpp", "csrc/bindings.cpp", "csrc/quant_bindings.cpp"]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += ["-Wno-attributes", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 ISAS = {"baseline": []}
