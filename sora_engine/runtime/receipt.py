@@ -44,5 +44,7 @@ def receipt_of(job: Job, executor: AnyExecutor) -> Receipt:
         promised_bytes=None if job.plan is None else job.plan.peak,
         cut_prompts=list(job.cut_prompts),
         chosen=dict(model.chosen),
+        quantised=dict(model.quantised),
+        lossy=dict(model.lossy),
         loras=[str(record) for record in (*model.loras, *request.loras)],
     )
