@@ -33,6 +33,7 @@ _OPTION_OF = {
     "device": "--device",
     "dtype": "--dtype",
     "vae_dtype": "--vae-dtype",
+    "vae_backend": "--vae-backend",
     "before_s": "--before",
     "after_s": "--after",
     "gap_s": "--gap",
@@ -55,7 +56,11 @@ VAEDtype = Annotated[
         "float32, bfloat16 or float16."
     ),
 ]
-VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
+VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx, tensorrt or tiny.")]
+TinyVAE = Annotated[
+    str | None,
+    typer.Option(help="A tiny autoencoder (TAEHV) to decode with: faster, and not as good."),
+]
 
 
 Prompt = Annotated[
@@ -105,6 +110,7 @@ class Common:
             show_default=False,
         ),
     ] = None
+    tiny_vae: TinyVAE = None
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -188,6 +194,7 @@ class Common:
             "vae": self.vae,
             "text_encoder": self.text_encoder,
             "image_encoder": self.image_encoder,
+            "tiny_vae": self.tiny_vae,
         }
         if len(self.vace or ()) > 2:
             raise UsageError(f"--vace: given {len(self.vace or ())} times; once an expert at most")
@@ -200,6 +207,10 @@ class Common:
                 "parts; give one or the other"
             )
         return given or self.components
+
+    def decoder(self) -> str:
+        """The backend of the VAE, as `Engine.from_pretrained` takes it."""
+        return decoder_of(self.vae_backend, self.tiny_vae)
 
     def loras(self) -> tuple[Lora, ...]:
         """The adapters, as `Engine.from_pretrained` takes them."""
@@ -223,6 +234,16 @@ class Common:
             "strict_grid": self.strict or None,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+def decoder_of(vae_backend: str, tiny_vae: str | None) -> str:
+    """The backend that decodes: the tiny autoencoder where one is given."""
+    if tiny_vae is not None and vae_backend not in ("auto", "tiny"):
+        raise UsageError(
+            f"--tiny-vae: --vae-backend {vae_backend} decodes with the model's own VAE; give one "
+            "or the other"
+        )
+    return vae_backend if tiny_vae is None else "tiny"
 
 
 ModelPath = str | tuple[str, ...]

@@ -116,6 +116,7 @@ class RemoteCanvas:
     solver_name: str
     step: int = 0
     cut_prompts: tuple[str, ...] = ()
+    texts_reused: int = 0  # ranks keep no texts
     preview: None = None
     num_windows: int = 1  # ranks share windows out by themselves
     _latents: Tensor | None = None

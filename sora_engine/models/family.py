@@ -118,6 +118,8 @@ class Checkpoint:
     learned_variance: bool = False
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
+    tiny_vae: Path | None = None
+    """A tiny autoencoder for its latents, where one was given: see `models.tiny_vae`."""
 
     @property
     def shape(self) -> TransformerShape:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sora_kernels
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import DecodedPreview, LatentPreview, Preview
 from sora_engine.errors import BackendError
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
@@ -38,6 +38,7 @@ from sora_engine.models.registry import (
     on_ladder_of,
     open_checkpoint,
 )
+from sora_engine.models.tiny_vae import load_tiny, tiny_near
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.request.ladders import ladder_of_adapters
@@ -151,7 +152,7 @@ def load_video_model(
         grid=checkpoint.grid,
         defaults=checkpoint.defaults,
         weights_hash=sampled_hash(checkpoint.weights_paths),
-        preview=LatentPreview.read(checkpoint.path, checkpoint.grid.channels),
+        preview=_preview(checkpoint, target, coding_dtype),
         loras=records,
         adapters=AdapterStore(
             family_named(checkpoint.family),
@@ -183,6 +184,8 @@ def load_video_model(
         size=None if not kind else lambda source, merge: held_bytes(hollow(source, merge)),
         shares=1 if sharder is None else sharder.num_ranks,
     )
+    for source in checkpoint.experts[1:]:  # what comes when it is needed is checked now
+        source.fill(build(source), device="meta", dtype=weights_dtype)
     model.transformer(0)
     return model
 
@@ -424,12 +427,19 @@ def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> 
         vae = build_vae(config)
     with component.open_weights() as opened:
         weights: WeightSource = opened
-        files = vae_kind(component.class_name).files
-        if files is not None and component.folder.is_file():
-            names = files.names(weights, config)
+        kind = vae_kind(component.class_name)
+        if kind.files is not None and component.folder.is_file():
+            names = kind.files.names(weights, config)
             weights = SelectedWeights(weights, {names[stored]: stored for stored in names})
-        load_into(vae, weights, device=device, dtype=dtype)
+        load_into(vae, weights, device=device, dtype=dtype, rename=kind.renames, loose_ones=True)
     return vae.eval().requires_grad_(False).prepare()
+
+
+def _preview(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Preview | None:
+    """By a tiny decoder that was given, or the checkpoint's own map of colours."""
+    if checkpoint.tiny_vae is None:
+        return LatentPreview.read(checkpoint.path, checkpoint.grid.channels)
+    return DecodedPreview(load_tiny(checkpoint, checkpoint.tiny_vae, device, dtype), dtype)
 
 
 def _open_decoder(
@@ -445,7 +455,16 @@ def _open_decoder(
         vae = load_vae(checkpoint.vae, torch.device("cpu"), torch.float32)
     else:
         vae = load_vae(checkpoint.vae, device, dtype)
+    tiny = None
+    if backend == "tiny":
+        tiny = load_tiny(checkpoint, tiny_near(checkpoint), device, dtype)
     coder = open_coder(
-        backend, vae, device=device, dtype=dtype, cuda_graphs=cuda_graphs, by_time=by_time
+        backend,
+        vae,
+        device=device,
+        dtype=dtype,
+        cuda_graphs=cuda_graphs,
+        by_time=by_time,
+        tiny=tiny,
     )
     return VideoDecoder(FittedCoder(coder, dtype=dtype, device=device), dtype, device)

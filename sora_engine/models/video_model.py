@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import Preview
 from sora_engine.errors import RequestError
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.backends import served_backends
@@ -50,7 +50,7 @@ class VideoModel:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
-    preview: latents to colours, where the checkpoint brings that.
+    preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
     kind: how weights of its blocks are quantised: one of `models.quantised.KINDS`, or "".
@@ -73,7 +73,7 @@ class VideoModel:
     weights_hash: str = ""
     family: str = ""
     learned_variance: bool = False
-    preview: LatentPreview | None = None
+    preview: Preview | None = None
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None
     offload: str = "none"

@@ -46,5 +46,6 @@ def receipt_of(job: Job, executor: AnyExecutor) -> Receipt:
         chosen=dict(model.chosen),
         quantised=dict(model.quantised),
         lossy=dict(model.lossy),
+        texts_reused=job.canvas.texts_reused,
         loras=[str(record) for record in (*model.loras, *request.loras)],
     )

@@ -136,6 +136,11 @@ class UMT5Encoder:
         ids = self.tokenizer(clean_prompt(prompt), truncation=False, verbose=False).input_ids
         return len(ids) if whole else min(len(ids), self.max_tokens)
 
+    def ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a prompt that are encoded, its end mark the last."""
+        text = clean_prompt(prompt)
+        return tuple(self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids)
+
     def activation_bytes(self, num_tokens: int) -> int:
         """The most that one text holds beside the weights: queries to values, scores and their
         bias, and the two branches of a gated feed-forward."""
@@ -154,14 +159,13 @@ class UMT5Encoder:
         diffusers pads to 512 and masks: the same numbers, since T5 knows only relative positions,
         at many times the work. A prompt that comes twice is encoded once.
         """
-        texts = [clean_prompt(prompt) for prompt in prompts]
-        done: dict[str, torch.Tensor] = {}
-        for text in texts:
-            if text not in done:
-                ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids
+        each = [self.ids(prompt) for prompt in prompts]
+        done: dict[tuple[int, ...], torch.Tensor] = {}
+        for ids in each:
+            if ids not in done:
                 batch = to_device(torch.tensor([ids]), self.device)
-                done[text] = self.model(input_ids=batch).last_hidden_state[0]
-        return [done[text] for text in texts]
+                done[ids] = self.model(input_ids=batch).last_hidden_state[0]
+        return [done[ids] for ids in each]
 
 
 def load_umt5(
