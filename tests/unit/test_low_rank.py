@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -100,13 +101,17 @@ def test_by_request_they_are_as_merged_and_as_alone(model, tmp_path):
     requests = [replace(REQUEST, loras=[Lora(file, 0.7)]) for file in files.values()]
     with sora.Engine.from_pretrained(model, device="cpu", limits=PACKED) as engine:
         plain = engine.generate(REQUEST).latents
-        together = engine.generate([*requests, REQUEST])
-        assert (together[-1].latents - plain).norm() < 1e-5 * plain.norm()
-        assert max(video.receipt.most_in_company for video in together) > 2
-        for request, video in zip(requests, together, strict=False):
+        gate = threading.Event()  # the first one waits until all are there
+        jobs = [engine.submit(REQUEST, on_progress=lambda _: gate.wait(60))]
+        jobs += [engine.submit(request) for request in requests]
+        gate.set()
+        unadapted, *together = [job.result() for job in jobs]
+        assert (unadapted.latents - plain).norm() < 1e-5 * plain.norm()
+        for request, video in zip(requests, together, strict=True):
+            assert video.receipt.most_in_company > 2
             alone = engine.generate(request).latents
             assert (video.latents - alone).norm() < 1e-5 * alone.norm()
-    for file, video in zip(files.values(), together, strict=False):
+    for file, video in zip(files.values(), together, strict=True):
         loras = [Lora(file, 0.7)]
         with sora.Engine.from_pretrained(model, device="cpu", loras=loras) as merged:
             want = merged.generate(REQUEST).latents
