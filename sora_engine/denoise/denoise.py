@@ -151,6 +151,11 @@ def num_passes(request: ResolvedRequest, grid: LatentGrid) -> int:
     return max(1, len(chain_of(request.window, frames, None, wraps=request.loop)))
 
 
+def num_steps(request: ResolvedRequest, grid: LatentGrid) -> int:
+    """All steps of a run, over all passes."""
+    return request.steps_taken * num_passes(request, grid)
+
+
 @torch.inference_mode()
 def denoise_step(
     canvases: Sequence[Canvas],

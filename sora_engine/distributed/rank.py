@@ -155,9 +155,10 @@ class _Rank:
         self._jobs: dict[int, RankJob] = {}
         self._split: SplitVAE | None = None
         model.vae.limit(NO_LIMIT)  # ranks code whole frames, or rows of them, and never tiles
-        if mesh.replica.size > 1 and model.vae.layers is not None:
+        layers = model.vae.layers
+        if mesh.replica.size > 1 and layers is not None and layers.splits_rows:
             # The hooks must not be in the way of one rank that decodes alone: a copy, same weights.
-            self._split = SplitVAE(shared_copy(model.vae.layers), mesh.replica)
+            self._split = SplitVAE(shared_copy(layers), mesh.replica)
         self._does = {
             "prepare": self._prepare,
             "resume": self._resume,

@@ -24,6 +24,7 @@ def load_into(
     ignore: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    loose_ones: bool = False,
     shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
     merge: Merge | None = None,
 ) -> None:
@@ -36,9 +37,11 @@ def load_into(
     dots) whose tensors become float32 whatever `dtype` is, as diffusers' `_keep_in_fp32_modules`.
     `ignore` lists parts of names that the file may have and the module need not. `tied` maps a name
     to that of the parameter it shares; the file may have either or both. `buffers` gives those that
-    no file holds. `shard` makes the module one of several that share its weights out: it is called
-    once the module has the dtypes that are wanted, still on the meta device, and tells for names
-    whose parameters are now DTensors which rows of them this process has; no others are read.
+    no file holds. `loose_ones` takes shapes that differ in axes of size 1 alone: a product's weight
+    kept as a convolution's. `shard` makes the module one of several that share its weights out: it
+    is called once the module has the dtypes that are wanted, still on the meta device, and tells
+    for names whose parameters are now DTensors which rows of them this process has; no others are
+    read.
     `merge` changes parameters as they are read, by the module's names.
 
     Raises `CheckpointError` for missing, unexpected and wrong-shape tensors, before anything is
@@ -46,7 +49,7 @@ def load_into(
     """
     tied = dict(tied or {})
     wanted = dict(module.state_dict(keep_vars=True))
-    sources = _match(wanted, weights, rename or (lambda name: name), ignore, tied)
+    sources = _match(wanted, weights, rename or (lambda name: name), ignore, tied, loose_ones)
 
     rows: Mapping[str, range] = {}
     if shard is not None:
@@ -66,6 +69,8 @@ def load_into(
         else:
             value = weights.read(source, device=device, dtype=target, rows=own)
         if own is None:
+            if loose_ones:
+                value = value.reshape(wanted[name].shape)
             _assign(module, name, value, wanted[name])
         else:
             sharded: Any = wanted[name]
@@ -96,6 +101,7 @@ def _match(
     rename: Callable[[str], str],
     ignore: Collection[str],
     tied: Mapping[str, str],
+    loose_ones: bool,
 ) -> dict[str, str]:
     """Map each name of the module to one of the file, or raise."""
     sources: dict[str, str] = {}
@@ -132,7 +138,7 @@ def _match(
     for name, source in sources.items():
         info, tensor = weights.info(source), wanted[name]
         called = source if source == name else f"{source} ({name})"
-        if info.shape != tuple(tensor.shape):
+        if not _same_shape(info.shape, tuple(tensor.shape), loose_ones):
             raise CheckpointError(
                 f"tensor {called} has shape {list(info.shape)}, the model has {list(tensor.shape)}",
                 path=weights.path_of(source),
@@ -145,6 +151,12 @@ def _match(
                 tensor=source,
             )
     return sources
+
+
+def _same_shape(stored: tuple[int, ...], own: tuple[int, ...], loose_ones: bool) -> bool:
+    if not loose_ones:
+        return stored == own
+    return [n for n in stored if n != 1] == [n for n in own if n != 1]
 
 
 def _assign(module: nn.Module, name: str, value: torch.Tensor, old: torch.Tensor) -> None:

@@ -395,11 +395,11 @@ def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> 
         vae = build_vae(config)
     with component.open_weights() as opened:
         weights: WeightSource = opened
-        files = vae_kind(component.class_name).files
-        if files is not None and component.folder.is_file():
-            names = files.names(weights, config)
+        kind = vae_kind(component.class_name)
+        if kind.files is not None and component.folder.is_file():
+            names = kind.files.names(weights, config)
             weights = SelectedWeights(weights, {names[stored]: stored for stored in names})
-        load_into(vae, weights, device=device, dtype=dtype)
+        load_into(vae, weights, device=device, dtype=dtype, rename=kind.renames, loose_ones=True)
     return vae.eval().requires_grad_(False).prepare()
 
 

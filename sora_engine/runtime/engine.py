@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise.denoise import num_passes, step_tokens
+from sora_engine.denoise.denoise import num_steps, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
 from sora_engine.models.adapter_store import AdapterStore, LoadedAdapter
@@ -433,7 +433,7 @@ class Engine:
             job.plan = self._planner.plan(request)
             job.batch_tokens = job.plan.batch_tokens
         job.tokens = step_tokens(request, self.model.grid)
-        steps = job.planned_steps = request.steps_taken * num_passes(request, self.model.grid)
+        steps = job.planned_steps = num_steps(request, self.model.grid)
         if saved is not None:
             steps = max(0, steps - saved.step)
             job.resumed_at = saved.step

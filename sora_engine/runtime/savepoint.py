@@ -21,7 +21,7 @@ from torch import Tensor
 from sora_engine.config import Limits
 from sora_engine.denoise.canvas import Canvas
 from sora_engine.denoise.canvas_state import CanvasState
-from sora_engine.denoise.denoise import num_passes
+from sora_engine.denoise.denoise import num_steps
 from sora_engine.denoise.model import DiffusionModel
 from sora_engine.errors import CheckpointError
 from sora_engine.io.atomic import write_atomically
@@ -133,9 +133,9 @@ def load_state(path: Path, model: SavedFor, limits: Limits) -> Savepoint:
         request = _request_of(metadata, tensors)
         provenance = Provenance.from_json(metadata["provenance"])
         state = CanvasState(tensors, tuple(metadata["frame_texts"]))
-        num_steps = request.steps_taken * num_passes(request, model.grid)
-        if provenance is None or num_steps < state.step:
-            raise ValueError(f"{state.step} steps of {num_steps}")
+        steps = num_steps(request, model.grid)
+        if provenance is None or steps < state.step:
+            raise ValueError(f"{state.step} steps of {steps}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"is damaged as a saved job: {error!r}", path=path) from error
     check_saved(request, model.grid, limits)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.denoise.denoise import step_tokens
+from sora_engine.denoise.denoise import num_steps, step_tokens
 from sora_engine.errors import QueueFullError, RequestError
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.failures import ApiError, disk_full, not_found
@@ -38,6 +38,7 @@ from sora_engine.serve.translate import Stored, Translator
 
 if TYPE_CHECKING:
     from sora_engine.request import ResolvedRequest, VideoRequest
+    from sora_engine.request.facts import LatentGrid
     from sora_engine.runtime.engine import Engine
     from sora_engine.runtime.memory import MemoryPlan
 
@@ -180,7 +181,7 @@ class Desk:
             kind=kind,
             created=self.clock.now(),
             body=stored,
-            facts={**facts_of(resolved), **facts},
+            facts={**facts_of(resolved, self.engine.model.grid), **facts},
         )
         live = Live(made, request)
         self._reserve(live)
@@ -398,7 +399,7 @@ def _order(live: Live) -> tuple[int, int]:
     return -int(live.row.facts.get("priority", 0)), live.row.number
 
 
-def facts_of(resolved: ResolvedRequest) -> dict[str, Any]:
+def facts_of(resolved: ResolvedRequest, grid: LatentGrid) -> dict[str, Any]:
     """What a job's answers tell of its request."""
     return {
         "size": f"{resolved.width}x{resolved.height}",
@@ -406,7 +407,7 @@ def facts_of(resolved: ResolvedRequest) -> dict[str, Any]:
         "fps": resolved.fps,
         "seconds": f"{resolved.num_frames / resolved.fps:g}",
         "seed": resolved.seed,
-        "num_steps": resolved.steps_taken,
+        "num_steps": num_steps(resolved, grid),
         "prompt": resolved.prompt,
         "canvas": resolved.canvas,
     }

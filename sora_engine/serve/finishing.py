@@ -93,6 +93,8 @@ class Finisher:
             while spool.get() is not None:
                 pass
         own = job.exception() if job.done() else None
+        if error is not None and not (live.stopping or live.keeping):
+            own = None  # it was cancelled here, and by nobody else
         writing_s = time.monotonic() - (live.engine_done_at or time.monotonic())
         self._close(live, own if own is not None else error, writing_s)
 

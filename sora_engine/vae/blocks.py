@@ -202,9 +202,14 @@ class Downsample(nn.Module):
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride_t=2) if time else None
         self.layouts = Layouts()
 
+    @property
+    def convolution(self) -> nn.Conv2d:
+        """The convolution in space."""
+        return _convolution(self.resample)
+
     def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         x = F.pad(x, (0, 1, 0, 1))
-        conv = _convolution(self.resample)
+        conv = self.convolution
         weight = conv.weight.unsqueeze(2)
         if self.layouts.wanted:
             packed = self.layouts.get(
@@ -241,11 +246,16 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(c_in, c_in * 2, (3, 1, 1)) if time else None
         self.layouts = Layouts()
 
+    @property
+    def convolution(self) -> nn.Conv2d:
+        """The convolution in space."""
+        return _convolution(self.resample)
+
     def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         if self.time_conv is not None:
             x = self._double_time(x, feat_cache)
         # 2x nearest and then 3x3 is a transposed convolution with the taps that meet summed.
-        conv = _convolution(self.resample)
+        conv = self.convolution
         if self.layouts.wanted:
             kernel = self.layouts.get("folded", lambda: _folded_kernel(conv.weight.detach()))
         else:

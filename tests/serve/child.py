@@ -21,10 +21,11 @@ from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job
+from sora_engine.serve import desk, server
 from sora_engine.serve import files as files_module
-from sora_engine.serve import server
 from sora_engine.serve.desk import Desk
 from sora_engine.serve.settings import settings_from
+from sora_engine.serve.spool import Spool
 from sora_engine.serve.writer import ResultWriter
 
 
@@ -180,12 +181,20 @@ def quick_linger(_: int) -> None:
     server.LINGER_S = 0.3
 
 
+def quick_pause(_: int) -> None:
+    desk.FULL_PAUSE_S = 0.3
+
+
+def small_spool(size: int) -> None:
+    Spool.__init__.__defaults__ = (size,)  # type: ignore[misc]
+
+
 FAULTS = {
     function.__name__: function
     for function in (
         *(stall_at_step, stall_at_frame, stall_before_begin, stall_while_writing),
         *(stall_before_row, slow_steps, slow_writer, device_dies_at_step, kill_at_step),
-        *(quick_linger,),
+        *(quick_linger, quick_pause, small_spool),
     )
 }
 

@@ -46,7 +46,7 @@ def find_parts(
     unknown = sorted(set(given) - known)
     if unknown:
         raise CheckpointError(f"unknown components {unknown}; known are {sorted(known)}")
-    whole = _inside(file, needed) if components is None or given else {}
+    whole = _inside(file, needed, layout) if components is None or given else {}
     parts: dict[str, Component] = {}
     for name in needed:
         if name in given:
@@ -95,7 +95,7 @@ def _in_file(name: str, path: Path, layout: FolderLayout) -> Component | None:
     if name == "vae":
         with open_weights(path) as weights:
             config = vae_in_file({n: weights.info(n).shape for n in weights}, path=path)
-        if config is not None:
+        if config is not None and config.class_name in layout.components[name]:
             return Component(name, config.class_name, path, config.to_dict())
         beside = path.parent / config_file(name)
         if beside.is_file():
@@ -103,14 +103,14 @@ def _in_file(name: str, path: Path, layout: FolderLayout) -> Component | None:
     return None
 
 
-def _inside(path: Path, needed: Sequence[str]) -> dict[str, Component]:
+def _inside(path: Path, needed: Sequence[str], layout: FolderLayout) -> dict[str, Component]:
     """The parts in the transformer's own file, if it is an all-in-one."""
     found: dict[str, Component] = {}
     with open_weights(path) as weights:
         shapes = {name: weights.info(name).shape for name in weights}
     if "vae" in needed and any(n.startswith(("vae.", "first_stage_model.")) for n in shapes):
         config = vae_in_file(shapes, path=path)
-        if config is not None:
+        if config is not None and config.class_name in layout.components["vae"]:
             found["vae"] = Component("vae", config.class_name, path, config.to_dict())
     if any(name.startswith(TEXT_PREFIXES) for name in shapes) and is_umt5(path):
         found["text_encoder"] = Component("text_encoder", "UMT5EncoderModel", path, {})
