@@ -58,7 +58,6 @@ def make_app(engine: Engine | Callable[[], Engine], settings: Settings | None = 
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
-        max_body_size=service.settings.max_upload,
     )
     app.state.service = service
     for router in ROUTERS:

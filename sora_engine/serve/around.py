@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -47,7 +48,7 @@ def lay_around(app: FastAPI, service: Service) -> None:
     tracing = Tracing() if settings.otel else None
     for router in (streams.router, uploads.router, session.router, telling.router):
         app.include_router(router)
-    service.verify = state.intake.examine
+    service.verify = lambda path: _verify(path, state.intake, state.metrics)
     service.keys = state.keys
     service.on_failure.append(lambda told: _count_refusal(state.metrics, told))
     service.on_stopping.append(state.events.close)
@@ -69,6 +70,11 @@ def lay_around(app: FastAPI, service: Service) -> None:
     app.add_middleware(Access, rules=rules, sessions=state.sessions)
     app.add_middleware(Guard, bounds=bounds)
     app.add_middleware(Counted, metrics=state.metrics)
+
+
+def _verify(path: Path, intake: Intake, metrics: Metrics) -> None:
+    intake.examine(path)
+    metrics.uploads.inc(path.stat().st_size)
 
 
 def keys_of(settings: Settings) -> Keys | None:

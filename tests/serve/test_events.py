@@ -134,7 +134,7 @@ def test_a_preview_is_the_last_steps_picture(service: Service) -> None:
 def test_a_preview_that_the_client_has_is_not_sent_again(service: Service, monkeypatch) -> None:
     name = service.create(num_inference_steps=200)["id"]
     until = time.monotonic() + 30
-    while (answer := service.http.get(f"/v1/videos/{name}/preview")).status_code == 404:
+    while service.http.get(f"/v1/videos/{name}/preview").status_code == 404:
         assert time.monotonic() < until
     live = service.desk.live(name)
     held = type(live.job.progress)

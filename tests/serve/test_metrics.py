@@ -86,7 +86,7 @@ def test_totals_are_what_was_sent(service: Service) -> None:
     grew("sora_job_seconds_count{model=sprites,stage=queued}", 4)
     grew("sora_job_seconds_count{model=sprites,stage=writing}", 2)
     for stage in ("encoding", "denoising", "decoding"):
-        name = "sora_job_seconds_sum{model=sprites,stage=%s}" % stage
+        name = f"sora_job_seconds_sum{{model=sprites,stage={stage}}}"
         least = sum(told["stage_durations"][stage] for told in done)
         assert after[name] - before[name] >= least * 0.999
     assert after["sora_step_seconds_count{model=sprites}"] > 0
