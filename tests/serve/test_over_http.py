@@ -158,9 +158,8 @@ def test_the_settings_say_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=said.replace(".", r"\.")):
             settings_from(flags, environment, config)
-    by_all = settings_from(
-        {"port": 1}, {"SORA_PORT": "2", "SORA_KEEP": "2h"}, {"port": 3, "keep": "1h", "page": False}
-    )
-    assert (by_all.port, by_all.keep_s, by_all.page) == (1, 7200.0, False)
+    config = {"port": 3, "keep": "1h", "metrics": False}
+    by_all = settings_from({"port": 1}, {"SORA_PORT": "2", "SORA_KEEP": "2h"}, config)
+    assert (by_all.port, by_all.keep_s, by_all.metrics) == (1, 7200.0, False)
     with pytest.raises(ApiError):
         checked(wire.Media, {})
