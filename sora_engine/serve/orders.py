@@ -128,7 +128,7 @@ class Clerk:
     def propose(self, order: Order, form: Form) -> Plan:
         """What a job would take."""
         stored, _, _ = self.read(order, form)
-        resolved, promise = self._desk.plan(stored)
+        resolved, promise = self._desk.admission.plan(stored)
         waiting, _ = self._desk.counts
         return Plan(
             size=f"{resolved.width}x{resolved.height}",
