@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.denoise.denoise import step_tokens
+from sora_engine.denoise.denoise import num_passes, step_tokens
 from sora_engine.errors import RequestError
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.translate import Stored, Translator
 
 if TYPE_CHECKING:
-    from sora_engine.request import ResolvedRequest, VideoRequest
+    from sora_engine.request import LatentGrid, ResolvedRequest, VideoRequest
     from sora_engine.runtime.engine import Engine
     from sora_engine.runtime.memory import MemoryPlan
 
@@ -43,7 +43,8 @@ class Admission:
         request = self._translator.request_of(stored)
         resolved = self._engine.resolve(request)
         most = self._max_work
-        work = step_tokens(resolved, self._engine.model.grid) * resolved.steps_taken
+        grid = self._engine.model.grid
+        work = step_tokens(resolved, grid) * steps_of(resolved, grid)
         if most is not None and work > most:
             raise ApiError(
                 400,
@@ -62,7 +63,12 @@ def _is_planned(engine: Engine) -> bool:
         return False
 
 
-def facts_of(resolved: ResolvedRequest) -> dict[str, Any]:
+def steps_of(resolved: ResolvedRequest, grid: LatentGrid) -> int:
+    """How many steps a job takes, over all windows that are denoised one after the other."""
+    return resolved.steps_taken * num_passes(resolved, grid)
+
+
+def facts_of(resolved: ResolvedRequest, grid: LatentGrid) -> dict[str, Any]:
     """What a job's answers tell of its request."""
     return {
         "size": f"{resolved.width}x{resolved.height}",
@@ -70,7 +76,7 @@ def facts_of(resolved: ResolvedRequest) -> dict[str, Any]:
         "fps": resolved.fps,
         "seconds": f"{resolved.num_frames / resolved.fps:g}",
         "seed": resolved.seed,
-        "num_steps": resolved.steps_taken,
+        "num_steps": steps_of(resolved, grid),
         "prompt": resolved.prompt,
         "canvas": resolved.canvas,
     }

@@ -152,7 +152,7 @@ class Desk:
             kind=kind,
             created=self.clock.now(),
             body=stored,
-            facts={**facts_of(resolved), **facts},
+            facts={**facts_of(resolved, self.engine.model.grid), **facts},
         )
         live = Live(made, request)
         self._reserve(live)

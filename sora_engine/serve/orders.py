@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from pydantic import ValidationError
 
 from sora_engine.errors import MediaError
+from sora_engine.serve.admission import steps_of
 from sora_engine.serve.failures import ApiError, bad_value, message_of
 from sora_engine.serve.form import Form, read_form
 from sora_engine.serve.service import Service, owner_of, service_of
@@ -141,7 +142,7 @@ class Clerk:
             num_frames=resolved.num_frames,
             fps=resolved.fps,
             seconds=f"{resolved.num_frames / resolved.fps:g}",
-            num_steps=resolved.steps_taken,
+            num_steps=steps_of(resolved, self._desk.engine.model.grid),
             canvas=resolved.canvas,
             peak_memory_mb=None if promise is None else round(promise.peak / (1 << 20), 3),
             queue_position=waiting,
