@@ -4,7 +4,8 @@ torch is imported by the commands that need it, after their first line of output
 `--version` and a mistyped option answer at once.
 
 Exit codes: 0 done; 1 it failed at work; 2 a value on the command line is wrong (nothing was made);
-129 ended by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM. Errors are one line on stderr.
+129 ended by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM. `sora verify` has 3 and 4 besides. Errors are
+one line on stderr.
 """
 
 from __future__ import annotations
@@ -12,6 +13,17 @@ from __future__ import annotations
 from sora_engine.cli.app import main
 
 # A module of commands is registered by its import; `sora --help` lists them in this order.
-from sora_engine.cli import generate, clips, decode, bench, plan, inspect, ladders, doctor  # isort: skip
+from sora_engine.cli import generate, clips, decode, bench, plan, inspect, ladders, verify, doctor  # isort: skip
 
-__all__ = ["bench", "clips", "decode", "doctor", "generate", "inspect", "ladders", "main", "plan"]
+__all__ = [
+    "bench",
+    "clips",
+    "decode",
+    "doctor",
+    "generate",
+    "inspect",
+    "ladders",
+    "main",
+    "plan",
+    "verify",
+]
