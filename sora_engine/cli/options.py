@@ -33,6 +33,7 @@ _OPTION_OF = {
     "device": "--device",
     "dtype": "--dtype",
     "vae_dtype": "--vae-dtype",
+    "vae_backend": "--vae-backend",
     "before_s": "--before",
     "after_s": "--after",
     "gap_s": "--gap",
@@ -51,11 +52,15 @@ Components = Annotated[
 VAEDtype = Annotated[
     str,
     typer.Option(
-        help="Of the autoencoder: auto (float32 on a CPU, --dtype on a GPU), float32, bfloat16 or "
-        "float16."
+        help="Of the autoencoder: auto (--dtype on a GPU, and on a CPU that is fast in it), "
+        "float32, bfloat16 or float16."
     ),
 ]
-VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
+VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx, tensorrt or tiny.")]
+TinyVAE = Annotated[
+    str | None,
+    typer.Option(help="A tiny autoencoder (TAEHV) to decode with: faster, and not as good."),
+]
 
 
 Prompt = Annotated[
@@ -97,6 +102,15 @@ class Common:
     vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None
     image_encoder: Annotated[str | None, typer.Option(help="Its image encoder, likewise.")] = None
+    vace: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file of VACE's blocks alone, laid over the model. Of two experts: twice, as "
+            "--model.",
+            show_default=False,
+        ),
+    ] = None
+    tiny_vae: TinyVAE = None
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -180,7 +194,11 @@ class Common:
             "vae": self.vae,
             "text_encoder": self.text_encoder,
             "image_encoder": self.image_encoder,
+            "tiny_vae": self.tiny_vae,
         }
+        if len(self.vace or ()) > 2:
+            raise UsageError(f"--vace: given {len(self.vace or ())} times; once an expert at most")
+        named |= dict(zip(("vace", "vace_2"), self.vace or (), strict=False))
         given = {name: path for name, path in named.items() if path is not None}
         if given and self.components is not None:
             option = f"--{next(iter(given))}"
@@ -189,6 +207,10 @@ class Common:
                 "parts; give one or the other"
             )
         return given or self.components
+
+    def decoder(self) -> str:
+        """The backend of the VAE, as `Engine.from_pretrained` takes it."""
+        return decoder_of(self.vae_backend, self.tiny_vae)
 
     def loras(self) -> tuple[Lora, ...]:
         """The adapters, as `Engine.from_pretrained` takes them."""
@@ -212,6 +234,16 @@ class Common:
             "strict_grid": self.strict or None,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+def decoder_of(vae_backend: str, tiny_vae: str | None) -> str:
+    """The backend that decodes: the tiny autoencoder where one is given."""
+    if tiny_vae is not None and vae_backend not in ("auto", "tiny"):
+        raise UsageError(
+            f"--tiny-vae: --vae-backend {vae_backend} decodes with the model's own VAE; give one "
+            "or the other"
+        )
+    return vae_backend if tiny_vae is None else "tiny"
 
 
 ModelPath = str | tuple[str, ...]

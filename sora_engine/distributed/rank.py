@@ -212,6 +212,7 @@ class _Rank:
             "latents_mean": list(model.vae.config.latents_mean),
             "latents_std": list(model.vae.config.latents_std),
             "vae_name": type(model.vae.coder).__name__,
+            "chosen": dict(model.chosen),
             "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         }
 

@@ -51,6 +51,7 @@ class Fill(Protocol):
 class ExpertSource:
     """One transformer of a checkpoint, of which nothing is read yet but headers.
 
+    also: further files of its weights, laid over those of `path`.
     from_fraction: it serves the noise levels from this fraction of them on, down to the next
         expert's; 0 for the last.
     build: from the name of an attention backend, on the current default device.
@@ -61,6 +62,7 @@ class ExpertSource:
     num_parameters: int
     build: Callable[[str], DiffusionTransformer]
     fill: Fill
+    also: tuple[Path, ...] = ()
     from_fraction: float = 0.0
 
 
@@ -114,6 +116,8 @@ class Checkpoint:
     learned_variance: bool = False
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
+    tiny_vae: Path | None = None
+    """A tiny autoencoder for its latents, where one was given: see `models.tiny_vae`."""
 
     @property
     def shape(self) -> TransformerShape:
@@ -124,7 +128,8 @@ class Checkpoint:
     def weights_paths(self) -> list[Path]:
         """The files by which results name what made them."""
         text = [source.encoder.weights_path for source in self.text_encoders.values()]
-        return [*(expert.path for expert in self.experts), self.vae.weights_path, *text]
+        own = [path for expert in self.experts for path in (expert.path, *expert.also)]
+        return [*own, self.vae.weights_path, *text]
 
 
 class Family(Protocol):

@@ -25,6 +25,9 @@ from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.source import WeightSource
 
 INDEX = "model_index.json"
+EVERYWHERE = ("tiny_vae",)
+"""Components that every family's models may have, whatever their layout: see `models.registry`."""
+
 _FROM_TRANSFORMERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor")
 _NUMBER = re.compile(r"_\d+$")
 """Of a further component of a kind, such as `text_encoder_2`."""

@@ -16,8 +16,10 @@ from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.adapters import describe
 from sora_engine.models.registry import families
 from sora_engine.text.clip_file import is_clip
+from sora_engine.text.gguf_tokenizer import TOKENS
 from sora_engine.text.umt5_file import TOKENIZER, is_umt5
 from sora_engine.vae.registry import vae_in_file
+from sora_engine.vae.tiny_config import infer_tiny, is_tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,18 @@ def inspect_file(path: str | Path) -> FileReport:
         formats: Counter[str] = Counter()
         for name, shape in shapes.items():
             formats[_stored_as(weights, name)] += math.prod(shape)
+        embedded_tokens = isinstance(weights, GGUFWeights) and TOKENS in weights.metadata
         size = sum(file.stat().st_size for file in {weights.path_of(name) for name in weights})
     kinds = [f.describe_file(path) for f in families() if f.claims_file(shapes)]
     config = vae_in_file(shapes, path=path)
     if config is not None:
         kinds.append(f"{config.class_name} with {config.z_dim} latent channels")
+    if is_tiny(shapes):
+        tiny = infer_tiny(shapes, path=path)
+        form = ", super" if tiny.deep else ""
+        kinds.append(f"tiny autoencoder (TAEHV{form}) for {tiny.z_dim} latent channels: --tiny-vae")
     if is_umt5(path):
-        tokens = any(name.rpartition(".")[2] == TOKENIZER for name in shapes)
+        tokens = embedded_tokens or any(n.rpartition(".")[2] == TOKENIZER for n in shapes)
         kinds.append(f"UMT5 text encoder, {'with' if tokens else 'without'} its tokenizer")
     if is_clip(path):
         kinds.append("CLIP image encoder")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sora_kernels
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import DecodedPreview, LatentPreview, Preview
 from sora_engine.errors import BackendError
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
@@ -19,12 +19,7 @@ from sora_engine.io.weights.selected import SelectedWeights
 from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.adapters import merges_of
-from sora_engine.models.device import (
-    own_device,
-    resolve_device,
-    resolve_dtype,
-    resolve_vae_dtype,
-)
+from sora_engine.models.device import own_device, resolve_device
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.folder import Component
 from sora_engine.models.linear import make_invariant
@@ -34,6 +29,7 @@ from sora_engine.models.offload import (
     offload_blocks,
     offload_encoder,
 )
+from sora_engine.models.precision import settle_precision
 from sora_engine.models.registry import (
     Components,
     ModelPath,
@@ -41,6 +37,7 @@ from sora_engine.models.registry import (
     on_ladder_of,
     open_checkpoint,
 )
+from sora_engine.models.tiny_vae import load_tiny, tiny_near
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.request.ladders import ladder_of_adapters
@@ -98,7 +95,16 @@ def load_video_model(
     """
     check_level(offload)
     target = resolve_device(device)
-    weights_dtype = resolve_dtype(dtype, target)
+    checkpoint, name = open_checkpoint(path, components)
+    precision = settle_precision(
+        dtype,
+        vae_dtype,
+        target,
+        weights=[expert.path for expert in checkpoint.experts],
+        vae_backend=vae_backend,
+        exact=exact,
+    )
+    weights_dtype, coding_dtype = precision.dtype, precision.vae_dtype
     if exact:
         attention_backend = exact_attention(target, attention_backend)
     check_attention_backend(attention_backend, target)
@@ -108,11 +114,9 @@ def load_video_model(
         attention_backend=attention_backend,
         invariant=exact,
     )
-    checkpoint, name = open_checkpoint(path, components)
     merges, records = _merges(loras, checkpoint, build)
     names = [record.name for record in records if record.strength]
     checkpoint = on_ladder_of(checkpoint, ladder_of_adapters(names), ", ".join(names))
-    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
     decoder = _open_decoder(
         checkpoint, target, coding_dtype, vae_backend, cuda_graphs, by_time=not exact
     )
@@ -123,6 +127,7 @@ def load_video_model(
         family=checkpoint.family,
         device=target,
         dtype=weights_dtype,
+        chosen=precision.chosen,
         experts=_experts(checkpoint, weights_dtype, lambda source, _: build(source)),
         vae=decoder.vae,
         vae_dtype=decoder.dtype,
@@ -135,7 +140,7 @@ def load_video_model(
         grid=checkpoint.grid,
         defaults=checkpoint.defaults,
         weights_hash=sampled_hash(checkpoint.weights_paths),
-        preview=LatentPreview.read(checkpoint.path, checkpoint.grid.channels),
+        preview=_preview(checkpoint, target, coding_dtype),
         loras=records,
         adapters=AdapterStore(
             family_named(checkpoint.family),
@@ -183,9 +188,14 @@ def load_video_decoder(
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
     target = resolve_device(device)
     checkpoint, _ = open_checkpoint(path, components)
-    weights_dtype = resolve_dtype(dtype, target)
-    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
-    return _open_decoder(checkpoint, target, coding_dtype, vae_backend, cuda_graphs)
+    precision = settle_precision(
+        dtype,
+        vae_dtype,
+        target,
+        weights=[expert.path for expert in checkpoint.experts],
+        vae_backend=vae_backend,
+    )
+    return _open_decoder(checkpoint, target, precision.vae_dtype, vae_backend, cuda_graphs)
 
 
 def check_attention_backend(name: str, device: torch.device) -> None:
@@ -391,6 +401,13 @@ def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> 
     return vae.eval().requires_grad_(False).prepare()
 
 
+def _preview(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Preview | None:
+    """By a tiny decoder that was given, or the checkpoint's own map of colours."""
+    if checkpoint.tiny_vae is None:
+        return LatentPreview.read(checkpoint.path, checkpoint.grid.channels)
+    return DecodedPreview(load_tiny(checkpoint, checkpoint.tiny_vae, device, dtype), dtype)
+
+
 def _open_decoder(
     checkpoint: Checkpoint,
     device: torch.device,
@@ -404,7 +421,16 @@ def _open_decoder(
         vae = load_vae(checkpoint.vae, torch.device("cpu"), torch.float32)
     else:
         vae = load_vae(checkpoint.vae, device, dtype)
+    tiny = None
+    if backend == "tiny":
+        tiny = load_tiny(checkpoint, tiny_near(checkpoint), device, dtype)
     coder = open_coder(
-        backend, vae, device=device, dtype=dtype, cuda_graphs=cuda_graphs, by_time=by_time
+        backend,
+        vae,
+        device=device,
+        dtype=dtype,
+        cuda_graphs=cuda_graphs,
+        by_time=by_time,
+        tiny=tiny,
     )
     return VideoDecoder(FittedCoder(coder, dtype=dtype, device=device), dtype, device)

@@ -20,6 +20,7 @@ from sora_engine.models.generation_config import (
     read_generation_config,
     with_own_defaults,
 )
+from sora_engine.models.tiny_vae import split_off
 from sora_engine.request.ladders import LADDERS, ladder_of_file, register_ladders
 
 logger = logging.getLogger("sora_engine")
@@ -85,11 +86,15 @@ def open_checkpoint(
     ever downloaded. Raises CheckpointError for what is missing, cannot be, or is of no family.
     """
     paths, name = _paths_of(path)
+    components, tiny = split_off(components)
     folder = paths[0]
     settings = read_generation_config(folder)
     if len(paths) == 1 and folder.is_dir():
         if components is not None:
-            raise CheckpointError("a folder brings its own components", path=folder)
+            raise CheckpointError(
+                "a folder brings its own components; of others it takes tiny_vae alone",
+                path=folder,
+            )
         found = family_of_folder(folder).open_folder(folder, settings)
     else:
         companions: Path | dict[str, Path] | None = None
@@ -100,7 +105,7 @@ def open_checkpoint(
         found = _on_its_ladder(
             family_of_file(folder).open_files(paths, companions, settings), paths
         )
-    return with_own_defaults(found, settings, folder), name
+    return replace(with_own_defaults(found, settings, folder), tiny_vae=tiny), name
 
 
 def _on_its_ladder(found: Checkpoint, paths: Sequence[Path]) -> Checkpoint:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import Preview
 from sora_engine.errors import RequestError
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.backends import served_backends
@@ -47,9 +47,10 @@ class VideoModel:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
-    preview: latents to colours, where the checkpoint brings that.
+    preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
+    chosen: why settings that were "auto" have become what they have, by name.
     """
 
     name: str
@@ -68,10 +69,11 @@ class VideoModel:
     weights_hash: str = ""
     family: str = ""
     learned_variance: bool = False
-    preview: LatentPreview | None = None
+    preview: Preview | None = None
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None
     offload: str = "none"
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:

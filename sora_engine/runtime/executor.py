@@ -6,7 +6,7 @@ it done by ranks.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -55,6 +55,10 @@ class ServedModel(Protocol):
     def num_experts(self) -> int: ...
     @property
     def loras(self) -> tuple[LoraRecord, ...]: ...
+    @property
+    def chosen(self) -> Mapping[str, str]:
+        """Why settings that were "auto" have become what they have, by name."""
+        ...
 
     def expert_at(self, timestep: float) -> int:
         """The index of the expert for this timestep."""
@@ -81,6 +85,8 @@ class ServedCanvas(Protocol):
     def solver_name(self) -> str: ...
     @property
     def cut_prompts(self) -> tuple[str, ...]: ...
+    @property
+    def texts_reused(self) -> int: ...
     @property
     def preview(self) -> np.ndarray | None: ...
     @property

@@ -42,17 +42,19 @@ class ReadsFile(Protocol):
 @dataclass(frozen=True, slots=True)
 class VAEKind:
     """One kind: how its configuration is read, the layers that are built from it, how it lies in
-    single files, and today's names for those of older folders."""
+    single files, and today's names for those of older folders. encodes: whether it encodes, too."""
 
     config: ReadsConfig
     layers: type[CausalVAE]
     files: ReadsFile | None = None
     renames: Callable[[str], str] | None = None
+    encodes: bool = True
 
 
 _KINDS: dict[str, VAEKind | str] = {
     "AutoencoderKLWan": "sora_engine.vae.wan_checkpoint",
     "AutoencoderKL": "sora_engine.vae.kl_checkpoint",
+    "TAEHV": "sora_engine.vae.tiny",
 }
 """By class name the kind, or the module that has it as `KIND`."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import refuse_pickle
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.opening import open_weights
-from sora_engine.io.weights.selected import under_prefix
+from sora_engine.io.weights.selected import JoinedWeights, under_prefix
 from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.folder import (
     INDEX,
@@ -32,8 +32,9 @@ from sora_engine.models.folder import (
     config_file,
 )
 from sora_engine.models.wan.config import CLASS_NAMES, WanConfig
-from sora_engine.models.wan.names import PREFIXES, to_diffusers_name
+from sora_engine.models.wan.names import PREFIXES, is_vace_module, to_diffusers_name
 from sora_engine.models.wan.parts import find_parts
+from sora_engine.models.wan.vace import OVERLAYS, open_vace_module, spread, with_module
 
 LAYOUT = FolderLayout(
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
@@ -92,6 +93,19 @@ class TransformerSource:
 
     path: Path
     config: WanConfig
+    vace: Path | None = None
+    """A file of VACE's control blocks that are laid over it."""
+
+    def open(self) -> WeightSource:
+        """Its tensors, of one file or two."""
+        weights = open_transformer(self.path)
+        if self.vace is None:
+            return weights
+        try:
+            return JoinedWeights([weights, open_vace_module(self.vace)])
+        except BaseException:
+            weights.close()
+            raise
 
     def load(
         self,
@@ -104,7 +118,7 @@ class TransformerSource:
     ) -> None:
         """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` and
         `merge` as of `load_into`."""
-        with open_transformer(self.path) as weights:
+        with self.open() as weights:
             load_into(
                 module,
                 weights,
@@ -120,7 +134,7 @@ class TransformerSource:
     @property
     def num_parameters(self) -> int:
         """Counted from the headers; nothing is read."""
-        with open_transformer(self.path) as weights:
+        with self.open() as weights:
             return sum(torch.Size(weights.info(name).shape).numel() for name in weights)
 
 
@@ -156,8 +170,9 @@ def resolve_model(
 
     `path` is a diffusers folder, or a `.safetensors` file (or `.safetensors.index.json`) with the
     transformer, or two such files, the expert for high noise first. For files, `components` is as
-    of `parts.find_parts`, and may name the second one as `transformer_2`. `boundary_ratio`
-    overrides where the second expert takes over, and `attention_head_dim` tells what shapes do not.
+    of `parts.find_parts`, and may name the second one as `transformer_2`, and as `vace` and
+    `vace_2` files of VACE's blocks that are laid over the transformers. `boundary_ratio` overrides
+    where the second expert takes over, and `attention_head_dim` tells what shapes do not.
 
     Raises `CheckpointError` for what is missing or cannot be; nothing is ever downloaded.
     """
@@ -180,10 +195,28 @@ def resolve_model(
         return _from_folder(paths[0], boundary_ratio)
     if isinstance(components, str):
         components = Path(components)
-    if isinstance(components, Mapping) and "transformer_2" in components:
-        paths = [paths[0], components["transformer_2"]]
-        components = {k: v for k, v in components.items() if k != "transformer_2"} or None
-    return _from_files(paths, components, boundary_ratio, attention_head_dim)
+    vace: list[Path | None] = [None, None]
+    if isinstance(components, Mapping):
+        if "transformer_2" in components:
+            paths = [paths[0], components["transformer_2"]]
+        vace = [components.get(name) for name in OVERLAYS]
+        taken = ("transformer_2", *OVERLAYS)
+        components = {k: v for k, v in components.items() if k not in taken} or None
+    sources = []
+    for i, each in enumerate(paths):
+        source = transformer_in_file(each, attention_head_dim)
+        module = vace[i]
+        if module is not None:
+            source = replace(source, config=with_module(source.config, module, each), vace=module)
+        sources.append(source)
+    if vace[1] is not None and len(paths) == 1:
+        raise CheckpointError("vace_2 is for the second of two experts, and there is one")
+    if len(paths) == 2 and (vace[0] is None) != (vace[1] is None):
+        raise CheckpointError(
+            "two experts need a VACE module each; give both as `vace` and `vace_2`",
+            path=vace[0] or vace[1],
+        )
+    return _from_files(sources, components, boundary_ratio)
 
 
 def _from_folder(path: Path, boundary_ratio: float | None) -> WanCheckpoint:
@@ -227,12 +260,11 @@ def _settings(index: dict[str, Any], path: Path) -> tuple[float | None, bool]:
 
 
 def _from_files(
-    paths: list[Path],
+    sources: list[TransformerSource],
     components: Path | Mapping[str, Path] | None,
     boundary_ratio: float | None,
-    head_dim: int,
 ) -> WanCheckpoint:
-    sources = [transformer_in_file(path, head_dim) for path in paths]
+    paths = [source.path for source in sources]
     config = sources[0].config
     expand_timesteps = config.in_channels == config.out_channels == 48  # TI2V-5B alone has 48
     experts_meet = 0.875 if config.in_channels == config.out_channels else 0.9  # T2V, I2V
@@ -307,6 +339,12 @@ def transformer_in_file(path: Path, head_dim: int = 128) -> TransformerSource:
             return TransformerSource(path, WanConfig.from_dict(config, path=config_path))
     with open_transformer(path) as weights:
         shapes = {to_diffusers_name(name): weights.info(name).shape for name in weights}
+    if is_vace_module(shapes):
+        raise CheckpointError(
+            "a VACE module, which is laid over a text to video transformer: give that one as the "
+            "model, and this file as components={'vace': ...} (on the command line --vace)",
+            path=path,
+        )
     return TransformerSource(path, infer_config(shapes, head_dim=head_dim, path=path))
 
 
@@ -358,8 +396,7 @@ def infer_config(
     image = embedder + "image_embedder.norm1.weight" in shapes
     positions = embedder + "image_embedder.pos_embed"
     vace = {int(m[1]) for name in shapes if (m := re.match(r"vace_blocks\.(\d{1,6})\.", name))}
-    # Control blocks stand at even distances: 8 over 40 layers, 15 over 30.
-    vace_layers = tuple(range(0, len(blocks), max(1, len(blocks) // len(vace)))) if vace else None
+    vace_layers = spread(len(vace), len(blocks)) if vace else None
     try:
         return WanConfig(
             patch_size=(patch[0], patch[1], patch[2]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """What may stand before every name: ComfyUI saves the transformer as part of a larger module."""
@@ -49,6 +50,17 @@ _IN_BLOCK = {
         )
     },
 }
+
+
+VACE = ("vace_blocks.", "vace_patch_embedding.")
+"""What the names of VACE's own tensors begin with, in either naming."""
+
+
+def is_vace_module(names: Iterable[str]) -> bool:
+    """Whether a file has VACE's control blocks and nothing else: such a file is laid over a text
+    to video transformer."""
+    stems = {to_diffusers_name(name) for name in names}
+    return bool(stems) and all(name.startswith(VACE) for name in stems)
 
 
 def to_diffusers_name(name: str) -> str:

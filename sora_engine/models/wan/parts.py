@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.weights.opening import open_weights
-from sora_engine.models.folder import Component, FolderLayout, config_file
+from sora_engine.models.folder import EVERYWHERE, Component, FolderLayout, config_file
+from sora_engine.models.wan.vace import OVERLAYS
 from sora_engine.text.clip_file import is_clip
 from sora_engine.text.umt5_file import PREFIXES as TEXT_PREFIXES
 from sora_engine.text.umt5_file import is_umt5
@@ -47,7 +48,7 @@ def find_parts(
     near = file.parent.parent if file.parent.name in COMFY_TRANSFORMERS else file.parent
     folder = components if isinstance(components, Path) else near
     given = components if isinstance(components, Mapping) else {}
-    known = {*layout.components} - {"transformer"}
+    known = {*layout.components, *OVERLAYS, *EVERYWHERE} - {"transformer"}
     unknown = sorted(set(given) - known)
     if unknown:
         raise CheckpointError(f"unknown components {unknown}; known are {sorted(known)}")
