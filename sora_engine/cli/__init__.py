@@ -12,7 +12,8 @@ from __future__ import annotations
 from sora_engine.cli.app import main
 
 # A module of commands is registered by its import; `sora --help` lists them in this order.
-from sora_engine.cli import generate, clips, decode, bench, plan, inspect, ladders, quantize, serve, doctor  # isort: skip
+from sora_engine.cli import generate, clips, decode, bench, plan, inspect  # isort: skip
+from sora_engine.cli import ladders, quantize, serve, doctor  # isort: skip
 
 __all__ = [
     "bench",

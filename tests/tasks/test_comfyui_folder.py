@@ -112,7 +112,10 @@ def test_the_adapters_and_the_tiny_decoder_take_part(parts, tmp_path, capsys):
     assert (outputs["plain"] != outputs["adapted"]).any()
     assert (outputs["plain"] != outputs["tiny"]).any()
     assert (outputs["tiny"] == outputs["named"]).all()
-    assert main([*command(parts, tmp_path / "o.mp4"), "--tiny-vae", "t", "--vae-backend", "torch"]) == 2
+    assert (
+        main([*command(parts, tmp_path / "o.mp4"), "--tiny-vae", "t", "--vae-backend", "torch"])
+        == 2
+    )
     assert "decodes with the model's own VAE; give one or the other" in capsys.readouterr().err
 
 
