@@ -154,6 +154,7 @@ class _Rank:
         self._packer = Packer(model.grid.patch, model.device)
         self._jobs: dict[int, RankJob] = {}
         self._split: SplitVAE | None = None
+        model.preview = None  # no picture of a rank's is asked for
         model.vae.limit(NO_LIMIT)  # ranks code whole frames, or rows of them, and never tiles
         layers = model.vae.layers
         if mesh.replica.size > 1 and layers is not None and layers.splits_rows:

@@ -199,7 +199,14 @@ def _frames_to_json(frames: Frames) -> dict[str, Any]:
     if isinstance(frames, Video) and frames.provenance is not None:
         origin = frames.provenance
         return {"made": {f.name: getattr(origin, f.name) for f in fields(origin)}}
-    return {"sha256": _hash(np.ascontiguousarray(as_array(frames)).tobytes())}
+    return {"sha256": frames_hash(frames)}
+
+
+def frames_hash(frames: WholeFrames) -> str:
+    """SHA-256 of a file, of the files of a folder, or of frames in memory, as hex digits."""
+    if isinstance(frames, (str, PathLike)):
+        return _hash_path(Path(frames))
+    return _hash(np.ascontiguousarray(as_array(frames)).tobytes())
 
 
 def _frames_from_json(record: dict[str, Any], make: Make, folder: Path | None) -> Frames:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_engine.cli.app import main
+from sora_engine import Lora
+from sora_engine.cli.app import UsageError, main
+from sora_engine.cli.options import Common
 from sora_engine.io.video_reader import read_video
 from tests.parity.oracles import tiny_pipeline, tiny_transformer
 from tests.unit.part_recipes import (
@@ -77,8 +79,9 @@ def command(root: Path, output: Path, *more: str) -> list[str]:
     return ["generate", "a red circle", "--model", str(root), *SMALL, "-o", str(output), *more]
 
 
-def with_loras(root: Path) -> list[str]:
-    high, low = (str(root / file) for file in LORAS)
+def with_loras() -> list[str]:
+    """By their names alone: they lie in loras/."""
+    high, low = (Path(file).name for file in LORAS)
     return ["--lora", f"{high}:1:high", "--lora", f"{low}:0.8:low"]
 
 
@@ -87,7 +90,7 @@ def test_one_command_in_a_process_of_its_own(parts, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     output = tmp_path / "out.mp4"
     run = subprocess.run(
-        [sys.executable, "-m", "sora_engine", *command(parts, output, *with_loras(parts))],
+        [sys.executable, "-m", "sora_engine", *command(parts, output, *with_loras())],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -100,7 +103,7 @@ def test_the_adapters_and_the_tiny_decoder_take_part(parts, tmp_path, capsys):
     outputs = {}
     for name, more in {
         "plain": [],
-        "adapted": with_loras(parts),
+        "adapted": with_loras(),
         "tiny": ["--vae-backend", "tiny"],
         "named": ["--tiny-vae", str(parts / TINY)],
     }.items():
@@ -117,6 +120,20 @@ def test_the_adapters_and_the_tiny_decoder_take_part(parts, tmp_path, capsys):
         == 2
     )
     assert "decodes with the model's own VAE; give one or the other" in capsys.readouterr().err
+
+
+def test_adapters_by_name_are_those_of_the_folder(parts, tmp_path, monkeypatch):
+    high, name = parts / LORAS[0], Path(LORAS[0]).name
+    for model in (parts, parts / HIGH):
+        found = Common(model=[str(model)], lora=[f"{name}:0.5:high"]).loras()
+        assert found == (Lora(str(high), 0.5, "high"),)
+    with pytest.raises(UsageError, match=r"none does not exist; .*loras has style_high_noise"):
+        Common(model=[str(parts)], lora=["none:0.5"]).loras()
+    with pytest.raises(UsageError, match=rf"{name} does not exist$"):
+        Common(model=["sprites"], lora=[name]).loras()
+    shutil.copy(high, tmp_path / name)  # the current folder goes first
+    monkeypatch.chdir(tmp_path)
+    assert Common(model=[str(parts)], lora=[name]).loras() == (Lora(name),)
 
 
 @pytest.fixture
@@ -140,7 +157,8 @@ def test_a_part_that_is_missing_is_named_with_its_usual_name(copy, tmp_path, cap
         (copy / LOW).unlink()
     assert main(command(copy, tmp_path / "out.mp4", *more)) == 2
     told = capsys.readouterr().err
-    assert told.count("\n") == 1
+    assert told.count("sora: ") == 1
+    assert told.endswith("\n")
     assert re.search(says, told), told
     assert re.search(f"people hold it as .*{USUAL[file]}", told), told
     # With its whole folder gone, as well.

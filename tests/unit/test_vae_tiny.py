@@ -13,6 +13,8 @@ from sora_engine.denoise.preview import DecodedPreview
 from sora_engine.errors import BackendError, CheckpointError
 from sora_engine.models.inspection import inspect_file
 from sora_engine.models.registry import open_checkpoint
+from sora_engine.testing.shadow import run_again
+from sora_engine.vae.cuda_graph import GraphedVAE
 from sora_engine.vae.decoding import to_uint8
 from sora_engine.vae.meter import StorageMeter
 from sora_engine.vae.rehearsal import decode_memory
@@ -145,6 +147,15 @@ def test_any_chunking_gives_the_same_bits(tmp_path, kind):
         frames, state = vae.decode_chunk(part, state, consume=True)
         parts.append(frames)
     assert torch.equal(torch.cat(parts, 2), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steady_steps_can_be_recorded(tmp_path, kind):
+    """As CUDA graphs are: the same places in memory for every step, here by running it again."""
+    vae = loaded(tmp_path, kind)
+    latents = torch.randn(1, KINDS[kind][0], 9, 4, 4)
+    graphed = GraphedVAE(vae, required=True, recorder=run_again)
+    assert torch.equal(graphed.decode(latents), vae.decode(latents))
 
 
 @pytest.mark.parametrize("kind", KINDS)
