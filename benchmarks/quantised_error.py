@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -115,6 +116,7 @@ def errors(count: int) -> dict[str, dict[str, Any]]:
     videos, found = measure("sprites", "bfloat16", count)
     rows["bfloat16"] = {**compare(videos, exact), "right": found}
     with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SPRITES / "transformer/config.json", folder)
         for name, path, dtype, weights in forms(Path(folder)):
             videos, found = measure(path, dtype, count)
             rows[name] = {"weights": weights, **compare(videos, exact), "right": found}
