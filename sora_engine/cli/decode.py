@@ -13,6 +13,9 @@ from sora_engine.cli.options import (
     Device,
     Dtype,
     ModelPath,
+    Sign,
+    SignCert,
+    SignKey,
     TinyVAE,
     VAEBackend,
     VAEDtype,
@@ -22,6 +25,7 @@ from sora_engine.cli.options import (
     named,
     parse_size,
 )
+from sora_engine.cli.signing import credentials_of
 from sora_engine.errors import SoraError
 from sora_engine.version import version
 
@@ -43,11 +47,15 @@ def decode(
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
     vae_dtype: VAEDtype = "auto",
+    sign: Sign = False,
+    sign_cert: SignCert = None,
+    sign_key: SignKey = None,
 ) -> None:
     """Decode finished latents that an interrupted `sora generate` left."""
     from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter, check_output
 
+    credentials = credentials_of(sign, sign_cert, sign_key)
     try:
         check_output(output)
         saved = SavedLatents.read(latents)
@@ -94,7 +102,9 @@ def decode(
 
     total, done = saved.latents.shape[1], 0
     left = None if saved.size is None else saved.size[0]
-    with VideoWriter(output, saved.fps, provenance=saved.provenance) as writer:
+    with VideoWriter(
+        output, saved.fps, provenance=saved.provenance, credentials=credentials
+    ) as writer:
         for chunk in decoder.decode(normalised, wraps=saved.loop):
             if saved.size is not None:
                 chunk = crop_middle(chunk[:left], *saved.size[1:])

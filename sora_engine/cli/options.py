@@ -75,6 +75,17 @@ Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames."
 Strength = Annotated[
     float, typer.Option(help="In (0, 1]: low keeps the clip, high keeps only its layout.")
 ]
+Sign = Annotated[
+    bool,
+    typer.Option(
+        "--sign", help="Sign the result, with the certificate that `sora certificate` made."
+    ),
+]
+SignCert = Annotated[
+    str | None,
+    typer.Option(metavar="PEM", help="Sign with this certificate, its issuers' behind it."),
+]
+SignKey = Annotated[str | None, typer.Option(metavar="PEM", help="The key of --sign-cert.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +198,9 @@ class Common:
             show_default=False,
         ),
     ] = None
+    sign: Sign = False
+    sign_cert: SignCert = None
+    sign_key: SignKey = None
 
     def parts(self) -> str | dict[str, str] | None:
         """What a transformer file lacks, as `Engine.from_pretrained` takes it."""
@@ -211,6 +225,10 @@ class Common:
     def decoder(self) -> str:
         """The backend of the VAE, as `Engine.from_pretrained` takes it."""
         return decoder_of(self.vae_backend, self.tiny_vae)
+
+    def signing(self) -> tuple[bool, str | None, str | None]:
+        """What `signing.credentials_of` takes."""
+        return self.sign, self.sign_cert, self.sign_key
 
     def loras(self) -> tuple[Lora, ...]:
         """The adapters, as `Engine.from_pretrained` takes them."""

@@ -30,6 +30,7 @@ from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.device import resolve_device
 from sora_engine.models.loading import hollow_transformer
 from sora_engine.models.precision import settle_precision
+from sora_engine.models.quantised import check_kind, split_dtype
 from sora_engine.models.registry import (
     Components,
     ModelPath,
@@ -72,6 +73,9 @@ class RemoteModel:
     known_mode: KnownMode
     loras: tuple[LoraRecord, ...] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
+    dtype_name: str = ""
+    quantised: Mapping[str, str] = field(default_factory=dict)
+    lossy: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> RemoteModel:
@@ -90,6 +94,9 @@ class RemoteModel:
             known_mode=KnownMode(fields["known_mode"]),
             loras=tuple(LoraRecord(**record) for record in fields["loras"]),
             chosen=fields["chosen"],
+            dtype_name=fields["dtype_name"],
+            quantised=fields["quantised"],
+            lossy=fields["lossy"],
         )
 
     @property
@@ -342,6 +349,13 @@ def start_replicas(
     elif target.type == "cuda":
         check_devices(parallel, torch.cuda.device_count(), "GPUs", num_heads=num_heads)
     paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+    kind, dtype = split_dtype(dtype)
+    check_kind(kind, target)
+    if kind and parallel.shard_weights:
+        raise LayoutError(
+            f"dtype {kind!r} and shard_weights: quantised weights are not shared out over ranks; "
+            "one of the two would work"
+        )
     precision = settle_precision(  # once: ranks that measure for themselves might differ
         dtype,
         vae_dtype,
@@ -350,9 +364,10 @@ def start_replicas(
         vae_backend=vae_backend,
         exact=exact,
     )
+    own_dtype = str(precision.dtype).removeprefix("torch.")
     model = {
         "path": os.fspath(paths[0]) if len(paths) == 1 else [os.fspath(p) for p in paths],
-        "dtype": str(precision.dtype).removeprefix("torch."),
+        "dtype": f"{kind}:{own_dtype}" if kind else own_dtype,
         "vae_backend": vae_backend,
         "vae_dtype": str(precision.vae_dtype).removeprefix("torch."),
         "cuda_graphs": cuda_graphs,

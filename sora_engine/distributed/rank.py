@@ -216,6 +216,9 @@ class _Rank:
             "latents_std": list(model.vae.config.latents_std),
             "vae_name": type(model.vae.coder).__name__,
             "chosen": dict(model.chosen),
+            "dtype_name": model.dtype_name,
+            "quantised": model.quantised,
+            "lossy": model.lossy,
             "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from sora_engine.models.offload import (
     offload_encoder,
 )
 from sora_engine.models.precision import settle_precision
+from sora_engine.models.quantised import Keeper, check_kind, held_bytes, split_dtype
 from sora_engine.models.registry import (
     Components,
     ModelPath,
@@ -95,6 +96,8 @@ def load_video_model(
     """
     check_level(offload)
     target = resolve_device(device)
+    kind, dtype = split_dtype(dtype)
+    check_kind(kind, target)
     checkpoint, name = open_checkpoint(path, components)
     precision = settle_precision(
         dtype,
@@ -122,13 +125,22 @@ def load_video_model(
     )
     if offload == "auto" and target.type == "cpu":
         offload = "none"
+
+    def hollow(source: ExpertSource, merge: Merge | None) -> DiffusionTransformer:
+        transformer = build(source)
+        if kind:  # of which layers are dense, and in which formats the others are
+            fill = _filling(source, transformer, kind, merge)
+            fill(transformer, device="meta", dtype=weights_dtype)
+        return transformer
+
     model = VideoModel(
         name=name,
         family=checkpoint.family,
         device=target,
         dtype=weights_dtype,
         chosen=precision.chosen,
-        experts=_experts(checkpoint, weights_dtype, lambda source, _: build(source)),
+        kind=kind,
+        experts=_experts(checkpoint, weights_dtype, hollow, merges=merges),
         vae=decoder.vae,
         vae_dtype=decoder.dtype,
         prompt_encoder=load_prompt_encoder(checkpoint, target, weights_dtype, offload),
@@ -166,8 +178,10 @@ def load_video_model(
             visiting=offload == "blocks",
             cuda_graphs=cuda_graphs if alone else "off",
             merge=merge,
+            kind=kind,
         ),
         merges=merges,
+        size=None if not kind else lambda source, merge: held_bytes(hollow(source, merge)),
         shares=1 if sharder is None else sharder.num_ranks,
     )
     for source in checkpoint.experts[1:]:  # what comes when it is needed is checked now
@@ -189,6 +203,7 @@ def load_video_decoder(
 ) -> VideoDecoder:
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
     target = resolve_device(device)
+    _, dtype = split_dtype(dtype)
     checkpoint, _ = open_checkpoint(path, components)
     precision = settle_precision(
         dtype,
@@ -238,8 +253,11 @@ def load_transformer(
     visiting: bool = False,
     cuda_graphs: str = "off",
     merge: Merge | None = None,
+    kind: str = "",
 ) -> DiffusionTransformer:
     """A transformer, which is on the meta device, filled from its files.
+
+    kind: of `quantised.KINDS`, where weights of its blocks are quantised.
 
     visiting: the weights of the blocks are read into host memory and wait there. merge: what
         adapters change of them.
@@ -247,7 +265,7 @@ def load_transformer(
         "auto", "on" or "off".
     """
     dtype = transformer.dtype
-    fill = source.fill if merge is None else partial(source.fill, merge=merge)
+    fill = _filling(source, transformer, kind, merge)
     if sharder is not None:
         fill(transformer, device=device, dtype=dtype, shard=partial(sharder.cut, device))
         return transformer
@@ -265,6 +283,16 @@ def load_transformer(
         methods=transformer.block_methods,
     )
     return transformer
+
+
+def _filling(
+    source: ExpertSource, transformer: DiffusionTransformer, kind: str, merge: Merge | None
+) -> Callable[..., None]:
+    """What fills a transformer, with what families need not know where it is not asked for."""
+    options: dict[str, Any] = {} if merge is None else {"merge": merge}
+    if kind:
+        options["keep"] = Keeper(kind, transformer.block_lists)
+    return partial(source.fill, **options)
 
 
 def hollow_transformer(
@@ -287,15 +315,19 @@ def _experts(
     load: Callable[[ExpertSource, Merge | None], DiffusionTransformer],
     shares: int = 1,
     merges: Sequence[Merge | None] | None = None,
+    size: Callable[[ExpertSource, Merge | None], int] | None = None,
 ) -> list[Expert]:
-    """shares: over how many ranks each one's weights are shared out. merges: of each."""
+    """shares: over how many ranks each one's weights are shared out. merges: of each. size: its
+    bytes, where not all parameters are of `dtype`."""
     each = merges or [None] * len(checkpoint.experts)
     num_timesteps = _sampler_config(checkpoint).num_train_timesteps
     return [
         Expert(
             load=partial(load, source, merge),
             from_timestep=source.from_fraction * num_timesteps,
-            size_bytes=source.num_parameters * dtype.itemsize // shares,
+            size_bytes=source.num_parameters * dtype.itemsize // shares
+            if size is None
+            else size(source, merge),
         )
         for source, merge in zip(checkpoint.experts, each, strict=True)
     ]

@@ -99,7 +99,7 @@ def save_state(
         "noise_given": request.latents is not None,
         "frame_texts": list(state.frame_texts),
         "model": model.weights_hash,
-        "dtype": str(model.dtype),
+        "dtype": model.dtype_name,
         "loras": [record.to_json() for record in model.loras],
         "provenance": provenance.to_json(),
     }
@@ -167,9 +167,9 @@ def _check_kind(path: Path, model: SavedFor, names: Sequence[str], said: Mapping
             f"the job was saved with {_told(saved)} merged in, and this engine has {_told(mine)}",
             path=path,
         )
-    if dtype != str(model.dtype):
+    if dtype != model.dtype_name:
         raise CheckpointError(
-            f"the job was saved with dtype {dtype}, this engine has {model.dtype}", path=path
+            f"the job was saved with dtype {dtype}, this engine has {model.dtype_name}", path=path
         )
 
 

@@ -22,8 +22,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.denoise.denoise import num_steps, step_tokens
-from sora_engine.errors import QueueFullError, RequestError
+from sora_engine.errors import QueueFullError
+from sora_engine.serve.admission import Admission, facts_of
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.failures import ApiError, disk_full, not_found
 from sora_engine.serve.files import Files
@@ -37,10 +37,7 @@ from sora_engine.serve.store import ACTIVE, DONE, Row, Store, Taken
 from sora_engine.serve.translate import Stored, Translator
 
 if TYPE_CHECKING:
-    from sora_engine.request import ResolvedRequest, VideoRequest
-    from sora_engine.request.facts import LatentGrid
     from sora_engine.runtime.engine import Engine
-    from sora_engine.runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +55,7 @@ class Desk:
         self.engine, self.settings = engine, settings
         self.store, self.files, self.clock = store, files, clock
         self.translator = Translator(engine.model, files.upload, settings.loras, engine.resolve)
+        self.admission = Admission(engine, self.translator, settings.max_work)
         self.on_change: list[Callable[[Live], None]] = []
         """Called with a job after each of its steps and changes, on whatever thread; quick."""
         self.choose: Callable[[Sequence[Live]], Live] = first_come
@@ -69,7 +67,6 @@ class Desk:
         self.most_jobs: Callable[[str], int] = lambda _owner: settings.max_jobs_per_key
         """How many jobs of an owner may be under way."""
         self.draining = False
-        self._planned = _is_planned(engine)
         self._lives: dict[str, Live] = {}
         self._waiting: list[Live] = []
         self._at_engine: set[Live] = set()
@@ -129,29 +126,6 @@ class Desk:
 
     # What is ordered.
 
-    def check(self, stored: Stored) -> tuple[VideoRequest, ResolvedRequest]:
-        """The request of what is stored, checked as it will be when it is begun."""
-        request = self.translator.request_of(stored)
-        resolved = self.engine.resolve(request)
-        most = self.settings.max_work
-        work = step_tokens(resolved, self.engine.model.grid) * resolved.steps_taken
-        if most is not None and work > most:
-            raise ApiError(
-                400,
-                "too_much_work",
-                f"{work} tokens in all steps are more than this server takes, {most}; a smaller "
-                "size, length or number of steps would work",
-            )
-        return request, resolved
-
-    def plan(self, stored: Stored) -> tuple[ResolvedRequest, MemoryPlan | None]:
-        """What a job would be and take; raises as `create`."""
-        request, resolved = self.check(stored)
-        return resolved, self._promise(request)
-
-    def _promise(self, request: VideoRequest) -> MemoryPlan | None:
-        return self.engine.plan(request) if self._planned else None
-
     def create(
         self,
         owner: str,
@@ -171,10 +145,7 @@ class Desk:
                 return known
         self._refuse_where_closed()
         stored["fields"].setdefault("seed", secrets.randbelow(1 << 32))
-        request, resolved = self.check(stored)
-        self._promise(request)
-        if self.engine.hooks.check_request is not None:
-            self.engine.hooks.check_request(resolved)
+        request, resolved = self.admission.admit(stored)
         made = Row(
             id=self._new_id(),
             owner=owner,
@@ -382,14 +353,6 @@ class Desk:
         self._feeder.join()
 
 
-def _is_planned(engine: Engine) -> bool:
-    """Whether memory is: that of ranks is not."""
-    try:
-        return engine.loaded_model is not None
-    except RequestError:
-        return False
-
-
 def first_come(waiting: Sequence[Live]) -> Live:
     """The job of the highest priority that came first."""
     return min(waiting, key=_order)
@@ -397,17 +360,3 @@ def first_come(waiting: Sequence[Live]) -> Live:
 
 def _order(live: Live) -> tuple[int, int]:
     return -int(live.row.facts.get("priority", 0)), live.row.number
-
-
-def facts_of(resolved: ResolvedRequest, grid: LatentGrid) -> dict[str, Any]:
-    """What a job's answers tell of its request."""
-    return {
-        "size": f"{resolved.width}x{resolved.height}",
-        "num_frames": resolved.num_frames,
-        "fps": resolved.fps,
-        "seconds": f"{resolved.num_frames / resolved.fps:g}",
-        "seed": resolved.seed,
-        "num_steps": num_steps(resolved, grid),
-        "prompt": resolved.prompt,
-        "canvas": resolved.canvas,
-    }

@@ -90,6 +90,13 @@ async def sync(request: Request) -> Response:
     return response
 
 
+@router.post("/characters", include_in_schema=False)
+@router.get("/characters/{character_id}", include_in_schema=False)
+async def characters() -> None:
+    """The contract has characters, and no model here does."""
+    raise ApiError(501, "not_supported", "characters: this server's models have none", retry=False)
+
+
 @router.post("/{video_id}/remix", operation_id="remixVideo", openapi_extra=takes(RemixVideo))
 async def remix(video_id: str, request: Request) -> Video:
     """The same request with another prompt, from the video that it became."""

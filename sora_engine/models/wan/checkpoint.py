@@ -19,7 +19,7 @@ from torch import nn
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
-from sora_engine.io.loading import load_into
+from sora_engine.io.loading import Keep, load_into
 from sora_engine.io.safetensors import refuse_pickle
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.opening import open_weights
@@ -126,9 +126,10 @@ class TransformerSource:
         dtype: torch.dtype | None = None,
         shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
         merge: Merge | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` and
-        `merge` as of `load_into`."""
+        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard`,
+        `merge` and `keep` as of `load_into`."""
         with self.open() as weights:
             load_into(
                 module,
@@ -140,6 +141,7 @@ class TransformerSource:
                 ignore=IGNORED,
                 shard=shard,
                 merge=merge,
+                keep=keep,
             )
 
     @property
