@@ -220,6 +220,26 @@ def test_hosts_and_origins_of_others_are_refused(service: Service) -> None:
         assert re.fullmatch(r"req_[0-9a-f]{24}", answer.headers["x-request-id"])
 
 
+def test_pages_of_named_origins_may_ask(tmp_path: Path) -> None:
+    friend, key = "https://friend.example", "a-key-of-some-length"
+    with served(tmp_path / "data", cors=(friend,), api_key=key) as made:
+        wanted = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        for origin, allowed in ((friend, friend), ("https://evil.example", None)):
+            before = made.http.options("/v1/videos", headers={"Origin": origin, **wanted})
+            assert before.headers.get("access-control-allow-origin") == allowed
+            assert "access-control-allow-credentials" not in before.headers
+            given = {"Origin": origin, "Authorization": f"Bearer {key}"}
+            answer = made.http.post("/v1/videos", json=SMALL, headers=given)
+            assert answer.status_code == (200 if allowed else 403)
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        shut = made.http.get("/v1/videos", headers={"Origin": friend})
+        assert shut.status_code == 401
+        made.idle()
+
+
 def test_a_cookie_is_enough_for_pages(service: Service) -> None:
     with httpx.Client(base_url=service.url) as page:
         assert page.post("/session", json={"key": "x" * 40}).status_code == 401
