@@ -78,6 +78,6 @@ def test_no_call_that_is_made_up_is_a_5xx(service: Service) -> None:
 
 @pytest.mark.slow
 def test_no_call_of_2000_is_a_5xx(service: Service) -> None:
-    statuses = called(service, 90)
+    statuses = called(service, 115)
     print(statuses)
     assert sum(statuses.values()) >= 2000

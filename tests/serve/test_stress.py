@@ -119,8 +119,8 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
     return resumed
 
 
-def test_three_kills_under_eight_mixed_jobs_lose_nothing(nursery: Nursery, tmp_path) -> None:
-    survived(nursery, tmp_path, jobs=8, kills=3, seed=1)
+def test_three_kills_under_four_mixed_jobs_lose_nothing(nursery: Nursery, tmp_path) -> None:
+    survived(nursery, tmp_path, jobs=4, kills=3, seed=1)
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def cancelled(data: Path, count: int) -> None:
 
 
 def test_a_cancel_stops_within_the_step(tmp_path) -> None:
-    cancelled(tmp_path / "data", 8)
+    cancelled(tmp_path / "data", 5)
 
 
 @pytest.mark.slow
