@@ -13,13 +13,19 @@ from sora_engine.cli.options import (
     Device,
     Dtype,
     ModelPath,
+    Sign,
+    SignCert,
+    SignKey,
+    TinyVAE,
     VAEBackend,
     VAEDtype,
+    decoder_of,
     in_options,
     model_path,
     named,
     parse_size,
 )
+from sora_engine.cli.signing import credentials_of
 from sora_engine.errors import SoraError
 from sora_engine.version import version
 
@@ -36,28 +42,43 @@ def decode(
     ] = None,
     components: Components = None,
     vae: Annotated[str | None, typer.Option(help="Its VAE alone: a file or a folder.")] = None,
+    tiny_vae: TinyVAE = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
     vae_dtype: VAEDtype = "auto",
+    sign: Sign = False,
+    sign_cert: SignCert = None,
+    sign_key: SignKey = None,
 ) -> None:
     """Decode finished latents that an interrupted `sora generate` left."""
     from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter, check_output
 
+    credentials = credentials_of(sign, sign_cert, sign_key)
     try:
         check_output(output)
         saved = SavedLatents.read(latents)
     except SoraError as error:
         raise UsageError(str(error)) from error
-    if vae is not None and components is not None:
-        raise UsageError("--vae: --components names a folder of all parts; give one or the other")
+    named_parts = {"vae": vae, "tiny_vae": tiny_vae}
+    given = {name: part for name, part in named_parts.items() if part is not None}
+    if given and components is not None:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise UsageError(
+            f"{option}: --components names a folder of all parts; give one or the other"
+        )
+    vae_backend = decoder_of(vae_backend, tiny_vae)
     path: ModelPath = saved.model
-    parts = components if vae is None else {"vae": vae}
+    parts = given or components
     if model:
         path = model_path(model)
+    elif isinstance(saved.components, dict) and components is None:
+        parts = {**saved.components, **given}
     else:
         parts = parts or saved.components
+    if vae_backend == "auto" and isinstance(parts, dict) and "tiny_vae" in parts:
+        vae_backend = "tiny"  # as the video was to be
     made = {} if saved.provenance is None else saved.provenance.settings
     dtype = str(made.get("dtype", dtype)) if dtype == "auto" else dtype
     vae_dtype = str(made.get("vae_dtype", vae_dtype)) if vae_dtype == "auto" else vae_dtype
@@ -81,7 +102,9 @@ def decode(
 
     total, done = saved.latents.shape[1], 0
     left = None if saved.size is None else saved.size[0]
-    with VideoWriter(output, saved.fps, provenance=saved.provenance) as writer:
+    with VideoWriter(
+        output, saved.fps, provenance=saved.provenance, credentials=credentials
+    ) as writer:
         for chunk in decoder.decode(normalised, wraps=saved.loop):
             if saved.size is not None:
                 chunk = crop_middle(chunk[:left], *saved.size[1:])

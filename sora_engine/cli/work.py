@@ -25,6 +25,7 @@ from sora_engine.cli.options import (
     parse_parallel,
 )
 from sora_engine.cli.safety_copy import SafetyCopy
+from sora_engine.cli.signing import credentials_of
 from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
 from sora_engine.request import (
@@ -166,6 +167,7 @@ def check_before_loading(command: Command, output: str) -> None:
             if os.path.samefile(path, output):
                 raise UsageError(f"--output: {path} would be written over; name another file")
     command.common.loras()
+    credentials_of(*command.common.signing())
     try:
         check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
         for path in command.files:
@@ -201,7 +203,7 @@ def load_engine(common: Common) -> Engine:
             components=common.parts(),
             device=common.device,
             dtype=common.dtype,
-            vae_backend=common.vae_backend,
+            vae_backend=common.decoder(),
             vae_dtype=common.vae_dtype,
             exact=common.exact,
             offload=common.offload,
@@ -252,11 +254,18 @@ def make(
     from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter
     from sora_engine.request.recipe import provenance_of
+    from sora_engine.request.sources import sources_of
 
     provenance = provenance_of(resolved, engine.model)
+    credentials = credentials_of(*common.signing())
     try:
         writer = VideoWriter(
-            output, resolved.fps, num_frames=resolved.num_frames, provenance=provenance
+            output,
+            resolved.fps,
+            num_frames=resolved.num_frames,
+            provenance=provenance,
+            credentials=credentials,
+            sources=() if credentials is None else sources_of(resolved),
         )
     except MediaError as error:
         raise UsageError(in_options(error)) from error

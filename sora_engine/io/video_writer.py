@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ import numpy as np
 from sora_engine.errors import MediaError
 from sora_engine.io.animation import GifWriter, WebpWriter
 from sora_engine.io.atomic import name_max, temporary_beside, written_through
+from sora_engine.io.credentials import Credentials, Source
 from sora_engine.io.formats import NUMBERED_PNG, SUFFIXES, check_rate
 from sora_engine.io.images import check_frame, write_png
 from sora_engine.io.provenance import Provenance
@@ -52,7 +53,9 @@ class VideoWriter:
 
     fps: frames a second, up to 1000 (50 for .gif, 90 for .webp).
     num_frames: how many will come, if known; a `.png` refuses more than one at once.
-    Raises MediaError, which names the path and what would work.
+    credentials: sign the file, or each picture of a folder, once it is whole. sources: what a
+        caller gave for it, which the signed statement names.
+    Raises MediaError, which names the path and what would work, and CredentialsError.
     """
 
     def __init__(
@@ -62,10 +65,13 @@ class VideoWriter:
         *,
         num_frames: int | None = None,
         provenance: Provenance | None = None,
+        credentials: Credentials | None = None,
+        sources: Sequence[Source] = (),
     ):
         self.path = check_output(path, num_frames=num_frames, fps=fps)
         rate = Fraction(fps).limit_denominator(1001)  # 1001 keeps 24000/1001 exact
         comment = "" if provenance is None else provenance.to_json()
+        self._provenance, self._credentials, self._sources = provenance, credentials, sources
         self._shape: tuple[int, ...] | None = None
         self._count = 0
         self._target = written_through(self.path)
@@ -123,11 +129,14 @@ class VideoWriter:
                 raise MediaError(f"{self.path}: a video needs at least one frame")
             self._writer.close()
             if self._file is None:
+                for picture in sorted(self._temporary.iterdir()):
+                    self._sign(picture, picture.name)
                 _replace_folder(self._temporary, self._target)
             else:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
+                self._sign(self._temporary, self.path.name)
                 os.replace(self._temporary, self._target)
         except (OSError, av.FFmpegError) as error:
             self.abort()
@@ -136,6 +145,21 @@ class VideoWriter:
             self.abort()
             raise
         self._closed = True
+
+    def _sign(self, file: Path, title: str) -> None:
+        """Puts a signed copy in the place of a finished file."""
+        if self._credentials is None:
+            return
+        signed = temporary_beside(file)
+        try:
+            self._credentials.sign(
+                file, signed, title=title, provenance=self._provenance, sources=self._sources
+            )
+            with signed.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(signed, file)
+        finally:
+            signed.unlink(missing_ok=True)
 
     def abort(self) -> None:
         """Removes what was written so far; the target stays as it was."""
@@ -167,13 +191,22 @@ def write_video(
     frames: Iterable[np.ndarray],
     fps: float | Fraction,
     provenance: Provenance | None = None,
+    credentials: Credentials | None = None,
+    sources: Sequence[Source] = (),
 ) -> Path:
     """Writes an iterable of frames, or an array of them, each uint8 [height, width, 3].
 
-    Raises MediaError as `VideoWriter` does. Returns the path.
+    Raises as `VideoWriter` does. Returns the path.
     """
     num_frames = len(frames) if isinstance(frames, Sized) else None
-    with VideoWriter(path, fps, num_frames=num_frames, provenance=provenance) as writer:
+    with VideoWriter(
+        path,
+        fps,
+        num_frames=num_frames,
+        provenance=provenance,
+        credentials=credentials,
+        sources=sources,
+    ) as writer:
         for frame in frames:
             writer.write(frame)
     return writer.path

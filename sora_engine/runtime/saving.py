@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from sora_engine.errors import RequestError
 from sora_engine.runtime.executor import AnyExecutor
 from sora_engine.runtime.failures import is_device_error
 from sora_engine.runtime.job import Job
 from sora_engine.runtime.savepoint import save_state
 
 logger = logging.getLogger(__name__)
+
+
+def check_unshared(path: Path | None, jobs: Iterable[Job]) -> None:
+    """RequestError where one of `jobs` keeps its state in `path`: the last to write would win."""
+    taken = [job.options.save_to for job in jobs]
+    if path is not None and any(p and os.path.realpath(p) == os.path.realpath(path) for p in taken):
+        raise RequestError(
+            f"save_to: another job that is not done keeps its state in {path}; each job needs "
+            "a file of its own"
+        )
 
 
 def carry_out_orders(job: Job, executor: AnyExecutor) -> None:

@@ -181,6 +181,7 @@ class Worker:
             if reason is not None:
                 self._fail([job], reason)
         self._admit()
+        self._fits(self._running, [])  # what is kept for later jobs gives way
         for job in [job for job in self._running if job.state is JobState.ENCODING]:
             self._attempt(job, self._encode)
         for job in [job for job in self._running if job.save_orders and job.canvas_or_none]:
@@ -237,14 +238,11 @@ class Worker:
         return min(self._pack_tokens, self.limits.max_batch_tokens)
 
     def _fits(self, held: list[Job], batch: list[Job]) -> bool:
-        """Whether what these jobs hold, and what a turn of them needs beside that, keep within the
-        limit: the turn of one of them, or a step of a batch."""
-        if self._planner is None or self._planner.limit is None:
+        """As `MemoryPlanner.fits`, of the jobs that were planned."""
+        if self._planner is None:
             return True
         plans = [job.plan for job in held if job.plan is not None]
-        working = max((plan.working for plan in plans), default=0)
-        packed = sum(job.plan.working for job in batch if job.plan is not None)
-        return sum(plan.held for plan in plans) + max(working, packed) <= self._planner.limit
+        return self._planner.fits(plans, [job.plan for job in batch if job.plan is not None])
 
     def _encode(self, job: Job) -> None:
         assert job.preparing is not None

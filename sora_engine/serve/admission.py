@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.denoise.denoise import num_passes, step_tokens
+from sora_engine.denoise.denoise import num_steps, step_tokens
 from sora_engine.errors import RequestError
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.translate import Stored, Translator
@@ -44,7 +44,7 @@ class Admission:
         resolved = self._engine.resolve(request)
         most = self._max_work
         grid = self._engine.model.grid
-        work = step_tokens(resolved, grid) * steps_of(resolved, grid)
+        work = step_tokens(resolved, grid) * num_steps(resolved, grid)
         if most is not None and work > most:
             raise ApiError(
                 400,
@@ -63,11 +63,6 @@ def _is_planned(engine: Engine) -> bool:
         return False
 
 
-def steps_of(resolved: ResolvedRequest, grid: LatentGrid) -> int:
-    """How many steps a job takes, over all windows that are denoised one after the other."""
-    return resolved.steps_taken * num_passes(resolved, grid)
-
-
 def facts_of(resolved: ResolvedRequest, grid: LatentGrid) -> dict[str, Any]:
     """What a job's answers tell of its request."""
     return {
@@ -76,7 +71,7 @@ def facts_of(resolved: ResolvedRequest, grid: LatentGrid) -> dict[str, Any]:
         "fps": resolved.fps,
         "seconds": f"{resolved.num_frames / resolved.fps:g}",
         "seed": resolved.seed,
-        "num_steps": steps_of(resolved, grid),
+        "num_steps": num_steps(resolved, grid),
         "prompt": resolved.prompt,
         "canvas": resolved.canvas,
     }

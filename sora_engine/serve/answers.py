@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.serve.wire import Failure, Video
+from sora_engine.serve.replies import Failure, Video
 
 if TYPE_CHECKING:
     from sora_engine.serve.desk import Desk

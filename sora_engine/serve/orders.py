@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pydantic import ValidationError
 
+from sora_engine.denoise.denoise import num_steps
 from sora_engine.errors import MediaError
-from sora_engine.serve.admission import steps_of
 from sora_engine.serve.failures import ApiError, bad_value, message_of
 from sora_engine.serve.form import Form, read_form
+from sora_engine.serve.replies import Plan
 from sora_engine.serve.service import Service, owner_of, service_of
 from sora_engine.serve.store import Mismatch, Row
 from sora_engine.serve.tracing import TRACEPARENT
 from sora_engine.serve.translate import Stored, remixed, stored_of
-from sora_engine.serve.wire import Body, Media, Plan, Sampling
+from sora_engine.serve.wire import Body, Media, Sampling
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -142,7 +143,7 @@ class Clerk:
             num_frames=resolved.num_frames,
             fps=resolved.fps,
             seconds=f"{resolved.num_frames / resolved.fps:g}",
-            num_steps=steps_of(resolved, self._desk.engine.model.grid),
+            num_steps=num_steps(resolved, self._desk.engine.model.grid),
             canvas=resolved.canvas,
             peak_memory_mb=None if promise is None else round(promise.peak / (1 << 20), 3),
             queue_position=waiting,
