@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import sora_engine as sora
 from sora_engine.request import ResolvedRequest
 from sora_engine.runtime.worker import Worker
+from sora_engine.serve.answers import video_of
 from tests.faults.engines import engine
 from tests.serve.serving import SMALL, Service, served
 from tests.unit.test_adapters_engine import make_adapter
@@ -148,3 +149,21 @@ def test_what_expired_is_told_apart(service: Service):
         answer = service.http.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "expired")
     assert service.http.post("/v1/videos/characters").status_code == 501
+
+
+def test_a_job_is_not_made_by_another_model(service: Service, monkeypatch):
+    desk = service.desk
+    monkeypatch.setattr(desk, "_may_begin", lambda: False)
+    name = service.create()["id"]
+    desk.live(name).row.facts["weights"] = "of another model"
+    monkeypatch.undo()
+    told = service.ended(name)
+    assert (told["status"], told["error"]["code"]) == ("failed", "model_changed")
+
+
+def test_an_answer_never_goes_back(service: Service):
+    """Its row may say `running` when its job has just ended."""
+    desk = service.desk
+    name = service.ended(service.create()["id"])["id"]
+    before = replace(desk.store.get(name), state="running")
+    assert video_of(desk, before).status == "completed"
