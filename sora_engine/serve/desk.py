@@ -30,7 +30,7 @@ from sora_engine.serve.files import Files
 from sora_engine.serve.finishing import Finisher
 from sora_engine.serve.live import Live
 from sora_engine.serve.pace import Pace
-from sora_engine.serve.recovery import is_suspect, recover
+from sora_engine.serve.recovery import recover
 from sora_engine.serve.settings import Settings
 from sora_engine.serve.starting import begin
 from sora_engine.serve.store import ACTIVE, DONE, Row, Store, Taken
@@ -267,8 +267,7 @@ class Desk:
                     self._wake.wait(1.0)
                 if self.closed:
                     return
-                suspects = [live for live in self._waiting if is_suspect(live)]
-                live = self.choose(suspects or self._waiting)
+                live = self.choose(self._candidates())
                 self._waiting.remove(live)
                 self._at_engine.add(live)
             try:
@@ -282,14 +281,14 @@ class Desk:
             return False
         if len(self._at_engine) >= self.settings.max_running:
             return False
-        if time.monotonic() < self._paused_until or self.is_full():
+        if any(live.is_suspect for live in self._lives.values()) and self._at_work():
             return False
-        at_work = self._at_work()
-        if not at_work:
-            return True
-        # What may be killing the server is alone with it, so that it is found, and takes no other
-        # job's attempts with it.
-        return not any(is_suspect(live) for live in (*at_work, *self._waiting))
+        return time.monotonic() >= self._paused_until and not self.is_full()
+
+    def _candidates(self) -> Sequence[Live]:
+        """Those that may be next. A job whose server was lost twice goes alone, and before the
+        others: where it is what kills the server, it takes none of them along."""
+        return [live for live in self._waiting if live.is_suspect][:1] or self._waiting
 
     def left_engine(self, live: Live) -> None:
         """The engine has done with a job: another one may begin."""

@@ -178,12 +178,11 @@ def kill_at_step(step: int) -> None:
 
 
 def kill_by_seed(seed: int) -> None:
-    """One job kills the process, at its second step."""
+    """One job that kills its process, at its second step."""
     plain = Job.tell_progress
 
     def told(self: Job) -> None:
         plain(self)
-        time.sleep(0.05)
         if self.request.seed == seed and self.progress.steps_done == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -210,15 +209,8 @@ FAULTS = {
     function.__name__: function
     for function in (
         *(stall_at_step, stall_at_frame, stall_before_begin, stall_while_writing),
-        *(
-            stall_before_row,
-            slow_steps,
-            slow_writer,
-            device_dies_at_step,
-            kill_at_step,
-            kill_by_seed,
-        ),
-        *(quick_linger, quick_pause, quick_end, small_spool),
+        *(stall_before_row, slow_steps, slow_writer, device_dies_at_step, kill_at_step),
+        *(kill_by_seed, quick_linger, quick_pause, quick_end, small_spool),
     )
 }
 

@@ -89,30 +89,6 @@ def test_a_job_that_kills_its_server_fails_after_three_attempts(nursery: Nursery
         server.completed(server.create()["id"])  # and the others go on
 
 
-def test_a_job_that_kills_its_server_takes_no_other_with_it(nursery: Nursery, tmp_path):
-    """Its last attempt is made alone. All were begun together, and lost as often as it."""
-    data = tmp_path / "data"
-    names: dict[int, str] = {}
-    for attempt in range(4):
-        with Server(nursery, data, faults={"kill_by_seed": 99}, ready=False) as server:
-            if attempt == 0:
-                server.url = server.said("LISTENING")
-                server.said("READY")
-                server.http = httpx.Client(base_url=server.url)
-                for seed in (1, 2, 99, 3, 4):
-                    names[seed] = server.create(**{**JOB, "seed": seed})["id"]
-            if attempt < 3:
-                assert server.ended() == -signal.SIGKILL
-                continue
-            server.url = server.said("LISTENING")
-            server.said("READY")
-            server.http = httpx.Client(base_url=server.url)
-            poison = server.done(names.pop(99))
-            assert (poison["status"], poison["error"]["code"]) == ("failed", "crashed")
-            for name in names.values():
-                server.completed(name)
-
-
 def test_a_first_signal_drains(nursery: Nursery, tmp_path):
     """Those who poll see the end, nothing new is taken, and the exit code is 0."""
     with Server(nursery, tmp_path / "data", faults={"slow_steps": 60}) as server:
