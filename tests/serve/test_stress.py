@@ -105,7 +105,7 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
         with Server(nursery, data, faults={"slow_steps": 8}, **options) as server:
             if attempt == 0:
                 assert upload_to(server) == upload
-            soon = not soon and rng.random() < 0.3
+            soon = not soon and rng.random() < 0.2
             killer = threading.Timer(rng.uniform(0, 0.5), server.signal, [signal.SIGKILL])
             if soon:
                 killer.start()
