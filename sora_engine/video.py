@@ -31,6 +31,8 @@ class Receipt:
     loras: the adapters that it was made with, as `--lora` has them.
     lossy: options that trade accuracy, each with its measured relative error; empty unless asked
         for.
+    watermark: the payload of the mark that the file's pixels carry, where they were changed for
+        one; None where they are what the model made.
     """
 
     device: str
@@ -50,6 +52,7 @@ class Receipt:
     cut_prompts: list[str] = field(default_factory=list)
     loras: list[str] = field(default_factory=list)
     lossy: dict[str, float] = field(default_factory=dict)
+    watermark: str | None = None
 
     @property
     def packed(self) -> bool:
