@@ -141,7 +141,8 @@ def test_a_picture_of_one_colour_is_marked_though_cells_cannot_be_darker_than_bl
     frame = np.full((480, 832, 3), level, np.uint8)
     mark = Watermark()
     found = mark.read([mark.embed(frame)])
-    assert (found.payload, found.marked) == (mark.payload, True)
+    assert found.payload == mark.payload
+    assert found.chance < 1e-16  # each sum on its lattice: cells that can move take the share
     assert not mark.read([frame]).marked
 
 
