@@ -85,8 +85,8 @@ WatermarkMode = Annotated[
     str,
     typer.Option(
         "--watermark",
-        help="A mark in the pixels that the eye does not see: on, off, or auto, for signed results "
-        "of 256 rows and more.",
+        help="A faint mark in the pixels: on, off, or auto, which marks signed results of 256 rows "
+        "and more.",
     ),
 ]
 

@@ -142,7 +142,7 @@ def test_a_picture_of_one_colour_is_marked_though_cells_cannot_be_darker_than_bl
     mark = Watermark()
     found = mark.read([mark.embed(frame)])
     assert found.payload == mark.payload
-    assert found.chance < 1e-16  # each sum on its lattice: cells that can move take the share
+    assert found.chance < 1e-14  # each sum on its lattice: cells that can move take the share
     assert not mark.read([frame]).marked
 
 
