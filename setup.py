@@ -30,8 +30,9 @@ PER_ISA = [
     "csrc/cpu/attention.cpp",
     "csrc/cpu/causal.cpp",
     "csrc/cpu/lora.cpp",
+    "csrc/cpu/quantise.cpp",
 ]
-ONCE = ["csrc/cpu/dispatch.cpp", "csrc/bindings.cpp"]
+ONCE = ["csrc/cpu/dispatch.cpp", "csrc/bindings.cpp", "csrc/quant_bindings.cpp"]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += ["-Wno-attributes", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 ISAS = {"baseline": []}
@@ -42,6 +43,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
         "-mprefer-vector-width=512",
     ]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 CUDA = ["csrc/cuda/norm.cu", "csrc/cuda/rope.cu"]
 CUDA_BINDINGS = "csrc/cuda/bindings.cpp"
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -6,10 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -35,7 +31,9 @@ using at::Tensor;
 using sora::as_float;
 using sora::data_of;
 using sora::dense_rows;
+using sora::grain;
 using sora::MaybeTensor;
+using sora::result;
 using sora::type_of;
 
 sora::Table table_of(const Tensor& tensor) {
@@ -43,27 +41,10 @@ sora::Table table_of(const Tensor& tensor) {
   return {tensor.const_data_ptr<float>(), tensor.size(0) == 1 ? 0 : tensor.stride(0)};
 }
 
-// An output, on huge pages where the system gives them: first touching a 50 MB result page by page
-// takes longer than computing it.
-Tensor result(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor result = at::empty(sizes, options);
-#ifdef __linux__
-  constexpr std::uintptr_t kHuge = 2 << 20;
-  const auto begin = reinterpret_cast<std::uintptr_t>(result.mutable_data_ptr());
-  const std::uintptr_t end = (begin + result.nbytes()) / kHuge * kHuge;
-  const std::uintptr_t start = (begin + kHuge - 1) / kHuge * kHuge;
-  if (end >= start + 4 * kHuge) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#endif
-  return result;
-}
-
 Tensor result_like(const Tensor& tensor) { return result(tensor.sizes(), tensor.options()); }
 
 // A result that is larger than most processors' caches is gone from them before it is read.
 bool past_caches(const Tensor& result) { return result.nbytes() >= (32u << 20); }
-
-// About 32k elements a task: less than that and starting a thread costs more than it saves.
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)); }
 
 // Fills what both norms share, then runs them over the tokens. Holds converted tensors alive.
 void run_norm(sora::NormArgs args, const Tensor& x, const MaybeTensor& gate,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 class Limits:
     """What a request may ask of an engine, and how much the engine works on at a time.
 
-    Raises ValueError where a value is not an integer of at least 1; the last three may be None.
+    Raises ValueError where a value is not an integer of at least 1; the last five may be None, and
+    `text_cache_bytes` 0.
 
     Checked when a request is submitted, before it is queued:
 
@@ -33,6 +34,9 @@ class Limits:
     max_running_jobs: the most jobs under way at a time, for each replica; further ones wait.
     max_batch_tokens: the most tokens of one forward pass. A single window that is larger still
         runs, alone.
+    text_cache_bytes: what embeddings of texts may take that are kept for later requests with the
+        same texts. They take what jobs leave free, and give way to them. 0: none are kept. Over
+        ranks it does nothing, and none are.
     pack_tokens: the most tokens of a pass that several jobs share, or several windows of one long
         video; `max_batch_tokens` bounds it. A job joins another's pass if it has at most a quarter
         of this. None: measured once on this machine for a model, and kept on disk; over ranks
@@ -41,6 +45,11 @@ class Limits:
         coded in tiles, which is an approximation and stands in the receipt. A request whose
         smallest tiles need more raises RequestError. None: what is free. Over ranks it does
         nothing: they code whole frames, or rows of them, and never tiles.
+    max_clip_pixels: the most pixels of a picture, or of a frame of a clip, that a request gives as
+        a file. None: 66,355,200, twice 8K UHD.
+    max_clip_bytes: the most bytes of a clip that a request gives as a file, once its frames are
+        decoded and scaled to the request's size. None: 4 GiB. A file over either fails the job
+        with MediaError.
     """
 
     max_queued_jobs: int = 256
@@ -50,15 +59,19 @@ class Limits:
     max_inference_steps: int = 1000
     max_prompt_chars: int = 20_000
     max_batch_tokens: int = 32_768
+    text_cache_bytes: int = 64 * 2**20
     pack_tokens: int | None = None
     vae_memory_bytes: int | None = None
     memory_bytes: int | None = None
+    max_clip_pixels: int | None = None
+    max_clip_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                object.__setattr__(self, name, _positive_integer(f"Limits.{name}", value))
+                least = 0 if name in _SWITCHES else 1
+                object.__setattr__(self, name, _integer(f"Limits.{name}", value, least))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +101,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("ulysses", "ring", "guidance", "window", "data"):
-            value = _positive_integer(f"ParallelConfig.{name}", getattr(self, name))
+            value = _integer(f"ParallelConfig.{name}", getattr(self, name))
             object.__setattr__(self, name, value)
         if self.guidance > 2:
             raise ValueError(
@@ -134,15 +147,20 @@ class ParallelConfig:
 NO_LIMIT = 1 << 62
 """Bytes: more than any machine has."""
 
-_OPTIONAL = ("pack_tokens", "vae_memory_bytes", "memory_bytes")
+_SWITCHES = ("text_cache_bytes",)
+_OPTIONAL = (
+    *("pack_tokens", "vae_memory_bytes", "memory_bytes"),
+    *("max_clip_pixels", "max_clip_bytes"),
+)
 
 
-def _positive_integer(name: str, value: object) -> int:
-    """A plain integer of at least 1, from one of any kind but bool; ValueError for others."""
+def _integer(name: str, value: object, least: int = 1) -> int:
+    """A plain integer of at least `least`, from one of any kind but bool; ValueError for others."""
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        number = -1
+    if number < least:
+        what = "a positive integer" if least else "an integer of at least 0"
+        raise ValueError(f"{name} must be {what}, got {value!r}")
     return number

@@ -130,6 +130,10 @@ class DeviceError(SoraError, RuntimeError):
     """The device failed while the job was under way; the job itself may be in order."""
 
 
+class ServeError(SoraError, RuntimeError):
+    """The HTTP service cannot start or go on; the message names what stands in its way."""
+
+
 class EngineClosedError(SoraError, RuntimeError):
     """The engine was closed, and takes no requests."""
 

@@ -28,7 +28,11 @@ class Receipt:
     resumed_at: the step at which it was taken up from a file; None where it ran in one go.
     promised_bytes: the peak of memory that was computed before work began.
     cut_prompts: a line for each text of which the text encoder did not read the end.
+    texts_reused: how many of its texts had been encoded for an earlier request, and were kept.
     loras: the adapters that it was made with, as `--lora` has them.
+    chosen: on a CPU, why settings that were "auto" have become what they have: `dtype`,
+        `vae_dtype`, and attention over long sequences, with the measured rates.
+    quantised: by format, which of the transformer's layers have weights that stay quantised.
     lossy: options that trade accuracy, each with its measured relative error; empty unless asked
         for.
     watermark: the payload of the mark that the file's pixels carry, where they were changed for
@@ -50,7 +54,10 @@ class Receipt:
     resumed_at: int | None = None
     promised_bytes: int | None = None
     cut_prompts: list[str] = field(default_factory=list)
+    texts_reused: int = 0
     loras: list[str] = field(default_factory=list)
+    chosen: dict[str, str] = field(default_factory=dict)
+    quantised: dict[str, str] = field(default_factory=dict)
     lossy: dict[str, float] = field(default_factory=dict)
     watermark: str | None = None
 

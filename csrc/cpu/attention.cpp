@@ -198,12 +198,17 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
 }
 
 }  // namespace
+}  // namespace SORA_ISA
+
+#include "attention_bf16.h"
+
+namespace SORA_ISA {
 
 int64_t attention_scratch(int64_t queries, int64_t keys, int64_t head_dim) {
   const int64_t wide_d = round_up(head_dim, kLanes);
   const int64_t most = round_up(keys < kKeys ? keys : kKeys, kRows);
-  const int64_t state = keys > kKeys ? round_up(queries, kLanes) * (2 + wide_d) : 0;
-  return 2 * wide_d * most + kLanes * (wide_d + most) + state;
+  const int64_t kept = keys > kKeys ? round_up(queries, kLanes) : kLanes;
+  return 2 * wide_d * most + kLanes * (2 * wide_d + most) + kept * (2 + wide_d);
 }
 
 void attention(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t head,
@@ -211,7 +216,11 @@ void attention(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t
   switch (a.type) {
     case sora::Type::f32: return attend<Float>(a, q, k, head, padding, scratch);
     case sora::Type::f16: return attend<Half>(a, q, k, head, padding, scratch);
+#if defined(__AVX512BF16__)
+    case sora::Type::bf16: return attend_pairs(a, q, k, head, padding, scratch);
+#else
     case sora::Type::bf16: return attend<BFloat16>(a, q, k, head, padding, scratch);
+#endif
   }
 }
 

@@ -12,15 +12,20 @@
   void causal(const sora::CausalArgs&, int64_t, int64_t);                                   \
   void lora(const sora::LoraArgs&, const sora::LoraGroup*, int64_t, int64_t, int64_t,       \
             float*);                                                                        \
+  void unpack(const sora::UnpackArgs&, int64_t, int64_t, float*);                           \
+  void quantise(const sora::QuantiseArgs&, int64_t, int64_t);                               \
+  void finish(const sora::FinishArgs&, int64_t, int64_t);                                   \
   int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \
   }                                                                                         \
   static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
-                                              isa::causal, isa::lora, isa::attention_scratch};
+                                              isa::causal, isa::lora, isa::unpack, isa::quantise,   \
+                                              isa::finish, isa::attention_scratch};
 
 SORA_DECLARE(baseline)
 #ifdef SORA_X86
 SORA_DECLARE(avx2)
 SORA_DECLARE(avx512)
+SORA_DECLARE(avx512bf16)
 #endif
 
 namespace sora {
@@ -39,8 +44,10 @@ static const Kernels& pick() {
   const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && allowed("avx512")) return avx512_kernels;
-  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return avx2_kernels;
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && allowed("avx512bf16")) return avx512bf16_kernels;
+  if (has_avx512 && (allowed("avx512") || allowed("avx512bf16"))) return avx512_kernels;
+  if (has_avx2 && !(wanted != nullptr && std::strcmp(wanted, "baseline") == 0)) return avx2_kernels;
 #endif
   return baseline_kernels;
 }

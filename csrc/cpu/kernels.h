@@ -90,6 +90,41 @@ struct LoraGroup {
   float scale;
 };
 
+// In the order of kernels/sora_kernels/quant/formats.py.
+enum class Format : int { int8, e4m3, e5m2, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k,
+                          q6_k };
+
+struct UnpackArgs {
+  Format format;
+  const uint8_t* weight;         // [rows, row_bytes]
+  int64_t row_bytes;
+  const float* scale = nullptr;  // of int8 and fp8: [rows, stretches], or one for all (stride 0)
+  int64_t scale_stride = 0, stretches = 1;
+  int64_t ins;                   // values of a row
+  int64_t first;                 // the row that stands first in `out`
+  Type type;                     // of out
+  void* out;                     // [.., ins], dense
+};
+
+struct QuantiseArgs {
+  Type type;       // of x
+  const void* x;   // [rows, ins]
+  int64_t x_stride, ins;
+  uint8_t* out;    // [rows, ins]: int8 and 128
+  float* scale;    // [rows]
+};
+
+// What int8 sums become: times the row's scale, plus bias, gelu. Without sums, `out` itself.
+struct FinishArgs {
+  Type type;                     // of out
+  const float* sums = nullptr;   // [rows, outs], dense
+  const float* scale = nullptr;  // [rows]
+  const float* bias = nullptr;   // [outs]
+  int64_t gelu = 0;              // 1 by erf, 2 by tanh
+  void* out;                     // [rows, outs]
+  int64_t out_stride, outs;
+};
+
 // Tokens first, first + step, ...: `count` of them.
 struct Span {
   int64_t first, step, count;
@@ -105,6 +140,9 @@ struct Kernels {
   void (*causal)(const CausalArgs&, int64_t begin, int64_t end);  // rows of `joined`
   void (*lora)(const LoraArgs&, const LoraGroup* groups, int64_t count, int64_t begin,
                int64_t end, float* scratch);  // rows that all of the groups change
+  void (*unpack)(const UnpackArgs&, int64_t begin, int64_t end, float* scratch);  // [ins]
+  void (*quantise)(const QuantiseArgs&, int64_t begin, int64_t end);
+  void (*finish)(const FinishArgs&, int64_t begin, int64_t end);
   int64_t (*attention_scratch)(int64_t queries, int64_t keys, int64_t head_dim);
 };
 

@@ -18,6 +18,7 @@ from sora_kernels.gated.api import gate_residual_norm_modulate
 from sora_kernels.invariant.api import invariant_linear
 from sora_kernels.lora.api import lora_linear
 from sora_kernels.modulate.api import norm_modulate
+from sora_kernels.quant.api import quant_linear
 from sora_kernels.rope.api import qk_norm_rope
 from sora_kernels.windowed.api import windowed_attention
 from sora_kernels.windowed.plan import BlockPlan
@@ -36,6 +37,7 @@ __all__ = [
     "packed_attention",
     "plan_attention",
     "qk_norm_rope",
+    "quant_linear",
     "spatial_attention",
     "takes_plan",
     "temporal_attention",

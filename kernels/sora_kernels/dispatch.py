@@ -95,6 +95,10 @@ class Op:
             for (asked, case), module in list(self._chosen.items())
         ]
 
+    def choose_again(self) -> None:
+        """Forget what `auto` was resolved to: what a choice depends on has changed."""
+        self._chosen.clear()
+
     def _pick(self, backend: str, case: Case) -> Backend:
         self.check_name(backend)
         if backend != "auto":

@@ -62,6 +62,7 @@ KINDS: Mapping[str, Callable[..., Any]] = {
     "temporal_attention": TileLaunch,
     "invariant_linear": MatmulLaunch,
     "lora_linear": MatmulLaunch,
+    "quant_linear": MatmulLaunch,
     "norm_modulate": RowLaunch,
     "qk_norm_rope": RowLaunch,
 }
@@ -71,6 +72,7 @@ _INTERPRETED: Mapping[str, Any] = {
     "temporal_attention": TileLaunch(64, 4, 1),
     "invariant_linear": MatmulLaunch(16, 32, 32, 4, 1),
     "lora_linear": MatmulLaunch(16, 32, 32, 4, 1),
+    "quant_linear": MatmulLaunch(16, 32, 32, 4, 1),
     "norm_modulate": RowLaunch(4),
     "qk_norm_rope": RowLaunch(4),
 }

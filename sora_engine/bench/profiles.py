@@ -20,7 +20,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     """
     from dataclasses import replace
 
-    from sora_engine.bench import serving
+    from sora_engine.bench import http, serving
     from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
     from sora_engine.bench.ops import block, ops
 
@@ -37,6 +37,14 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
                 *serving.serving(kinds=kinds, count=4, rounds=1),
                 serving.burst(kinds=kinds, count=2, rounds=1),
             ],
+            "http": lambda: http.over_http(
+                small=replace(http.SMALL, width=32, height=32, num_frames=1, steps=1),
+                large=replace(http.LARGE, width=64, height=64, num_frames=5),
+                count=3,
+                rounds=1,
+                polls_s=0.3,
+                clients=5,
+            ),
         }
     # Decoding is measured at a third of the VAE's width, where it does not take the time of steps.
     four = replace(WAN_1_3B, layers=4, vae_base_dim=32)
@@ -49,6 +57,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
             *serving.serving(count=60, rounds=1),
             serving.burst(rounds=2),
         ],
+        "http": http.over_http,
     }
     if long:
         groups["end-to-end"] = lambda: end_to_end(four, replace(run, steps=20))

@@ -10,10 +10,21 @@ one line on stderr.
 
 from __future__ import annotations
 
-from sora_engine.cli.app import main
-
 # A module of commands is registered by its import; `sora --help` lists them in this order.
-from sora_engine.cli import generate, clips, decode, bench, plan, inspect, ladders, verify, doctor  # isort: skip
+from sora_engine.cli import (
+    bench,
+    clips,
+    decode,
+    doctor,
+    generate,
+    inspect,
+    ladders,
+    plan,
+    quantize,
+    serve,
+    verify,
+)  # isort: skip
+from sora_engine.cli.app import main
 
 __all__ = [
     "bench",
@@ -25,5 +36,7 @@ __all__ = [
     "ladders",
     "main",
     "plan",
+    "quantize",
+    "serve",
     "verify",
 ]

@@ -16,9 +16,11 @@ from sora_engine.cli.options import (
     Sign,
     SignCert,
     SignKey,
+    TinyVAE,
     VAEBackend,
     VAEDtype,
     WatermarkMode,
+    decoder_of,
     in_options,
     model_path,
     named,
@@ -41,6 +43,7 @@ def decode(
     ] = None,
     components: Components = None,
     vae: Annotated[str | None, typer.Option(help="Its VAE alone: a file or a folder.")] = None,
+    tiny_vae: TinyVAE = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
@@ -61,14 +64,24 @@ def decode(
         saved = SavedLatents.read(latents)
     except SoraError as error:
         raise UsageError(str(error)) from error
-    if vae is not None and components is not None:
-        raise UsageError("--vae: --components names a folder of all parts; give one or the other")
+    named_parts = {"vae": vae, "tiny_vae": tiny_vae}
+    given = {name: part for name, part in named_parts.items() if part is not None}
+    if given and components is not None:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise UsageError(
+            f"{option}: --components names a folder of all parts; give one or the other"
+        )
+    vae_backend = decoder_of(vae_backend, tiny_vae)
     path: ModelPath = saved.model
-    parts = components if vae is None else {"vae": vae}
+    parts = given or components
     if model:
         path = model_path(model)
+    elif isinstance(saved.components, dict) and components is None:
+        parts = {**saved.components, **given}
     else:
         parts = parts or saved.components
+    if vae_backend == "auto" and isinstance(parts, dict) and "tiny_vae" in parts:
+        vae_backend = "tiny"  # as the video was to be
     made = {} if saved.provenance is None else saved.provenance.settings
     dtype = str(made.get("dtype", dtype)) if dtype == "auto" else dtype
     vae_dtype = str(made.get("vae_dtype", vae_dtype)) if vae_dtype == "auto" else vae_dtype

@@ -148,6 +148,14 @@ def _csrc() -> str:
     return f"not in use: {why}"
 
 
+def _speed() -> str:
+    from sora_engine.models.machine import machine_rates
+
+    rates = machine_rates()
+    assert rates is not None
+    return str(rates)
+
+
 def _ffmpeg() -> str:
     import av
 
@@ -179,6 +187,7 @@ _PARTS: dict[str, Callable[[], str]] = {
     "torch": _torch,
     "Triton": _triton,
     "csrc": _csrc,
+    "speed of a core": _speed,
     "FFmpeg": _ffmpeg,
     "transformers": _transformers,
     "sprites": _sprites,

@@ -33,6 +33,7 @@ _OPTION_OF = {
     "device": "--device",
     "dtype": "--dtype",
     "vae_dtype": "--vae-dtype",
+    "vae_backend": "--vae-backend",
     "before_s": "--before",
     "after_s": "--after",
     "gap_s": "--gap",
@@ -51,11 +52,15 @@ Components = Annotated[
 VAEDtype = Annotated[
     str,
     typer.Option(
-        help="Of the autoencoder: auto (float32 on a CPU, --dtype on a GPU), float32, bfloat16 or "
-        "float16."
+        help="Of the autoencoder: auto (--dtype on a GPU, and on a CPU that is fast in it), "
+        "float32, bfloat16 or float16."
     ),
 ]
-VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx or tensorrt.")]
+VAEBackend = Annotated[str, typer.Option(help="auto, torch, onnx, tensorrt or tiny.")]
+TinyVAE = Annotated[
+    str | None,
+    typer.Option(help="A tiny autoencoder (TAEHV) to decode with: faster, and not as good."),
+]
 
 
 Prompt = Annotated[
@@ -116,6 +121,15 @@ class Common:
     vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None
     image_encoder: Annotated[str | None, typer.Option(help="Its image encoder, likewise.")] = None
+    vace: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file of VACE's blocks alone, laid over the model. Of two experts: twice, as "
+            "--model.",
+            show_default=False,
+        ),
+    ] = None
+    tiny_vae: TinyVAE = None
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -203,7 +217,11 @@ class Common:
             "vae": self.vae,
             "text_encoder": self.text_encoder,
             "image_encoder": self.image_encoder,
+            "tiny_vae": self.tiny_vae,
         }
+        if len(self.vace or ()) > 2:
+            raise UsageError(f"--vace: given {len(self.vace or ())} times; once an expert at most")
+        named |= dict(zip(("vace", "vace_2"), self.vace or (), strict=False))
         given = {name: path for name, path in named.items() if path is not None}
         if given and self.components is not None:
             option = f"--{next(iter(given))}"
@@ -213,13 +231,18 @@ class Common:
             )
         return given or self.components
 
+    def decoder(self) -> str:
+        """The backend of the VAE, as `Engine.from_pretrained` takes it."""
+        return decoder_of(self.vae_backend, self.tiny_vae)
+
     def signing(self) -> tuple[bool, str | None, str | None]:
         """What `signing.credentials_of` takes."""
         return self.sign, self.sign_cert, self.sign_key
 
     def loras(self) -> tuple[Lora, ...]:
         """The adapters, as `Engine.from_pretrained` takes them."""
-        return tuple(parse_lora(text) for text in self.lora or ())
+        folders = [folder for path in self.model or () for folder in lora_folders(Path(path))]
+        return tuple(parse_lora(text, folders) for text in self.lora or ())
 
     def settings(self) -> dict[str, Any]:
         """What was given of a `VideoRequest`'s values."""
@@ -239,6 +262,16 @@ class Common:
             "strict_grid": self.strict or None,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+def decoder_of(vae_backend: str, tiny_vae: str | None) -> str:
+    """The backend that decodes: the tiny autoencoder where one is given."""
+    if tiny_vae is not None and vae_backend not in ("auto", "tiny"):
+        raise UsageError(
+            f"--tiny-vae: --vae-backend {vae_backend} decodes with the model's own VAE; give one "
+            "or the other"
+        )
+    return vae_backend if tiny_vae is None else "tiny"
 
 
 ModelPath = str | tuple[str, ...]
@@ -280,13 +313,26 @@ def parse_size(
     return int(match[2]), int(match[1])
 
 
-def parse_lora(text: str) -> Lora:
-    """'detail.safetensors:0.8:high' as an adapter. A file of just that name is taken as it is."""
-    path, strength, expert = text, 1.0, None
-    if not Path(text).exists():
+def lora_folders(model: Path) -> list[Path]:
+    """Where ComfyUI keeps the adapters that go with a model: a folder of its layout, or a file in
+    one."""
+    near = [model / "loras", *(parent / "loras" for parent in list(model.parents)[1:2])]
+    return [folder for folder in near if folder.is_dir()]
+
+
+def parse_lora(text: str, folders: Sequence[Path] = ()) -> Lora:
+    """'detail.safetensors:0.8:high' as an adapter, a file of its own or in one of the folders. A
+    file of just that name is taken as it is."""
+
+    def found(name: str) -> str | None:
+        places = [Path(name), *(folder / name for folder in folders)]
+        return next((str(place) for place in places if place.exists()), None)
+
+    name, strength, expert = text, 1.0, None
+    if found(text) is None:
         match = re.fullmatch(r"(.+?):([^:/\\]*)(?::([^:/\\]*))?", text)
         if match is not None:
-            path, number, expert = match.groups()
+            name, number, expert = match.groups()
             try:
                 strength = float(number)
             except ValueError:
@@ -296,8 +342,11 @@ def parse_lora(text: str) -> Lora:
                 ) from None
     if expert is not None and expert not in EXPERTS:
         raise UsageError(f"--lora: {expert!r} in {text!r} is no expert; high or low would work")
-    if not Path(path).exists():
-        raise UsageError(f"--lora: {path} does not exist")
+    path = found(name)
+    if path is None:
+        held = [f.name for folder in folders for f in sorted(folder.iterdir())][:6]
+        there = f"; {', '.join(str(f) for f in folders)} has {', '.join(held)}" if held else ""
+        raise UsageError(f"--lora: {name} does not exist{there}")
     return Lora(path, strength, expert)
 
 

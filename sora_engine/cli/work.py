@@ -204,7 +204,7 @@ def load_engine(common: Common) -> Engine:
             components=common.parts(),
             device=common.device,
             dtype=common.dtype,
-            vae_backend=common.vae_backend,
+            vae_backend=common.decoder(),
             vae_dtype=common.vae_dtype,
             exact=common.exact,
             offload=common.offload,

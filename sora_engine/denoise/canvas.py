@@ -108,6 +108,11 @@ class Canvas:
         return self.prompts.cut
 
     @property
+    def texts_reused(self) -> int:
+        """How many of its texts were encoded for an earlier request."""
+        return self.prompts.reused
+
+    @property
     def num_steps(self) -> int:
         return len(self.solver.schedule) * max(1, len(self.chain))
 

@@ -23,7 +23,8 @@ class Prompts:
     texts: of the prompt, or of each shot. frame_texts: for each latent frame the index into `texts`
     of what it reads. negative: what the unconditional branch reads, where there is one. image:
     tokens of an image encoder `[n, image_dim]`, where the transformer reads such. cut: a line for
-    each text of which the encoder does not read the end.
+    each text of which the encoder does not read the end. reused: how many of the texts were encoded
+    for an earlier request.
     """
 
     texts: tuple[Embedding, ...]
@@ -31,6 +32,7 @@ class Prompts:
     negative: Embedding | None
     image: Tensor | None = None
     cut: tuple[str, ...] = ()
+    reused: int = 0
 
     @property
     def branches(self) -> tuple[Embedding, ...]:

@@ -26,7 +26,7 @@ from sora_engine.denoise.guidance import guide
 from sora_engine.denoise.known import encode_known, encode_video
 from sora_engine.denoise.model import DiffusionModel, Transformer
 from sora_engine.denoise.packing import Packer
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import Preview
 from sora_engine.denoise.sharing import ALONE, Part, PartPredictions, Predictions, StepSharing
 from sora_engine.denoise.windows import chain_of, plan_windows
 from sora_engine.errors import NonFiniteError, RequestError
@@ -104,13 +104,14 @@ def encode_prompts(
 ) -> Prompts:
     """Embeddings of the prompts, and which of them each latent frame reads."""
     texts = list(model.prompt_encoder.encode(prompts_of(request)))
+    reused = model.prompt_encoder.reused
     encoded = [tensor for text in texts for tensor in text.values()]
     encoded += [] if image is None else [image]
     check_finite(encoded, "a prompt or an image", stage="encoding", dtype=model.dtype)
     negative = texts.pop() if request.guided else None
     frame_texts = frame_texts_of(request, model.grid, latent_frames)
     cut = model.prompt_encoder.cut(prompts_of(request))
-    return Prompts(tuple(texts), frame_texts, negative, image, cut)
+    return Prompts(tuple(texts), frame_texts, negative, image, cut, reused)
 
 
 def prompts_of(request: ResolvedRequest) -> list[str]:
@@ -148,6 +149,11 @@ def num_passes(request: ResolvedRequest, grid: LatentGrid) -> int:
     """How many times the schedule is gone through: once a chained window."""
     frames = request.latent_shape(grid)[1]
     return max(1, len(chain_of(request.window, frames, None, wraps=request.loop)))
+
+
+def num_steps(request: ResolvedRequest, grid: LatentGrid) -> int:
+    """All steps of a run, over all passes."""
+    return request.steps_taken * num_passes(request, grid)
 
 
 @torch.inference_mode()
@@ -249,7 +255,7 @@ def advance(
     expert: int,
     predictions: Predictions,
     fresh: Tensor | None,
-    preview: LatentPreview | None = None,
+    preview: Preview | None = None,
 ) -> None:
     """Join the branches, and take the solver's step."""
     schedule, i = canvas.solver.schedule, canvas.step_index

@@ -13,7 +13,7 @@ from torch import Tensor
 from sora_engine.denoise.adapting import AdapterRun, Adapters
 from sora_engine.denoise.conditioning import Context, Embedding
 from sora_engine.denoise.packing import PackedBatch
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import Preview
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.lora import LoraRecord
 from sora_engine.samplers import SamplerConfig
@@ -67,6 +67,11 @@ class Transformer(Protocol):
 class PromptEncoder(Protocol):
     """What turns the prompts of requests into what a transformer reads."""
 
+    @property
+    def reused(self) -> int:
+        """Of the prompts that were encoded last, how many were known from before."""
+        ...
+
     def encode(self, prompts: Sequence[str]) -> Sequence[Embedding]: ...
 
     def cut(self, prompts: Sequence[str]) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ class DiffusionModel(Protocol):
     @property
     def takes_last_image(self) -> bool: ...
     @property
-    def preview(self) -> LatentPreview | None: ...
+    def preview(self) -> Preview | None: ...
     @property
     def num_experts(self) -> int: ...
 

@@ -1,4 +1,5 @@
-"""What a video will look like, from its latents alone: one linear map to colours, no decoder."""
+"""What a video will look like while it is made: a linear map of its latents to colours, or a tiny
+decoder."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,9 +15,25 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
+from sora_engine.vae.causal import CausalVAE
+from sora_engine.vae.decoding import to_uint8
+from sora_engine.vae.rehearsal import hollow_vae
 from sora_kernels.transfer import to_device
 
 FILE = "latent_rgb.json"
+
+
+class Preview(Protocol):
+    """Makes pictures of latents that are on their way."""
+
+    def frames(self, latents: Tensor) -> np.ndarray:
+        """Normalised latents `[C, T, h, w]` to uint8 `[T, height, width, 3]`: a picture a latent
+        frame."""
+        ...
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """What those pictures of latents of this shape take."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,10 +91,41 @@ class LatentPreview:
         )
         return torch.einsum("kc,cthw->kthw", weight, latents) + bias[:, None, None, None]
 
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """See `Preview`."""
+        _, frames, height, width = shape
+        return frames * height * width * 3
+
     def frames(self, latents: Tensor) -> np.ndarray:
         """The same as uint8 `[T, h, w, 3]`: one picture a latent frame."""
         scaled = self.colours(latents).clamp(0, 1) * 255
         return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().contiguous().numpy()
+
+
+class DecodedPreview:
+    """Pictures in full size by a decoder that is cheap enough for every step.
+
+    vae: reads latents as the transformer has them.
+    """
+
+    def __init__(self, vae: CausalVAE, dtype: torch.dtype) -> None:
+        self.vae, self.dtype = vae, dtype
+        self._hollow = hollow_vae(vae.config, dtype)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """See `Preview`."""
+        _, frames, height, width = shape
+        return frames * height * width * 3 * self.vae.scale_factor_spatial**2
+
+    def frames(self, latents: Tensor) -> np.ndarray:
+        """See `Preview`; of each latent frame the last of the frames that it stands for."""
+        vae = self._hollow if latents.is_meta else self.vae
+        state, made = None, []
+        for latent in latents.to(self.dtype).split(1, dim=1):
+            decoded, state = vae.decode_chunk(latent[None], state, consume=True)
+            made.append(to_uint8(decoded[0, :, -1:]))
+            del decoded
+        return torch.cat(made).numpy()
 
 
 def pooled_colours(frames: Tensor, time: int, size: tuple[int, int]) -> Tensor:

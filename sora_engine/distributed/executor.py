@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
@@ -26,7 +26,9 @@ from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message, state_from_message, state_to_message
 from sora_engine.errors import EngineDeadError, LayoutError, RankFailedError, error_from_fields
 from sora_engine.io.system import usable_cores
-from sora_engine.models.device import resolve_device, resolve_dtype, resolve_vae_dtype
+from sora_engine.models.device import resolve_device
+from sora_engine.models.precision import settle_precision
+from sora_engine.models.quantised import check_kind, split_dtype
 from sora_engine.models.registry import Components, ModelPath, open_checkpoint, plain_components
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 from sora_engine.request.lora import EXPERTS, Lora, LoraRecord, checked_loras
@@ -62,6 +64,10 @@ class RemoteModel:
     weights_hash: str
     known_mode: KnownMode
     loras: tuple[LoraRecord, ...] = ()
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    dtype_name: str = ""
+    quantised: Mapping[str, str] = field(default_factory=dict)
+    lossy: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> RemoteModel:
@@ -79,6 +85,10 @@ class RemoteModel:
             weights_hash=fields["weights_hash"],
             known_mode=KnownMode(fields["known_mode"]),
             loras=tuple(LoraRecord(**record) for record in fields["loras"]),
+            chosen=fields["chosen"],
+            dtype_name=fields["dtype_name"],
+            quantised=fields["quantised"],
+            lossy=fields["lossy"],
         )
 
     @property
@@ -106,6 +116,7 @@ class RemoteCanvas:
     solver_name: str
     step: int = 0
     cut_prompts: tuple[str, ...] = ()
+    texts_reused: int = 0  # ranks keep no texts
     preview: None = None
     num_windows: int = 1  # ranks share windows out by themselves
     _latents: Tensor | None = None
@@ -285,12 +296,10 @@ def settle_layout(
             ranks = torch.cuda.device_count()
         parallel = auto_layout(path, components, ranks)
     if torchrun.launched() or (parallel and parallel.num_ranks * parallel.data > 1):
-        return parallel or torchrun.default_layout(_heads_of(path, components))
+        return parallel or torchrun.default_layout(
+            open_checkpoint(path, components)[0].shape.num_heads
+        )
     return None
-
-
-def _heads_of(path: ModelPath, components: Components | None) -> int:
-    return open_checkpoint(path, components)[0].shape.num_heads
 
 
 def start_replicas(
@@ -316,20 +325,35 @@ def start_replicas(
     if not hasattr(os, "fork"):
         raise LayoutError(f"{parallel} needs os.fork, which Windows has not; one rank would work")
     target = resolve_device(device)
-    num_heads = _heads_of(path, components)
+    checkpoint, _ = open_checkpoint(path, components)
+    num_heads = checkpoint.shape.num_heads
     check_heads(parallel, num_heads)
     if torchrun.launched():
         check_world(parallel, int(os.environ["WORLD_SIZE"]))
     elif target.type == "cuda":
         check_devices(parallel, torch.cuda.device_count(), "GPUs", num_heads=num_heads)
     paths = [path] if isinstance(path, (str, PathLike)) else list(path)
-    weights_dtype = resolve_dtype(dtype, target)
-    coding_dtype = resolve_vae_dtype(vae_dtype, target, weights_dtype, vae_backend)
+    kind, dtype = split_dtype(dtype)
+    check_kind(kind, target)
+    if kind and parallel.shard_weights:
+        raise LayoutError(
+            f"dtype {kind!r} and shard_weights: quantised weights are not shared out over ranks; "
+            "one of the two would work"
+        )
+    precision = settle_precision(  # once: ranks that measure for themselves might differ
+        dtype,
+        vae_dtype,
+        target,
+        weights=[expert.path for expert in checkpoint.experts],
+        vae_backend=vae_backend,
+        exact=exact,
+    )
+    own_dtype = str(precision.dtype).removeprefix("torch.")
     model = {
         "path": os.fspath(paths[0]) if len(paths) == 1 else [os.fspath(p) for p in paths],
-        "dtype": str(weights_dtype).removeprefix("torch."),
+        "dtype": f"{kind}:{own_dtype}" if kind else own_dtype,
         "vae_backend": vae_backend,
-        "vae_dtype": str(coding_dtype).removeprefix("torch."),
+        "vae_dtype": str(precision.vae_dtype).removeprefix("torch."),
         "cuda_graphs": cuda_graphs,
         "attention_backend": attention_backend,
         "exact": exact,

@@ -154,10 +154,12 @@ class _Rank:
         self._packer = Packer(model.grid.patch, model.device)
         self._jobs: dict[int, RankJob] = {}
         self._split: SplitVAE | None = None
+        model.preview = None  # no picture of a rank's is asked for
         model.vae.limit(NO_LIMIT)  # ranks code whole frames, or rows of them, and never tiles
-        if mesh.replica.size > 1 and model.vae.layers is not None:
+        layers = model.vae.layers
+        if mesh.replica.size > 1 and layers is not None and layers.splits_rows:
             # The hooks must not be in the way of one rank that decodes alone: a copy, same weights.
-            self._split = SplitVAE(shared_copy(model.vae.layers), mesh.replica)
+            self._split = SplitVAE(shared_copy(layers), mesh.replica)
         self._does = {
             "prepare": self._prepare,
             "resume": self._resume,
@@ -211,6 +213,10 @@ class _Rank:
             "latents_mean": list(model.vae.config.latents_mean),
             "latents_std": list(model.vae.config.latents_std),
             "vae_name": type(model.vae.coder).__name__,
+            "chosen": dict(model.chosen),
+            "dtype_name": model.dtype_name,
+            "quantised": model.quantised,
+            "lossy": model.lossy,
             "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         }
 

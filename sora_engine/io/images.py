@@ -23,6 +23,7 @@ from sora_engine.io import hdr
 from sora_engine.io.foreign import HEAD_BYTES, video_kind, what_it_is
 from sora_engine.io.heif import coded_colours, heif_format, open_heic
 from sora_engine.io.icc import to_srgb, transfer_of
+from sora_engine.io.media_limits import media_limits
 from sora_engine.io.wholeness import what_is_missing
 
 # Twice 8K UHD. A PNG of some hundred kilobytes can declare far more than memory holds.
@@ -147,12 +148,14 @@ def _refuse_hdr(path: str | Path, transfer: int | None) -> None:
 
 
 def check_size(path: str | Path, width: int, height: int) -> None:
-    """Raises MediaError for a picture that is empty or holds more than MAX_PIXELS."""
+    """Raises MediaError for a picture that is empty or holds more than MAX_PIXELS, or than this
+    thread's `media_limits`."""
     if width < 1 or height < 1:
         raise MediaError(f"{path} is {width}x{height}: empty")
-    if width * height > MAX_PIXELS:
+    most = media_limits().pixels or MAX_PIXELS
+    if width * height > most:
         raise MediaError(
-            f"{path} is {width}x{height}, {width * height} pixels; at most {MAX_PIXELS} are read"
+            f"{path} is {width}x{height}, {width * height} pixels; at most {most} are read"
         )
 
 

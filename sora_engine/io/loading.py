@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,6 +11,24 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.source import WeightSource
+
+
+class Keep(Protocol):
+    """Takes weights that stay as they are stored."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: WeightSource,
+        source: str,
+        *,
+        device: torch.device | str,
+        merge: Merge | None,
+    ) -> bool:
+        """Asked of each parameter, by its name in `module` and in the file: whether it has put the
+        weight in place itself. merge: where adapters change it."""
+        ...
 
 
 def load_into(
@@ -24,8 +42,10 @@ def load_into(
     ignore: Collection[str] = (),
     tied: Mapping[str, str] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    loose_ones: bool = False,
     shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
     merge: Merge | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """Give `module`, built on the meta device, its parameters and persistent buffers.
 
@@ -36,17 +56,20 @@ def load_into(
     dots) whose tensors become float32 whatever `dtype` is, as diffusers' `_keep_in_fp32_modules`.
     `ignore` lists parts of names that the file may have and the module need not. `tied` maps a name
     to that of the parameter it shares; the file may have either or both. `buffers` gives those that
-    no file holds. `shard` makes the module one of several that share its weights out: it is called
-    once the module has the dtypes that are wanted, still on the meta device, and tells for names
-    whose parameters are now DTensors which rows of them this process has; no others are read.
-    `merge` changes parameters as they are read, by the module's names.
+    no file holds. `loose_ones` takes shapes that differ in axes of size 1 alone: a product's weight
+    kept as a convolution's. `shard` makes the module one of several that share its weights out: it
+    is called once the module has the dtypes that are wanted, still on the meta device, and tells
+    for names whose parameters are now DTensors which rows of them this process has; no others are
+    read.
+    `merge` changes parameters as they are read, by the module's names. `keep` takes those that stay
+    as they are stored.
 
     Raises `CheckpointError` for missing, unexpected and wrong-shape tensors, before anything is
     read, and leaves the module as it was.
     """
     tied = dict(tied or {})
     wanted = dict(module.state_dict(keep_vars=True))
-    sources = _match(wanted, weights, rename or (lambda name: name), ignore, tied)
+    sources = _match(wanted, weights, rename or (lambda name: name), ignore, tied, loose_ones)
 
     rows: Mapping[str, range] = {}
     if shard is not None:
@@ -61,11 +84,16 @@ def load_into(
         stored = weights.info(source).dtype
         target = _target(name, stored, dtype, keep_fp32)
         own = rows.get(name)
+        changes = merge if merge is not None and name in merge else None
+        if keep is not None and keep(module, name, weights, source, device=device, merge=changes):
+            continue
         if merge is not None and name in merge:
             value = merge.read(name, weights, source, device=device, dtype=target, rows=own)
         else:
             value = weights.read(source, device=device, dtype=target, rows=own)
         if own is None:
+            if loose_ones:
+                value = value.reshape(wanted[name].shape)
             _assign(module, name, value, wanted[name])
         else:
             sharded: Any = wanted[name]
@@ -96,6 +124,7 @@ def _match(
     rename: Callable[[str], str],
     ignore: Collection[str],
     tied: Mapping[str, str],
+    loose_ones: bool,
 ) -> dict[str, str]:
     """Map each name of the module to one of the file, or raise."""
     sources: dict[str, str] = {}
@@ -132,7 +161,7 @@ def _match(
     for name, source in sources.items():
         info, tensor = weights.info(source), wanted[name]
         called = source if source == name else f"{source} ({name})"
-        if info.shape != tuple(tensor.shape):
+        if not _same_shape(info.shape, tuple(tensor.shape), loose_ones):
             raise CheckpointError(
                 f"tensor {called} has shape {list(info.shape)}, the model has {list(tensor.shape)}",
                 path=weights.path_of(source),
@@ -145,6 +174,12 @@ def _match(
                 tensor=source,
             )
     return sources
+
+
+def _same_shape(stored: tuple[int, ...], own: tuple[int, ...], loose_ones: bool) -> bool:
+    if not loose_ones:
+        return stored == own
+    return [n for n in stored if n != 1] == [n for n in own if n != 1]
 
 
 def _assign(module: nn.Module, name: str, value: torch.Tensor, old: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from sora_engine.io.animation import animation_times, frame_range
 from sora_engine.io.foreign import HEAD_BYTES, what_it_is
 from sora_engine.io.formats import NUMBERED_PNG, check_rate
 from sora_engine.io.images import decode, open_file, open_image, read_image
+from sora_engine.io.media_limits import media_limits
 from sora_engine.io.video_stream import VideoStream, reason
 from sora_engine.io.wholeness import what_is_missing
 
@@ -58,7 +59,8 @@ def read_video(
     A still image or a folder of PNGs has no rate of its own: it counts as 1, or `fps`, a second.
 
     Raises MediaError for a missing, cut or corrupt file, one without a video stream, a picture over
-    MAX_PIXELS, a clip over MAX_DECODED_BYTES or one that ends before `start`.
+    MAX_PIXELS, a clip over MAX_DECODED_BYTES (or over what `media_limits` says for this thread) or
+    one that ends before `start`.
     """
     path = _named(path)
     if max_frames is not None and max_frames < 1:
@@ -80,6 +82,17 @@ def read_video(
     else:
         rate = 1.0
     return stack.frames(), float(rate)
+
+
+def frames_of(path: str | Path) -> Iterator[tuple[float, np.ndarray]]:
+    """Each stored frame of what `read_video` reads, decoded and not kept: when it ends, in seconds
+    after the first one's beginning, and its pixels, uint8 [height, width, 3].
+
+    MediaError as of `read_video`, when the frame's turn has come.
+    """
+    due = _Due(_named(path), None, 0, None)
+    for picture, _ in due.pictures():
+        yield due.played_s, picture.pixels(None, None)
 
 
 def measure_video(
@@ -159,10 +172,10 @@ class _Due:
             for begin, picture in source:
                 due = self._due(picture.end - begin)
                 count = min(due, self._stop or due) - max(self.passed, self._start)
+                self.played_s = picture.end - begin
                 if count > 0:
                     yield picture, count
                 self.passed = max(self.passed, due)
-                self.played_s = picture.end - begin
                 if self._stop is not None and self.passed >= self._stop:
                     self.passed = self._stop
                     return
@@ -232,13 +245,14 @@ class _Stack:
     def add(self, frame: np.ndarray, times: int, expected: int) -> None:
         """expected: how many frames there may be in all; a guess."""
         end = self._count + times
-        if end * frame.nbytes > MAX_DECODED_BYTES:
+        most = media_limits().decoded_bytes or MAX_DECODED_BYTES
+        if end * frame.nbytes > most:
             raise MediaError(
-                f"{self._path}: its frames take over {MAX_DECODED_BYTES >> 20} MiB; "
+                f"{self._path}: its frames take over {most / 2**20:.0f} MiB; "
                 "read fewer (max_frames, start and stop, fps) or smaller ones (height, width)"
             )
         if self._array is None:
-            room = min(max(expected, end), max(1, MAX_DECODED_BYTES // frame.nbytes))
+            room = min(max(expected, end), max(1, most // frame.nbytes))
             self._array = np.empty((room, *frame.shape), np.uint8)
         if frame.shape != self._array.shape[1:]:
             (h, w), (rows, columns) = self._array.shape[1:3], frame.shape[:2]

@@ -47,7 +47,8 @@ _SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The transformer's dtype by name; `"auto"` is bfloat16 on a GPU and float32 on a CPU."""
+    """The transformer's dtype by name; `"auto"` is bfloat16 on a GPU and float32 on a CPU, where
+    `precision.settle_precision` may know better."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return _named("dtype", dtype)
@@ -57,7 +58,8 @@ def resolve_vae_dtype(
     vae_dtype: str | torch.dtype, device: torch.device, dtype: torch.dtype, backend: str
 ) -> torch.dtype:
     """The autoencoder's dtype by name. `"auto"` is `dtype`, the transformer's, on a GPU; and
-    float32 on a CPU, where half precision is slow, and for ONNX Runtime, whose graphs are in it.
+    float32 on a CPU, where `precision.settle_precision` may know better, and for ONNX Runtime,
+    whose graphs are in it.
     """
     if vae_dtype == "auto":
         return torch.float32 if device.type == "cpu" or backend == "onnx" else dtype
@@ -74,6 +76,9 @@ def _named(what: str, dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = DTYPES.get(_SHORT.get(dtype, dtype), dtype)
     if dtype not in DTYPES.values():
-        raise BackendError(f"{what} {dtype!r} is not supported; use auto, {', '.join(DTYPES)}")
+        kinds = ", as-stored or int8" if what == "dtype" else ""
+        raise BackendError(
+            f"{what} {dtype!r} is not supported; use auto, {', '.join(DTYPES)}{kinds}"
+        )
     assert isinstance(dtype, torch.dtype)
     return dtype

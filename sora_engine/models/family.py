@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sora_engine.denoise.model import TransformerShape
+from sora_engine.io.loading import Keep
 from sora_engine.io.weights.merging import Merge
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
@@ -41,9 +42,10 @@ class Fill(Protocol):
         dtype: torch.dtype,
         shard: ShardWeights | None = None,
         merge: Merge | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        """Fill a module that was built on the meta device, adapters merged in. Raises
-        CheckpointError."""
+        """Fill a module that was built on the meta device, adapters merged in; `keep` as of
+        `load_into`. Raises CheckpointError."""
         ...
 
 
@@ -51,6 +53,7 @@ class Fill(Protocol):
 class ExpertSource:
     """One transformer of a checkpoint, of which nothing is read yet but headers.
 
+    also: further files of its weights, laid over those of `path`.
     from_fraction: it serves the noise levels from this fraction of them on, down to the next
         expert's; 0 for the last.
     build: from the name of an attention backend, on the current default device.
@@ -61,6 +64,7 @@ class ExpertSource:
     num_parameters: int
     build: Callable[[str], DiffusionTransformer]
     fill: Fill
+    also: tuple[Path, ...] = ()
     from_fraction: float = 0.0
 
 
@@ -114,6 +118,8 @@ class Checkpoint:
     learned_variance: bool = False
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
+    tiny_vae: Path | None = None
+    """A tiny autoencoder for its latents, where one was given: see `models.tiny_vae`."""
 
     @property
     def shape(self) -> TransformerShape:
@@ -124,7 +130,8 @@ class Checkpoint:
     def weights_paths(self) -> list[Path]:
         """The files by which results name what made them."""
         text = [source.encoder.weights_path for source in self.text_encoders.values()]
-        return [*(expert.path for expert in self.experts), self.vae.weights_path, *text]
+        own = [path for expert in self.experts for path in (expert.path, *expert.also)]
+        return [*own, self.vae.weights_path, *text]
 
 
 class Family(Protocol):
@@ -160,6 +167,11 @@ class Family(Protocol):
     def own_name(self, module: str) -> str | None:
         """The module or parameter that an adapter's name for it means, in any published naming,
         with dots or with underscores in their place; None for one that is no naming's."""
+        ...
+
+    def published_name(self, name: str) -> str:
+        """The name that its authors give a tensor, and that files for other programs have, by the
+        engine's name or by that itself."""
         ...
 
     def is_further_input(self, name: str) -> bool:

@@ -25,6 +25,9 @@ from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.source import WeightSource
 
 INDEX = "model_index.json"
+EVERYWHERE = ("tiny_vae",)
+"""Components that every family's models may have, whatever their layout: see `models.registry`."""
+
 _FROM_TRANSFORMERS = ("text_encoder", "tokenizer", "image_encoder", "image_processor")
 _NUMBER = re.compile(r"_\d+$")
 """Of a further component of a kind, such as `text_encoder_2`."""
@@ -42,13 +45,15 @@ class FolderLayout:
 
     pipelines: the classes of whole models. components: by name the classes that each may be, as
     diffusers and transformers write them. optional: the components that a folder may lack.
-    settings: further keys of `model_index.json` that the family reads itself.
+    settings: further keys of `model_index.json` that the family reads itself. usual: by component
+    the names under which people hold it as a single file, for errors.
     """
 
     pipelines: tuple[str, ...]
     components: Mapping[str, tuple[str, ...]]
     optional: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    usual: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

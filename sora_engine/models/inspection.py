@@ -7,17 +7,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_engine.io.weights.adapter_keys import parse_key
 from sora_engine.io.weights.adapters import read_adapter
 from sora_engine.io.weights.dequantised import DequantisedWeights
 from sora_engine.io.weights.gguf import GGUFWeights
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.adapters import describe
+from sora_engine.models.kinds import ADAPTER, part_kinds
 from sora_engine.models.registry import families
-from sora_engine.text.clip_file import is_clip
-from sora_engine.text.umt5_file import TOKENIZER, is_umt5
-from sora_engine.vae.registry import vae_in_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +57,11 @@ def inspect_file(path: str | Path) -> FileReport:
             formats[_stored_as(weights, name)] += math.prod(shape)
         size = sum(file.stat().st_size for file in {weights.path_of(name) for name in weights})
     kinds = [f.describe_file(path) for f in families() if f.claims_file(shapes)]
-    config = vae_in_file(shapes, path=path)
-    if config is not None:
-        kinds.append(f"{config.class_name} with {config.z_dim} latent channels")
-    if is_umt5(path):
-        tokens = any(name.rpartition(".")[2] == TOKENIZER for name in shapes)
-        kinds.append(f"UMT5 text encoder, {'with' if tokens else 'without'} its tokenizer")
-    if is_clip(path):
-        kinds.append("CLIP image encoder")
-    if not kinds and any(parse_key(name) is not None for name in shapes):
-        kinds.append(describe(read_adapter(path, whole=False)))
+    parts = part_kinds(path)
+    if any(part.text == ADAPTER for part in parts):
+        kinds += [] if kinds else [describe(read_adapter(path, whole=False))]
+    else:
+        kinds += [part.text for part in parts]
     return FileReport(path, tuple(kinds), dict(formats), len(shapes), size)
 
 

@@ -17,10 +17,12 @@ ROWS_HINT = 1024
 
 
 class BlockedLinear(nn.Module):
-    """A linear layer in oneDNN's own layout, for float32 on an x86 CPU.
+    """A linear layer in oneDNN's own layout, for float32 and bfloat16 on an x86 CPU.
 
-    On AMD's Zen 4 its products run at 1.1 to 1.2 times the rate of `F.linear`'s (MKL), and GELU is
-    applied to a tile while it is in the cache. The original weight is not kept: there is no
+    On AMD's Zen 4 its products run at 1.1 to 1.2 times the rate of `F.linear`'s in float32 (MKL),
+    and at 1.05 times in bfloat16, which are twice as fast. GELU is applied to a tile while it is in
+    the cache: with it a feed-forward's first product is 1.3 times as fast in either. From 2 rows on
+    a row's bits do not depend on how many there are. The original weight is not kept: there is no
     `state_dict`, and no way back.
     """
 
@@ -130,10 +132,11 @@ def can_block(weight: Tensor) -> bool:
     """Whether a weight can be, and is worth being, kept in oneDNN's layout."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and weight.dtype in (torch.float32, torch.bfloat16)
         and not weight.requires_grad
         and weight.numel() >= 1 << 14
         and torch.backends.mkldnn.is_available()
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     )
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
-from sora_engine.denoise.preview import LatentPreview
+from sora_engine.denoise.preview import Preview
 from sora_engine.errors import RequestError
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.backends import served_backends
 from sora_engine.models.lora import AdapterSet
+from sora_engine.models.quantised import errors_of, formats_of
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.lora import LoraRecord
@@ -22,6 +24,7 @@ from sora_engine.text import ImageEncoder, PromptEncoder
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.free_memory import free_bytes
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -47,9 +50,11 @@ class VideoModel:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
-    preview: latents to colours, where the checkpoint brings that.
+    preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
+    kind: how weights of its blocks are quantised: one of `models.quantised.KINDS`, or "".
+    chosen: why settings that were "auto" have become what they have, by name.
     """
 
     name: str
@@ -68,10 +73,41 @@ class VideoModel:
     weights_hash: str = ""
     family: str = ""
     learned_variance: bool = False
-    preview: LatentPreview | None = None
+    preview: Preview | None = None
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None
     offload: str = "none"
+    kind: str = ""
+    chosen: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def dtype_name(self) -> str:
+        """As `Engine.from_pretrained(dtype=...)` takes it."""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.kind}:{name}" if self.kind else name
+
+    @property
+    def quantised(self) -> dict[str, str]:
+        """By format, what of the loaded transformers' blocks is quantised, for receipts."""
+        return {name: text for part in self._by_expert(formats_of) for name, text in part.items()}
+
+    @property
+    def lossy(self) -> dict[str, float]:
+        """What is lossy of that, with its measured relative error."""
+        return {name: error for part in self._by_expert(errors_of) for name, error in part.items()}
+
+    def _by_expert(
+        self, told: Callable[[DiffusionTransformer], dict[str, T]]
+    ) -> list[dict[str, T]]:
+        if not self.kind:
+            return []
+        one = len(self.experts) == 1
+        return [
+            {name if one else f"{name}, expert {i + 1}": value for name, value in of.items()}
+            for i, expert in enumerate(self.experts)
+            if expert.transformer is not None
+            for of in [told(expert.transformer)]
+        ]
 
     @property
     def num_experts(self) -> int:

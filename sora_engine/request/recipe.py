@@ -49,6 +49,8 @@ class Maker(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def dtype_name(self) -> str: ...
+    @property
     def vae_dtype(self) -> torch.dtype: ...
     @property
     def loras(self) -> tuple[LoraRecord, ...]: ...
@@ -99,9 +101,9 @@ def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
         settings["loras"] = [record.to_json() for record in (*model.loras, *request.loras)]
     settings["model_hash"] = model.weights_hash
     settings["device"] = model.device.type
-    settings["dtype"] = str(model.dtype).removeprefix("torch.")
-    coded = str(model.vae_dtype).removeprefix("torch.")
-    if coded != ("float32" if model.device.type == "cpu" else settings["dtype"]):
+    settings["dtype"] = model.dtype_name
+    coded, own = (str(d).removeprefix("torch.") for d in (model.vae_dtype, model.dtype))
+    if coded != ("float32" if model.device.type == "cpu" else own):
         settings["vae_dtype"] = coded  # it was asked for: else it follows from the device
     return Provenance(
         prompt=request.prompt,

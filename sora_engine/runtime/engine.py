@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -14,7 +13,7 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise.denoise import num_passes, step_tokens
+from sora_engine.denoise.denoise import num_steps, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
 from sora_engine.models.adapter_store import AdapterStore, LoadedAdapter
@@ -39,6 +38,7 @@ from sora_engine.runtime.lifetime import Origin, stop_when_dropped
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner, default_peak
 from sora_engine.runtime.options import check_types, checked_options, path_of
 from sora_engine.runtime.savepoint import Savepoint, load_state
+from sora_engine.runtime.saving import check_unshared
 from sora_engine.runtime.warming import compile_kernels
 from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
@@ -74,6 +74,7 @@ class Engine:
         self._planner: MemoryPlanner | None = None
         if model is not None:
             model.vae.limit(self.limits.vae_memory_bytes)
+            model.prompt_encoder.kept.bound(self.limits.text_cache_bytes)
             limit = self.limits.memory_bytes
             if limit is None:
                 limit = int(USABLE * free_bytes(model.device))
@@ -119,10 +120,14 @@ class Engine:
                 a transformer under the names that it was published with, or two of them, the
                 expert for high noise first; or `"sprites"`, the bundled checkpoint.
             device: `"auto"` takes the GPU where there is one.
-            dtype: of the transformer; `"auto"` is bfloat16 on a GPU and float32 on a CPU.
-            vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache) or `"tensorrt"`
-                (engines that `sora export-vae` has built); `"auto"` is torch.
-            vae_dtype: of the autoencoder; `"auto"` is `dtype` on a GPU and float32 on a CPU.
+            dtype: of the transformer; `"auto"` is bfloat16 on a GPU. On a CPU it is bfloat16 where
+                products are about twice as fast in it and the weights are in it or quantised, else
+                float32.
+            vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache), `"tensorrt"`
+                (engines that `sora export-vae` has built) or `"tiny"` (TAEHV, an approximation);
+                `"auto"` is torch.
+            vae_dtype: of the autoencoder; `"auto"` is `dtype`, on a CPU where convolutions are
+                about twice as fast in bfloat16, else float32 there.
             cuda_graphs: `"on"`, `"off"` or `"auto"`: whether torch's VAE replays its steady step
                 as a CUDA graph, and the transformer its small passes, where its weights stay on one
                 GPU. `"auto"` does so on a GPU, and logs where it cannot; `"on"` replays passes of
@@ -133,6 +138,7 @@ class Engine:
             components: what a transformer file lacks: a folder in diffusers' or ComfyUI's layout,
                 or a mapping from `vae`, `text_encoder`, `tokenizer`, `image_encoder`,
                 `image_processor`, `scheduler` and `transformer_2` to a file or a folder of each.
+                Of every model `tiny_vae`, for previews and for `vae_backend="tiny"`.
             offload: which weights wait in host memory and cross when they are needed: `"none"`;
                 `"text"`, the text and image encoders' layers; `"blocks"`, the transformers' too.
                 `"auto"`, on a GPU: the first of these with which a request of the checkpoint's
@@ -229,6 +235,8 @@ class Engine:
         on_progress: ProgressCallback | None = None,
         save_to: str | PathLike[str] | None = None,
         save_every: int = 1,
+        save_every_s: float | None = None,
+        keep_frames: bool = True,
     ) -> Job:
         """Queue a request and return its job at once.
 
@@ -239,12 +247,13 @@ class Engine:
             on_frames: gets uint8 `[n, height, width, 3]` as frames come.
             on_latents: gets the finished latents, as `Video.latents`, before they are decoded.
             on_progress: gets the `Progress` after each step and each latent frame that is decoded.
-            save_to: a file that holds the job's state after every `save_every` steps, for `resume`.
-                It is no other job's that is not done.
+            save_to: a file that holds the job's state after every `save_every` steps, for `resume`,
+                and after the last. No other job that is not done has it.
+            save_every_s: seconds between two of these, at least; the last step's is always written.
+            keep_frames: False where `on_frames` has them all: `Video.frames` is empty then.
 
-        The callbacks are called on the engine's thread; an exception in one fails the job.
-
-        Raises RequestError for a bad value, MemoryLimitError, RefusedError, QueueFullError,
+        The callbacks are called on the engine's thread; an exception in one fails the job. Raises
+        RequestError for a bad value, MemoryLimitError, RefusedError, QueueFullError,
         EngineClosedError, EngineDeadError (see `error`).
         """
         options = JobOptions(
@@ -255,6 +264,8 @@ class Engine:
             on_progress=on_progress,
             save_to=None if save_to is None else path_of("save_to", save_to),
             save_every=save_every,
+            save_every_s=save_every_s,
+            keep_frames=keep_frames,
         )
         resolved, held = self._taken(request)
         return self._enqueue(resolved, options, held)
@@ -266,12 +277,12 @@ class Engine:
         Over how many ranks it was saved, and is resumed, makes no difference.
 
         options: those of `submit`. Raises CheckpointError for a file that is none, or that another
-        model or dtype left; and as `submit`.
+        model or dtype left; and as `submit`, for a job beyond this engine's limits too.
         """
         self._origin.check()
         if options.get("save_to") is not None:
             options["save_to"] = path_of("save_to", options["save_to"])
-        saved = load_state(path_of("the file of a saved job", path), self.model)
+        saved = load_state(path_of("a saved job", path), self.model, self.limits)
         records = saved.request.loras
         held = self._adapters().held(records) if records else []
         if self._planner is not None:
@@ -400,17 +411,6 @@ class Engine:
             logger.warning("%s", line)
         return resolved, held
 
-    def _check_save_to(self, path: Path | None) -> None:
-        """RequestError where another job keeps its state there: the last one to write would win."""
-        taken = [job.options.save_to for worker in self._workers for job in worker.jobs]
-        if path is not None and any(
-            p and os.path.realpath(p) == os.path.realpath(path) for p in taken
-        ):
-            raise RequestError(
-                f"save_to: another job that is not done keeps its state in {path}; each job needs "
-                "a file of its own"
-            )
-
     @own_device()
     def _enqueue(
         self,
@@ -421,7 +421,7 @@ class Engine:
     ) -> Job:
         self._origin.check()
         options = checked_options(options)
-        self._check_save_to(options.save_to)
+        check_unshared(options.save_to, [job for worker in self._workers for job in worker.jobs])
         if options.on_latents is not None and self.hooks.check_frames is not None:
             raise RequestError("on_latents is not to be had where a hook checks all frames")
         if self.hooks.check_request is not None:
@@ -433,7 +433,7 @@ class Engine:
             job.plan = self._planner.plan(request)
             job.batch_tokens = job.plan.batch_tokens
         job.tokens = step_tokens(request, self.model.grid)
-        steps = job.planned_steps = request.steps_taken * num_passes(request, self.model.grid)
+        steps = job.planned_steps = num_steps(request, self.model.grid)
         if saved is not None:
             steps = max(0, steps - saved.step)
             job.resumed_at = saved.step

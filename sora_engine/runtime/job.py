@@ -80,6 +80,8 @@ class JobOptions:
     on_progress: ProgressCallback | None = None
     save_to: Path | None = None
     save_every: int = 1
+    save_every_s: float | None = None
+    keep_frames: bool = True
 
 
 class SaveOrder:
@@ -122,6 +124,7 @@ class Job:
         self.resumed_at: int | None = None
         self.provenance: Provenance | None = None  # from encoding on
         self.save_orders: list[SaveOrder] = []
+        self.kept_at = time.monotonic()  # when `save_to` was last written, or would have been first
         self._ticket: Ticket | None = None
 
         self._cut_prompts: tuple[str, ...] = ()
@@ -267,6 +270,7 @@ class Job:
     def begin(self, canvas: ServedCanvas) -> None:
         """Denoising begins: at the first step, or where a saved job was left."""
         self._steps_done = self._first_step = canvas.step
+        self.kept_at = time.monotonic()
         self.canvas_or_none = canvas
         self._cut_prompts = canvas.cut_prompts
         self.enter(JobState.DENOISING)

@@ -166,6 +166,17 @@ class MemoryPlanner:
                 )
             batch_tokens = fewer
 
+    def fits(self, held: Sequence[MemoryPlan], batch: Sequence[MemoryPlan]) -> bool:
+        """Whether what these requests hold, and what a turn of them needs beside that, keep within
+        the limit: the turn of one of them, or a step of a batch. Texts that are kept give way."""
+        if self.limit is None:
+            return True
+        working = max((plan.working for plan in held), default=0)
+        needed = sum(plan.held for plan in held)
+        needed += max(working, sum(plan.working for plan in batch))
+        self.model.prompt_encoder.kept.give_way(self.limit - needed)
+        return needed <= self.limit
+
     def _plan(
         self, request: ResolvedRequest, lengths: Sequence[int], batch_tokens: int
     ) -> MemoryPlan:
@@ -329,7 +340,8 @@ class MemoryPlanner:
         _, _, height, width = canvas.latents.shape
         coder = self._coding("decode", (height, width), request)
         frames = request.num_frames * request.height * request.width * 3
-        preview = 0 if self.model.preview is None else canvas.latents[0].numel() * 3
+        shape = canvas.latents.shape
+        preview = 0 if self.model.preview is None else self.model.preview.nbytes(shape)
         # The canvas's own latents, the caller's copy, and the one that is decoded.
         rest = 3 * canvas.latents.nbytes + texts + frames + preview
         return rest + coder.peak, rest + coder.cache
@@ -338,7 +350,7 @@ class MemoryPlanner:
         self, side: Literal["encode", "decode"], size: tuple[int, int], request: ResolvedRequest
     ) -> CodingMemory:
         model = self.model
-        config, dtype = model.vae.config, model.vae_dtype
+        config, dtype = model.vae.config_of(side), model.vae_dtype
         tiles = model.vae.tiles(side, *size)
         if tiles is not None:
             measure = encode_peak_bytes if side == "encode" else decode_peak_bytes

@@ -43,5 +43,9 @@ def receipt_of(job: Job, executor: AnyExecutor) -> Receipt:
         resumed_at=job.resumed_at,
         promised_bytes=None if job.plan is None else job.plan.peak,
         cut_prompts=list(job.cut_prompts),
+        chosen=dict(model.chosen),
+        quantised=dict(model.quantised),
+        lossy=dict(model.lossy),
+        texts_reused=job.canvas.texts_reused,
         loras=[str(record) for record in (*model.loras, *request.loras)],
     )

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from sora_engine.errors import RequestError
 from sora_engine.runtime.executor import AnyExecutor
 from sora_engine.runtime.failures import is_device_error
 from sora_engine.runtime.job import Job
 from sora_engine.runtime.savepoint import save_state
 
 logger = logging.getLogger(__name__)
+
+
+def check_unshared(path: Path | None, jobs: Iterable[Job]) -> None:
+    """RequestError where one of `jobs` keeps its state in `path`: the last to write would win."""
+    taken = [job.options.save_to for job in jobs]
+    if path is not None and any(p and os.path.realpath(p) == os.path.realpath(path) for p in taken):
+        raise RequestError(
+            f"save_to: another job that is not done keeps its state in {path}; each job needs "
+            "a file of its own"
+        )
 
 
 def carry_out_orders(job: Job, executor: AnyExecutor) -> None:
@@ -24,12 +38,26 @@ def carry_out_orders(job: Job, executor: AnyExecutor) -> None:
         order.over.set()
 
 
+def is_due(job: Job) -> bool:
+    """Whether `save_to` is written after the step that a job has just taken.
+
+    After the last one it always is: from there a job that is killed while it is decoded goes on.
+    """
+    canvas, options = job.canvas, job.options
+    if canvas.finished:
+        return True
+    if canvas.step % options.save_every:
+        return False
+    every_s = options.save_every_s
+    return every_s is None or time.monotonic() - job.kept_at >= every_s
+
+
 def keep_state(job: Job, path: Path, executor: AnyExecutor) -> None:
     """Write `save_to`. It is there so that no work is lost: whatever keeps it from being written,
     the job goes on, and its `save_error` says so. A device that failed is no such thing."""
     try:
         write_state(job, path, executor)
-        job.save_error = None
+        job.save_error, job.kept_at = None, time.monotonic()
     except Exception as error:
         if is_device_error(error):
             raise

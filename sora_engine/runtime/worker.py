@@ -26,6 +26,7 @@ from sora_engine.errors import (
     QueueFullError,
     SoraError,
 )
+from sora_engine.io.media_limits import MediaLimits, set_media_limits
 from sora_engine.request.frames import crop_middle
 from sora_engine.request.recipe import provenance_of
 from sora_engine.runtime.executor import AnyExecutor
@@ -34,7 +35,7 @@ from sora_engine.runtime.hooks import FrameSpan, Hooks
 from sora_engine.runtime.job import Job, JobState
 from sora_engine.runtime.memory import MemoryPlanner
 from sora_engine.runtime.receipt import video_of
-from sora_engine.runtime.saving import carry_out_orders, keep_state
+from sora_engine.runtime.saving import carry_out_orders, is_due, keep_state
 from sora_engine.runtime.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class Worker:
 
     def _work(self) -> None:
         self.executor.make_current()
+        set_media_limits(MediaLimits(self.limits.max_clip_pixels, self.limits.max_clip_bytes))
         while True:
             with self._wake:
                 while not (self._queue or self._running or self._closed):
@@ -166,8 +168,7 @@ class Worker:
             try:
                 self.turn()
             except Exception as error:
-                # Nothing of a job's raises here: it is the engine's own fault, and nobody waits
-                # for ever because of it.
+                # No job's fault but the engine's own, and nobody waits for ever because of it.
                 logger.exception("the engine failed")
                 self._fail([*self._queue, *self._running], failure_of(error))
         if self._let_go:
@@ -180,6 +181,7 @@ class Worker:
             if reason is not None:
                 self._fail([job], reason)
         self._admit()
+        self._fits(self._running, [])  # what is kept for later jobs gives way
         for job in [job for job in self._running if job.state is JobState.ENCODING]:
             self._attempt(job, self._encode)
         for job in [job for job in self._running if job.save_orders and job.canvas_or_none]:
@@ -236,14 +238,11 @@ class Worker:
         return min(self._pack_tokens, self.limits.max_batch_tokens)
 
     def _fits(self, held: list[Job], batch: list[Job]) -> bool:
-        """Whether what these jobs hold, and what a turn of them needs beside that, keep within the
-        limit: the turn of one of them, or a step of a batch."""
-        if self._planner is None or self._planner.limit is None:
+        """As `MemoryPlanner.fits`, of the jobs that were planned."""
+        if self._planner is None:
             return True
         plans = [job.plan for job in held if job.plan is not None]
-        working = max((plan.working for plan in plans), default=0)
-        packed = sum(job.plan.working for job in batch if job.plan is not None)
-        return sum(plan.held for plan in plans) + max(working, packed) <= self._planner.limit
+        return self._planner.fits(plans, [job.plan for job in batch if job.plan is not None])
 
     def _encode(self, job: Job) -> None:
         assert job.preparing is not None
@@ -307,10 +306,9 @@ class Worker:
                 self._attempt(job, self._after_step)
 
     def _after_step(self, job: Job) -> None:
-        if self.hooks.check_frames is None:
-            job.preview = job.canvas.preview
+        job.preview = self.hooks.pass_preview(job.canvas.preview, job.request)
         options = job.options
-        if options.save_to is not None and job.canvas.step % options.save_every == 0:
+        if options.save_to is not None and is_due(job):
             keep_state(job, options.save_to, self.executor)
         job.tell_progress()
 
@@ -346,9 +344,8 @@ class Worker:
         """Decode a job's latents (`Video.latents`); yields how many frames each turn made.
         Completes the job at its end."""
         request, canvas = job.request, job.canvas
-        frames = torch.empty(
-            (request.num_frames, request.height, request.width, 3), dtype=torch.uint8
-        )
+        kept = request.num_frames if job.options.keep_frames else 0
+        frames = torch.empty((kept, request.height, request.width, 3), dtype=torch.uint8)
         stop = 0
         chunks = self.executor.decoding(canvas, latents)
         del latents
@@ -361,7 +358,8 @@ class Worker:
             passed = self.hooks.pass_frames(
                 cropped.contiguous().numpy(), FrameSpan(request, start, stop)
             )
-            frames[start:stop] = torch.from_numpy(passed)
+            if kept:
+                frames[start:stop] = torch.from_numpy(passed)
             if job.options.on_frames is not None:
                 job.options.on_frames(passed)
             del chunk, cropped, passed

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sora_engine.errors import CheckpointError
+from sora_engine.text.kept_texts import KeptTexts
 
 
 class TextEncoder(Protocol):
@@ -34,6 +35,15 @@ class TextEncoder(Protocol):
 
     def activation_bytes(self, num_tokens: int) -> int:
         """The most that encoding one text of so many tokens holds beside the weights."""
+        ...
+
+
+@runtime_checkable
+class ReadsIds(Protocol):
+    """A text encoder whose embedding of a text follows from ids alone: those may be kept."""
+
+    def ids(self, prompt: str) -> tuple[int, ...]:
+        """What of a prompt is encoded."""
         ...
 
 
@@ -102,6 +112,9 @@ class PromptEncoder:
 
     def __init__(self, encoders: Mapping[str, TextEncoder]) -> None:
         self.encoders = dict(encoders)
+        self.kept = KeptTexts()
+        self.reused = 0
+        """Of the prompts that were encoded last, how many were known from before."""
 
     @property
     def max_tokens(self) -> int:
@@ -116,9 +129,20 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """For each prompt its embedding by every encoder's name."""
         embeddings: list[dict[str, Tensor]] = [{} for _ in prompts]
+        known = [True] * len(prompts)
         for name, encoder in self.encoders.items():
-            for embedding, tensor in zip(embeddings, encoder.encode(prompts), strict=True):
-                embedding[name] = tensor
+            keys: list[tuple[object, ...] | None] = [None] * len(prompts)
+            if self.kept.capacity and isinstance(encoder, ReadsIds):
+                keys = [(name, *encoder.ids(prompt)) for prompt in prompts]
+            found = [None if key is None else self.kept.get(key) for key in keys]
+            new = dict.fromkeys(p for p, old in zip(prompts, found, strict=True) if old is None)
+            made = dict(zip(new, encoder.encode(list(new)), strict=True)) if new else {}
+            for i, (prompt, key, old) in enumerate(zip(prompts, keys, found, strict=True)):
+                known[i] = known[i] and old is not None
+                embeddings[i][name] = made[prompt] if old is None else old
+                if key is not None and old is None:
+                    self.kept.put(key, made[prompt])
+        self.reused = sum(known) if self.encoders else 0
         return embeddings
 
     def count(self, prompt: str) -> int:

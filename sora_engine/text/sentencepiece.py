@@ -36,9 +36,15 @@ class SentencePieceModel:
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise CheckpointError(f"more than {MAX_BYTES} bytes of pieces", path=path)
-            return cls._parse(path.read_bytes(), path)
+            return cls.parse(path.read_bytes(), path)
         except OSError as error:
             raise CheckpointError(f"cannot be read ({error.strerror})", path=path) from None
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> SentencePieceModel:
+        """A model from its bytes; `path` is for errors. Raises CheckpointError for what is none."""
+        try:
+            return cls._parse(data, path)
         except (ValueError, IndexError, struct.error) as error:
             if isinstance(error, CheckpointError):
                 raise

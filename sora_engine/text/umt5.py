@@ -87,11 +87,13 @@ class UMT5Encoder:
 
         Raises `CheckpointError` for whatever is missing, unknown or does not fit.
         """
-        if tokenizer is None:
-            embedded = Path(text_encoder).is_file()
-            words = embedded_tokenizer(Path(text_encoder), load_tokenizer) if embedded else None
-        else:
+        words: Any = None
+        if tokenizer is not None:
             words = load_tokenizer(Path(tokenizer))
+        elif Path(text_encoder).is_file():
+            pieces = embedded_tokenizer(Path(text_encoder))
+            if pieces is not None:
+                words = tokenizer_of(pieces, {"extra_ids": 0}, Path(text_encoder))
         if words is None:
             raise CheckpointError(
                 "a T5 encoder needs a tokenizer, and this one brings none; give the tokenizer/ of "
@@ -134,6 +136,11 @@ class UMT5Encoder:
         ids = self.tokenizer(clean_prompt(prompt), truncation=False, verbose=False).input_ids
         return len(ids) if whole else min(len(ids), self.max_tokens)
 
+    def ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a prompt that are encoded, its end mark the last."""
+        text = clean_prompt(prompt)
+        return tuple(self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids)
+
     def activation_bytes(self, num_tokens: int) -> int:
         """The most that one text holds beside the weights: queries to values, scores and their
         bias, and the two branches of a gated feed-forward."""
@@ -152,14 +159,13 @@ class UMT5Encoder:
         diffusers pads to 512 and masks: the same numbers, since T5 knows only relative positions,
         at many times the work. A prompt that comes twice is encoded once.
         """
-        texts = [clean_prompt(prompt) for prompt in prompts]
-        done: dict[str, torch.Tensor] = {}
-        for text in texts:
-            if text not in done:
-                ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens).input_ids
+        each = [self.ids(prompt) for prompt in prompts]
+        done: dict[tuple[int, ...], torch.Tensor] = {}
+        for ids in each:
+            if ids not in done:
                 batch = to_device(torch.tensor([ids]), self.device)
-                done[text] = self.model(input_ids=batch).last_hidden_state[0]
-        return [done[text] for text in texts]
+                done[ids] = self.model(input_ids=batch).last_hidden_state[0]
+        return [done[ids] for ids in each]
 
 
 def load_umt5(
@@ -219,7 +225,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         if present[0] == "spiece.model":
-            return _from_pieces(folder / present[0], config)
+            path = folder / present[0]
+            return tokenizer_of(SentencePieceModel.read(path), config, path)
         read_json_object(folder / present[0])
         options = {} if path.exists() else config
         return T5Tokenizer.from_pretrained(
@@ -232,11 +239,11 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"not a T5 tokenizer: {reason}", path=folder) from error
 
 
-def _from_pieces(path: Path, config: Mapping[str, Any]) -> Any:
-    """The tokenizer of a SentencePiece model: transformers would want two more libraries for it."""
+def tokenizer_of(model: SentencePieceModel, config: Mapping[str, Any], path: Path) -> Any:
+    """transformers' `T5Tokenizer` of a SentencePiece model, for which it would itself want two more
+    libraries. config: of `tokenizer_config.json`. path: for errors. Raises CheckpointError."""
     from transformers import T5Tokenizer
 
-    model = SentencePieceModel.read(path)
     if model.unk_id != UNK_ID:
         raise CheckpointError(
             f"the unknown piece has the id {model.unk_id}; T5's has {UNK_ID}", path=path

@@ -1,26 +1,27 @@
-"""UMT5 in a single file: under transformers' names or Wan's own, with its tokenizer or without.
+"""UMT5 in a single file: under transformers' names, Wan's own or GGUF's, with its tokenizer or not.
 
 ComfyUI's files (`umt5_xxl_fp8_e4m3fn_scaled`) have transformers' names and the whole SentencePiece
 model as a tensor, `spiece_model`; those for WanVideoWrapper (`umt5-xxl-enc-bf16`) have the names of
-Wan's own code. An all-in-one file has ComfyUI's names under a prefix. No file has a configuration:
-shapes tell it.
+Wan's own code. An all-in-one file has ComfyUI's names under a prefix. GGUF files
+(`umt5-xxl-encoder-Q8_0`) have llama.cpp's names and the tokenizer's pieces in their metadata. No
+file has a configuration that all have: shapes tell it.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.weights.gguf import GGUFWeights
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.selected import SelectedWeights, under_prefix
 from sora_engine.io.weights.source import WeightSource
+from sora_engine.text.gguf_tokenizer import pieces_in_metadata
+from sora_engine.text.sentencepiece import SentencePieceModel
 
 PREFIXES = ("text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl.", "text_encoders.")
 TOKENIZER = "spiece_model"
@@ -30,6 +31,8 @@ _TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 _OUTSIDE = {
     "token_embedding.weight": "shared.weight",
     "norm.weight": "encoder.final_layer_norm.weight",
+    "token_embd.weight": "shared.weight",
+    "enc.output_norm.weight": "encoder.final_layer_norm.weight",
 }
 _IN_BLOCK = {
     "norm1": "layer.0.layer_norm",
@@ -39,12 +42,21 @@ _IN_BLOCK = {
     "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
+    # llama.cpp's, of its architecture t5encoder.
+    "attn_norm": "layer.0.layer_norm",
+    **{f"attn_{part}": f"layer.0.SelfAttention.{part}" for part in "qkvo"},
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
 }
 
 
 def to_transformers_name(name: str) -> str:
-    """transformers' name of a tensor under Wan's own; any other comes back as it is."""
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+    """transformers' name of a tensor under Wan's own or llama.cpp's; any other comes back as it
+    is."""
+    block = re.fullmatch(r"(?:blocks|enc\.blk)\.(\d+)\.(.+)\.weight", name)
     if block and block[2] in _IN_BLOCK:
         return f"encoder.block.{block[1]}.{_IN_BLOCK[block[2]]}.weight"
     return _OUTSIDE.get(name, name)
@@ -71,6 +83,15 @@ def is_umt5(path: Path) -> bool:
         source = under_prefix(opened, PREFIXES)
         names = {to_transformers_name(name) for name in source}
     return _BIAS.format(0) in names and (_BIAS.format(1) in names or not _has_block(names, 1))
+
+
+def refuse_t5(path: Path) -> None:
+    """Raises CheckpointError for a T5 encoder, which is easily taken for UMT5's."""
+    with open_weights(path) as opened:
+        source = under_prefix(opened, PREFIXES)
+        names = {to_transformers_name(name) for name in source}
+    if _is_t5(names):
+        open_umt5(path).close()
 
 
 def settings_of(weights: WeightSource) -> dict[str, Any]:
@@ -113,12 +134,12 @@ def settings_of(weights: WeightSource) -> dict[str, Any]:
     }
 
 
-def embedded_tokenizer(path: Path, load: Callable[[Path], Any]) -> Any:
-    """The tokenizer that a file brings; None where it brings none.
-
-    load: makes it of a folder with `spiece.model`. Raises CheckpointError.
-    """
+def embedded_tokenizer(path: Path) -> SentencePieceModel | None:
+    """The tokenizer's model that a file brings; None where it brings none. Raises
+    CheckpointError."""
     with open_weights(path) as weights:
+        if isinstance(weights, GGUFWeights):
+            return pieces_in_metadata(weights.metadata, path)
         names = [n for n in weights if n == TOKENIZER or n.endswith("." + TOKENIZER)]
         if not names:
             return None
@@ -131,16 +152,12 @@ def embedded_tokenizer(path: Path, load: Callable[[Path], Any]) -> Any:
                 tensor=names[0],
             )
         content = weights.read(names[0]).view(torch.uint8).numpy().tobytes()
-    with tempfile.TemporaryDirectory(prefix="sora-") as folder:
-        (Path(folder) / "spiece.model").write_bytes(content)
-        settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
-        try:
-            return load(Path(folder))
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"tensor {names[0]!r} is no SentencePiece model", path=path, tensor=names[0]
-            ) from error
+    try:
+        return SentencePieceModel.parse(content, path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"tensor {names[0]!r} is no SentencePiece model", path=path, tensor=names[0]
+        ) from error
 
 
 def _has_block(names: set[str], number: int) -> bool:
@@ -152,10 +169,14 @@ def _check(weights: SelectedWeights) -> None:
     if not names & set(_TABLES) or _BIAS.format(0) not in names:
         seen = ", ".join(sorted(names)[:4])
         raise CheckpointError(f"not a UMT5 text encoder: it holds {seen}", path=weights.path)
-    if _has_block(names, 1) and _BIAS.format(1) not in names:
+    if _is_t5(names):
         raise CheckpointError(
-            "a T5 encoder, whose first block alone has relative positions; UMT5 is read, such as "
-            "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+            "a T5 encoder, whose first block alone has relative positions: no tensor "
+            f"{_BIAS.format(1)!r}; UMT5 is read, such as umt5_xxl_fp8_e4m3fn_scaled.safetensors",
             path=weights.path,
             tensor=_BIAS.format(1),
         )
+
+
+def _is_t5(names: set[str]) -> bool:
+    return _BIAS.format(0) in names and _has_block(names, 1) and _BIAS.format(1) not in names

@@ -20,10 +20,11 @@ from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import VideoCoder
 from sora_engine.vae.cuda_graph import graphed
 from sora_engine.vae.graphs import SPEC_FILE, GraphSet
+from sora_engine.vae.tiny_coder import TinyDecoder
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "torch", "onnx", "tensorrt")
+BACKENDS = ("auto", "torch", "onnx", "tensorrt", "tiny")
 
 
 def open_coder(
@@ -34,22 +35,29 @@ def open_coder(
     dtype: torch.dtype = torch.float32,
     cuda_graphs: str = "auto",
     by_time: bool = True,
+    tiny: CausalVAE | None = None,
     cache: str | Path | None = None,
 ) -> VideoCoder[Any]:
     """The backend of that name for `vae`, ready to code on `device`.
 
     "auto" and "torch" give `vae` itself, on a GPU with its steady steps as CUDA graphs (see
     `vae.cuda_graph`; `cuda_graphs` is auto, on or off, and `by_time` says how cuDNN's algorithms
-    are picked). The others want `vae` in float32. "onnx"
-    exports it, once, into the cache (`$XDG_CACHE_HOME/sora_engine/vae` by default); where there can
-    be no cache, into a temporary folder that goes with the process. "tensorrt" takes engines of
-    `dtype` that `export_vae` has built and builds none. Raises BackendError.
+    are picked). "tiny" decodes with `tiny`, and encodes with `vae`. The others want `vae` in
+    float32. "onnx" exports it, once, into the cache (`$XDG_CACHE_HOME/sora_engine/vae` by
+    default); where there can be no cache, into a temporary folder that goes with the process.
+    "tensorrt" takes engines of `dtype` that `export_vae` has built and builds none. Raises
+    BackendError.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
         raise BackendError(f"vae_backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend in ("auto", "torch"):
         return graphed(vae, cuda_graphs, device, by_time=by_time)
+    if backend == "tiny":
+        if tiny is None:
+            raise BackendError("vae_backend 'tiny' needs a tiny autoencoder")
+        both = [graphed(each, cuda_graphs, device, by_time=by_time) for each in (vae, tiny)]
+        return TinyDecoder(*both)
     if cuda_graphs == "on":
         raise BackendError(f"CUDA graphs are of vae_backend 'torch', not of {backend!r}")
     place = Path(cache) if cache is not None else cache_folder("vae")

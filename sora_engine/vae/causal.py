@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
 
     encoder: nn.Module
     decoder: nn.Module
+    splits_rows: ClassVar[bool] = True
+    """Whether ranks may decode some rows each: the decoder's layers see single pixels, their
+    neighbours (`CausalConv3d`, `Upsample`), or all rows (`AttentionBlock`)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

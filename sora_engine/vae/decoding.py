@@ -88,6 +88,8 @@ def last_lap_state(latents: Tensor, vae: VideoCoder[Any]) -> Generator[None, Non
             # Caches of NaN are unlike themselves: no lap would be the last.
             check_finite([frames], "a lap of the loop", stage="decoding", dtype=latents.dtype)
             del frames
+            if not state.caches:  # an autoencoder of single frames: there is nothing to come round
+                return state
             yield
         if before is not None and same(before, state):
             return state

@@ -15,6 +15,7 @@ from sora_engine.vae.free_memory import free_bytes
 from sora_engine.vae.rehearsal import plan_tiles
 from sora_engine.vae.shapes import VAEConfig
 from sora_engine.vae.tiling import TiledCoder, TilePlan
+from sora_engine.vae.tiny_coder import TinyDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +49,23 @@ class FittedCoder(ChunkCoder[Any]):
     def config(self) -> VAEConfig:
         return self.coder.config
 
+    def config_of(self, side: Side) -> VAEConfig:
+        """The layout of what does that work."""
+        if isinstance(self.coder, TinyDecoder) and side == "decode":
+            return self.coder.decode_config
+        return self.config
+
     @property
     def layers(self) -> CausalVAE | None:
-        """The PyTorch layers that do the work, where it is they."""
+        """The PyTorch layers that do the work, where it is they, and the same for both ways."""
         coder = self.coder.vae if isinstance(self.coder, GraphedVAE) else self.coder
         return coder if isinstance(coder, CausalVAE) else None
 
     @property
     def replays(self) -> bool:
         """Whether steps are CUDA graphs: what they work in then stays reserved between them."""
-        return isinstance(self.coder, GraphedVAE)
+        coder = self.coder.tiny if isinstance(self.coder, TinyDecoder) else self.coder
+        return isinstance(coder, GraphedVAE)
 
     def limit(self, budget_bytes: int | None) -> None:
         """Keep to this many bytes beside the weights from now on; None: to what is free."""
@@ -103,7 +111,7 @@ class FittedCoder(ChunkCoder[Any]):
                 budget = int(_SHARE * free_bytes(self._device))
             offload = self._device.type != "cpu"
             plan = plan_tiles(
-                self.config, height, width, budget,
+                self.config_of(side), height, width, budget,
                 dtype=self._dtype, offload=offload, encode=side == "encode",
             )  # fmt: skip
             if plan is None:

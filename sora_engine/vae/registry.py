@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -41,15 +41,21 @@ class ReadsFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VAEKind:
-    """One kind: how its configuration is read, the layers that are built from it, and how it lies
-    in single files."""
+    """One kind: how its configuration is read, the layers that are built from it, how it lies in
+    single files, and today's names for those of older folders. encodes: whether it encodes, too."""
 
     config: ReadsConfig
     layers: type[CausalVAE]
     files: ReadsFile | None = None
+    encodes: bool = True
+    renames: Callable[[str], str] | None = None
 
 
-_KINDS: dict[str, VAEKind | str] = {"AutoencoderKLWan": "sora_engine.vae.wan_checkpoint"}
+_KINDS: dict[str, VAEKind | str] = {
+    "AutoencoderKLWan": "sora_engine.vae.wan_checkpoint",
+    "TAEHV": "sora_engine.vae.tiny",
+    "AutoencoderKL": "sora_engine.vae.kl_checkpoint",
+}
 """By class name the kind, or the module that has it as `KIND`."""
 
 

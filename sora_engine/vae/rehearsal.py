@@ -18,7 +18,7 @@ from sora_engine.errors import RequestError
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.decoding import decoding
 from sora_engine.vae.meter import META, NoScores, OnOneDevice, StorageMeter
-from sora_engine.vae.registry import build_vae
+from sora_engine.vae.registry import build_vae, vae_kind
 from sora_engine.vae.shapes import VAEConfig
 from sora_engine.vae.state import VAEState
 from sora_engine.vae.tiling import TilePlan, starts
@@ -120,14 +120,17 @@ def _pixels(
 
 
 @functools.lru_cache(maxsize=8)
-def _hollow(config: VAEConfig, dtype: torch.dtype) -> CausalVAE:
+def hollow_vae(config: VAEConfig, dtype: torch.dtype) -> CausalVAE:
     """The layers without weights, which are laid out as on their first run: that is not counted."""
     with META:
         vae = build_vae(config).to(dtype).requires_grad_(False).prepare(onednn=False)
         latents = torch.empty(1, config.z_dim, 1, _SMALLEST, _SMALLEST, dtype=dtype)
-    chunks = _pixels(config, _SMALLEST, _SMALLEST, dtype, length=3)
-    for _ in (*_in_chunks(vae.decode_chunk, [latents] * 3), *_in_chunks(vae.encode_chunk, chunks)):
+    for _ in _in_chunks(vae.decode_chunk, [latents] * 3):
         pass
+    if vae_kind(config.class_name).encodes:
+        chunks = _pixels(config, _SMALLEST, _SMALLEST, dtype, length=3)
+        for _ in _in_chunks(vae.encode_chunk, chunks):
+            pass
     return vae
 
 
@@ -140,7 +143,7 @@ def _rehearse(
     """What `run` takes beside the weights and `apart`. It yields between two turns the bytes that
     stay for the next one; None: all that is alive then."""
     with torch.inference_mode(False), torch.no_grad(), NoScores(), OnOneDevice():
-        vae = _hollow(config, dtype)
+        vae = hollow_vae(config, dtype)
         with StorageMeter([*apart, *vae.parameters()]) as meter:
             kept = [meter.now if held is None else held for held in run(vae)]
     return CodingMemory(cache=max(kept), peak=meter.peak)

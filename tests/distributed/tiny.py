@@ -39,6 +39,8 @@ def seeded(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 class Texts:
     """Stands for a text encoder: random embeddings of a length and with values of the prompt's."""
 
+    reused = 0
+
     def cut(self, prompts):
         return ()
 

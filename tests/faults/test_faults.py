@@ -10,6 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sora_engine as sora
 from sora_engine.denoise.canvas import Canvas
@@ -199,6 +200,46 @@ def test_hooks_refuse_requests_and_alter_or_stop_frames_before_they_leave():
         assert [len(frames) for frames in seen] == [1]
     with engine() as made:
         assert not (made.generate(small()).frames[:, :4, :4] == 255).all()
+
+
+def test_limits_on_clips_fail_the_job_that_brings_a_larger_one(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((32, 40, 3), 90, np.uint8)).save(path)
+    request = small(clips=[sora.Clip(path)])
+    with engine(max_clip_pixels=32 * 40, max_clip_bytes=16 * 16 * 3) as made:
+        made.generate(request)
+    for limit in ({"max_clip_pixels": 32 * 40 - 1}, {"max_clip_bytes": 16 * 16 * 3 - 1}):
+        with engine(**limit) as made, pytest.raises(sora.MediaError):
+            made.generate(request)
+
+
+def test_previews_pass_beside_checked_frames_where_a_hook_says_so():
+    def same(frames, span):
+        return frames
+
+    def darkened(preview, request):
+        if request.seed == 13:
+            raise sora.RefusedError("not this preview")
+        return preview // 2
+
+    def preview_of(seed: int = 7, **hooks: object) -> np.ndarray | None:
+        with engine(hooks=sora.Hooks(**hooks)) as made:
+            job = made.submit(small(seed))
+            job.result(300)
+            return job.preview
+
+    open_ = preview_of()
+    assert open_ is not None
+    assert open_.max() > 50
+    assert preview_of(check_frames=same) is None
+    np.testing.assert_array_equal(preview_of(check_frames=same, previews=True), open_)
+    checked = {"check_frames": same, "check_previews": darkened}
+    np.testing.assert_array_equal(preview_of(**checked), open_ // 2)
+    np.testing.assert_array_equal(preview_of(check_previews=darkened), open_ // 2)
+    with pytest.raises(sora.RefusedError, match="not this preview"):
+        preview_of(13, **checked)
+    with pytest.raises(sora.JobFailedError, match=r"check_previews must return uint8 \[2, 8, 8, 3"):
+        preview_of(check_previews=lambda preview, request: preview[:1])
 
 
 def test_a_full_queue_says_when_to_try_again_and_a_cancel_frees_its_place():

@@ -35,6 +35,7 @@ from norm_checks import (
     modulation_cases,
     rope_cases,
 )
+from quant_checks import check_quant, quant_cases
 
 import sora_kernels as sk
 
@@ -118,6 +119,13 @@ def test_gate_residual_norm_modulate(backend, case):
 @given(rope_cases(max_tokens=100, head_dims=(16, 64, 128)))
 def test_qk_norm_rope(backend, case):
     check_rope(case, served("qk_norm_rope", backend), device="cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@given(quant_cases(max_rows=700))
+def test_quant_linear(case):
+    check_quant(case, served("quant_linear", "triton"), device="cuda")
 
 
 @pytest.mark.gpu

@@ -34,6 +34,9 @@ CALLS = {
     "lora_linear": (
         X, X, [TABLE, TABLE[:1]], [TABLE.T, TABLE[:1].T], [0, 9, 5, TOKENS], [1.0, 0.5], "auto",
     ),
+    "quant_linear": (
+        X, X[:3].to(torch.int8), TABLE[:3, :1].contiguous(), None, "int8", "", "auto",
+    ),
     "qk_norm_rope": (Q, K, None, None, ANGLE.cos(), ANGLE.sin(), True, True, 1e-6, "auto"),
     "temporal_attention": (Q, K, V, FLAT, 0.25, "auto"),
     "windowed_attention": (

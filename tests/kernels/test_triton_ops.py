@@ -26,6 +26,7 @@ from norm_checks import (
     modulation_cases,
     rope_cases,
 )
+from quant_checks import FORMATS, check_quant, quant_cases
 
 import sora_kernels as sk
 from sora_kernels.testing import generator, offsets
@@ -88,6 +89,19 @@ def test_invariant_linear(case):
 @given(lora_cases(max_rows=40))
 def test_lora_linear(case):
     check_lora(case, "triton")
+
+
+@settings(max_examples=FEW)
+@given(quant_cases(max_rows=20, max_blocks=3))
+def test_quant_linear(case):
+    check_quant(case, "triton")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_quant_linear_of_each_format(format):
+    case = {"rows": 17, "ins": 256, "outs": 33, "scales": 4, "bias": True, "gelu": None,
+            "layout": "rows", "seed": 3, "format": format, "dtype": torch.float32}  # fmt: skip
+    check_quant(case, "triton", same_bits=False)
 
 
 @settings(max_examples=FEW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sora_engine.errors import MediaError
 from sora_engine.io import video_reader
+from sora_engine.io.media_limits import MediaLimits, reading_within
 from sora_engine.io.video_reader import read_video
 from sora_engine.io.video_writer import write_video
 from tests.unit.test_io_writing import psnr, smooth_clip
@@ -154,3 +156,25 @@ def test_clips_over_the_memory_limit_are_refused(
     with pytest.raises(MediaError, match="read fewer"):
         read_video(path)
     assert len(read_video(path, max_frames=5)[0]) == 5
+
+
+def test_limits_of_a_thread_bound_what_it_reads(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", smooth_clip(9, 32, 32), 8)
+    picture = tmp_path / "a.png"
+    Image.fromarray(smooth_clip(1, 32, 32)[0]).save(picture)
+    with reading_within(MediaLimits(decoded_bytes=5 * 32 * 32 * 3)):
+        with pytest.raises(MediaError, match="read fewer"):
+            read_video(path)
+        assert len(read_video(path, max_frames=5)[0]) == 5
+    for given in (path, picture):
+        with reading_within(MediaLimits(pixels=32 * 32 - 1)):
+            with pytest.raises(MediaError, match="at most 1023 are read"):
+                read_video(given)
+            other: list[int] = []  # a limit is of the thread that it was said in
+            thread = threading.Thread(target=lambda: other.append(len(read_video(given)[0])))  # noqa: B023
+            thread.start()
+            thread.join()
+            assert other
+        with reading_within(MediaLimits(pixels=32 * 32)):
+            read_video(given)
+    assert len(read_video(path)[0]) == 9

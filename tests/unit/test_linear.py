@@ -14,9 +14,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def frozen(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+BF16, FP32 = torch.bfloat16, torch.float32
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+DTYPES = [FP32, pytest.param(BF16, marks=needs_bf16)]
+
+
+def frozen(
+    in_features: int, out_features: int, bias: bool = True, dtype: torch.dtype = FP32
+) -> nn.Linear:
     torch.manual_seed(in_features)
-    return nn.Linear(in_features, out_features, bias=bias).requires_grad_(False)
+    linear = nn.Linear(in_features, out_features, bias=bias).requires_grad_(False)
+    return linear.to(dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 333])
@@ -37,21 +47,59 @@ def test_it_equals_float64(rows, bias):
             assert torch.equal(linear_gelu(linear, x, approximate), plain)
 
 
-def test_company_changes_nothing():
-    """A row's result does not depend on how many rows there are beside it."""
-    blocked = BlockedLinear(frozen(768, 192))
-    x = torch.randn(500, 768)
+@needs_bf16
+@pytest.mark.parametrize("rows", [1, 7, 333])
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_bfloat16_it_is_float64_rounded_once(rows, bias):
+    """Sums, bias and GELU are in float32: what comes out is half a unit in the last place off."""
+    linear = frozen(200, 130, bias, BF16)
+    x = torch.randn(rows, 200).bfloat16()
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    blocked = BlockedLinear(linear)
+    with torch.inference_mode():
+        found = {"": (blocked(x), expected)}
+        for name in ("tanh", "none"):
+            found[name] = blocked.with_gelu(x, name), F.gelu(expected, approximate=name)
+    for result, wanted in found.values():
+        assert result.dtype == BF16
+        # Half a unit of 8 bits, and float32's own error beside it.
+        assert ((result.double() - wanted).abs() <= wanted.abs() * 2**-8 + 5e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_no_number_of_rows_changes_a_row(dtype, gelu):
+    """To the bit, over 1 to 2,000 rows."""
+    blocked = BlockedLinear(frozen(200, 130, dtype=dtype))
+    x = torch.randn(2000, 200).to(dtype)
+
+    def run(rows):
+        return blocked.with_gelu(rows, "tanh") if gelu else blocked(rows)
+
+    with torch.inference_mode():
+        together = run(x)
+        for rows in range(1, 2001, 7 if gelu else 1):
+            assert torch.equal(run(x[:rows]), together[:rows]), rows
+            assert torch.equal(run(x[-rows:]), together[-rows:]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nor_does_it_where_sums_are_long(dtype):
+    """Long sums are those that a library cuts up, where there are few rows to share out."""
+    blocked = BlockedLinear(frozen(8960, 256, dtype=dtype))
+    x = torch.randn(2000, 8960).to(dtype)
     with torch.inference_mode():
         together = blocked(x)
-        alone = torch.cat([blocked(x[i : i + 1]) for i in (0, 17, 499)])
-    assert (together[[0, 17, 499]] - alone).abs().max() < 1e-5 * together.abs().max()
+        for rows in (1, 2, 3, 5, 8, 17, 32, 63, 129, 500, 1999):
+            assert torch.equal(blocked(x[:rows]), together[:rows]), rows
 
 
 def test_small_and_trainable_layers_stay():
     model = nn.Sequential(frozen(256, 256), frozen(8, 8), nn.Linear(256, 256))
     assert not can_block(model[1].weight)
     assert not can_block(model[2].weight)
-    assert not can_block(model[0].weight.bfloat16())
+    assert not can_block(model[0].weight.double())
+    assert not can_block(model[0].weight.half())
     wanted = can_block(model[0].weight)
     block_linears(model)
     assert [isinstance(layer, BlockedLinear) for layer in model] == [wanted, False, False]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 import shutil
 
 import pytest
@@ -27,18 +25,20 @@ from sora_engine.errors import CheckpointError
 from sora_engine.models.registry import open_checkpoint
 from sora_engine.text import ImageEncoder
 from sora_engine.text.umt5 import UMT5Encoder
-from sora_engine.vae.wan_checkpoint import original_names
-from sora_engine.vae.wan_config import WanVAEConfig
 from tests.parity.oracles import tiny_pipeline, tiny_transformer
-from tests.unit.test_checkpoint import original_name
+from tests.unit.part_recipes import (
+    TEXTS,
+    make_spiece,
+    transformer_tensors,
+    umt5_tensors,
+    vae_tensors,
+    wans_umt5_name,
+    with_tokenizer,
+    write_umt5_gguf,
+)
 from tests.unit.weight_recipes import write_gguf, write_safetensors
 
 SHAPE = {"num_attention_heads": 1, "attention_head_dim": 128}
-TEXTS = [
-    "a red circle moves left", "A  RED\tcircle.",
-    "红色的圆向左移动，很快。", "ＲＥＤ　ｃｉｒｃｌｅ！",
-    "naïve café: 3½ ﬁne…", "🙂 ok", "",
-]  # fmt: skip
 REQUEST = VideoRequest(
     "red circle", height=32, width=32, num_frames=5, num_inference_steps=2, seed=1
 )
@@ -46,14 +46,7 @@ REQUEST = VideoRequest(
 
 @pytest.fixture(scope="module")
 def spiece():
-    """A SentencePiece model as T5's are, with its map to NFKC."""
-    content = io.BytesIO()
-    lines = [text for text in TEXTS if text] * 20 + [chr(c) * 3 for c in range(97, 123)] * 3
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=content, vocab_size=120, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    return content.getvalue()
+    return make_spiece()
 
 
 @pytest.fixture(scope="module")
@@ -63,49 +56,6 @@ def folder(tmp_path_factory):
     made.transformer = tiny_transformer(0, **SHAPE)
     made.save_pretrained(path)
     return path
-
-
-def umt5_tensors(folder):
-    tensors = load_file(folder / "text_encoder" / "model.safetensors")
-    return {k: v for k, v in tensors.items() if k != "encoder.embed_tokens.weight"}
-
-
-WANS_UMT5 = [
-    (r"^shared", "token_embedding"),
-    (r"^encoder\.final_layer_norm", "norm"),
-    (r"^encoder\.block", "blocks"),
-    (r"layer\.0\.layer_norm", "norm1"),
-    (r"layer\.1\.layer_norm", "norm2"),
-    (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
-    (r"layer\.0\.SelfAttention", "attn"),
-    (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
-    (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"),
-    (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2"),
-]
-
-
-def wans_umt5_name(name):
-    for pattern, replacement in WANS_UMT5:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def with_tokenizer(tensors, spiece):
-    return {**tensors, "spiece_model": torch.tensor(list(spiece), dtype=torch.uint8)}
-
-
-def vae_tensors(folder):
-    import json
-
-    config = WanVAEConfig.from_dict(json.loads((folder / "vae" / "config.json").read_text()))
-    names = original_names(config)
-    stored = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    return {names[name]: value for name, value in stored.items()}
-
-
-def transformer_tensors(folder):
-    stored = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    return {original_name(name): value for name, value in stored.items()}
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +139,7 @@ def test_two_experts_by_name_and_in_comfyuis_folder(parts, folder, tmp_path):
         open_checkpoint(root)
 
 
-@pytest.mark.parametrize("naming", ["transformers", "Wan's", "scaled fp8"])
+@pytest.mark.parametrize("naming", ["transformers", "Wan's", "scaled fp8", "GGUF"])
 def test_umt5_under_each_naming(folder, tmp_path, spiece, naming):
     path = tmp_path / "umt5.safetensors"
     tensors = umt5_tensors(folder)
@@ -202,7 +152,16 @@ def test_umt5_under_each_naming(folder, tmp_path, spiece, naming):
         tensors, stored = values, load_file(path)
     else:
         stored = tensors
-    save_file(with_tokenizer(stored, spiece), path)
+    if naming == "GGUF":
+        path = tmp_path / "umt5-xxl-encoder-Q8_0.gguf"
+        tensors = write_umt5_gguf(path, tensors, spiece)
+        assert (
+            tensors["encoder.block.1.layer.0.SelfAttention.q.weight"]
+            .ne(stored["encoder.block.1.layer.0.SelfAttention.q.weight"])
+            .any()
+        )
+    else:
+        save_file(with_tokenizer(stored, spiece), path)
     ours = UMT5Encoder.from_folders(path, None)
     theirs = UMT5EncoderModel(UMT5Config.from_pretrained(folder / "text_encoder")).eval()
     names = {wans_umt5_name(n): n for n in umt5_tensors(folder)} if naming == "Wan's" else {}
@@ -220,6 +179,42 @@ def test_the_ids_of_an_embedded_tokenizer_are_sentencepieces_own(folder, tmp_pat
     processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
     for text in TEXTS:
         assert tokenizer(text).input_ids == processor.encode(text, add_eos=True), text
+
+
+def test_the_ids_of_a_gguf_tokenizer_are_sentencepieces_own(folder, tmp_path, spiece, caplog):
+    path = tmp_path / "umt5.gguf"
+    write_umt5_gguf(path, umt5_tensors(folder), spiece)
+    tokenizer = UMT5Encoder.from_folders(path, None).tokenizer
+    processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    assert len(tokenizer) == processor.get_piece_size()  # what fills the vocabulary up is left out
+    texts = [*TEXTS, "[PAD120]", "「引用」、終わり。", "ｶﾀｶﾅ ㌔ ①"]
+    for text in texts:
+        assert tokenizer(text).input_ids == processor.encode(text, add_eos=True), text
+    assert not caplog.records
+    write_umt5_gguf(path, umt5_tensors(folder), spiece, precompiled_charsmap=None)
+    without = UMT5Encoder.from_folders(path, None).tokenizer
+    assert "lacks the map of characters" in caplog.text
+    full_width = TEXTS[3]
+    assert without(full_width).input_ids != processor.encode(full_width, add_eos=True)
+
+
+def test_a_gguf_tokenizer_that_cannot_be(folder, tmp_path, spiece):
+    path = tmp_path / "umt5.gguf"
+    for changes, says in (
+        ({"model": "llama"}, r"tokenizer\.ggml\.model is 'llama'; UMT5's is 't5'"),
+        ({"tokens": None}, "tokens is no list of texts"),
+        ({"scores": [0.0, 1.0]}, r"scores has 2 values for \d+ tokens"),
+        ({"token_type": None}, "token_type has no values for"),
+        ({"unknown_token_id": 0}, "1 tokens are the unknown one, and unknown_token_id is 0"),
+        ({"add_space_prefix": False}, "add_space_prefix is False; T5's is True"),
+    ):
+        write_umt5_gguf(path, umt5_tensors(folder), spiece, **changes)
+        with pytest.raises(CheckpointError, match=says) as caught:
+            UMT5Encoder.from_folders(path, None)
+        assert caught.value.path == path
+    write_umt5_gguf(path, umt5_tensors(folder), spiece, model=None, tokens=None)
+    with pytest.raises(CheckpointError, match="this one brings none"):
+        UMT5Encoder.from_folders(path, None)
 
 
 def test_what_is_no_umt5(folder, tmp_path, spiece):

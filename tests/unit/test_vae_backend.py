@@ -31,7 +31,7 @@ def test_torch_is_the_autoencoder_itself(name):
 
 def test_unknown_names_and_sizes(tmp_path):
     _, vae = make_pair(SHORT)
-    with pytest.raises(BackendError, match="auto, torch, onnx, tensorrt, not 'openvino'"):
+    with pytest.raises(BackendError, match="auto, torch, onnx, tensorrt, tiny, not 'openvino'"):
         open_coder("openvino", vae, device="cpu", cache=tmp_path)
     with pytest.raises(BackendError, match="'torch'"):
         export_vae(vae, "torch", tmp_path)

@@ -21,13 +21,20 @@ from sora_engine.models.folder import FolderLayout
 from sora_engine.models.wan.checkpoint import (
     LAYOUT,
     WanCheckpoint,
+    open_transformer,
     resolve_model,
     transformer_in_file,
 )
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.ladders import WAN_LADDERS
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
-from sora_engine.models.wan.names import own_name, to_diffusers_name
+from sora_engine.models.wan.names import (
+    is_vace_module,
+    own_name,
+    to_diffusers_name,
+    to_wan_name,
+)
+from sora_engine.models.wan.vace import describe_module
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.ladders import Ladder
 from sora_engine.vae.registry import read_vae_config
@@ -50,12 +57,16 @@ class WanFamily:
 
     def claims_file(self, shapes: Shapes) -> bool:
         """Whether most of the tensors that every Wan has are there, under diffusers' names or its
-        own."""
+        own; or VACE's alone, which are told what they go with."""
         names = {to_diffusers_name(name) for name in shapes}
-        return sum(mark in names for mark in _MARKS) > len(_MARKS) // 2
+        return sum(mark in names for mark in _MARKS) > len(_MARKS) // 2 or is_vace_module(names)
 
     def describe_file(self, path: Path) -> str:
         """Its variant and sizes, and the usual names of its other parts."""
+        with open_transformer(path) as weights:
+            module = is_vace_module(weights)
+        if module:
+            return f"{self.name} {describe_module(path)}"
         config = transformer_in_file(path).config
         five = config.in_channels == config.out_channels == 48
         kind = "vace" if config.vace_layers is not None else "t2v"
@@ -72,6 +83,10 @@ class WanFamily:
     def own_name(self, module: str) -> str | None:
         """As `names.own_name`."""
         return own_name(module)
+
+    def published_name(self, name: str) -> str:
+        """As `names.to_wan_name`."""
+        return to_wan_name(name)
 
     def is_further_input(self, name: str) -> bool:
         """What reads CLIP's tokens of an image (2.1 I2V)."""
@@ -147,6 +162,7 @@ def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
                 num_parameters=source.num_parameters,
                 build=partial(_build, source.config, text_tokens),
                 fill=source.load,
+                also=() if source.vace is None else (source.vace,),
                 from_fraction=(found.boundary_ratio or 0.0) if i == 0 else 0.0,
             )
             for i, source in enumerate(sources)

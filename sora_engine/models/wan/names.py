@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """What may stand before every name: ComfyUI saves the transformer as part of a larger module."""
@@ -51,6 +52,17 @@ _IN_BLOCK = {
 }
 
 
+VACE = ("vace_blocks.", "vace_patch_embedding.")
+"""What the names of VACE's own tensors begin with, in either naming."""
+
+
+def is_vace_module(names: Iterable[str]) -> bool:
+    """Whether a file has VACE's control blocks and nothing else: such a file is laid over a text
+    to video transformer."""
+    stems = {to_diffusers_name(name) for name in names}
+    return bool(stems) and all(name.startswith(VACE) for name in stems)
+
+
 def to_diffusers_name(name: str) -> str:
     """diffusers' name of a parameter under Wan's own name; a name that is neither's comes back."""
     for prefix in reversed(PREFIXES):
@@ -66,6 +78,18 @@ def to_diffusers_name(name: str) -> str:
     else:
         stem = _OUTSIDE.get(stem, stem)
     return stem + dot + leaf
+
+
+def to_wan_name(name: str) -> str:
+    """Wan's own name of a parameter under either naming, without a prefix."""
+    name = to_diffusers_name(name)
+    stem, dot, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        stem, dot, leaf = name, "", ""
+    block = re.fullmatch(r"((?:vace_)?blocks\.\d+\.)(.+)", stem)
+    if block:
+        return block[1] + _TO_WAN_IN_BLOCK.get(block[2], block[2]) + dot + leaf
+    return _TO_WAN.get(stem, stem) + dot + leaf
 
 
 def own_name(module: str) -> str | None:
@@ -90,5 +114,7 @@ def _underscored(names: dict[str, str]) -> dict[str, str]:
     return theirs | {own.replace(".", "_"): name for own, name in names.items()}
 
 
+_TO_WAN = {theirs: own for own, theirs in _OUTSIDE.items()}
+_TO_WAN_IN_BLOCK = {theirs: own for own, theirs in _IN_BLOCK.items()}
 _UNDERSCORED_OUTSIDE = _underscored(_OUTSIDE)
 _UNDERSCORED = _underscored(_IN_BLOCK)

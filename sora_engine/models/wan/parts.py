@@ -8,18 +8,13 @@ from pathlib import Path
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.weights.opening import open_weights
-from sora_engine.models.folder import Component, FolderLayout, config_file
+from sora_engine.models.folder import EVERYWHERE, Component, FolderLayout, config_file
+from sora_engine.models.wan.vace import OVERLAYS
 from sora_engine.text.clip_file import is_clip
 from sora_engine.text.umt5_file import PREFIXES as TEXT_PREFIXES
-from sora_engine.text.umt5_file import is_umt5
+from sora_engine.text.umt5_file import is_umt5, refuse_t5
 from sora_engine.vae.registry import vae_in_file
 
-USUAL = {
-    "vae": "wan_2.1_vae.safetensors or wan2.2_vae.safetensors",
-    "text_encoder": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
-    "image_encoder": "clip_vision_h.safetensors",
-}
-"""Under which names people usually hold a part."""
 COMFY = {
     "vae": ("vae",),
     "text_encoder": ("text_encoders", "clip"),
@@ -47,11 +42,11 @@ def find_parts(
     near = file.parent.parent if file.parent.name in COMFY_TRANSFORMERS else file.parent
     folder = components if isinstance(components, Path) else near
     given = components if isinstance(components, Mapping) else {}
-    known = {*layout.components} - {"transformer"}
+    known = {*layout.components, *OVERLAYS, *EVERYWHERE} - {"transformer"}
     unknown = sorted(set(given) - known)
     if unknown:
         raise CheckpointError(f"unknown components {unknown}; known are {sorted(known)}")
-    whole = _inside(file, needed) if components is None or given else {}
+    whole = _inside(file, needed, layout) if components is None or given else {}
     parts: dict[str, Component] = {}
     for name in needed:
         if name in given:
@@ -78,10 +73,13 @@ def part_at(name: str, path: Path, layout: FolderLayout) -> Component:
         raise CheckpointError(f"no such file or folder for the {name}", path=path)
     found = _in_file(name, path, layout)
     if found is None:
+        if name == "text_encoder":
+            refuse_t5(path)
         with open_weights(path) as weights:
             seen = ", ".join(list(weights)[:4])
         raise CheckpointError(
-            f"no {name} of Wan: it holds {seen}; people hold it as {USUAL.get(name, 'a folder')}",
+            f"no {name} of Wan: it holds {seen}; people hold it as "
+            f"{layout.usual.get(name, 'a folder')}",
             path=path,
         )
     return found
@@ -97,7 +95,7 @@ def _in_file(name: str, path: Path, layout: FolderLayout) -> Component | None:
     if name == "vae":
         with open_weights(path) as weights:
             config = vae_in_file({n: weights.info(n).shape for n in weights}, path=path)
-        if config is not None:
+        if config is not None and config.class_name in layout.components[name]:
             return Component(name, config.class_name, path, config.to_dict())
         beside = path.parent / config_file(name)
         if beside.is_file():
@@ -105,14 +103,14 @@ def _in_file(name: str, path: Path, layout: FolderLayout) -> Component | None:
     return None
 
 
-def _inside(path: Path, needed: Sequence[str]) -> dict[str, Component]:
+def _inside(path: Path, needed: Sequence[str], layout: FolderLayout) -> dict[str, Component]:
     """The parts in the transformer's own file, if it is an all-in-one."""
     found: dict[str, Component] = {}
     with open_weights(path) as weights:
         shapes = {name: weights.info(name).shape for name in weights}
     if "vae" in needed and any(n.startswith(("vae.", "first_stage_model.")) for n in shapes):
         config = vae_in_file(shapes, path=path)
-        if config is not None:
+        if config is not None and config.class_name in layout.components["vae"]:
             found["vae"] = Component("vae", config.class_name, path, config.to_dict())
     if any(name.startswith(TEXT_PREFIXES) for name in shapes) and is_umt5(path):
         found["text_encoder"] = Component("text_encoder", "UMT5EncoderModel", path, {})
@@ -131,11 +129,15 @@ def _in_folder(name: str, folder: Path, layout: FolderLayout, file: Path) -> Com
             f"{len(found)} files for the {name}: {named}; name one as components={{{name!r}: ...}}",
             path=comfy[0],
         )
-    if (folder / name).is_dir():
+    if (folder / name).is_dir() and (not comfy or (folder / name / config_file(name)).exists()):
         return Component.open(name, folder / name, layout.components[name])
+    where = f"no folder for the {name}"
+    if comfy:
+        where = f"no file for the {name} in {comfy[0].name}/"
     raise CheckpointError(
-        f"no folder for the {name}, which {file.name} lacks: give `components`, a folder with "
-        "vae/, text_encoder/ and tokenizer/ or with ComfyUI's vae/ and text_encoders/, or name it "
-        f"as components={{{name!r}: ...}}; people hold it as {USUAL.get(name, 'a folder')}",
-        path=folder / name,
+        f"{where}, which {file.name} lacks: give `components`, a folder with vae/, text_encoder/ "
+        "and tokenizer/ or with ComfyUI's vae/ and text_encoders/, or name it as "
+        f"components={{{name!r}: ...}} (on the command line --{name.replace('_', '-')}); people "
+        f"hold it as {layout.usual.get(name, 'a folder')}",
+        path=comfy[0] if comfy else folder / name,
     )

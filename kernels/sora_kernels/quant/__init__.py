@@ -1,0 +1,1 @@
+"""A linear layer whose weight stays quantised in memory."""

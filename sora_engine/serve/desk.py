@@ -1,0 +1,362 @@
+"""The state machine of jobs, and the only part of the service that talks to the engine.
+
+    queued -> running -> completed | failed | cancelled -> (deleting, gone) | expired
+
+An accepted job is in the store before it is told of, and leaves `running` only by what the store
+acknowledged. So a server that is killed at any point goes on from the rows, the savepoints and the
+results that are in place (`recovery`).
+
+Threads: callers' (creating, deleting), one that feeds the engine, the engine's own (callbacks that
+never wait), and for each job that decodes one that writes its files and ends it (`finishing`).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import string
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sora_engine.errors import QueueFullError
+from sora_engine.serve.admission import Admission, facts_of
+from sora_engine.serve.clock import Clock
+from sora_engine.serve.failures import ApiError, disk_full, not_found
+from sora_engine.serve.files import Files
+from sora_engine.serve.finishing import Finisher
+from sora_engine.serve.live import Live
+from sora_engine.serve.pace import Pace
+from sora_engine.serve.recovery import recover
+from sora_engine.serve.settings import Settings
+from sora_engine.serve.starting import begin
+from sora_engine.serve.store import ACTIVE, DONE, Row, Store, Taken
+from sora_engine.serve.translate import Stored, Translator
+
+if TYPE_CHECKING:
+    from sora_engine.runtime.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_LETTERS = string.ascii_lowercase + string.digits
+FULL_PAUSE_S = 5.0
+"""How long nothing is begun after a job found the disk full."""
+
+
+class Desk:
+    """All jobs of one server. Safe to use from any thread; `create` may take a second."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, store: Store, files: Files, clock: Clock
+    ) -> None:
+        self.engine, self.settings = engine, settings
+        self.store, self.files, self.clock = store, files, clock
+        self.translator = Translator(engine.model, files.upload, settings.loras, engine.resolve)
+        self.admission = Admission(engine, self.translator, settings.max_work)
+        self.on_change: list[Callable[[Live], None]] = []
+        """Called with a job after each of its steps and changes, on whatever thread; quick."""
+        self.choose: Callable[[Sequence[Live]], Live] = first_come
+        """Which of the jobs that wait is begun next."""
+        self.order: Callable[[Sequence[Live]], list[Live]] = lambda waiting: sorted(
+            waiting, key=_order
+        )
+        """In which order they would be begun if no other came."""
+        self.most_jobs: Callable[[str], int] = lambda _owner: settings.max_jobs_per_key
+        """How many jobs of an owner may be under way."""
+        self.draining = False
+        self._lives: dict[str, Live] = {}
+        self._waiting: list[Live] = []
+        self._at_engine: set[Live] = set()
+        self._wake = threading.Condition(threading.RLock())
+        self._closed = False
+        self._paused_until = 0.0
+        self.pace = Pace()
+        self._finisher = Finisher(self)
+        for live in recover(store, files, clock):
+            self._lives[live.row.id] = live
+            self._waiting.append(live)
+        self._feeder = threading.Thread(target=self._feed, name="sora-desk", daemon=True)
+        self._feeder.start()
+
+    # What is asked.
+
+    def live(self, name: str) -> Live | None:
+        """A job that is not done, by its id."""
+        return self._lives.get(name)
+
+    def row(self, owner: str, name: str, kind: str | None = None) -> Row:
+        """An owner's job; ApiError 404 for another's, one that is gone, or that expired."""
+        row = self.store.get(name) if len(name) <= 64 else None
+        wrong = row is None or row.owner != owner or row.state == "deleting"
+        if row is None or wrong or (kind is not None and row.kind != kind):
+            raise not_found("video" if kind is None else kind)
+        if row.state == "expired":
+            raise ApiError(404, "expired", "the video was kept for its time, and is gone")
+        return row
+
+    def position(self, name: str) -> int | None:
+        """How many jobs are to be begun before this one; None for one that was begun."""
+        with self._wake:
+            ahead = [live for live in self._at_engine if live.stage == "queued"]
+            for i, live in enumerate(self.order(self._waiting)):
+                if live.row.id == name:
+                    return len(ahead) + i
+        return 0 if any(live.row.id == name for live in ahead) else None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many jobs wait, and how many are at work."""
+        with self._wake:
+            at_work = sum(live.stage != "queued" for live in self._lives.values())
+            return len(self._lives) - at_work, at_work
+
+    @property
+    def promised_bytes(self) -> int:
+        """The planned peaks of the jobs at the engine."""
+        with self._wake:
+            jobs = [live.job for live in self._at_engine if live.job is not None]
+        return sum(job.plan.peak for job in jobs if job.plan is not None)
+
+    def is_full(self) -> bool:
+        """Whether the disk has less left than the settings want."""
+        return self.files.free_bytes() < self.settings.min_free
+
+    # What is ordered.
+
+    def create(
+        self,
+        owner: str,
+        stored: Stored,
+        facts: dict[str, Any],
+        *,
+        kind: str = "video",
+        idempotency: tuple[str, str] | None = None,
+    ) -> Row:
+        """Accept a job: once this returns it is not lost. facts: what its answers tell of it.
+
+        Raises ApiError, and what `Engine.submit` raises of the request.
+        """
+        if idempotency is not None:
+            known = self.store.given(owner, *idempotency)
+            if known is not None:
+                return known
+        self._refuse_where_closed()
+        stored["fields"].setdefault("seed", secrets.randbelow(1 << 32))
+        request, resolved = self.admission.admit(stored)
+        made = Row(
+            id=self._new_id(),
+            owner=owner,
+            kind=kind,
+            created=self.clock.now(),
+            body=stored,
+            facts={**facts_of(resolved, self.engine.model.grid), **facts},
+        )
+        live = Live(made, request)
+        self._reserve(live)
+        try:
+            live.row = self.store.add(made, idempotency)
+        except Taken as taken:
+            self._drop(live)
+            row = self.store.given_row(taken)
+            if row is None:
+                raise not_found() from taken
+            return row
+        except BaseException:
+            self._drop(live)
+            raise
+        with self._wake:
+            self._waiting.append(live)
+            self._wake.notify_all()
+        self.tell(live)
+        return live.row
+
+    def _refuse_where_closed(self) -> None:
+        if self.engine.error is not None:
+            raise self.engine.error
+        if self.draining or self._closed:
+            raise ApiError(
+                503, "draining", "the server is about to stop", headers={"Retry-After": "10"}
+            )
+        if self.is_full():
+            raise disk_full()
+
+    def _reserve(self, live: Live) -> None:
+        settings, owner = self.settings, live.row.owner
+        with self._wake:
+            if len(self._lives) >= settings.max_queue + settings.max_running:
+                raise QueueFullError(
+                    f"{settings.max_queue} jobs wait, which is as many as this server lets",
+                    retry_after_s=self._retry_after_s(),
+                )
+            own = sum(other.row.owner == owner for other in self._lives.values())
+            if own >= self.most_jobs(owner):
+                raise ApiError(
+                    429,
+                    "too_many_jobs",
+                    f"{own} of your jobs are not done, which is as many as a key has",
+                    headers={"Retry-After": str(round(self._retry_after_s()))},
+                )
+            self._lives[live.row.id] = live
+
+    def _retry_after_s(self) -> float:
+        jobs = [live.job for live in self._at_engine if live.job is not None]
+        etas = [eta for job in jobs if (eta := job.progress.eta_s) is not None]
+        return max(1.0, min(etas, default=5.0))
+
+    def cancel(self, owner: str, name: str) -> Row:
+        """Stop a job within a step; one that is done stays as it is."""
+        self.row(owner, name)
+        facts = {"error": {"code": "cancelled", "message": "the job was cancelled while queued"}}
+        live = self._lives.get(name)
+        now = self.clock.now()
+        if self.store.change(name, "cancelled", when={"queued"}, completed=now, facts=facts):
+            if live is not None and self._take(live):
+                self.gone(live)
+        elif live is not None:
+            self._stop(live)
+        return self.row(owner, name)
+
+    def delete(self, owner: str, name: str) -> None:
+        """Remove a job, its files and its row; one at work is stopped first. It is out of sight
+        once this returns."""
+        self.row(owner, name)
+        before = self.store.change(name, "deleting", when=ACTIVE | DONE)
+        if before is None:
+            raise not_found()
+        live = self._lives.get(name)
+        if before in DONE or live is None:
+            self.remove(name)
+        elif before == "queued" and self._take(live):
+            self.gone(live)
+        else:  # whoever has it finds that its row is no longer its own, and removes it
+            self._stop(live)
+
+    def forget(self, row: Row) -> None:
+        """Delete a job that nobody waits for any more, if it is still there."""
+        with suppress(ApiError):
+            self.delete(row.owner, row.id)
+
+    def _stop(self, live: Live) -> None:
+        live.stopping = True
+        if live.job is not None:
+            live.job.cancel()
+
+    def _take(self, live: Live) -> bool:
+        """Whether a job waited; it does no more."""
+        with self._wake:
+            if live in self._waiting:
+                self._waiting.remove(live)
+                return True
+        return False
+
+    # What the threads tell each other.
+
+    def _feed(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and not self._may_begin():
+                    self._wake.wait(1.0)
+                if self._closed:
+                    return
+                live = self.choose(self._waiting)
+                self._waiting.remove(live)
+                self._at_engine.add(live)
+            try:
+                begin(self, live, self._finisher)
+            except Exception:  # the store failed: the row is as it was, and is tried again
+                logger.exception("a job could not be begun")
+                self.again(live, pause=True)
+
+    def _may_begin(self) -> bool:
+        if not self._waiting or self.draining or self.engine.error is not None:
+            return False
+        if len(self._at_engine) >= self.settings.max_running:
+            return False
+        return time.monotonic() >= self._paused_until and not self.is_full()
+
+    def left_engine(self, live: Live) -> None:
+        """The engine has done with a job: another one may begin."""
+        with self._wake:
+            self._at_engine.discard(live)
+            self._wake.notify_all()
+
+    def again(self, live: Live, *, attempts: int | None = None, pause: bool = False) -> None:
+        """A job whose row is queued waits anew. pause: nothing is begun for a moment."""
+        row = live.row if attempts is None else replace(live.row, attempts=attempts)
+        fresh = Live(row, live.request, done=live.done, retried=live.retried)
+        fresh.stopping = live.stopping and not live.keeping
+        with self._wake:
+            self._at_engine.discard(live)
+            self._lives[row.id] = fresh
+            self._waiting.append(fresh)
+            if pause:
+                self._paused_until = time.monotonic() + FULL_PAUSE_S
+            self._wake.notify_all()
+        self.tell(fresh)
+
+    def gone(self, live: Live) -> None:
+        """A job ended before or after its time at the engine; of one that is deleted nothing stays
+        behind."""
+        row = self.store.get(live.row.id)
+        if row is None or row.state == "deleting":
+            self.remove(live.row.id)
+        self._drop(live)
+        self.tell(live)
+
+    def _drop(self, live: Live) -> None:
+        with self._wake:
+            self._at_engine.discard(live)
+            self._lives.pop(live.row.id, None)
+            self._wake.notify_all()
+        if not live.done.done():
+            live.done.set_result(None)
+
+    def remove(self, name: str) -> None:
+        """Remove a job's files, and then its row."""
+        self.files.remove(name)
+        self.store.remove(name)
+
+    def tell(self, live: Live) -> None:
+        """Call those who watch."""
+        for watcher in self.on_change:
+            watcher(live)
+
+    def _new_id(self) -> str:
+        random = "".join(secrets.choice(_LETTERS) for _ in range(26))
+        return f"video_{self.settings.replica}_{random}"
+
+    # The end.
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no more jobs, and wait for those at work; what takes longer is saved, and stays
+        queued for the next start."""
+        with self._wake:
+            self.draining = True
+            self._wake.wait_for(lambda: not self._at_work(), timeout_s)
+            left = self._at_work()
+        self._finisher.put_off(left)
+        with self._wake:
+            self._wake.wait_for(lambda: not self._at_work(), 30.0)
+
+    def _at_work(self) -> list[Live]:
+        return [live for live in self._lives.values() if live not in self._waiting]
+
+    def close(self) -> None:
+        """End the desk's own threads; jobs at work are put off."""
+        self.drain(0.0)
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._feeder.join()
+
+
+def first_come(waiting: Sequence[Live]) -> Live:
+    """The job of the highest priority that came first."""
+    return min(waiting, key=_order)
+
+
+def _order(live: Live) -> tuple[int, int]:
+    return -int(live.row.facts.get("priority", 0)), live.row.number

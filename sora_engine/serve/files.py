@@ -1,0 +1,187 @@
+"""The data folder: one server has it, and each file in it is there whole or not at all.
+
+lock                            held while a server runs
+jobs.sqlite                     the rows (`store`)
+uploads/<sha256>                what clients sent
+videos/<id>/                    video.mp4 or image.png, thumbnail.webp, spritesheet.webp,
+                                receipt.json, request.json
+saved/<id>.safetensors          a job between two steps
+tmp/                            emptied at the start
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import BinaryIO
+
+from sora_engine.errors import ServeError
+
+_CHUNK = 1 << 20
+
+
+class Files:
+    """The data folder of one server. Raises ServeError where it is another's, or no folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.uploads, self.videos = self.root / "uploads", self.root / "videos"
+        self.saved, self.tmp = self.root / "saved", self.root / "tmp"
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ServeError(f"the data folder {self.root}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise ServeError(
+                f"the data folder {self.root} is in use by another server; stop it, or name "
+                "another folder"
+            ) from error
+        try:
+            shutil.rmtree(self.tmp, ignore_errors=True)
+            for folder in (self.uploads, self.videos, self.saved, self.tmp):
+                folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            self.close()
+            raise ServeError(f"the data folder {self.root}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Another server may have the folder."""
+        os.close(self._lock)
+
+    @property
+    def rows(self) -> Path:
+        """The file of the rows."""
+        return self.root / "jobs.sqlite"
+
+    def video(self, name: str) -> Path:
+        """The folder of a job's results."""
+        return self.videos / name
+
+    def savepoint(self, name: str) -> Path:
+        """Where a job's state is kept between two steps."""
+        return self.saved / f"{name}.safetensors"
+
+    def upload(self, sha256: str) -> Path:
+        """What a client sent, by its hash."""
+        return self.uploads / sha256
+
+    def free_bytes(self) -> int:
+        """What the disk has left for this user."""
+        found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
+
+    def begin(self, name: str) -> Path:
+        """An empty folder in which a job's results are made."""
+        folder = self.tmp / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def place(self, name: str) -> None:
+        """Move a job's finished results to where they are found; raises OSError."""
+        folder, target = self.tmp / name, self.video(name)
+        for file in folder.iterdir():
+            _flush(file)
+        _flush(folder)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder, target)
+        _flush(self.videos)
+
+    def is_placed(self, name: str) -> bool:
+        """Whether a job's results are there, whole."""
+        return (self.video(name) / "receipt.json").is_file()
+
+    def remove(self, name: str, *, results: bool = True) -> None:
+        """Remove a job's savepoint and what is under way of it, and its results."""
+        self.savepoint(name).unlink(missing_ok=True)
+        shutil.rmtree(self.tmp / name, ignore_errors=True)
+        if results and self.video(name).exists():
+            # Out of sight at once, however long it takes.
+            aside = self.tmp / f"{name}.{secrets.token_hex(4)}"
+            os.replace(self.video(name), aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def keep_upload(self, source: BinaryIO) -> str:
+        """Keep a client's file under its hash, which is returned; raises OSError."""
+        temporary = self.tmp / f"upload.{secrets.token_hex(8)}"
+        digest = hashlib.sha256()
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                while chunk := source.read(_CHUNK):
+                    digest.update(chunk)
+                    out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, self.upload(digest.hexdigest()))
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush(self.uploads)
+        return digest.hexdigest()
+
+    def keep_result(self, name: str) -> str:
+        """Keep a job's result beside the uploads, so that a job which starts from it has it as long
+        as it needs it; the hash is returned. Raises OSError where it is not there."""
+        video = self.video(name) / "video.mp4"
+        with video.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        target = self.upload(sha256)
+        if not target.exists():
+            try:
+                os.link(video, target)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                with video.open("rb") as file:
+                    return self.keep_upload(file)
+            _flush(self.uploads)
+        os.utime(target)
+        return sha256
+
+    def sweep_jobs(self, jobs: Collection[str]) -> int:
+        """Remove the results and savepoints of jobs that no row knows, and tell how many there
+        were. For the start: a job that comes while this runs would lose its own."""
+        found = 0
+        for folder in self.videos.iterdir():
+            if folder.name not in jobs:
+                self.remove(folder.name)
+                found += 1
+        for file in self.saved.iterdir():
+            if file.name.removesuffix(".safetensors") not in jobs:
+                file.unlink(missing_ok=True)
+                found += 1
+        return found
+
+    def sweep_uploads(self, needed: Collection[str], before: float) -> None:
+        """Remove the uploads that no job needs and that were last given before this time."""
+        for file in self.uploads.iterdir():
+            try:
+                if file.name not in needed and file.stat().st_mtime < before:
+                    file.unlink()
+            except FileNotFoundError:
+                continue
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir())
+    except OSError:
+        return 0
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

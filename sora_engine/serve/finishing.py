@@ -1,0 +1,198 @@
+"""How a job ends: its frames become files, the files are put in place, and then its row says so."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from sora_engine.errors import (
+    DeviceError,
+    EngineClosedError,
+    EngineDeadError,
+    JobCancelledError,
+)
+from sora_engine.io.latents import SavedLatents
+from sora_engine.runtime.job import JobState
+from sora_engine.serve.failures import ApiError, code_of, is_disk_full, message_of
+from sora_engine.serve.jobs import Jobs
+from sora_engine.serve.live import Live
+from sora_engine.serve.recovery import finished_facts
+from sora_engine.serve.writer import ResultWriter
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LATENTS = "latents.safetensors"
+
+
+class Finisher:
+    """Ends the jobs of a desk. `start`, `engine_done` and `end` never wait."""
+
+    def __init__(self, desk: Jobs) -> None:
+        self._desk = desk
+
+    def start(self, live: Live) -> None:
+        """Begin to write a job's frames, once."""
+        with live.started:
+            if live.finisher is None:
+                live.finisher = threading.Thread(
+                    target=self._finish, args=(live,), name="sora-writer", daemon=True
+                )
+                live.finisher.start()
+
+    def engine_done(self, live: Live) -> None:
+        """The engine has done with a job, one way or the other."""
+        assert live.spool is not None
+        live.engine_done_at = time.monotonic()
+        live.spool.end()
+        self._desk.left_engine(live)
+        self.start(live)
+
+    def end(self, live: Live, error: Exception) -> None:
+        """A job ends that the engine did not take."""
+        live.finisher = threading.Thread(
+            target=self._close, args=(live, error, 0.0), name="sora-writer", daemon=True
+        )
+        live.finisher.start()
+
+    def put_off(self, lives: Iterable[Live]) -> None:
+        """Save jobs that are at work, and stop them; they are queued for the next start."""
+        lives = list(lives)
+        threads = [threading.Thread(target=self._put_off, args=(live,)) for live in lives]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _put_off(self, live: Live) -> None:
+        live.keeping = True
+        job = live.job
+        if job is None:
+            return
+        if job.state is JobState.DENOISING:
+            try:
+                job.save(self._desk.files.savepoint(live.row.id), timeout_s=20.0)
+            except Exception as error:  # it goes on from an earlier step, or begins anew
+                logger.warning("a job could not be saved: %s", type(error).__name__)
+        job.cancel()
+
+    def _finish(self, live: Live) -> None:
+        live.handed_over.wait()
+        job, spool = live.job, live.spool
+        assert job is not None
+        assert spool is not None
+        error: BaseException | None = None
+        try:
+            self._write(live)
+        except Exception as failed:
+            error = failed
+            job.cancel()  # nobody takes its frames any more
+            while spool.get() is not None:
+                pass
+        own = job.exception() if job.done() else None
+        if error is not None and not (live.stopping or live.keeping):
+            own = None  # it was cancelled here, and by nobody else
+        writing_s = time.monotonic() - (live.engine_done_at or time.monotonic())
+        self._close(live, own if own is not None else error, writing_s)
+
+    def _write(self, live: Live) -> None:
+        """Frames as they come, up to the results in place; nothing for a job that fails."""
+        job, spool, files = live.job, live.spool, self._desk.files
+        assert job is not None
+        assert spool is not None
+        name, request = live.row.id, job.request
+        writer = None
+        try:
+            while (frames := spool.get()) is not None:
+                if writer is None:
+                    writer = ResultWriter(
+                        files.begin(name),
+                        live.row.kind,
+                        request.fps,
+                        request.num_frames,
+                        job.provenance,
+                    )
+                writer.write(frames)
+            if job.exception() is not None or writer is None:
+                return
+            video = job.result()
+            writer.close(video, live.row.body)
+            if self._desk.settings.keep_latents and job.latents is not None:
+                latents = SavedLatents(job.latents, request.fps, request.loop, "")
+                latents.write(files.tmp / name / LATENTS)
+            files.place(name)
+        finally:
+            if writer is not None:
+                writer.abort()  # which does nothing to a file that is closed
+
+    def _close(self, live: Live, error: BaseException | None, writing_s: float) -> None:
+        """Bring the row to where the job is, however long the disk keeps it from that."""
+        desk, name = self._desk, live.row.id
+        if error is not None and self._goes_on(live, error):
+            full = is_disk_full(error)
+            kept = live.keeping or full or isinstance(error, EngineDeadError)
+            attempts = 0 if kept else live.row.attempts + 1
+            before = self._insist(
+                lambda: desk.store.change(name, "queued", when={"running"}, attempts=attempts)
+            )
+            if before is None:
+                desk.gone(live)
+            else:
+                desk.again(live, attempts=attempts, pause=full)
+            return
+        now = desk.clock.now()
+        if error is None:
+            assert live.job is not None
+            video = live.job.result()
+            receipt = None if video.receipt is None else video.receipt.to_dict()
+            facts = finished_facts(video.timings_s, receipt, writing_s)
+            desk.pace.learn(live.job.request, facts["inference_time_s"])
+            state = "completed"
+        else:
+            facts = {"error": {"code": _code(error), "message": self._message(error)}}
+            state = "cancelled" if isinstance(error, JobCancelledError) else "failed"
+            if _code(error) == "internal":
+                logger.error("job %s failed", name, exc_info=error)
+        self._insist(
+            lambda: desk.store.change(name, state, when={"running"}, completed=now, facts=facts)
+        )
+        try:
+            desk.files.remove(name, results=error is not None)
+        except OSError:
+            logger.exception("files of a job that is done stay until the next start")
+        desk.gone(live)
+
+    def _goes_on(self, live: Live, error: BaseException) -> bool:
+        """Whether a job that ended so is to be made all the same."""
+        if live.stopping:
+            return False
+        if isinstance(error, JobCancelledError):
+            return live.keeping
+        if isinstance(error, EngineClosedError) or is_disk_full(error):
+            return True
+        if isinstance(error, DeviceError) and not live.retried:
+            live.retried = True
+            return True
+        return False
+
+    def _message(self, error: BaseException) -> str:
+        if isinstance(error, ApiError):
+            return error.message
+        root = self._desk.files.root
+        return message_of(error, {f"{root}/uploads/": "upload_", str(root): "DATA"})
+
+    def _insist(self, change: Callable[[], T]) -> T:
+        """Do what the store may not have room for now."""
+        while True:
+            try:
+                return change()
+            except Exception as error:
+                logger.warning("the store does not take a change: %s", error)
+                time.sleep(1.0)
+
+
+def _code(error: BaseException) -> str:
+    return error.code if isinstance(error, ApiError) else code_of(error)

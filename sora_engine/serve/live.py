@@ -1,0 +1,47 @@
+"""A job while it is in this process: its row, its engine job, and the frames on their way."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sora_engine.request import VideoRequest
+    from sora_engine.runtime.job import Job
+    from sora_engine.serve.spool import Spool
+    from sora_engine.serve.store import Row
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A job that is not done.
+
+    row: as it was when it came in; its state there is not kept up. request: None until it is made
+    anew from the row. job: the engine's, once it has it. done: is set, with nothing, when the row
+    has its last state, or is gone. stopping: it is to be cancelled. keeping: what is cancelled is
+    to be queued again, as the server stops or the disk is full. engine_done_at: by the steady
+    clock.
+    """
+
+    row: Row
+    request: VideoRequest | None = None
+    job: Job | None = None
+    spool: Spool | None = None
+    handed_over: threading.Event = field(default_factory=threading.Event)
+    done: Future[None] = field(default_factory=Future)
+    stopping: bool = False
+    keeping: bool = False
+    retried: bool = False
+    engine_done_at: float | None = None
+    started: threading.Lock = field(default_factory=threading.Lock)
+    finisher: threading.Thread | None = None
+
+    @property
+    def stage(self) -> str:
+        """Where it is: `queued`, `encoding`, `denoising`, `decoding` or `writing`."""
+        job = self.job
+        if job is None:
+            return "queued"
+        return "writing" if job.done() else str(job.state)

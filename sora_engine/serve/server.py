@@ -1,0 +1,191 @@
+"""The server: uvicorn, ended so that those who poll see how their jobs end.
+
+Exit codes, for a supervisor: 0, drained; 1, it could not start; 70, the engine is dead and a new
+process is needed; 128 and the signal's number, stopped at once by a second signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from sora_engine.errors import SoraError
+from sora_engine.serve.app import make_app
+from sora_engine.serve.guard import guarded_protocol
+from sora_engine.serve.service import Service
+from sora_engine.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from sora_engine.runtime.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+DRAINED, FAILED, DEAD = 0, 1, 70
+WRITE_S = 60.0
+"""After how long a client is let go that takes nothing of what is sent to it."""
+LINGER_S = 2.0
+"""How long a drained server still answers, so that those who poll see the end."""
+
+
+def run(
+    make_engine: Callable[[], Engine],
+    settings: Settings,
+    *,
+    on_listening: Callable[[str], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> int:
+    """Serve until a signal comes or the engine dies; returns the exit code.
+
+    on_listening: called with the address once connections are taken. on_ready: called once the
+    model is loaded. Raises OSError where the address cannot be had, ServeError for the data folder,
+    and what `make_engine` raises.
+    """
+    os.umask(0o077)
+    app = make_app(make_engine, settings)
+    listener = _listen(settings)
+    try:
+        server = Server(app, settings, on_listening, on_ready)
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+    service: Service = app.state.service
+    if server.startup_error is not None:
+        raise server.startup_error
+    if service.failed is not None:
+        raise service.failed
+    return DEAD if service.dead else DRAINED
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The socket; here, so that a port which is taken is told before anything is loaded."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError:
+        listener.close()
+        raise
+    listener.listen(512)
+    listener.set_inheritable(False)
+    return listener
+
+
+class Server(uvicorn.Server):
+    """One that drains at the first signal: it goes on answering until its jobs are done."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        on_listening: Callable[[str], None] | None = None,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(configuration(app, settings))
+        self._service: Service = app.state.service
+        self._settings = settings
+        self._on_listening, self._on_ready = on_listening, on_ready
+        self._drain_wanted = False
+        self._watch: asyncio.Task[None] | None = None
+        self.startup_error: BaseException | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await self._service.open()
+        except SoraError as error:
+            self.startup_error = error
+            self.should_exit = True
+            return
+        await super().startup(sockets)
+        if self.should_exit:
+            return
+        if self._on_listening is not None and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            self._on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        self._watch = asyncio.create_task(self._watched())
+
+    async def _watched(self) -> None:
+        """Look after what ends a server: a signal, a model that does not load, a dead engine."""
+        service, told = self._service, False
+        while not self.should_exit:
+            if service.failed is not None:
+                self.should_exit = True
+            elif self._drain_wanted:
+                await self._drain()
+            elif service.dead:
+                logger.error("the engine is dead; the server ends in a moment")
+                await asyncio.sleep(self._settings.dead_timeout_s)
+                self.should_exit = True
+            elif service.has_desk and not told:
+                told = True
+                if self._on_ready is not None:
+                    self._on_ready()
+            await asyncio.sleep(0.05)
+
+    async def _drain(self) -> None:
+        at_work = self._service.has_desk and self._service.desk.counts[1] > 0
+        logger.info("the server takes no more jobs, and finishes those at work")
+        await self._service.drain()
+        if at_work:
+            await asyncio.sleep(LINGER_S)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for told in self._service.on_stopping:
+            told()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; the second ends the process: what is accepted is on the disk."""
+        if self._drain_wanted:
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()
+            os._exit(128 + sig)
+        self._drain_wanted = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was handled is not raised anew at the end."""
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """What uvicorn is told."""
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "lifespan": "on",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "date_header": True,
+        "timeout_keep_alive": int(settings.keep_alive_timeout_s),
+        "timeout_graceful_shutdown": 5,
+        "h11_max_incomplete_event_size": settings.max_header_bytes,
+        "http": guarded_protocol(settings.header_timeout_s, WRITE_S),
+        "limit_concurrency": settings.max_connections,
+        "loop": "asyncio",
+        "ws": "none",
+        "proxy_headers": bool(settings.forwarded_allow_ips),
+        "forwarded_allow_ips": settings.forwarded_allow_ips or None,
+    }
+    return uvicorn.Config(app, **options)

@@ -1,0 +1,97 @@
+"""How a job that waited begins: at the engine, anew or from where it was saved."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sora_engine.errors import CheckpointError, DeadlineExceededError
+from sora_engine.serve.jobs import Jobs
+from sora_engine.serve.live import Live
+from sora_engine.serve.spool import Spool
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sora_engine.runtime.job import Job
+    from sora_engine.serve.finishing import Finisher
+
+logger = logging.getLogger(__name__)
+
+
+def begin(desk: Jobs, live: Live, finisher: Finisher) -> None:
+    """Hand a job over to the engine; what that raises ends the job."""
+    row = live.row
+    # The attempt is in the store before it is made: a job that kills the process is counted.
+    before = desk.store.change(
+        row.id,
+        "running",
+        when={"queued"},
+        attempts=row.attempts + 1,
+        facts={"mark": mark_of(desk, row.id)},
+    )
+    if before is None:
+        desk.gone(live)
+        return
+    live.spool = Spool(desk.files.tmp / f"{row.id}.frames")
+    try:
+        job = _submitted(desk, live, finisher)
+    except Exception as error:
+        finisher.end(live, error)
+        return
+    live.job = job
+    live.handed_over.set()
+    job.add_done_callback(lambda _job: finisher.engine_done(live))
+    if live.stopping or live.keeping:
+        job.cancel()
+    desk.tell(live)
+
+
+def mark_of(desk: Jobs, name: str) -> int:
+    """What tells one savepoint of a job from the next; 0 where there is none."""
+    try:
+        return desk.files.savepoint(name).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
+    row, settings = live.row, desk.settings
+    saved = desk.files.savepoint(row.id)
+
+    def take(frames: np.ndarray) -> None:
+        assert live.spool is not None
+        live.spool.put(frames)
+        finisher.start(live)
+
+    options: dict[str, Any] = {
+        "priority": row.facts.get("priority", 0),
+        "deadline_s": _left_s(desk, live),
+        "on_frames": take,
+        "on_progress": lambda _progress: desk.tell(live),
+        "save_to": saved,
+        "save_every_s": settings.save_every_s or None,
+        "keep_frames": False,
+    }
+    if saved.exists():
+        try:
+            return desk.engine.resume(saved, **options)
+        except CheckpointError as error:
+            logger.warning("a job begins anew, as its savepoint is none: %s", error)
+            saved.unlink(missing_ok=True)
+    if live.request is None:
+        live.request = desk.translator.request_of(row.body)
+    return desk.engine.submit(live.request, **options)
+
+
+def _left_s(desk: Jobs, live: Live) -> float | None:
+    """Of the deadline, which counts from the job's creation."""
+    deadline_s = live.row.facts.get("deadline_s")
+    if deadline_s is None:
+        return None
+    left = live.row.created + deadline_s - desk.clock.now()
+    if left <= 0:
+        raise DeadlineExceededError(
+            f"the job was queued when its deadline of {deadline_s:g} s passed"
+        )
+    return float(left)

@@ -1,0 +1,118 @@
+"""`/v1/videos`: create, list, retrieve, delete, and the files."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+
+from sora_engine.serve.answers import poll_after_ms, video_of
+from sora_engine.serve.content import send_file
+from sora_engine.serve.document import FAILURES, takes
+from sora_engine.serve.failures import ApiError, bad_value, not_found
+from sora_engine.serve.orders import Order, place
+from sora_engine.serve.service import desk_of, owner_of
+from sora_engine.serve.wire import CreateVideo, DeletedVideo, Video, VideoList
+from sora_engine.serve.writer import MEDIA_TYPES
+
+router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
+
+_FILES = {
+    "video": "video.mp4",
+    "thumbnail": "thumbnail.webp",
+    "spritesheet": "spritesheet.webp",
+}
+
+
+@router.post(
+    "",
+    operation_id="createVideo",
+    openapi_extra=takes(CreateVideo, files=("input_reference",)),
+)
+async def create(request: Request) -> Video:
+    """Queue a video, from words or from a picture or a clip."""
+    row = await place(request, Order("create", CreateVideo))
+    return video_of(desk_of(request), row)
+
+
+@router.get("", operation_id="listVideos")
+async def videos(
+    request: Request,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=0, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> VideoList:
+    """The caller's videos, page by page: `after` is the last id of the page before."""
+    desk, owner = desk_of(request), owner_of(request)
+    number = None
+    if after is not None:
+        last = desk.store.get(after)
+        if last is None or last.owner != owner:
+            raise bad_value("after: there is no such video", "after")
+        number = last.number
+    rows = desk.store.page(owner, after=number, limit=limit + 1, newest=order == "desc")
+    data = [video_of(desk, row) for row in rows[:limit]]
+    return VideoList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=len(rows) > limit,
+    )
+
+
+@router.get("/{video_id}", operation_id="retrieveVideo")
+async def retrieve(video_id: str, request: Request, response: Response) -> Video:
+    """A video, and how far it is."""
+    desk = desk_of(request)
+    told = video_of(desk, desk.row(owner_of(request), video_id, "video"))
+    if told.status in ("queued", "in_progress"):
+        response.headers["openai-poll-after-ms"] = str(poll_after_ms(told))
+    response.headers["Cache-Control"] = "no-store"
+    return told
+
+
+@router.delete("/{video_id}", operation_id="deleteVideo")
+async def delete(video_id: str, request: Request) -> DeletedVideo:
+    """Remove a video; one that is being made is stopped."""
+    await asyncio.to_thread(desk_of(request).delete, owner_of(request), video_id)
+    return DeletedVideo(id=video_id)
+
+
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file.",
+        "content": {
+            kind: {"schema": {"type": "string", "format": "binary"}}
+            for kind in sorted(set(MEDIA_TYPES.values()))
+        },
+    },
+    206: {"description": "The part that `Range` asks for."},
+    304: {"description": "The client has it."},
+    416: {"description": "There is no such part."},
+}
+
+
+@router.get(
+    "/{video_id}/content",
+    operation_id="downloadVideo",
+    response_class=Response,
+    responses=_CONTENT,
+)
+@router.head("/{video_id}/content", response_class=Response, include_in_schema=False)
+async def content(
+    video_id: str,
+    request: Request,
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video",
+) -> Response:
+    """The video, its first frame, or a sheet of its pictures."""
+    desk = desk_of(request)
+    row = desk.row(owner_of(request), video_id, "video")
+    if row.state != "completed":
+        raise ApiError(400, "video_not_completed", f"the video is {row.state}, not completed")
+    file = _FILES[variant]
+    try:
+        path = desk.files.video(row.id) / file
+        return send_file(request, path, MEDIA_TYPES[variant], f"{row.id}.{file}")
+    except FileNotFoundError:  # it was removed in between
+        raise not_found() from None

@@ -1,0 +1,30 @@
+"""A client that waits for its job on the connection itself."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import Request
+
+from sora_engine.serve.desk import Desk
+from sora_engine.serve.failures import ApiError
+from sora_engine.serve.store import Row
+
+LOOK_EVERY_S = 0.25
+"""How often it is asked whether the client is still there."""
+
+
+async def ended(request: Request, desk: Desk, row: Row) -> Row:
+    """The job once it is done. A client that goes away cancels it: then ApiError 499."""
+    live = desk.live(row.id)
+    if live is not None:
+        done = asyncio.ensure_future(asyncio.shield(asyncio.wrap_future(live.done)))
+        try:
+            while not done.done():
+                await asyncio.wait({done}, timeout=LOOK_EVERY_S)
+                if not done.done() and await request.is_disconnected():
+                    raise ApiError(499, "gone", "the client has gone")
+        except BaseException:
+            await asyncio.to_thread(desk.delete, row.owner, row.id)
+            raise
+    return desk.row(row.owner, row.id)

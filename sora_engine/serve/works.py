@@ -1,0 +1,143 @@
+"""What is made of a video: remix, edits, extensions, loop, connect, upscale, refine; and what is
+asked of one: cancel, plan, request, sync."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from sora_engine.serve.answers import video_of
+from sora_engine.serve.document import FAILURES, takes
+from sora_engine.serve.failures import ApiError
+from sora_engine.serve.orders import Order, place, propose
+from sora_engine.serve.service import desk_of, owner_of
+from sora_engine.serve.videos import content
+from sora_engine.serve.waiting import ended
+from sora_engine.serve.wire import (
+    ConnectVideos,
+    CreateVideo,
+    EditVideo,
+    ExtendVideo,
+    LoopVideo,
+    Plan,
+    RefineVideo,
+    RemixVideo,
+    UpscaleVideo,
+    Video,
+)
+
+router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
+
+
+async def _placed(request: Request, order: Order) -> Video:
+    return video_of(desk_of(request), await place(request, order))
+
+
+@router.post(
+    "/edits", operation_id="editVideo", openapi_extra=takes(EditVideo, files=("video", "mask"))
+)
+async def edits(request: Request) -> Video:
+    """A clip changed to fit a prompt: all of it, where a mask is white, or some of its frames."""
+    return await _placed(request, Order("edit", EditVideo))
+
+
+@router.post(
+    "/extensions", operation_id="extendVideo", openapi_extra=takes(ExtendVideo, files=("video",))
+)
+async def extensions(request: Request) -> Video:
+    """A clip made longer; the answer's `seconds` is the whole length."""
+    return await _placed(request, Order("extend", ExtendVideo))
+
+
+@router.post(
+    "/connect",
+    operation_id="connectVideos",
+    openapi_extra=takes(ConnectVideos, files=("first", "second")),
+)
+async def connect(request: Request) -> Video:
+    """Two clips with new frames between them."""
+    return await _placed(request, Order("connect", ConnectVideos))
+
+
+@router.post(
+    "/plan",
+    operation_id="planVideo",
+    openapi_extra=takes(CreateVideo, files=("input_reference",)),
+)
+async def plan(request: Request) -> Plan:
+    """What a video would take. Nothing is queued."""
+    return await propose(request, Order("create", CreateVideo))
+
+
+@router.post(
+    "/sync",
+    operation_id="createVideoSync",
+    response_class=Response,
+    openapi_extra=takes(CreateVideo, files=("input_reference",)),
+)
+async def sync(request: Request) -> Response:
+    """A video as the answer itself. A client that goes away cancels it."""
+    row = await place(request, Order("create", CreateVideo))
+    row = await ended(request, desk_of(request), row)
+    if row.state != "completed":
+        error = row.facts.get("error", {"code": "internal", "message": "the server failed"})
+        status = 400 if error["code"] in ("invalid_value", "unreadable_media") else 500
+        raise ApiError(status, error["code"], error["message"], retry=False)
+    response = await content(row.id, request, "video")
+    response.headers["x-video-id"] = row.id
+    return response
+
+
+@router.post("/characters", include_in_schema=False)
+@router.get("/characters/{character_id}", include_in_schema=False)
+async def characters() -> None:
+    """The contract has characters, and no model here does."""
+    raise ApiError(501, "not_supported", "characters: this server's models have none", retry=False)
+
+
+@router.post("/{video_id}/remix", operation_id="remixVideo", openapi_extra=takes(RemixVideo))
+async def remix(video_id: str, request: Request) -> Video:
+    """The same request with another prompt, from the video that it became."""
+    desk = desk_of(request)
+    row = desk.row(owner_of(request), video_id, "video")
+    order = Order(row.body["task"], RemixVideo, source=video_id, again=True)
+    return await _placed(request, order)
+
+
+@router.post("/{video_id}/refine", operation_id="refineVideo", openapi_extra=takes(RefineVideo))
+async def refine(video_id: str, request: Request) -> Video:
+    """A draft at its full size."""
+    desk = desk_of(request)
+    row = desk.row(owner_of(request), video_id, "video")
+    order = Order(row.body["task"], RefineVideo, source=video_id, again=True, refine=True)
+    return await _placed(request, order)
+
+
+@router.post("/{video_id}/loop", operation_id="loopVideo", openapi_extra=takes(LoopVideo))
+async def loop(video_id: str, request: Request) -> Video:
+    """New frames that lead from a video's end to its beginning."""
+    return await _placed(request, Order("loop", LoopVideo, source=video_id))
+
+
+@router.post("/{video_id}/upscale", operation_id="upscaleVideo", openapi_extra=takes(UpscaleVideo))
+async def upscale(video_id: str, request: Request) -> Video:
+    """A video at a larger size, its detail drawn anew."""
+    return await _placed(request, Order("upscale", UpscaleVideo, source=video_id))
+
+
+@router.post("/{video_id}/cancel", operation_id="cancelVideo")
+async def cancel(video_id: str, request: Request) -> Video:
+    """Stop a video that is queued or being made, within a step. One that is done stays."""
+    desk = desk_of(request)
+    row = await asyncio.to_thread(desk.cancel, owner_of(request), video_id)
+    return video_of(desk, row)
+
+
+@router.get("/{video_id}/request", operation_id="retrieveRequest")
+async def asked(video_id: str, request: Request) -> dict[str, Any]:
+    """What would make the same video again: the task, its fields with the seed, and its clips by
+    the hashes of their bytes."""
+    row = desk_of(request).row(owner_of(request), video_id, "video")
+    return {"id": row.id, "object": "video.request", **row.body}

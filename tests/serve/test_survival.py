@@ -1,0 +1,233 @@
+"""A server that is killed, stopped, or whose device dies loses no job that it has accepted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.serve.servers import Nursery, Server
+
+JOB = {"num_frames": 9, "num_inference_steps": 6, "seed": 5}
+
+
+def latents(server: Server, name: str) -> np.ndarray:
+    return load_file(server.data / "videos" / name / "latents.safetensors")["latents"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> np.ndarray:
+    return latents(server, server.completed(server.create(**JOB)["id"])["id"])
+
+
+def leftovers(data: Path) -> list[str]:
+    """What is in the data folder that no finished job has."""
+    with sqlite3.connect(data / "jobs.sqlite") as rows:
+        known = {name for (name,) in rows.execute("SELECT id FROM jobs")}
+        assert rows.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        states = {state for (state,) in rows.execute("SELECT state FROM jobs")}
+    assert states <= {"completed", "failed", "cancelled"}
+    strange = {path.name for path in (data / "videos").iterdir()} - known
+    return [*strange, *(p.name for sub in ("saved", "tmp") for p in (data / sub).iterdir())]
+
+
+@pytest.mark.parametrize(
+    ("fault", "value", "resumed"),
+    [
+        ("stall_before_begin", 1, None),
+        ("stall_at_step", 3, 3),
+        ("stall_at_frame", 2, 6),
+        ("stall_while_writing", 1, 6),
+        ("stall_before_row", 1, None),
+    ],
+)
+def test_a_job_is_done_after_a_kill_at_each_stage(
+    nursery: Nursery, tmp_path, undisturbed, fault, value, resumed
+):
+    data = tmp_path / "data"
+    with Server(nursery, data, faults={fault: value}, save_every_s="0.000001") as first:
+        name = first.create(**JOB)["id"]
+        if fault != "stall_before_begin":
+            first.said("STALLED")
+        first.kill()
+    with Server(nursery, data) as second:
+        video = second.completed(name)
+        assert video["receipt"]["resumed_at"] == resumed
+        got = latents(second, name)
+        scale = np.abs(undisturbed).max()
+        assert np.abs(got - undisturbed).max() <= 1e-5 * scale
+        assert second.http.get(video["url"]).content[4:8] == b"ftyp"
+        second.signal(signal.SIGTERM)
+        assert second.ended() == 0
+    assert leftovers(data) == []
+
+
+def test_a_job_that_kills_its_server_fails_after_three_attempts(nursery: Nursery, tmp_path):
+    data = tmp_path / "data"
+    name = None
+    for attempt in range(3):
+        faults = {"kill_at_step": 2, "slow_steps": 20}
+        with Server(nursery, data, faults=faults, ready=False) as server:
+            if attempt == 0:
+                server.url = server.said("LISTENING")
+                server.said("READY")
+                server.http = httpx.Client(base_url=server.url)
+                name = server.create(**JOB)["id"]
+            assert server.ended() == -signal.SIGKILL
+    with Server(nursery, data) as server:
+        video = server.get(name)
+        assert (video["status"], video["error"]["code"]) == ("failed", "crashed")
+        server.completed(server.create()["id"])  # and the others go on
+
+
+def test_a_first_signal_drains(nursery: Nursery, tmp_path):
+    """Those who poll see the end, nothing new is taken, and the exit code is 0."""
+    with Server(nursery, tmp_path / "data", faults={"slow_steps": 60}) as server:
+        name = server.create(**{**JOB, "num_inference_steps": 20})["id"]
+        server.until(lambda: server.get(name)["steps_done"] > 0)
+        assert server.http.get("/ready").status_code == 200
+        server.signal(signal.SIGTERM)
+        server.until(lambda: server.http.get("/ready").status_code == 503)
+        assert server.http.get("/health").status_code == 200
+        refused = server.http.post("/v1/videos", json={"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert server.completed(name)["progress"] == 100
+        assert server.ended() == 0
+
+
+def test_what_outlasts_the_drain_is_saved_and_goes_on(nursery: Nursery, tmp_path, undisturbed):
+    data = tmp_path / "data"
+    options = {"faults": {"slow_steps": 200}, "drain_timeout": "0.3s", "max_running": 1}
+    with Server(nursery, data, **options) as first:
+        names = [first.create(**JOB)["id"] for _ in range(2)]
+        first.until(lambda: first.get(names[0])["steps_done"] >= 2)
+        first.signal(signal.SIGTERM)
+        assert first.ended() == 0
+    with sqlite3.connect(data / "jobs.sqlite") as rows:
+        assert rows.execute("SELECT state, attempts FROM jobs").fetchall() == [("queued", 0)] * 2
+    with Server(nursery, data) as second:
+        video = second.completed(names[0])
+        assert video["receipt"]["resumed_at"] >= 2
+        for name in names:
+            second.completed(name)
+            difference = np.abs(latents(second, name) - undisturbed).max()
+            assert difference <= 1e-5 * np.abs(undisturbed).max()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_nothing_stays_behind_a_server(nursery: Nursery, tmp_path, number, loaded):
+    """No process, no port, no lock."""
+    data = tmp_path / "data"
+    with Server(nursery, data, faults={"slow_steps": 20}, drain_timeout="0.1s") as server:
+        if loaded:
+            name = server.create(**JOB)["id"]
+            server.until(lambda: server.get(name)["status"] != "queued")
+        server.signal(number)
+        assert server.ended() == (-number if number == signal.SIGKILL else 0)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(server.pid, 0)
+        port = urlsplit(server.url).port
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+    with Server(nursery, data) as again:
+        assert again.http.get("/ready").status_code == 200
+
+
+def test_a_second_signal_ends_it_at_once(nursery: Nursery, tmp_path):
+    with Server(nursery, tmp_path / "data", faults={"stall_at_step": 1}) as server:
+        server.create(**JOB)
+        server.said("STALLED")
+        server.signal(signal.SIGTERM)
+        server.until(lambda: server.http.get("/ready").status_code == 503)
+        server.signal(signal.SIGTERM)
+        assert server.ended(5) == 128 + signal.SIGTERM
+
+
+def test_a_dead_engine_is_told_and_its_jobs_wait_for_the_next_process(nursery: Nursery, tmp_path):
+    data = tmp_path / "data"
+    faults = {"device_dies_at_step": 2}
+    with Server(nursery, data, faults=faults, dead_timeout="2s") as server:
+        name = server.create(**JOB)["id"]
+        server.until(lambda: server.http.get("/health").status_code == 503)
+        assert server.http.get("/ready").json() == {"status": "dead"}
+        refused = server.http.post("/v1/videos", json={"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+        assert refused.headers["x-should-retry"] == "false"
+        assert server.get(name)["status"] == "queued"
+        assert server.ended() == 70
+    with Server(nursery, data) as server:
+        server.completed(name)
+
+
+def test_a_folder_has_one_server(nursery: Nursery, server: Server):
+    second = Server(nursery, server.data, ready=False)
+    assert second.ended() == 1
+    assert f"{server.data} is in use by another server" in second.text()
+
+
+def test_a_damaged_store_is_named_and_left_as_it_is(nursery: Nursery, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "videos").mkdir()
+    (data / "videos" / "kept").mkdir()
+    damaged = b"SQLite format 3\0" + b"\xff" * 8000
+    (data / "jobs.sqlite").write_bytes(damaged)
+    server = Server(nursery, data, ready=False)
+    assert server.ended() == 1
+    assert f"{data / 'jobs.sqlite'} cannot be used" in server.text()
+    assert (data / "jobs.sqlite").read_bytes() == damaged
+    assert (data / "videos" / "kept").is_dir()
+
+
+def test_a_store_that_another_has_locked_answers_503(nursery: Nursery, tmp_path):
+    with Server(nursery, tmp_path / "data") as server:
+        other = sqlite3.connect(server.data / "jobs.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        answer = server.http.post("/v1/videos", json={"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_busy")
+        other.execute("ROLLBACK")
+        other.close()
+        server.completed(server.create()["id"])
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(nursery: Nursery, tmp_path, server):
+    port = urlsplit(server.url).port
+    second = Server(nursery, tmp_path / "data", ready=False, port=port)
+    assert second.ended(5) == 1
+    assert "Address already in use" in second.text()
+
+
+def test_rows_that_were_acknowledged_are_there(nursery: Nursery, tmp_path):
+    """Creates from several threads, and a kill in the midst of them."""
+    data = tmp_path / "data"
+    told: list[str] = []
+    with Server(nursery, data, faults={"stall_before_begin": 1}) as first:
+
+        def ask() -> None:
+            for _ in range(10):
+                try:
+                    told.append(first.create()["id"])
+                except (httpx.HTTPError, AssertionError):
+                    return
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        first.until(lambda: len(told) >= 12)
+        first.kill()
+        for thread in threads:
+            thread.join()
+    with Server(nursery, data) as second:
+        for name in told:
+            second.completed(name)
