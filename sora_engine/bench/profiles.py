@@ -79,6 +79,9 @@ def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
     return {"h200": lambda: h200(device=device, dry_run=tiny, say=say)}
 
 
+ON_REQUEST = ("http",)
+"""Groups that run where `only` names them: this one needs an extra, and a server of its own."""
+
 PROFILES = ("cpu", "cpu-long", "h200")
 
 
@@ -100,7 +103,7 @@ def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say 
     found: list[Measurement] = []
     started = time.monotonic()
     for name, group in groups.items():
-        if only and name not in only:
+        if name not in (only or groups) or (name in ON_REQUEST and not only):
             continue
         try:
             measured = group()

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LETTERS = string.ascii_lowercase + string.digits
+END_S = 30.0
+"""How long jobs that were stopped may take to let go."""
 FULL_PAUSE_S = 5.0
 """How long nothing is begun after a job found the disk full."""
 
@@ -71,7 +73,7 @@ class Desk:
         self._waiting: list[Live] = []
         self._at_engine: set[Live] = set()
         self._wake = threading.Condition(threading.RLock())
-        self._closed = False
+        self.closed = False
         self._paused_until = 0.0
         self.pace = Pace()
         self._finisher = Finisher(self)
@@ -152,7 +154,11 @@ class Desk:
             kind=kind,
             created=self.clock.now(),
             body=stored,
-            facts={**facts_of(resolved, self.engine.model.grid), **facts},
+            facts={
+                "weights": self.engine.model.weights_hash,
+                **facts_of(resolved, self.engine.model.grid),
+                **facts,
+            },
         )
         live = Live(made, request)
         self._reserve(live)
@@ -176,7 +182,7 @@ class Desk:
     def _refuse_where_closed(self) -> None:
         if self.engine.error is not None:
             raise self.engine.error
-        if self.draining or self._closed:
+        if self.draining or self.closed:
             raise ApiError(
                 503, "draining", "the server is about to stop", headers={"Retry-After": "10"}
             )
@@ -257,9 +263,9 @@ class Desk:
     def _feed(self) -> None:
         while True:
             with self._wake:
-                while not self._closed and not self._may_begin():
+                while not self.closed and not self._may_begin():
                     self._wake.wait(1.0)
-                if self._closed:
+                if self.closed:
                     return
                 live = self.choose(self._waiting)
                 self._waiting.remove(live)
@@ -339,7 +345,7 @@ class Desk:
             left = self._at_work()
         self._finisher.put_off(left)
         with self._wake:
-            self._wake.wait_for(lambda: not self._at_work(), 30.0)
+            self._wake.wait_for(lambda: not self._at_work(), END_S)
 
     def _at_work(self) -> list[Live]:
         return [live for live in self._lives.values() if live not in self._waiting]
@@ -348,7 +354,7 @@ class Desk:
         """End the desk's own threads; jobs at work are put off."""
         self.drain(0.0)
         with self._wake:
-            self._closed = True
+            self.closed = True
             self._wake.notify_all()
         self._feeder.join()
 

@@ -21,7 +21,7 @@ from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job
-from sora_engine.serve import desk, server
+from sora_engine.serve import desk, finishing, server
 from sora_engine.serve import files as files_module
 from sora_engine.serve.desk import Desk
 from sora_engine.serve.settings import settings_from
@@ -185,6 +185,10 @@ def quick_pause(_: int) -> None:
     desk.FULL_PAUSE_S = 0.3
 
 
+def quick_end(_: int) -> None:
+    desk.END_S = finishing.SAVE_S = 0.3
+
+
 def small_spool(size: int) -> None:
     Spool.__init__.__defaults__ = (size,)  # type: ignore[misc]
 
@@ -194,7 +198,7 @@ FAULTS = {
     for function in (
         *(stall_at_step, stall_at_frame, stall_before_begin, stall_while_writing),
         *(stall_before_row, slow_steps, slow_writer, device_dies_at_step, kill_at_step),
-        *(quick_linger, quick_pause, small_spool),
+        *(quick_linger, quick_pause, quick_end, small_spool),
     )
 }
 

@@ -6,6 +6,7 @@ import io
 import random
 import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,29 @@ def upload_to(server: Server) -> str:
     return str(answer.json()["id"])
 
 
+def got_further(server: Server) -> None:
+    """Wait until each job that is being made has taken a step or more, or has ended."""
+
+    def states() -> dict[str, tuple[str, int, int]]:
+        listed = server.http.get("/v1/videos?limit=100").json()["data"]
+        return {
+            told["id"]: (told["status"], told["steps_done"], told["frames_decoded"])
+            for told in listed
+            if told["status"] in ("queued", "in_progress")
+        }
+
+    first: dict[str, tuple[str, int, int]] = {}
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        now = states()
+        for name, state in now.items():
+            if state[0] == "in_progress":
+                first.setdefault(name, state)
+        if not now or (first and all(now.get(name) != state for name, state in first.items())):
+            return
+        time.sleep(0.01)
+
+
 def latents(data: Path, name: str) -> np.ndarray:
     return load_file(data / "videos" / name / "latents.safetensors")["latents"]
 
@@ -76,18 +100,23 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
 
     data = folder / "killed"
     names: dict[int, str] = {}
+    soon = True  # not twice: a job that is lost three times at one point is given up
     for attempt in range(kills):
         with Server(nursery, data, faults={"slow_steps": 8}, **options) as server:
-            until = time.monotonic() + rng.uniform(0.05, 1.2)
+            if attempt == 0:
+                assert upload_to(server) == upload
+            soon = not soon and rng.random() < 0.3
+            killer = threading.Timer(rng.uniform(0, 0.5), server.signal, [signal.SIGKILL])
+            if soon:
+                killer.start()
             try:
-                if attempt == 0:
-                    assert upload_to(server) == upload
-                    until = time.monotonic() + 0.4  # some are ordered, others not yet
-                server.http.timeout = httpx.Timeout(max(0.01, until - time.monotonic()))
                 taken(server, bodies, names)
-            except httpx.TimeoutException:
-                pass
-            time.sleep(max(0.0, until - time.monotonic()))
+                if not soon:
+                    got_further(server)
+                    killer.start()
+            except httpx.TransportError:
+                pass  # it was killed while it was asked
+            killer.join()
             server.kill()
         with sqlite3.connect(data / "jobs.sqlite") as rows:
             assert rows.execute("PRAGMA integrity_check").fetchone() == ("ok",)
