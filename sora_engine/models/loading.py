@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-import sora_kernels
-from sora_engine.errors import BackendError
 from sora_engine.io.safetensors import sampled_hash
 from sora_engine.io.weights.merging import Merge
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.adapters import merges_of
 from sora_engine.models.autoencoder import open_decoder, preview_of
+from sora_engine.models.backends import check_attention_backend, exact_attention
 from sora_engine.models.device import own_device, resolve_device
 from sora_engine.models.family import Checkpoint, ExpertSource
 from sora_engine.models.linear import make_invariant
@@ -204,32 +203,6 @@ def load_video_decoder(
         vae_backend=vae_backend,
     )
     return open_decoder(checkpoint, target, precision.vae_dtype, vae_backend, cuda_graphs)
-
-
-def check_attention_backend(name: str, device: torch.device) -> None:
-    """Raises BackendError unless attention can run there on this backend."""
-    found = sora_kernels.backends(device)["packed_attention"]
-    if name == "auto":
-        return
-    if name not in found:
-        raise BackendError(f"attention_backend must be auto, {', '.join(found)}, got {name!r}")
-    reason = found[name]
-    if reason is not None:
-        raise BackendError(f"attention_backend {name!r} cannot serve on {device}: {reason}")
-
-
-def exact_attention(device: torch.device, backend: str) -> str:
-    """The attention that serves every batch alike, whatever its segments' lengths. Raises
-    BackendError for a backend that does not promise that."""
-    alike = ("sdpa", "reference") if device.type == "cpu" else ("triton", "gluon", "reference")
-    if backend == "auto":  # it may choose by the length of what else is in the batch
-        return alike[0]
-    if backend not in alike:
-        raise BackendError(
-            f"exact=True: attention_backend {backend!r} promises no bits on {device.type}; auto, "
-            f"{', '.join(alike)} do"
-        )
-    return backend
 
 
 # The transformers.

@@ -122,7 +122,8 @@ class Engine:
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU. On a CPU it is bfloat16 where
                 products are about twice as fast in it and the weights are in it or quantised, else
-                float32.
+                float32. `"as-stored"` keeps quantised weights so in memory; `"int8"` quantises what
+                layers read, too, on a CPU (`"as-stored:bfloat16"` names the dtype of the rest).
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache), `"tensorrt"`
                 (engines that `sora export-vae` has built) or `"tiny"` (TAEHV, an approximation);
                 `"auto"` is torch.

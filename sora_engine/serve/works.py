@@ -12,6 +12,7 @@ from sora_engine.serve.answers import video_of
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.orders import Order, place, propose
+from sora_engine.serve.replies import Plan, Video
 from sora_engine.serve.service import desk_of, owner_of
 from sora_engine.serve.videos import content
 from sora_engine.serve.waiting import ended
@@ -21,11 +22,9 @@ from sora_engine.serve.wire import (
     EditVideo,
     ExtendVideo,
     LoopVideo,
-    Plan,
     RefineVideo,
     RemixVideo,
     UpscaleVideo,
-    Video,
 )
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
