@@ -172,6 +172,8 @@ def test_a_job_that_kills_its_server_takes_no_other_along(nursery: Nursery, tmp_
                 if life == 0:
                     for seed in (1, 2, 3, 666):
                         server.create(seed=seed, num_inference_steps=30)
+                    server.ended()
+                    raise httpx.ReadError("it was killed")
                 videos = {name: server.done(name) for name in names}
             except (AssertionError, httpx.TransportError):  # it is gone
                 assert server.ended() == -signal.SIGKILL
