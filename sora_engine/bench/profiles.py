@@ -13,7 +13,8 @@ Group = Callable[[], list[Measurement]]
 
 
 def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
-    """Ops, block, end to end (with step and decode) and serving: under 5 minutes on 2 cores.
+    """Ops, block, linear layers, end to end (with step and decode), serving: under 5 minutes on 2
+    cores.
 
     long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
     tiny: everything once, at sizes that show no more than that it runs.
@@ -22,6 +23,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
 
     from sora_engine.bench import http, serving
     from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
+    from sora_engine.bench.linear import linear
     from sora_engine.bench.ops import block, ops
 
     if tiny:
@@ -32,6 +34,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
         return {
             "ops": lambda: ops(tokens=64, heads=2, head_dim=12, rounds=1),
             "block": lambda: block(shape, (1, 2, 2), rounds=1),
+            "linear": lambda: linear(tokens=24, width=256, hidden=512, rounds=1),
             "end-to-end": lambda: end_to_end(shape, Run(32, 32, 1, 3, 16)),
             "serving": lambda: [
                 *serving.serving(kinds=kinds, count=4, rounds=1),
@@ -52,6 +55,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     groups: dict[str, Group] = {
         "ops": ops,
         "block": lambda: block(WAN_1_3B, (4, 12, 16)),
+        "linear": linear,
         "end-to-end": lambda: end_to_end(four, run),
         "serving": lambda: [
             *serving.serving(count=60, rounds=1),

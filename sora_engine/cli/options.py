@@ -44,7 +44,13 @@ _OPTION_OF = {
 }
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; as-stored keeps quantised weights so in memory; "
+        "int8 multiplies int8 by int8, on a CPU."
+    ),
+]
 Components = Annotated[
     str | None,
     typer.Option(help="Folder with what a --model of one file lacks, diffusers' or ComfyUI's."),

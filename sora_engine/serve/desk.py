@@ -267,7 +267,7 @@ class Desk:
                     self._wake.wait(1.0)
                 if self.closed:
                     return
-                live = self.choose(self._waiting)
+                live = self.choose(self._candidates())
                 self._waiting.remove(live)
                 self._at_engine.add(live)
             try:
@@ -281,7 +281,14 @@ class Desk:
             return False
         if len(self._at_engine) >= self.settings.max_running:
             return False
+        if any(live.is_suspect for live in self._lives.values()) and self._at_work():
+            return False
         return time.monotonic() >= self._paused_until and not self.is_full()
+
+    def _candidates(self) -> Sequence[Live]:
+        """Those that may be next. A job whose server was lost twice goes alone, and before the
+        others: where it is what kills the server, it takes none of them along."""
+        return [live for live in self._waiting if live.is_suspect][:1] or self._waiting
 
     def left_engine(self, live: Live) -> None:
         """The engine has done with a job: another one may begin."""

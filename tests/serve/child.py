@@ -177,6 +177,18 @@ def kill_at_step(step: int) -> None:
     Job.tell_progress = told  # type: ignore[method-assign]
 
 
+def kill_by_seed(seed: int) -> None:
+    """One job that kills its process, at its second step."""
+    plain = Job.tell_progress
+
+    def told(self: Job) -> None:
+        plain(self)
+        if self.request.seed == seed and self.progress.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Job.tell_progress = told  # type: ignore[method-assign]
+
+
 def quick_linger(_: int) -> None:
     server.LINGER_S = 0.3
 
@@ -198,7 +210,7 @@ FAULTS = {
     for function in (
         *(stall_at_step, stall_at_frame, stall_before_begin, stall_while_writing),
         *(stall_before_row, slow_steps, slow_writer, device_dies_at_step, kill_at_step),
-        *(quick_linger, quick_pause, quick_end, small_spool),
+        *(kill_by_seed, quick_linger, quick_pause, quick_end, small_spool),
     )
 }
 

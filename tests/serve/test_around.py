@@ -8,8 +8,10 @@ import logging
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,29 @@ def test_an_upload_is_kept_and_used_by_its_id(service: Service) -> None:
     assert service.ended(job["id"])["status"] == "completed"
     asked = service.http.get(f"/v1/videos/{job['id']}/request").text
     assert "passwd" not in asked
+
+
+def test_uploads_that_wait_hold_nobody_up(service: Service, monkeypatch) -> None:
+    """As many as asyncio's own threads, and more, while a job is ordered."""
+    taken = threading.Event()
+    monkeypatch.setattr(service.app.state.intake, "examine", lambda _path: taken.wait(30))
+    with ThreadPoolExecutor(12) as clients:
+        sent = [
+            clients.submit(
+                httpx.post,
+                f"{service.url}/v1/uploads",
+                files={"file": ("a.png", picture())},
+                headers={"Authorization": f"Bearer {ALICE}"},
+                timeout=60,
+            )
+            for _ in range(12)
+        ]
+        begun = time.monotonic()
+        service.create()
+        assert time.monotonic() - begun < 15
+        assert not any(one.done() for one in sent)
+        taken.set()
+    service.idle()
 
 
 @pytest.mark.parametrize(
