@@ -30,6 +30,7 @@ from sora_engine.models.device import resolve_device
 from sora_engine.models.precision import settle_precision
 from sora_engine.models.registry import Components, ModelPath, open_checkpoint, plain_components
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
+from sora_engine.request.labels import Labels
 from sora_engine.request.lora import EXPERTS, Lora, LoraRecord, checked_loras
 
 
@@ -62,6 +63,7 @@ class RemoteModel:
     from_timesteps: tuple[float, ...]
     weights_hash: str
     known_mode: KnownMode
+    labels: Labels | None = None
     loras: tuple[LoraRecord, ...] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ class RemoteModel:
             from_timesteps=tuple(fields["from_timesteps"]),
             weights_hash=fields["weights_hash"],
             known_mode=KnownMode(fields["known_mode"]),
+            labels=Labels.from_json(fields["labels"]),
             loras=tuple(LoraRecord(**record) for record in fields["loras"]),
             chosen=fields["chosen"],
         )

@@ -19,6 +19,7 @@ from sora_engine.io.weights.merging import Merge
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.labels import Labels
 from sora_engine.request.ladders import Ladder
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -98,6 +99,7 @@ class Checkpoint:
         too; there is none where the transformer reads nothing but the video.
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
+    labels: the classes that it makes, where it reads a class in place of a text.
     defaults: of the family's published pipelines; a checkpoint's own go before them.
     """
 
@@ -114,6 +116,7 @@ class Checkpoint:
     image_encoder: ImageSource | None = None
     takes_last_image: bool = False
     learned_variance: bool = False
+    labels: Labels | None = None
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
     tiny_vae: Path | None = None

@@ -135,6 +135,7 @@ def load_video_model(
         image_encoder=load_image_encoder(checkpoint, target, weights_dtype, offload),
         takes_last_image=checkpoint.takes_last_image,
         learned_variance=checkpoint.learned_variance,
+        labels=checkpoint.labels,
         sampler_config=_sampler_config(checkpoint),
         known_mode=checkpoint.known_mode,
         grid=checkpoint.grid,

@@ -72,6 +72,7 @@ _PLAIN = (
     "loop",
     "resample",
     "original_prompt",
+    "label",
 )
 
 

@@ -65,6 +65,7 @@ class TextEncoderKind(Protocol):
 
 _KINDS: dict[str, TextEncoderKind | str] = {
     "UMT5EncoderModel": "sora_engine.text.umt5:UMT5Encoder",
+    "ClassLabels": "sora_engine.text.labels:LabelEncoder",
 }
 """By the class that a configuration names the kind, or where it is."""
 
