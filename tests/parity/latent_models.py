@@ -5,7 +5,15 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    LattePipeline,
+    LatteTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 NAMES = {0: "tench, Tinca tinca", 3: "tiger  shark", 7: "golden retriever"}
 TINY_DIT = {
@@ -13,6 +21,14 @@ TINY_DIT = {
     "num_attention_heads": 2, "in_channels": 4, "out_channels": 8, "attention_bias": True,
     "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000,
     "norm_type": "ada_norm_zero", "norm_elementwise_affine": False,
+}  # fmt: skip
+
+TINY_LATTE = {
+    "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8,
+    "num_attention_heads": 3, "caption_channels": 32, "in_channels": 4, "cross_attention_dim": 24,
+    "out_channels": 8, "attention_bias": True, "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False, "norm_eps": 1e-6, "video_length": 4,
 }  # fmt: skip
 
 
@@ -61,8 +77,42 @@ def tiny_dit_pipeline(seed: int = 0) -> DiTPipeline:
     return pipeline
 
 
+def tiny_latte(seed: int = 0, **overrides: object) -> LatteTransformer3DModel:
+    torch.manual_seed(seed)
+    return sharpen(LatteTransformer3DModel(**{**TINY_LATTE, **overrides}), seed)
+
+
+def tiny_t5(seed: int = 0) -> tuple[T5EncoderModel, T5Tokenizer]:
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        relative_attention_num_buckets=8,
+    )  # fmt: skip
+    letters = [(f"\u2581{letter}", -1.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    letters += [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -3.0), *letters]
+    model = T5EncoderModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name or "layer_norm" in name:
+            parameter.data.copy_(1 + 0.5 * torch.randn_like(parameter))
+    return model, T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def tiny_latte_pipeline(seed: int = 0) -> LattePipeline:
+    encoder, tokenizer = tiny_t5(seed)
+    pipeline = LattePipeline(
+        transformer=tiny_latte(seed),
+        vae=tiny_kl(seed),
+        scheduler=DDIMScheduler(clip_sample=False),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def latents_of(pipeline: object, noise: torch.Tensor, **arguments: object) -> torch.Tensor:
-    """What diffusers decodes, `[C, H, W]`, from this noise: raw latents, as `Video.latents`."""
+    """What diffusers decodes, `[C, T, H, W]`, from this noise: raw latents, as `Video.latents`."""
     decoded: list[torch.Tensor] = []
     decode = pipeline.vae.decode
 
@@ -71,11 +121,11 @@ def latents_of(pipeline: object, noise: torch.Tensor, **arguments: object) -> to
         return decode(latents, **named)
 
     module = type(pipeline).__module__
-    with patch(f"{module}.randn_tensor", lambda **_: noise.clone()):
+    with patch(f"{module}.randn_tensor", lambda *_, **__: noise.clone()):
         pipeline.vae.decode = remember
         try:
             pipeline(output_type="pt", **arguments)
         finally:
             del pipeline.vae.decode
     (latents,) = decoded
-    return latents[0]
+    return latents.transpose(0, 1)
