@@ -12,13 +12,15 @@ from __future__ import annotations
 from sora_engine.cli.app import main
 
 # A module of commands is registered by its import; `sora --help` lists them in this order.
-from sora_engine.cli import generate, clips, decode, bench, plan, inspect, ladders, serve, doctor  # isort: skip
+from sora_engine.cli import generate, clips, decode, bench, plan, inspect  # isort: skip
+from sora_engine.cli import families, ladders, serve, doctor  # isort: skip
 
 __all__ = [
     "bench",
     "clips",
     "decode",
     "doctor",
+    "families",
     "generate",
     "inspect",
     "ladders",

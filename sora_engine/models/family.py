@@ -135,8 +135,31 @@ class Checkpoint:
         return [*own, self.vae.weights_path, *text]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What models of a family can do, for people: `models.overview` makes a table of it.
+
+    known_modes: what their known content is to them, by variant. windows: the schedules of windows,
+    and `sparse` for a `SparsePlan`. ranks: the axes over which a job can be shared out. adapters:
+    those that requests and loading take. page: of the docs.
+    """
+
+    makes: str
+    reads: str
+    known_modes: tuple[KnownMode, ...]
+    windows: tuple[str, ...]
+    ranks: tuple[str, ...]
+    adapters: tuple[str, ...]
+    page: str
+
+
 class Family(Protocol):
     """A kind of checkpoint."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What its models can do."""
+        ...
 
     @property
     def name(self) -> str:

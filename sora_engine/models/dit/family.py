@@ -19,7 +19,14 @@ from sora_engine.models.dit.checkpoint import (
 )
 from sora_engine.models.dit.config import DiTConfig
 from sora_engine.models.dit.model import DiT, transformer_shape
-from sora_engine.models.family import Checkpoint, ExpertSource, Shapes, Sizes, TextSource
+from sora_engine.models.family import (
+    Capabilities,
+    Checkpoint,
+    ExpertSource,
+    Shapes,
+    Sizes,
+    TextSource,
+)
 from sora_engine.models.folder import INDEX, Component, FolderLayout, ModelFolder
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.labels import Labels
@@ -42,6 +49,15 @@ class DiTFamily:
     name = "dit"
     layout: FolderLayout = LAYOUT
     ladders: ClassVar[Mapping[str, Ladder]] = {}
+    capabilities = Capabilities(
+        makes="pictures",
+        reads="a class",
+        known_modes=(KnownMode.REPLACEMENT,),
+        windows=(),
+        ranks=("ulysses", "ring", "guidance", "data"),
+        adapters=("lora",),
+        page="dit.md",
+    )
 
     def claims_file(self, shapes: Shapes) -> bool:
         """Whether most of the tensors that every DiT has are there, its classes among them."""

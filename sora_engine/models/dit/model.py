@@ -156,7 +156,7 @@ class DiT(DiffusionTransformer):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that activations flow in."""
-        return self.proj_out_2.weight.dtype
+        return cast("nn.Conv3d", self.pos_embed["proj"]).weight.dtype
 
     def rebuild(self) -> DiT:
         """Another transformer of the same configuration and backends."""

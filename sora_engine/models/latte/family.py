@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sora_engine.errors import CheckpointError
-from sora_engine.models.family import Checkpoint, ExpertSource, Shapes, Sizes, TextSource
+from sora_engine.models.family import (
+    Capabilities,
+    Checkpoint,
+    ExpertSource,
+    Shapes,
+    Sizes,
+    TextSource,
+)
 from sora_engine.models.folder import Component, FolderLayout, ModelFolder
 from sora_engine.models.latte.checkpoint import (
     LAYOUT,
@@ -40,6 +47,15 @@ class LatteFamily:
     name = "latte"
     layout: FolderLayout = LAYOUT
     ladders: ClassVar[Mapping[str, Ladder]] = {}
+    capabilities = Capabilities(
+        makes="videos, pictures",
+        reads="texts",
+        known_modes=(KnownMode.REPLACEMENT,),
+        windows=("static", "moving"),
+        ranks=("guidance", "window", "data"),
+        adapters=("lora",),
+        page="latte.md",
+    )
 
     def claims_file(self, shapes: Shapes) -> bool:
         """Whether most of the tensors that every Latte has are there, its blocks along time among

@@ -179,7 +179,7 @@ class LatteTransformer(DiffusionTransformer):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that activations flow in."""
-        return self.proj_out.weight.dtype
+        return cast("nn.Conv3d", self.pos_embed["proj"]).weight.dtype
 
     @property
     def blocks_in_order(self) -> list[nn.Module]:
