@@ -354,7 +354,8 @@ def load_prompt_encoder(
             dtype=dtype,
             max_tokens=source.max_tokens,
         )
-        if offload in ("text", "blocks"):
+        has_layers = next(encoders[name].model.parameters(), None) is not None
+        if offload in ("text", "blocks") and has_layers:
             offload_encoder(encoders[name], device)
     return PromptEncoder(encoders)
 

@@ -88,3 +88,19 @@ def test_an_adapter_changes_the_weights_that_it_names(kind, tmp_path):
     assert relative(merged, want) < 1e-5
     assert relative(own, want) < 1e-5
     assert relative(without, want) > 1e-2
+
+
+@pytest.mark.parametrize("option", [{"offload": "blocks"}, {"exact": True}])
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_runs_as_the_engine_runs_others(kind, option, tmp_path):
+    make, values = MODELS[kind]
+    make().save_pretrained(tmp_path)
+    request = sora.VideoRequest(**values, **SMALL)
+    made = []
+    for options in ({}, option):
+        with sora.Engine.from_pretrained(tmp_path, device="cpu", **options) as engine:
+            made.append(engine.generate(request).latents)
+            if options.get("exact"):
+                others = [request, sora.VideoRequest(**{**values, "height": 32}, **SMALL)]
+                assert torch.equal(engine.generate(others)[0].latents, made[-1])
+    assert relative(made[1], made[0]) < 1e-5
