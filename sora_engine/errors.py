@@ -62,6 +62,10 @@ class MediaError(SoraError, ValueError):
     """An image or video file cannot be read, or cannot be written as asked."""
 
 
+class CredentialsError(SoraError, ValueError):
+    """A certificate or its key cannot sign, or a file's Content Credentials cannot be made."""
+
+
 class UpsamplingError(SoraError, RuntimeError):
     """A prompt could not be rewritten; the message says what the model or the endpoint did."""
 

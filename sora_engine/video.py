@@ -32,8 +32,11 @@ class Receipt:
     loras: the adapters that it was made with, as `--lora` has them.
     chosen: on a CPU, why settings that were "auto" have become what they have: `dtype`,
         `vae_dtype`, and attention over long sequences, with the measured rates.
+    quantised: by format, which of the transformer's layers have weights that stay quantised.
     lossy: options that trade accuracy, each with its measured relative error; empty unless asked
         for.
+    watermark: the payload of the mark that the file's pixels carry, where they were changed for
+        one; None where they are what the model made.
     """
 
     device: str
@@ -54,7 +57,9 @@ class Receipt:
     texts_reused: int = 0
     loras: list[str] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
+    quantised: dict[str, str] = field(default_factory=dict)
     lossy: dict[str, float] = field(default_factory=dict)
+    watermark: str | None = None
 
     @property
     def packed(self) -> bool:

@@ -13,15 +13,17 @@ Group = Callable[[], list[Measurement]]
 
 
 def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
-    """Ops, block, end to end (with step and decode) and serving: under 5 minutes on 2 cores.
+    """Ops, block, linear layers, end to end (with step and decode), serving: under 5 minutes on 2
+    cores.
 
     long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
     tiny: everything once, at sizes that show no more than that it runs.
     """
     from dataclasses import replace
 
-    from sora_engine.bench import serving
+    from sora_engine.bench import http, serving
     from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
+    from sora_engine.bench.linear import linear
     from sora_engine.bench.ops import block, ops
 
     if tiny:
@@ -32,11 +34,20 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
         return {
             "ops": lambda: ops(tokens=64, heads=2, head_dim=12, rounds=1),
             "block": lambda: block(shape, (1, 2, 2), rounds=1),
+            "linear": lambda: linear(tokens=24, width=256, hidden=512, rounds=1),
             "end-to-end": lambda: end_to_end(shape, Run(32, 32, 1, 3, 16)),
             "serving": lambda: [
                 *serving.serving(kinds=kinds, count=4, rounds=1),
                 serving.burst(kinds=kinds, count=2, rounds=1),
             ],
+            "http": lambda: http.over_http(
+                small=replace(http.SMALL, width=32, height=32, num_frames=1, steps=1),
+                large=replace(http.LARGE, width=64, height=64, num_frames=5),
+                count=3,
+                rounds=1,
+                polls_s=0.3,
+                clients=5,
+            ),
         }
     # Decoding is measured at a third of the VAE's width, where it does not take the time of steps.
     four = replace(WAN_1_3B, layers=4, vae_base_dim=32)
@@ -44,11 +55,13 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     groups: dict[str, Group] = {
         "ops": ops,
         "block": lambda: block(WAN_1_3B, (4, 12, 16)),
+        "linear": linear,
         "end-to-end": lambda: end_to_end(four, run),
         "serving": lambda: [
             *serving.serving(count=60, rounds=1),
             serving.burst(rounds=2),
         ],
+        "http": http.over_http,
     }
     if long:
         groups["end-to-end"] = lambda: end_to_end(four, replace(run, steps=20))
@@ -69,6 +82,9 @@ def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
         raise ResultError("profile h200 needs a GPU; with --tiny it dry-runs on the CPU")
     return {"h200": lambda: h200(device=device, dry_run=tiny, say=say)}
 
+
+ON_REQUEST = ("http",)
+"""Groups that run where `only` names them: this one needs an extra, and a server of its own."""
 
 PROFILES = ("cpu", "cpu-long", "h200")
 
@@ -91,7 +107,7 @@ def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say 
     found: list[Measurement] = []
     started = time.monotonic()
     for name, group in groups.items():
-        if only and name not in only:
+        if name not in (only or groups) or (name in ON_REQUEST and not only):
             continue
         try:
             measured = group()

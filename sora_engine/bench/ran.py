@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sora_engine.bench.results import Result, ResultError
+from sora_engine.bench.results import Result, ResultError, counted
 
 PACKAGES = ("torch", "triton", "diffusers", "onnxruntime")
 
@@ -32,11 +32,11 @@ def _profile(path: Path) -> Iterator[tuple[str, ...]]:
         raise ResultError(f"{path} is not JSON: {error}") from error
     if isinstance(saved, list):
         run = saved[-1]
-        what, machine, versions = f"{len(run['results'])} measurements", run, run
+        what, machine, versions = counted(len(run["results"]), "measurement"), run, run
         commit, created = run["commit"][:12], run["utc"]
     else:
         result = Result.read(path)
-        what = f"profile {result.profile}, {len(result.measurements)} measurements"
+        what = f"profile {result.profile}, {counted(len(result.measurements), 'measurement')}"
         machine, versions = dict(result.machine), dict(result.versions)
         commit, created = result.commit, result.created
     yield path.name, what, _machine(machine), _software(versions), _when(commit, created)
@@ -44,7 +44,9 @@ def _profile(path: Path) -> Iterator[tuple[str, ...]]:
 
 def _machine(machine: dict[str, Any]) -> str:
     gpu = machine.get("gpu")
-    return str(gpu) if gpu else f"{machine['cpu']}, {machine['threads']} threads, no GPU"
+    if gpu:
+        return str(gpu)
+    return f"{machine['cpu']}, {counted(machine['threads'], 'thread')}, no GPU"
 
 
 def _software(versions: dict[str, Any]) -> str:
@@ -67,5 +69,7 @@ def _day(path: Path) -> Iterator[tuple[str, ...]]:
         said = {line["what"]: str(line["figure"]) for line in run if "what" in line}
         ends = [line["end"] for line in run if "end" in line]
         whole = ends.count("whole")
-        what = f"{whole} stages whole" + (f", {len(ends) - whole} not" if whole < len(ends) else "")
+        what = f"{counted(whole, 'stage')} whole" + (
+            f", {len(ends) - whole} not" if whole < len(ends) else ""
+        )
         yield path.name, what, said.get("device", "?"), _software(said), said["commit"]

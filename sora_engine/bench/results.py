@@ -29,6 +29,11 @@ class ResultError(SoraError, ValueError):
     """A file is not a benchmark's result, or two results have nothing in common."""
 
 
+def counted(count: int, noun: str) -> str:
+    """'1 thread', '2 threads'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """A median, and the quantiles 20% and 80% around it."""

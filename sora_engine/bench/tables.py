@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from sora_engine.bench.ran import ran
-from sora_engine.bench.results import SUBJECT, Measurement, Result, ResultError, Spread
+from sora_engine.bench.results import SUBJECT, Measurement, Result, ResultError, Spread, counted
 
 MARKED = re.compile(
     r"(?P<open><!-- bench: (?P<file>[\w.-]+\.json)(?: (?P<names>[^\n]*?))? -->\n)"
@@ -29,7 +29,7 @@ def table(result: Result, names: str = "") -> str:
     if len(lines) == 2:
         raise ResultError(f"no measurement of {result.profile!r} is named like {names!r}")
     where = result.machine
-    threads = f"{where['threads']} threads of {where['cores']} cores"
+    threads = f"{counted(where['threads'], 'thread')} of {counted(where['cores'], 'core')}"
     device = where["gpu"] or f"{where['cpu']}, {threads}, {where['memory_gib']:g} GiB"
     packages = ", ".join(
         f"{name} {result.versions[name]}"

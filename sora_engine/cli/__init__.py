@@ -4,16 +4,28 @@ torch is imported by the commands that need it, after their first line of output
 `--version` and a mistyped option answer at once.
 
 Exit codes: 0 done; 1 it failed at work; 2 a value on the command line is wrong (nothing was made);
-129 ended by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM. Errors are one line on stderr.
+129 ended by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM. `sora verify` has 3 and 4 besides. Errors are
+one line on stderr.
 """
 
 from __future__ import annotations
 
-from sora_engine.cli.app import main
-
 # A module of commands is registered by its import; `sora --help` lists them in this order.
-from sora_engine.cli import generate, clips, decode, bench, plan, inspect  # isort: skip
-from sora_engine.cli import families, ladders, serve, doctor  # isort: skip
+from sora_engine.cli import (
+    bench,
+    clips,
+    decode,
+    doctor,
+    families,
+    generate,
+    inspect,
+    ladders,
+    plan,
+    quantize,
+    serve,
+    verify,
+)  # isort: skip
+from sora_engine.cli.app import main
 
 __all__ = [
     "bench",
@@ -26,5 +38,7 @@ __all__ = [
     "ladders",
     "main",
     "plan",
+    "quantize",
     "serve",
+    "verify",
 ]

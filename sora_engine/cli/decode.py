@@ -13,15 +13,20 @@ from sora_engine.cli.options import (
     Device,
     Dtype,
     ModelPath,
+    Sign,
+    SignCert,
+    SignKey,
     TinyVAE,
     VAEBackend,
     VAEDtype,
+    WatermarkMode,
     decoder_of,
     in_options,
     model_path,
     named,
     parse_size,
 )
+from sora_engine.cli.signing import check_watermark, credentials_of, watermark_of
 from sora_engine.errors import SoraError
 from sora_engine.version import version
 
@@ -43,11 +48,17 @@ def decode(
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
     vae_dtype: VAEDtype = "auto",
+    sign: Sign = False,
+    sign_cert: SignCert = None,
+    sign_key: SignKey = None,
+    watermark: WatermarkMode = "auto",
 ) -> None:
     """Decode finished latents that an interrupted `sora generate` left."""
     from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter, check_output
 
+    credentials = credentials_of(sign, sign_cert, sign_key)
+    check_watermark(watermark)
     try:
         check_output(output)
         saved = SavedLatents.read(latents)
@@ -91,10 +102,19 @@ def decode(
     except (SoraError, RuntimeError) as error:
         raise UsageError(f"{in_options(error)}") from error
     from sora_engine.request.frames import crop_middle
+    from sora_engine.request.sources import sources_in
 
     total, done = saved.latents.shape[1], 0
     left = None if saved.size is None else saved.size[0]
-    with VideoWriter(output, saved.fps, provenance=saved.provenance) as writer:
+    rows = int(made.get("height", 0)) if saved.size is None else saved.size[1]
+    with VideoWriter(
+        output,
+        saved.fps,
+        provenance=saved.provenance,
+        credentials=credentials,
+        sources=sources_in(saved.provenance),
+        watermark=watermark_of(watermark, rows, credentials is not None),
+    ) as writer:
         for chunk in decoder.decode(normalised, wraps=saved.loop):
             if saved.size is not None:
                 chunk = crop_middle(chunk[:left], *saved.size[1:])

@@ -20,6 +20,7 @@ OPTIONAL_PACKAGES = {
     "onnxscript": "VAE export",
     "onnxruntime": "VAE decoding with vae_backend='onnx'",
     "tensorrt": "VAE decoding with vae_backend='tensorrt'",
+    "c2pa-python": "--sign and sora verify",
 }
 
 

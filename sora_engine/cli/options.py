@@ -45,7 +45,13 @@ _OPTION_OF = {
 }
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; as-stored keeps quantised weights so in memory; "
+        "int8 multiplies int8 by int8, on a CPU."
+    ),
+]
 Components = Annotated[
     str | None,
     typer.Option(help="Folder with what a --model of one file lacks, diffusers' or ComfyUI's."),
@@ -75,6 +81,25 @@ Prompt = Annotated[
 Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames.")]
 Strength = Annotated[
     float, typer.Option(help="In (0, 1]: low keeps the clip, high keeps only its layout.")
+]
+Sign = Annotated[
+    bool,
+    typer.Option(
+        "--sign", help="Sign the result, with the certificate that `sora certificate` made."
+    ),
+]
+SignCert = Annotated[
+    str | None,
+    typer.Option(metavar="PEM", help="Sign with this certificate, its issuers' behind it."),
+]
+SignKey = Annotated[str | None, typer.Option(metavar="PEM", help="The key of --sign-cert.")]
+WatermarkMode = Annotated[
+    str,
+    typer.Option(
+        "--watermark",
+        help="A faint mark in the pixels: on, off, or auto, which marks signed results of 256 rows "
+        "and more.",
+    ),
 ]
 
 
@@ -188,6 +213,10 @@ class Common:
             show_default=False,
         ),
     ] = None
+    sign: Sign = False
+    sign_cert: SignCert = None
+    sign_key: SignKey = None
+    watermark: WatermarkMode = "auto"
 
     def parts(self) -> str | dict[str, str] | None:
         """What a transformer file lacks, as `Engine.from_pretrained` takes it."""
@@ -213,9 +242,14 @@ class Common:
         """The backend of the VAE, as `Engine.from_pretrained` takes it."""
         return decoder_of(self.vae_backend, self.tiny_vae)
 
+    def signing(self) -> tuple[bool, str | None, str | None]:
+        """What `signing.credentials_of` takes."""
+        return self.sign, self.sign_cert, self.sign_key
+
     def loras(self) -> tuple[Lora, ...]:
         """The adapters, as `Engine.from_pretrained` takes them."""
-        return tuple(parse_lora(text) for text in self.lora or ())
+        folders = [folder for path in self.model or () for folder in lora_folders(Path(path))]
+        return tuple(parse_lora(text, folders) for text in self.lora or ())
 
     def settings(self) -> dict[str, Any]:
         """What was given of a `VideoRequest`'s values."""
@@ -286,13 +320,26 @@ def parse_size(
     return int(match[2]), int(match[1])
 
 
-def parse_lora(text: str) -> Lora:
-    """'detail.safetensors:0.8:high' as an adapter. A file of just that name is taken as it is."""
-    path, strength, expert = text, 1.0, None
-    if not Path(text).exists():
+def lora_folders(model: Path) -> list[Path]:
+    """Where ComfyUI keeps the adapters that go with a model: a folder of its layout, or a file in
+    one."""
+    near = [model / "loras", *(parent / "loras" for parent in list(model.parents)[1:2])]
+    return [folder for folder in near if folder.is_dir()]
+
+
+def parse_lora(text: str, folders: Sequence[Path] = ()) -> Lora:
+    """'detail.safetensors:0.8:high' as an adapter, a file of its own or in one of the folders. A
+    file of just that name is taken as it is."""
+
+    def found(name: str) -> str | None:
+        places = [Path(name), *(folder / name for folder in folders)]
+        return next((str(place) for place in places if place.exists()), None)
+
+    name, strength, expert = text, 1.0, None
+    if found(text) is None:
         match = re.fullmatch(r"(.+?):([^:/\\]*)(?::([^:/\\]*))?", text)
         if match is not None:
-            path, number, expert = match.groups()
+            name, number, expert = match.groups()
             try:
                 strength = float(number)
             except ValueError:
@@ -302,8 +349,11 @@ def parse_lora(text: str) -> Lora:
                 ) from None
     if expert is not None and expert not in EXPERTS:
         raise UsageError(f"--lora: {expert!r} in {text!r} is no expert; high or low would work")
-    if not Path(path).exists():
-        raise UsageError(f"--lora: {path} does not exist")
+    path = found(name)
+    if path is None:
+        held = [f.name for folder in folders for f in sorted(folder.iterdir())][:6]
+        there = f"; {', '.join(str(f) for f in folders)} has {', '.join(held)}" if held else ""
+        raise UsageError(f"--lora: {name} does not exist{there}")
     return Lora(path, strength, expert)
 
 

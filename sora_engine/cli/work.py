@@ -25,6 +25,7 @@ from sora_engine.cli.options import (
     parse_parallel,
 )
 from sora_engine.cli.safety_copy import SafetyCopy
+from sora_engine.cli.signing import check_watermark, credentials_of, watermark_of
 from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
 from sora_engine.request import (
@@ -168,6 +169,8 @@ def check_before_loading(command: Command, output: str) -> None:
             if os.path.samefile(path, output):
                 raise UsageError(f"--output: {path} would be written over; name another file")
     command.common.loras()
+    credentials_of(*command.common.signing())
+    check_watermark(command.common.watermark)
     try:
         check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
         for path in command.files:
@@ -254,11 +257,19 @@ def make(
     from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter
     from sora_engine.request.recipe import provenance_of
+    from sora_engine.request.sources import sources_of
 
     provenance = provenance_of(resolved, engine.model)
+    credentials = credentials_of(*common.signing())
     try:
         writer = VideoWriter(
-            output, resolved.fps, num_frames=resolved.num_frames, provenance=provenance
+            output,
+            resolved.fps,
+            num_frames=resolved.num_frames,
+            provenance=provenance,
+            credentials=credentials,
+            sources=() if credentials is None else sources_of(resolved),
+            watermark=watermark_of(common.watermark, resolved.height, credentials is not None),
         )
     except MediaError as error:
         raise UsageError(in_options(error)) from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -151,6 +150,11 @@ def num_passes(request: ResolvedRequest, grid: LatentGrid) -> int:
     return max(1, len(chain_of(request.window, frames, None, wraps=request.loop)))
 
 
+def num_steps(request: ResolvedRequest, grid: LatentGrid) -> int:
+    """All steps of a run, over all passes."""
+    return request.steps_taken * num_passes(request, grid)
+
+
 @torch.inference_mode()
 def denoise_step(
     canvases: Sequence[Canvas],
@@ -219,8 +223,7 @@ def predict(
     predictions: PartPredictions = {}
     for group in fill(sharing.own(parts), max_tokens, packer):
         batch = packer.pack([part.segment for part in group])
-        with transformer.adapting(batch.adapters) if batch.adapters else nullcontext():
-            predicted = sharing.predict(transformer, batch)
+        predicted = sharing.predict(transformer, batch)
         outputs = packer.unpack(predicted, batch, transformer.shape.out_channels)
         for part, output in zip(group, outputs, strict=True):
             # No solver here draws from a learned variance: DDIM and the ODEs need the mean alone.

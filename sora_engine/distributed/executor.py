@@ -26,9 +26,18 @@ from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message, state_from_message, state_to_message
 from sora_engine.errors import EngineDeadError, LayoutError, RankFailedError, error_from_fields
 from sora_engine.io.system import usable_cores
+from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.device import resolve_device
+from sora_engine.models.loading import hollow_transformer
 from sora_engine.models.precision import settle_precision
-from sora_engine.models.registry import Components, ModelPath, open_checkpoint, plain_components
+from sora_engine.models.quantised import check_kind, split_dtype
+from sora_engine.models.registry import (
+    Components,
+    ModelPath,
+    family_named,
+    open_checkpoint,
+    plain_components,
+)
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 from sora_engine.request.labels import Labels
 from sora_engine.request.lora import EXPERTS, Lora, LoraRecord, checked_loras
@@ -66,6 +75,9 @@ class RemoteModel:
     labels: Labels | None = None
     loras: tuple[LoraRecord, ...] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
+    dtype_name: str = ""
+    quantised: Mapping[str, str] = field(default_factory=dict)
+    lossy: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> RemoteModel:
@@ -85,6 +97,9 @@ class RemoteModel:
             labels=Labels.from_json(fields["labels"]),
             loras=tuple(LoraRecord(**record) for record in fields["loras"]),
             chosen=fields["chosen"],
+            dtype_name=fields["dtype_name"],
+            quantised=fields["quantised"],
+            lossy=fields["lossy"],
         )
 
     @property
@@ -151,6 +166,8 @@ class RankExecutor:
 
     start: Callable[[], RankPool]
     pool: RankPool
+    adapters: AdapterStore | None = None
+    """Those that are loaded, without their values: ranks read the files when a job comes."""
     numbers: Iterator[int] = field(default_factory=itertools.count)
     sent_bytes: list[dict[str, int]] = field(default_factory=list)
     """What each rank sent to others in the last step, by purpose."""
@@ -158,8 +175,10 @@ class RankExecutor:
     """How long each rank waited for others in it."""
 
     @classmethod
-    def started(cls, start: Callable[[], RankPool]) -> RankExecutor:
-        return cls(start, start())
+    def started(
+        cls, start: Callable[[], RankPool], adapters: AdapterStore | None = None
+    ) -> RankExecutor:
+        return cls(start, start(), adapters)
 
     @property
     def model(self) -> RemoteModel:
@@ -178,7 +197,7 @@ class RankExecutor:
         self._restart()
         message = request_to_message("prepare", request)
         yield
-        return self._canvas(message)
+        return self._canvas(message, request)
 
     def resuming(
         self, request: ResolvedRequest, state: CanvasState
@@ -186,15 +205,19 @@ class RankExecutor:
         """As `preparing`, of a job that was saved: every rank takes the canvas up."""
         self._restart()
         yield
-        return self._canvas(state_to_message("resume", state, request))
+        return self._canvas(state_to_message("resume", state, request), request)
 
     def _restart(self) -> None:
         """Start fresh ranks where a rank has failed."""
         if self.pool.failure is not None:
             self.pool = self.start()
 
-    def _canvas(self, message: Message) -> RemoteCanvas:
-        """Have all ranks make a canvas."""
+    def _canvas(self, message: Message, request: ResolvedRequest) -> RemoteCanvas:
+        """Have all ranks make a canvas, and read what adapters it needs that they have not."""
+        if self.adapters is not None:
+            held = self.adapters.held(request.loras)
+            message.fields["adapters"] = {each.sha256: str(each.path) for each in held}
+            message.fields["keep"] = self.adapters.hashes
         number = next(self.numbers)
         message.fields["job"] = number
         reply = self.pool.call(message)[0].fields
@@ -329,6 +352,13 @@ def start_replicas(
     elif target.type == "cuda":
         check_devices(parallel, torch.cuda.device_count(), "GPUs", num_heads=num_heads)
     paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+    kind, dtype = split_dtype(dtype)
+    check_kind(kind, target)
+    if kind and parallel.shard_weights:
+        raise LayoutError(
+            f"dtype {kind!r} and shard_weights: quantised weights are not shared out over ranks; "
+            "one of the two would work"
+        )
     precision = settle_precision(  # once: ranks that measure for themselves might differ
         dtype,
         vae_dtype,
@@ -337,9 +367,10 @@ def start_replicas(
         vae_backend=vae_backend,
         exact=exact,
     )
+    own_dtype = str(precision.dtype).removeprefix("torch.")
     model = {
         "path": os.fspath(paths[0]) if len(paths) == 1 else [os.fspath(p) for p in paths],
-        "dtype": str(precision.dtype).removeprefix("torch."),
+        "dtype": f"{kind}:{own_dtype}" if kind else own_dtype,
         "vae_backend": vae_backend,
         "vae_dtype": str(precision.vae_dtype).removeprefix("torch."),
         "cuda_graphs": cuda_graphs,
@@ -348,12 +379,19 @@ def start_replicas(
         "components": plain_components(components),
         "loras": [lora.to_json() for lora in checked_loras(loras, len(EXPERTS))],
     }
+    adapters = AdapterStore(
+        family_named(checkpoint.family),
+        partial(hollow_transformer, checkpoint.experts[0], precision.dtype, "auto"),
+        len(checkpoint.experts),
+        torch.device("meta"),
+        precision.dtype,
+    )
     layout = replace(parallel, data=1)
     if torchrun.launched():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = max(1, usable_cores() // local)
         pool = torchrun.gather(layout, device=target.type, model=model, threads=threads)
-        return [RankExecutor(_never_again, pool)]
+        return [RankExecutor(_never_again, pool, adapters)]
     replicas: list[RankExecutor] = []
     try:
         for i in range(parallel.data):
@@ -365,7 +403,7 @@ def start_replicas(
                 first_device=i * layout.num_ranks,
                 threads=max(1, usable_cores() // layout.num_ranks // parallel.data),
             )
-            replicas.append(RankExecutor.started(start))
+            replicas.append(RankExecutor.started(start, adapters))
     except BaseException:
         for replica in replicas:
             replica.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,6 +11,24 @@ from torch import nn
 from sora_engine.errors import CheckpointError
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.source import WeightSource
+
+
+class Keep(Protocol):
+    """Takes weights that stay as they are stored."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: WeightSource,
+        source: str,
+        *,
+        device: torch.device | str,
+        merge: Merge | None,
+    ) -> bool:
+        """Asked of each parameter, by its name in `module` and in the file: whether it has put the
+        weight in place itself. merge: where adapters change it."""
+        ...
 
 
 def load_into(
@@ -27,6 +45,7 @@ def load_into(
     loose_ones: bool = False,
     shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
     merge: Merge | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """Give `module`, built on the meta device, its parameters and persistent buffers.
 
@@ -42,7 +61,8 @@ def load_into(
     is called once the module has the dtypes that are wanted, still on the meta device, and tells
     for names whose parameters are now DTensors which rows of them this process has; no others are
     read.
-    `merge` changes parameters as they are read, by the module's names.
+    `merge` changes parameters as they are read, by the module's names. `keep` takes those that stay
+    as they are stored.
 
     Raises `CheckpointError` for missing, unexpected and wrong-shape tensors, before anything is
     read, and leaves the module as it was.
@@ -64,6 +84,9 @@ def load_into(
         stored = weights.info(source).dtype
         target = _target(name, stored, dtype, keep_fp32)
         own = rows.get(name)
+        changes = merge if merge is not None and name in merge else None
+        if keep is not None and keep(module, name, weights, source, device=device, merge=changes):
+            continue
         if merge is not None and name in merge:
             value = merge.read(name, weights, source, device=device, dtype=target, rows=own)
         else:

@@ -20,7 +20,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +33,11 @@ import numpy as np
 from sora_engine.errors import MediaError
 from sora_engine.io.animation import GifWriter, WebpWriter
 from sora_engine.io.atomic import name_max, temporary_beside, written_through
+from sora_engine.io.credentials import Credentials, Source
 from sora_engine.io.formats import NUMBERED_PNG, SUFFIXES, check_rate
 from sora_engine.io.images import check_frame, write_png
 from sora_engine.io.provenance import Provenance
+from sora_engine.io.watermark import Watermark
 
 # Near-transparent: about 45 dB on smooth clips. x264's default of 23 smears small coloured shapes.
 H264_CRF = 14
@@ -52,7 +55,10 @@ class VideoWriter:
 
     fps: frames a second, up to 1000 (50 for .gif, 90 for .webp).
     num_frames: how many will come, if known; a `.png` refuses more than one at once.
-    Raises MediaError, which names the path and what would work.
+    credentials: sign the file, or each picture of a folder, once it is whole. sources: what a
+        caller gave for it, which the signed statement names.
+    watermark: goes into the pixels of each frame; what the file says of itself names its payload.
+    Raises MediaError, which names the path and what would work, and CredentialsError.
     """
 
     def __init__(
@@ -62,10 +68,18 @@ class VideoWriter:
         *,
         num_frames: int | None = None,
         provenance: Provenance | None = None,
+        credentials: Credentials | None = None,
+        sources: Sequence[Source] = (),
+        watermark: Watermark | None = None,
     ):
         self.path = check_output(path, num_frames=num_frames, fps=fps)
         rate = Fraction(fps).limit_denominator(1001)  # 1001 keeps 24000/1001 exact
+        if watermark is not None and provenance is not None:
+            settings = {**provenance.settings, "watermark": watermark.payload}
+            provenance = replace(provenance, settings=settings)
         comment = "" if provenance is None else provenance.to_json()
+        self._watermark = watermark
+        self._provenance, self._credentials, self._sources = provenance, credentials, sources
         self._shape: tuple[int, ...] | None = None
         self._count = 0
         self._target = written_through(self.path)
@@ -108,6 +122,8 @@ class VideoWriter:
                 f"frame {self._count} is {array.shape[1]}x{array.shape[0]}, "
                 f"but the video is {self._shape[1]}x{self._shape[0]}"
             )
+        if self._watermark is not None:
+            array = self._watermark.embed(array)
         try:
             self._writer.write(array)
         except (OSError, av.FFmpegError) as error:
@@ -123,11 +139,14 @@ class VideoWriter:
                 raise MediaError(f"{self.path}: a video needs at least one frame")
             self._writer.close()
             if self._file is None:
+                for picture in sorted(self._temporary.iterdir()):
+                    self._sign(picture, picture.name)
                 _replace_folder(self._temporary, self._target)
             else:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
+                self._sign(self._temporary, self.path.name)
                 os.replace(self._temporary, self._target)
         except (OSError, av.FFmpegError) as error:
             self.abort()
@@ -136,6 +155,27 @@ class VideoWriter:
             self.abort()
             raise
         self._closed = True
+
+    def _sign(self, file: Path, title: str) -> None:
+        """Puts a signed copy in the place of a finished file."""
+        if self._credentials is None:
+            return
+        signed = temporary_beside(file)
+        mark = None if self._watermark is None else self._watermark.payload
+        try:
+            self._credentials.sign(
+                file,
+                signed,
+                title=title,
+                provenance=self._provenance,
+                sources=self._sources,
+                watermark=mark,
+            )
+            with signed.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(signed, file)
+        finally:
+            signed.unlink(missing_ok=True)
 
     def abort(self) -> None:
         """Removes what was written so far; the target stays as it was."""
@@ -167,13 +207,24 @@ def write_video(
     frames: Iterable[np.ndarray],
     fps: float | Fraction,
     provenance: Provenance | None = None,
+    credentials: Credentials | None = None,
+    sources: Sequence[Source] = (),
+    watermark: Watermark | None = None,
 ) -> Path:
     """Writes an iterable of frames, or an array of them, each uint8 [height, width, 3].
 
-    Raises MediaError as `VideoWriter` does. Returns the path.
+    Raises as `VideoWriter` does. Returns the path.
     """
     num_frames = len(frames) if isinstance(frames, Sized) else None
-    with VideoWriter(path, fps, num_frames=num_frames, provenance=provenance) as writer:
+    with VideoWriter(
+        path,
+        fps,
+        num_frames=num_frames,
+        provenance=provenance,
+        credentials=credentials,
+        sources=sources,
+        watermark=watermark,
+    ) as writer:
         for frame in frames:
             writer.write(frame)
     return writer.path

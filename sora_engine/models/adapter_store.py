@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 from sora_engine.errors import CheckpointError, RequestError
+from sora_engine.io.safetensors import Weights
 from sora_engine.io.weights.adapters import AdapterFile, adapter_path, read_adapter
 from sora_engine.io.weights.changes import Change
 from sora_engine.models.adapters import fit
 from sora_engine.models.family import Family, Shapes
 from sora_engine.models.lora import AdapterSet, LayerChange
+from sora_engine.models.low_rank import as_product, is_product, pays
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request.lora import Lora, LoraRecord, checked_loras
 
@@ -32,11 +34,12 @@ Layers = dict[str, LayerChange]
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoadedAdapter:
     """An adapter's tensors on the model's device. name: of its file. layers: by expert and layer
-    what it changes."""
+    what it changes. path: where it was read from."""
 
     name: str
     sha256: str
     layers: tuple[Layers, ...]
+    path: Path
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +145,24 @@ class AdapterStore:
             held.append(adapter)
         return tuple(records), held
 
+    @property
+    def hashes(self) -> list[str]:
+        """The sha256 of all that are loaded."""
+        return list(self._alive)
+
+    def hold(self, path: str, sha256: str) -> LoadedAdapter:
+        """The adapter in a file, which stays for as long as it is held. Raises CheckpointError
+        where it is not the one of that hash."""
+        with self._lock:
+            adapter = self._alive.get(sha256) or self._read(path)
+        if adapter.sha256 != sha256:
+            raise CheckpointError(
+                "the adapter has changed since the job was taken: its sha256 is "
+                f"{adapter.sha256[:12]} and was {sha256[:12]}",
+                path=path,
+            )
+        return adapter
+
     def held(self, records: Sequence[LoraRecord]) -> list[LoadedAdapter]:
         """The adapters that a saved job had. Raises CheckpointError for one that is not loaded."""
         return [self._adapter(record) for record in records]
@@ -194,11 +215,13 @@ class AdapterStore:
         if present is not None:
             return present
         fitted = fit(file, self.family, self.shapes, self.num_experts)
-        self._check(file, fitted)
-        needed = sum(self._bytes(changes) for changes in fitted[: None if file.both else 1])
+        own = fitted[: None if file.both else 1]
+        with file.open() as weights:
+            needed = sum(self._check(file, changes, weights) for changes in own)
         self._on_change(needed)
         try:
-            adapter = LoadedAdapter(file.path.name, file.sha256, self._layers(file, fitted))
+            layers = self._layers(file, fitted)
+            adapter = LoadedAdapter(file.path.name, file.sha256, layers, Path(path).absolute())
         except BaseException:
             self._on_change(-needed)
             raise
@@ -206,33 +229,37 @@ class AdapterStore:
         self._alive[file.sha256] = self._of_file[known] = adapter
         return adapter
 
-    def _check(self, file: AdapterFile, fitted: Sequence[dict[str, Change]]) -> None:
-        """CheckpointError for a change that cannot be made by rows."""
-        for changes in fitted:
-            for name, change in changes.items():
-                layer, _, leaf = name.rpartition(".")
-                fits = re.fullmatch(self.adaptable, layer) if self.adaptable else None
-                product = change.kind == "lora" and not change.decorated and leaf == "weight"
-                if (
-                    fits
-                    and "mid" not in change.tensors
-                    and (product or (change.kind == "diff" and leaf == "bias"))
-                ):
+    def _check(self, file: AdapterFile, changes: dict[str, Change], weights: Weights) -> int:
+        """What the changes will take. CheckpointError for one that cannot be made by rows."""
+        taken = 0
+        for name, change in changes.items():
+            layer, _, leaf = name.rpartition(".")
+            fits = re.fullmatch(self.adaptable, layer) if self.adaptable else None
+            if fits and change.kind == "diff" and leaf == "bias":
+                taken += change.shape[0]
+                continue
+            kind = "DoRA" if change.decorated else change.kind
+            why = f"changes {name} by {kind}, which cannot differ from request to request"
+            if fits and leaf == "weight" and is_product(change):
+                parts = {
+                    part: torch.empty(weights.info(tensor).shape, device="meta")
+                    for part, tensor in change.tensors.items()
+                }
+                down, up = as_product(change, parts)
+                if change.kind == "lora" or pays(change, down, up):
+                    taken += down.numel() + up.numel()
                     continue
-                kind = "DoRA" if change.decorated else change.kind
-                raise CheckpointError(
-                    f"tensor {change.example!r} changes {name} by {kind}, which cannot differ from "
-                    "request to request; Engine.from_pretrained(loras=...) merges it on loading",
-                    path=file.path,
-                    tensor=change.example,
+                why = (
+                    f"changes {name} by {kind} of rank {len(down)} as a product, which takes more "
+                    "than the weight itself"
                 )
-
-    def _bytes(self, changes: dict[str, Change]) -> int:
-        sizes = (
-            change.rank * sum(change.shape) if change.kind == "lora" else change.shape[0]
-            for change in changes.values()
-        )
-        return sum(sizes) * self.dtype.itemsize
+            raise CheckpointError(
+                f"tensor {change.example!r} {why}; Engine.from_pretrained(loras=...) merges it on "
+                "loading",
+                path=file.path,
+                tensor=change.example,
+            )
+        return taken * self.dtype.itemsize
 
     def _layers(self, file: AdapterFile, fitted: Sequence[dict[str, Change]]) -> tuple[Layers, ...]:
         """Reads the factors; experts with the same changes share them."""
@@ -245,16 +272,17 @@ class AdapterStore:
                     layers: dict[str, dict[str, object]] = {}
                     for name, change in changes.items():
                         layer, _, leaf = name.rpartition(".")
+                        exact = self.dtype if change.kind in ("lora", "diff") else torch.float32
                         parts = {
-                            part: weights.read(tensor, device=self.device, dtype=self.dtype)
+                            part: weights.read(tensor, device=self.device, dtype=exact)
                             for part, tensor in change.tensors.items()
                         }
                         own = layers.setdefault(layer, {})
                         if leaf == "bias":
                             own["bias"] = parts["diff"].flatten().mul_(change.scale)
                         else:
-                            own |= {part: parts[part].flatten(1) for part in ("down", "up")}
-                            own["scale"] = change.scale
+                            down, up = (f.to(self.dtype) for f in as_product(change, parts))
+                            own |= {"down": down, "up": up, "scale": change.scale}
                     read[key] = {name: LayerChange(**own) for name, own in layers.items()}  # type: ignore[arg-type]
                 made.append(read[key])
         return tuple(made)

@@ -76,6 +76,9 @@ def _named(what: str, dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = DTYPES.get(_SHORT.get(dtype, dtype), dtype)
     if dtype not in DTYPES.values():
-        raise BackendError(f"{what} {dtype!r} is not supported; use auto, {', '.join(DTYPES)}")
+        kinds = ", as-stored or int8" if what == "dtype" else ""
+        raise BackendError(
+            f"{what} {dtype!r} is not supported; use auto, {', '.join(DTYPES)}{kinds}"
+        )
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sora_engine.denoise.model import TransformerShape
+from sora_engine.io.loading import Keep
 from sora_engine.io.weights.merging import Merge
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
@@ -42,9 +43,10 @@ class Fill(Protocol):
         dtype: torch.dtype,
         shard: ShardWeights | None = None,
         merge: Merge | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        """Fill a module that was built on the meta device, adapters merged in. Raises
-        CheckpointError."""
+        """Fill a module that was built on the meta device, adapters merged in; `keep` as of
+        `load_into`. Raises CheckpointError."""
         ...
 
 
@@ -191,6 +193,11 @@ class Family(Protocol):
     def own_name(self, module: str) -> str | None:
         """The module or parameter that an adapter's name for it means, in any published naming,
         with dots or with underscores in their place; None for one that is no naming's."""
+        ...
+
+    def published_name(self, name: str) -> str:
+        """The name that its authors give a tensor, and that files for other programs have, by the
+        engine's name or by that itself."""
         ...
 
     def is_further_input(self, name: str) -> bool:

@@ -45,13 +45,15 @@ class FolderLayout:
 
     pipelines: the classes of whole models. components: by name the classes that each may be, as
     diffusers and transformers write them. optional: the components that a folder may lack.
-    settings: further keys of `model_index.json` that the family reads itself.
+    settings: further keys of `model_index.json` that the family reads itself. usual: by component
+    the names under which people hold it as a single file, for errors.
     """
 
     pipelines: tuple[str, ...]
     components: Mapping[str, tuple[str, ...]]
     optional: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    usual: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_engine.io.weights.adapter_keys import parse_key
 from sora_engine.io.weights.adapters import read_adapter
 from sora_engine.io.weights.dequantised import DequantisedWeights
 from sora_engine.io.weights.gguf import GGUFWeights
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.adapters import describe
+from sora_engine.models.kinds import ADAPTER, part_kinds
 from sora_engine.models.registry import families
-from sora_engine.text.clip_file import is_clip
-from sora_engine.text.gguf_tokenizer import TOKENS
-from sora_engine.text.umt5_file import TOKENIZER, is_umt5
-from sora_engine.vae.registry import vae_in_file
-from sora_engine.vae.tiny_config import infer_tiny, is_tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +27,12 @@ class FileReport:
     formats: dict[str, int]
     num_tensors: int
     size_bytes: int
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any of it is in a form that `dtype="as-stored"` may keep."""
+        dense = {"float32", "float16", "bfloat16", "F32", "F16", "BF16", "uint8", "int64"}
+        return not dense >= set(self.formats)
 
     @property
     def num_parameters(self) -> int:
@@ -48,7 +49,8 @@ class FileReport:
             f"{self.path}: {'; '.join(self.kinds) or 'of no kind that is known'}",
             f"  {self.num_tensors} tensors, {count:,} values in {self.size_bytes / 1e9:.3f} GB",
             f"  stored as {stored or 'nothing'}",
-            f"  takes {count * 2 / 1e9:.3f} GB in bf16, {count * 4 / 1e9:.3f} GB in fp32",
+            f"  takes {count * 2 / 1e9:.3f} GB in bf16, {count * 4 / 1e9:.3f} GB in fp32"
+            + (f", {self.size_bytes / 1e9:.3f} GB as stored" if self.quantised else ""),
         ]
 
 
@@ -60,23 +62,13 @@ def inspect_file(path: str | Path) -> FileReport:
         formats: Counter[str] = Counter()
         for name, shape in shapes.items():
             formats[_stored_as(weights, name)] += math.prod(shape)
-        embedded_tokens = isinstance(weights, GGUFWeights) and TOKENS in weights.metadata
         size = sum(file.stat().st_size for file in {weights.path_of(name) for name in weights})
     kinds = [f.describe_file(path) for f in families() if f.claims_file(shapes)]
-    config = vae_in_file(shapes, path=path)
-    if config is not None:
-        kinds.append(f"{config.class_name} with {config.z_dim} latent channels")
-    if is_tiny(shapes):
-        tiny = infer_tiny(shapes, path=path)
-        form = ", super" if tiny.deep else ""
-        kinds.append(f"tiny autoencoder (TAEHV{form}) for {tiny.z_dim} latent channels: --tiny-vae")
-    if is_umt5(path):
-        tokens = embedded_tokens or any(n.rpartition(".")[2] == TOKENIZER for n in shapes)
-        kinds.append(f"UMT5 text encoder, {'with' if tokens else 'without'} its tokenizer")
-    if is_clip(path):
-        kinds.append("CLIP image encoder")
-    if not kinds and any(parse_key(name) is not None for name in shapes):
-        kinds.append(describe(read_adapter(path, whole=False)))
+    parts = part_kinds(path)
+    if any(part.text == ADAPTER for part in parts):
+        kinds += [] if kinds else [describe(read_adapter(path, whole=False))]
+    else:
+        kinds += [part.text for part in parts]
     return FileReport(path, tuple(kinds), dict(formats), len(shapes), size)
 
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-import sora_kernels
-from sora_engine.denoise.preview import DecodedPreview, LatentPreview, Preview
-from sora_engine.errors import BackendError
-from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
 from sora_engine.io.weights.merging import Merge
-from sora_engine.io.weights.selected import SelectedWeights
-from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.adapters import merges_of
+from sora_engine.models.autoencoder import open_decoder, preview_of
+from sora_engine.models.backends import check_attention_backend, exact_attention
 from sora_engine.models.device import own_device, resolve_device
 from sora_engine.models.family import Checkpoint, ExpertSource
-from sora_engine.models.folder import Component
 from sora_engine.models.linear import make_invariant
 from sora_engine.models.offload import (
     check_level,
@@ -30,6 +25,7 @@ from sora_engine.models.offload import (
     offload_encoder,
 )
 from sora_engine.models.precision import settle_precision
+from sora_engine.models.quantised import Keeper, check_kind, held_bytes, split_dtype
 from sora_engine.models.registry import (
     Components,
     ModelPath,
@@ -37,20 +33,15 @@ from sora_engine.models.registry import (
     on_ladder_of,
     open_checkpoint,
 )
-from sora_engine.models.tiny_vae import load_tiny, tiny_near
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.request.ladders import ladder_of_adapters
 from sora_engine.request.lora import Lora, LoraRecord
 from sora_engine.samplers import SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, PromptEncoder, load_text_encoder
-from sora_engine.vae.backend import open_coder
-from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.decoder import VideoDecoder
-from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.free_memory import free_bytes
 from sora_engine.vae.recording import wanted
-from sora_engine.vae.registry import build_vae, read_vae_config, vae_kind
 
 USABLE = 0.9
 """Of the free memory, what weights and a usual request may take together."""
@@ -95,6 +86,8 @@ def load_video_model(
     """
     check_level(offload)
     target = resolve_device(device)
+    kind, dtype = split_dtype(dtype)
+    check_kind(kind, target)
     checkpoint, name = open_checkpoint(path, components)
     precision = settle_precision(
         dtype,
@@ -117,18 +110,27 @@ def load_video_model(
     merges, records = _merges(loras, checkpoint, build)
     names = [record.name for record in records if record.strength]
     checkpoint = on_ladder_of(checkpoint, ladder_of_adapters(names), ", ".join(names))
-    decoder = _open_decoder(
+    decoder = open_decoder(
         checkpoint, target, coding_dtype, vae_backend, cuda_graphs, by_time=not exact
     )
     if offload == "auto" and target.type == "cpu":
         offload = "none"
+
+    def hollow(source: ExpertSource, merge: Merge | None) -> DiffusionTransformer:
+        transformer = build(source)
+        if kind:  # of which layers are dense, and in which formats the others are
+            fill = _filling(source, transformer, kind, merge)
+            fill(transformer, device="meta", dtype=weights_dtype)
+        return transformer
+
     model = VideoModel(
         name=name,
         family=checkpoint.family,
         device=target,
         dtype=weights_dtype,
         chosen=precision.chosen,
-        experts=_experts(checkpoint, weights_dtype, lambda source, _: build(source)),
+        kind=kind,
+        experts=_experts(checkpoint, weights_dtype, hollow, merges=merges),
         vae=decoder.vae,
         vae_dtype=decoder.dtype,
         prompt_encoder=load_prompt_encoder(checkpoint, target, weights_dtype, offload),
@@ -141,7 +143,7 @@ def load_video_model(
         grid=checkpoint.grid,
         defaults=checkpoint.defaults,
         weights_hash=sampled_hash(checkpoint.weights_paths),
-        preview=_preview(checkpoint, target, coding_dtype),
+        preview=preview_of(checkpoint, target, coding_dtype),
         loras=records,
         adapters=AdapterStore(
             family_named(checkpoint.family),
@@ -167,10 +169,14 @@ def load_video_model(
             visiting=offload == "blocks",
             cuda_graphs=cuda_graphs if alone else "off",
             merge=merge,
+            kind=kind,
         ),
         merges=merges,
+        size=None if not kind else lambda source, merge: held_bytes(hollow(source, merge)),
         shares=1 if sharder is None else sharder.num_ranks,
     )
+    for source in checkpoint.experts[1:]:  # what comes when it is needed is checked now
+        source.fill(build(source), device="meta", dtype=weights_dtype)
     model.transformer(0)
     return model
 
@@ -188,6 +194,7 @@ def load_video_decoder(
 ) -> VideoDecoder:
     """Load no more of a checkpoint than its VAE; raises as `load_video_model`."""
     target = resolve_device(device)
+    _, dtype = split_dtype(dtype)
     checkpoint, _ = open_checkpoint(path, components)
     precision = settle_precision(
         dtype,
@@ -196,33 +203,7 @@ def load_video_decoder(
         weights=[expert.path for expert in checkpoint.experts],
         vae_backend=vae_backend,
     )
-    return _open_decoder(checkpoint, target, precision.vae_dtype, vae_backend, cuda_graphs)
-
-
-def check_attention_backend(name: str, device: torch.device) -> None:
-    """Raises BackendError unless attention can run there on this backend."""
-    found = sora_kernels.backends(device)["packed_attention"]
-    if name == "auto":
-        return
-    if name not in found:
-        raise BackendError(f"attention_backend must be auto, {', '.join(found)}, got {name!r}")
-    reason = found[name]
-    if reason is not None:
-        raise BackendError(f"attention_backend {name!r} cannot serve on {device}: {reason}")
-
-
-def exact_attention(device: torch.device, backend: str) -> str:
-    """The attention that serves every batch alike, whatever its segments' lengths. Raises
-    BackendError for a backend that does not promise that."""
-    alike = ("sdpa", "reference") if device.type == "cpu" else ("triton", "gluon", "reference")
-    if backend == "auto":  # it may choose by the length of what else is in the batch
-        return alike[0]
-    if backend not in alike:
-        raise BackendError(
-            f"exact=True: attention_backend {backend!r} promises no bits on {device.type}; auto, "
-            f"{', '.join(alike)} do"
-        )
-    return backend
+    return open_decoder(checkpoint, target, precision.vae_dtype, vae_backend, cuda_graphs)
 
 
 # The transformers.
@@ -237,8 +218,11 @@ def load_transformer(
     visiting: bool = False,
     cuda_graphs: str = "off",
     merge: Merge | None = None,
+    kind: str = "",
 ) -> DiffusionTransformer:
     """A transformer, which is on the meta device, filled from its files.
+
+    kind: of `quantised.KINDS`, where weights of its blocks are quantised.
 
     visiting: the weights of the blocks are read into host memory and wait there. merge: what
         adapters change of them.
@@ -246,7 +230,7 @@ def load_transformer(
         "auto", "on" or "off".
     """
     dtype = transformer.dtype
-    fill = source.fill if merge is None else partial(source.fill, merge=merge)
+    fill = _filling(source, transformer, kind, merge)
     if sharder is not None:
         fill(transformer, device=device, dtype=dtype, shard=partial(sharder.cut, device))
         return transformer
@@ -264,6 +248,16 @@ def load_transformer(
         methods=transformer.block_methods,
     )
     return transformer
+
+
+def _filling(
+    source: ExpertSource, transformer: DiffusionTransformer, kind: str, merge: Merge | None
+) -> Callable[..., None]:
+    """What fills a transformer, with what families need not know where it is not asked for."""
+    options: dict[str, Any] = {} if merge is None else {"merge": merge}
+    if kind:
+        options["keep"] = Keeper(kind, transformer.block_lists)
+    return partial(source.fill, **options)
 
 
 def hollow_transformer(
@@ -286,15 +280,19 @@ def _experts(
     load: Callable[[ExpertSource, Merge | None], DiffusionTransformer],
     shares: int = 1,
     merges: Sequence[Merge | None] | None = None,
+    size: Callable[[ExpertSource, Merge | None], int] | None = None,
 ) -> list[Expert]:
-    """shares: over how many ranks each one's weights are shared out. merges: of each."""
+    """shares: over how many ranks each one's weights are shared out. merges: of each. size: its
+    bytes, where not all parameters are of `dtype`."""
     each = merges or [None] * len(checkpoint.experts)
     num_timesteps = _sampler_config(checkpoint).num_train_timesteps
     return [
         Expert(
             load=partial(load, source, merge),
             from_timestep=source.from_fraction * num_timesteps,
-            size_bytes=source.num_parameters * dtype.itemsize // shares,
+            size_bytes=source.num_parameters * dtype.itemsize // shares
+            if size is None
+            else size(source, merge),
         )
         for source, merge in zip(checkpoint.experts, each, strict=True)
     ]
@@ -381,58 +379,3 @@ def load_image_encoder(
 def _place(offload: str, device: torch.device) -> torch.device:
     """Where the weights of encoders are read to."""
     return {"auto": torch.device("meta"), "none": device}.get(offload, torch.device("cpu"))
-
-
-# The autoencoder.
-
-
-def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> CausalVAE:
-    """A VAE from its folder or file, of the kind that its class names."""
-    config = read_vae_config(
-        {"_class_name": component.class_name, **component.config}, path=component.config_path
-    )
-    with torch.device("meta"):
-        vae = build_vae(config)
-    with component.open_weights() as opened:
-        weights: WeightSource = opened
-        kind = vae_kind(component.class_name)
-        if kind.files is not None and component.folder.is_file():
-            names = kind.files.names(weights, config)
-            weights = SelectedWeights(weights, {names[stored]: stored for stored in names})
-        load_into(vae, weights, device=device, dtype=dtype, rename=kind.renames, loose_ones=True)
-    return vae.eval().requires_grad_(False).prepare()
-
-
-def _preview(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Preview | None:
-    """By a tiny decoder that was given, or the checkpoint's own map of colours."""
-    if checkpoint.tiny_vae is None:
-        return LatentPreview.read(checkpoint.path, checkpoint.grid.channels)
-    return DecodedPreview(load_tiny(checkpoint, checkpoint.tiny_vae, device, dtype), dtype)
-
-
-def _open_decoder(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str,
-    cuda_graphs: str,
-    *,
-    by_time: bool = True,
-) -> VideoDecoder:
-    if backend in ("onnx", "tensorrt"):  # the weights are but exported, or looked up
-        vae = load_vae(checkpoint.vae, torch.device("cpu"), torch.float32)
-    else:
-        vae = load_vae(checkpoint.vae, device, dtype)
-    tiny = None
-    if backend == "tiny":
-        tiny = load_tiny(checkpoint, tiny_near(checkpoint), device, dtype)
-    coder = open_coder(
-        backend,
-        vae,
-        device=device,
-        dtype=dtype,
-        cuda_graphs=cuda_graphs,
-        by_time=by_time,
-        tiny=tiny,
-    )
-    return VideoDecoder(FittedCoder(coder, dtype=dtype, device=device), dtype, device)

@@ -92,7 +92,8 @@ class AdaptedLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _gelu(self, x: Tensor, approximate: str) -> Tensor:
-        if not isinstance(self.base, InvariantLinear) or x.device.type == "cuda":
+        exact = isinstance(self.base, InvariantLinear) or getattr(self.base, "exact", False)
+        if not exact or x.device.type == "cuda":
             return F.gelu(x, approximate=approximate)
         # In tiles of one size: on a CPU the last values of a tensor go another way than the rest.
         tiles = F.pad(x, (0, 0, 0, -len(x) % TILE)).split(TILE)

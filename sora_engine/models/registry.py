@@ -20,6 +20,7 @@ from sora_engine.models.generation_config import (
     read_generation_config,
     with_own_defaults,
 )
+from sora_engine.models.kinds import part_kinds
 from sora_engine.models.tiny_vae import split_off
 from sora_engine.request.ladders import LADDERS, ladder_of_file, register_ladders
 
@@ -44,6 +45,8 @@ part."""
 
 TRANSFORMER_FOLDERS = ("diffusion_models", "unet")
 """Where ComfyUI keeps transformers."""
+COMFY_FOLDERS = ("text_encoders", "clip", "vae", "clip_vision", "loras", *TRANSFORMER_FOLDERS)
+"""By which a folder of its layout is known."""
 
 
 def register_family(family: Family) -> None:
@@ -148,12 +151,29 @@ def family_of_file(path: Path) -> Family:
             return family
     if not shapes:
         raise CheckpointError("it holds no tensors: a download that failed?", path=path)
+    usual = ", ".join(
+        f.layout.usual["transformer"] for f in known if "transformer" in f.layout.usual
+    )
+    held = f"; people hold one as {usual}" if usual else ""
+    parts = part_kinds(path)
+    if parts:
+        raise CheckpointError(
+            f"no transformer but {parts[0].text}: give it as {parts[0].use}, beside a transformer"
+            f"{held}",
+            path=path,
+        )
     seen = ", ".join(sorted(shapes)[:4])
     raise CheckpointError(
         f"of no known family of transformers: it holds {len(shapes)} tensors such as {seen}; known "
         f"are {', '.join(family.name for family in known)}",
         path=path,
     )
+
+
+def _usual_transformers() -> str:
+    """Under which names people hold transformers."""
+    names = [family.layout.usual.get("transformer", "") for family in families()]
+    return ", ".join(name for name in names if name)
 
 
 def _paths_of(path: ModelPath) -> tuple[list[Path], str]:
@@ -201,6 +221,14 @@ def _paths_of(path: ModelPath) -> tuple[list[Path], str]:
         inside = _transformers_in(found[0])
         if inside:
             return inside, found[0].name
+        others = [name for name in COMFY_FOLDERS if (found[0] / name).is_dir()]
+        if others:
+            held = _usual_transformers() or "a .safetensors or .gguf file"
+            raise CheckpointError(
+                f"no transformer: it has {', '.join(others)}/ as ComfyUI does, and no file in "
+                f"{'/ or '.join(TRANSFORMER_FOLDERS)}/; people hold it as {held}",
+                path=found[0],
+            )
     return found, found[0].name
 
 

@@ -20,6 +20,7 @@ from sora_engine.models.cuda_graph import GraphedPasses
 from sora_engine.models.cuda_linear import CublasLinear, lay_out_for_cuda
 from sora_engine.models.linear import block_linears, lay_out_like
 from sora_engine.models.lora import adapting
+from sora_engine.models.quantised import lay_out_quantised
 from sora_engine.vae.recording import Recorder, record
 
 
@@ -118,6 +119,7 @@ class DiffusionTransformer(nn.Module, ABC):
             hollow = self.rebuild()
         hollow = hollow.to(self.dtype).eval().requires_grad_(False)
         lay_out_like(hollow, self)
+        lay_out_quantised(hollow, self)
         if any(isinstance(module, CublasLinear) for module in self.modules()):
             hollow.lay_out_for_cuda()
         return hollow

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from sora_engine.errors import RequestError
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.backends import served_backends
 from sora_engine.models.lora import AdapterSet
+from sora_engine.models.quantised import errors_of, formats_of
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.labels import Labels
@@ -23,6 +25,7 @@ from sora_engine.text import ImageEncoder, PromptEncoder
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.free_memory import free_bytes
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +55,7 @@ class VideoModel:
     preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
+    kind: how weights of its blocks are quantised: one of `models.quantised.KINDS`, or "".
     chosen: why settings that were "auto" have become what they have, by name.
     """
 
@@ -76,7 +80,37 @@ class VideoModel:
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None
     offload: str = "none"
+    kind: str = ""
     chosen: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def dtype_name(self) -> str:
+        """As `Engine.from_pretrained(dtype=...)` takes it."""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.kind}:{name}" if self.kind else name
+
+    @property
+    def quantised(self) -> dict[str, str]:
+        """By format, what of the loaded transformers' blocks is quantised, for receipts."""
+        return {name: text for part in self._by_expert(formats_of) for name, text in part.items()}
+
+    @property
+    def lossy(self) -> dict[str, float]:
+        """What is lossy of that, with its measured relative error."""
+        return {name: error for part in self._by_expert(errors_of) for name, error in part.items()}
+
+    def _by_expert(
+        self, told: Callable[[DiffusionTransformer], dict[str, T]]
+    ) -> list[dict[str, T]]:
+        if not self.kind:
+            return []
+        one = len(self.experts) == 1
+        return [
+            {name if one else f"{name}, expert {i + 1}": value for name, value in of.items()}
+            for i, expert in enumerate(self.experts)
+            if expert.transformer is not None
+            for of in [told(expert.transformer)]
+        ]
 
     @property
     def num_experts(self) -> int:

@@ -49,6 +49,8 @@ class Maker(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def dtype_name(self) -> str: ...
+    @property
     def vae_dtype(self) -> torch.dtype: ...
     @property
     def loras(self) -> tuple[LoraRecord, ...]: ...
@@ -100,9 +102,9 @@ def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
         settings["loras"] = [record.to_json() for record in (*model.loras, *request.loras)]
     settings["model_hash"] = model.weights_hash
     settings["device"] = model.device.type
-    settings["dtype"] = str(model.dtype).removeprefix("torch.")
-    coded = str(model.vae_dtype).removeprefix("torch.")
-    if coded != ("float32" if model.device.type == "cpu" else settings["dtype"]):
+    settings["dtype"] = model.dtype_name
+    coded, own = (str(d).removeprefix("torch.") for d in (model.vae_dtype, model.dtype))
+    if coded != ("float32" if model.device.type == "cpu" else own):
         settings["vae_dtype"] = coded  # it was asked for: else it follows from the device
     return Provenance(
         prompt=request.prompt,
@@ -198,7 +200,14 @@ def _frames_to_json(frames: Frames) -> dict[str, Any]:
     if isinstance(frames, Video) and frames.provenance is not None:
         origin = frames.provenance
         return {"made": {f.name: getattr(origin, f.name) for f in fields(origin)}}
-    return {"sha256": _hash(np.ascontiguousarray(as_array(frames)).tobytes())}
+    return {"sha256": frames_hash(frames)}
+
+
+def frames_hash(frames: WholeFrames) -> str:
+    """SHA-256 of a file, of the files of a folder, or of frames in memory, as hex digits."""
+    if isinstance(frames, (str, PathLike)):
+        return _hash_path(Path(frames))
+    return _hash(np.ascontiguousarray(as_array(frames)).tobytes())
 
 
 def _frames_from_json(record: dict[str, Any], make: Make, folder: Path | None) -> Frames:

@@ -21,6 +21,7 @@ from sora_engine.request.facts import (
 from sora_engine.request.guidance import Guidance, needs_unconditional
 from sora_engine.request.labels import resolve_label
 from sora_engine.request.ladders import with_ladder
+from sora_engine.request.limits import check_canvas, check_text
 from sora_engine.request.lora import LoraRecord
 from sora_engine.request.request import Clip, Shot, VideoRequest
 from sora_engine.request.steps import resolve_steps, steps_taken
@@ -136,7 +137,7 @@ def resolve_request(
     shots = _checked_shots(request.shots, limits)
     height, width, num_frames = _resolve_size(request, shots, defaults, grid)
     canvas_height, canvas_width, canvas_frames = grid.covering(height, width, num_frames, loop=loop)
-    _check_canvas(canvas_height, canvas_width, canvas_frames, grid, limits, loop=loop)
+    check_canvas(canvas_height, canvas_width, canvas_frames, grid, limits, loop=loop)
     latent_shape = grid.shape(canvas_height, canvas_width, canvas_frames, loop=loop)
     sigmas, steps = resolve_steps(request, defaults, limits)
     strength = _resolve_strength(request, steps)
@@ -215,26 +216,35 @@ def check_for_mode(request: ResolvedRequest, mode: KnownMode) -> None:
         )
 
 
+def check_saved(request: ResolvedRequest, grid: LatentGrid, limits: Limits) -> None:
+    """That a request which was settled elsewhere, of a saved job, keeps to these limits. Raises
+    RequestError."""
+    texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    texts |= {f"the prompt of shot {i + 1}": shot.prompt for i, shot in enumerate(request.shots)}
+    if request.original_prompt is not None:
+        texts["original_prompt"] = request.original_prompt
+    for name, text in texts.items():
+        check_text(name, text, limits)
+    check_canvas(
+        request.canvas_height,
+        request.canvas_width,
+        request.canvas_frames,
+        grid,
+        limits,
+        loop=request.loop,
+    )
+    if request.num_inference_steps > limits.max_inference_steps:
+        raise RequestError(
+            f"num_inference_steps must be from 1 to {limits.max_inference_steps}, got "
+            f"{request.num_inference_steps}"
+        )
+
+
 def _check_texts(request: VideoRequest, limits: Limits) -> None:
     for name in ("prompt", "negative_prompt", "original_prompt"):
         text: object = getattr(request, name)
         if name == "prompt" or text is not None:
-            _check_text(name, text, limits)
-
-
-def _check_text(name: str, text: object, limits: Limits) -> None:
-    if not isinstance(text, str):
-        raise RequestError(f"{name} must be a string, got {type(text).__name__}")
-    if len(text) > limits.max_prompt_chars:
-        raise RequestError(f"{name} has {len(text)} characters; at most {limits.max_prompt_chars}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # Half a UTF-16 pair, or a byte of a command line that is no UTF-8: no text encoder has it.
-        raise RequestError(
-            f"{name} is no text: character {error.start} is the lone surrogate "
-            f"{text[error.start]!a}; texts in UTF-8 would work"
-        ) from None
+            check_text(name, text, limits)
 
 
 def _resolve_size(
@@ -265,23 +275,6 @@ def _resolve_size(
             f"they must fill num_frames = {num_frames}"
         )
     return height, width, num_frames
-
-
-def _check_canvas(
-    height: int, width: int, num_frames: int, grid: LatentGrid, limits: Limits, *, loop: bool
-) -> None:
-    """Limits count what is made: the canvas."""
-    if height * width > limits.max_pixels:
-        raise RequestError(
-            f"{width}x{height} is {height * width} pixels; at most {limits.max_pixels}, so "
-            f"{_size_within(limits.max_pixels, height, width, grid)} would work"
-        )
-    if num_frames > limits.max_frames:
-        time = math.lcm(grid.time, 4)
-        longest, _ = nearest_on_grid(limits.max_frames, time, 0 if loop else 1)
-        raise RequestError(
-            f"num_frames is {num_frames}; at most {limits.max_frames}, so {longest} would work"
-        )
 
 
 def _resolve_guidance(
@@ -383,23 +376,12 @@ def _on_grid(
     raise RequestError(f"{name} must be {rule}, got {number}; the nearest are {choice}")
 
 
-def _size_within(max_pixels: int, height: int, width: int, grid: LatentGrid) -> str:
-    """About the largest WIDTHxHEIGHT of this shape that the model and the limit allow.
-
-    Of the coarsest grid of all models, for checks that are made before the model is known.
-    """
-    rows, columns = (math.lcm(multiple, 32) for multiple in grid.multiple)
-    shorter = math.isqrt(max_pixels * height // width)
-    height = max(rows, shorter // rows * rows)
-    return f"{max(columns, max_pixels // height // columns * columns)}x{height}"
-
-
 def _checked_shots(given: object, limits: Limits) -> tuple[Shot, ...]:
     shots = []
     for shot in several("shots", given, "Shot(prompt, num_frames)"):
         if not isinstance(shot, Shot):
             raise RequestError(f"shots must be Shot objects, got {type(shot).__name__}")
-        _check_text("a shot's prompt", shot.prompt, limits)
+        check_text("a shot's prompt", shot.prompt, limits)
         frames = integer("a shot's num_frames", shot.num_frames, 0)
         if frames < 1:
             raise RequestError(f"a shot's num_frames must be at least 1, got {frames}")

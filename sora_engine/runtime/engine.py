@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise.denoise import num_passes, step_tokens
+from sora_engine.denoise.denoise import num_steps, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
 from sora_engine.models.adapter_store import AdapterStore, LoadedAdapter
@@ -122,7 +122,8 @@ class Engine:
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU. On a CPU it is bfloat16 where
                 products are about twice as fast in it and the weights are in it or quantised, else
-                float32.
+                float32. `"as-stored"` keeps quantised weights so in memory; `"int8"` quantises what
+                layers read, too, on a CPU (`"as-stored:bfloat16"` names the dtype of the rest).
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache), `"tensorrt"`
                 (engines that `sora export-vae` has built) or `"tiny"` (TAEHV, an approximation);
                 `"auto"` is torch.
@@ -138,8 +139,7 @@ class Engine:
             components: what a transformer file lacks: a folder in diffusers' or ComfyUI's layout,
                 or a mapping from `vae`, `text_encoder`, `tokenizer`, `image_encoder`,
                 `image_processor`, `scheduler` and `transformer_2` to a file or a folder of each.
-                Of every model `tiny_vae`, a tiny autoencoder: previews are made with it, and with
-                `vae_backend="tiny"` the video.
+                Of every model `tiny_vae`, for previews and for `vae_backend="tiny"`.
             offload: which weights wait in host memory and cross when they are needed: `"none"`;
                 `"text"`, the text and image encoders' layers; `"blocks"`, the transformers' too.
                 `"auto"`, on a GPU: the first of these with which a request of the checkpoint's
@@ -278,12 +278,12 @@ class Engine:
         Over how many ranks it was saved, and is resumed, makes no difference.
 
         options: those of `submit`. Raises CheckpointError for a file that is none, or that another
-        model or dtype left; and as `submit`.
+        model or dtype left; and as `submit`, for a job beyond this engine's limits too.
         """
         self._origin.check()
         if options.get("save_to") is not None:
             options["save_to"] = path_of("save_to", options["save_to"])
-        saved = load_state(path_of("the file of a saved job", path), self.model)
+        saved = load_state(path_of("a saved job", path), self.model, self.limits)
         records = saved.request.loras
         held = self._adapters().held(records) if records else []
         if self._planner is not None:
@@ -330,12 +330,9 @@ class Engine:
 
     def _adapters(self) -> AdapterStore:
         self._origin.check()
-        store = None if self._planner is None else self._planner.model.adapters
+        store = self._workers[0].executor.adapters
         if store is None:
-            raise RequestError(
-                "adapters of requests are for an engine of one rank; over ranks "
-                "Engine.from_pretrained(loras=...) merges them on loading"
-            )
+            raise RequestError("this model takes no adapters of requests")
         return store
 
     @property
@@ -434,7 +431,7 @@ class Engine:
             job.plan = self._planner.plan(request)
             job.batch_tokens = job.plan.batch_tokens
         job.tokens = step_tokens(request, self.model.grid)
-        steps = job.planned_steps = request.steps_taken * num_passes(request, self.model.grid)
+        steps = job.planned_steps = num_steps(request, self.model.grid)
         if saved is not None:
             steps = max(0, steps - saved.step)
             job.resumed_at = saved.step

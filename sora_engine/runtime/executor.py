@@ -17,6 +17,7 @@ from sora_engine.denoise.canvas import Canvas
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.denoise.denoise import denoise_step, preparing
 from sora_engine.denoise.packing import Packer
+from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
 from sora_engine.request.labels import Labels
@@ -42,6 +43,12 @@ class ServedModel(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def dtype_name(self) -> str: ...
+    @property
+    def quantised(self) -> Mapping[str, str]: ...
+    @property
+    def lossy(self) -> Mapping[str, float]: ...
     @property
     def vae_dtype(self) -> torch.dtype: ...
     @property
@@ -110,6 +117,11 @@ class Executor(Protocol[C]):
     def model(self) -> ServedModel: ...
 
     @property
+    def adapters(self) -> AdapterStore | None:
+        """Those that requests may ask for; None where it takes none."""
+        ...
+
+    @property
     def vae_name(self) -> str:
         """The class that decodes."""
         ...
@@ -176,6 +188,10 @@ class LocalExecutor:
     def __init__(self, model: VideoModel) -> None:
         self.model = model
         self._packer = Packer(model.grid.patch, model.device)
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        return self.model.adapters
 
     @property
     def vae_name(self) -> str:

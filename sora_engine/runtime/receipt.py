@@ -44,6 +44,8 @@ def receipt_of(job: Job, executor: AnyExecutor) -> Receipt:
         promised_bytes=None if job.plan is None else job.plan.peak,
         cut_prompts=list(job.cut_prompts),
         chosen=dict(model.chosen),
+        quantised=dict(model.quantised),
+        lossy=dict(model.lossy),
         texts_reused=job.canvas.texts_reused,
         loras=[str(record) for record in (*model.loras, *request.loras)],
     )

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from sora_engine.config import Limits
 from sora_engine.denoise.canvas import Canvas
 from sora_engine.denoise.canvas_state import CanvasState
-from sora_engine.denoise.denoise import num_passes
+from sora_engine.denoise.denoise import num_steps
 from sora_engine.denoise.model import DiffusionModel
 from sora_engine.errors import CheckpointError
 from sora_engine.io.atomic import write_atomically
@@ -30,6 +31,7 @@ from sora_engine.io.whole_file import read_whole
 from sora_engine.request import Guidance, LatentGrid, ResolvedRequest, Shot, SparsePlan, WindowPlan
 from sora_engine.request.lora import LoraRecord
 from sora_engine.request.recipe import Maker
+from sora_engine.request.resolve import check_saved
 
 FORMAT = 3
 _PLAIN = (
@@ -98,7 +100,7 @@ def save_state(
         "noise_given": request.latents is not None,
         "frame_texts": list(state.frame_texts),
         "model": model.weights_hash,
-        "dtype": str(model.dtype),
+        "dtype": model.dtype_name,
         "loras": [record.to_json() for record in model.loras],
         "provenance": provenance.to_json(),
     }
@@ -116,8 +118,9 @@ class SavedFor(Maker, Protocol):
     def grid(self) -> LatentGrid: ...
 
 
-def load_state(path: Path, model: SavedFor) -> Savepoint:
-    """Read `save_state`'s file; CheckpointError for any other, or another model's."""
+def load_state(path: Path, model: SavedFor, limits: Limits) -> Savepoint:
+    """Read `save_state`'s file; CheckpointError for any other, or another model's, and RequestError
+    for a job beyond the limits."""
     try:
         tensors, said = read_whole(path, partial(_check_kind, path, model))
         metadata = json.loads(said["sora_engine"])
@@ -131,11 +134,12 @@ def load_state(path: Path, model: SavedFor) -> Savepoint:
         request = _request_of(metadata, tensors)
         provenance = Provenance.from_json(metadata["provenance"])
         state = CanvasState(tensors, tuple(metadata["frame_texts"]))
-        num_steps = request.steps_taken * num_passes(request, model.grid)
-        if provenance is None or num_steps < state.step:
-            raise ValueError(f"{state.step} steps of {num_steps}")
+        steps = num_steps(request, model.grid)
+        if provenance is None or steps < state.step:
+            raise ValueError(f"{state.step} steps of {steps}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"is damaged as a saved job: {error!r}", path=path) from error
+    check_saved(request, model.grid, limits)
     return Savepoint(request, provenance, state, path)
 
 
@@ -164,9 +168,9 @@ def _check_kind(path: Path, model: SavedFor, names: Sequence[str], said: Mapping
             f"the job was saved with {_told(saved)} merged in, and this engine has {_told(mine)}",
             path=path,
         )
-    if dtype != str(model.dtype):
+    if dtype != model.dtype_name:
         raise CheckpointError(
-            f"the job was saved with dtype {dtype}, this engine has {model.dtype}", path=path
+            f"the job was saved with dtype {dtype}, this engine has {model.dtype_name}", path=path
         )
 
 

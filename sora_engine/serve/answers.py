@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.serve.wire import Failure, Video
+from sora_engine.serve.replies import Failure, Video
+from sora_engine.serve.store import ACTIVE
 
 if TYPE_CHECKING:
     from sora_engine.serve.desk import Desk
@@ -16,7 +17,10 @@ _STATUS = {"completed": "completed", "failed": "failed", "cancelled": "failed"}
 
 def video_of(desk: Desk, row: Row) -> Video:
     """The answer about a job."""
-    facts, live = row.facts, desk.live(row.id)
+    live = desk.live(row.id)
+    if live is None and row.state in ACTIVE:  # it has ended since its row was read
+        row = desk.store.get(row.id) or row
+    facts = row.facts
     progress = _progress(row, live)
     status = _STATUS.get(row.state)
     if status is None:
@@ -67,8 +71,10 @@ def _progress(row: Row, live: Live | None) -> dict[str, Any]:
         return {**told, "progress": 100, "steps_done": steps, "frames_decoded": frames}
     if row.state not in ("queued", "running"):
         return told
-    told["stage"] = "queued" if live is None else live.stage
-    if live is None or live.job is None:
+    if live is None:
+        return {**told, "stage": "queued" if row.state == "queued" else "writing"}
+    told["stage"] = live.stage
+    if live.job is None:
         return told
     now = live.job.progress
     # Decoding counts as a tenth.

@@ -75,7 +75,7 @@ def _answer_failures(app: FastAPI, service: Service) -> None:
         told = api_error(error, service.hidden)
         for watcher in service.on_failure:
             watcher(told)
-        if told.status >= 500 and not isinstance(error, ApiError):
+        if told.status == 500:
             logger.error("a request failed: %s", type(error).__name__, exc_info=error)
         return JSONResponse(told.envelope(), told.status, told.headers)
 

@@ -22,8 +22,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.denoise.denoise import step_tokens
-from sora_engine.errors import QueueFullError, RequestError
+from sora_engine.errors import QueueFullError
+from sora_engine.serve.admission import Admission, facts_of
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.failures import ApiError, disk_full, not_found
 from sora_engine.serve.files import Files
@@ -37,13 +37,13 @@ from sora_engine.serve.store import ACTIVE, DONE, Row, Store, Taken
 from sora_engine.serve.translate import Stored, Translator
 
 if TYPE_CHECKING:
-    from sora_engine.request import ResolvedRequest, VideoRequest
     from sora_engine.runtime.engine import Engine
-    from sora_engine.runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
 _LETTERS = string.ascii_lowercase + string.digits
+END_S = 30.0
+"""How long jobs that were stopped may take to let go."""
 FULL_PAUSE_S = 5.0
 """How long nothing is begun after a job found the disk full."""
 
@@ -57,6 +57,7 @@ class Desk:
         self.engine, self.settings = engine, settings
         self.store, self.files, self.clock = store, files, clock
         self.translator = Translator(engine.model, files.upload, settings.loras, engine.resolve)
+        self.admission = Admission(engine, self.translator, settings.max_work)
         self.on_change: list[Callable[[Live], None]] = []
         """Called with a job after each of its steps and changes, on whatever thread; quick."""
         self.choose: Callable[[Sequence[Live]], Live] = first_come
@@ -68,12 +69,11 @@ class Desk:
         self.most_jobs: Callable[[str], int] = lambda _owner: settings.max_jobs_per_key
         """How many jobs of an owner may be under way."""
         self.draining = False
-        self._planned = _is_planned(engine)
         self._lives: dict[str, Live] = {}
         self._waiting: list[Live] = []
         self._at_engine: set[Live] = set()
         self._wake = threading.Condition(threading.RLock())
-        self._closed = False
+        self.closed = False
         self._paused_until = 0.0
         self.pace = Pace()
         self._finisher = Finisher(self)
@@ -128,29 +128,6 @@ class Desk:
 
     # What is ordered.
 
-    def check(self, stored: Stored) -> tuple[VideoRequest, ResolvedRequest]:
-        """The request of what is stored, checked as it will be when it is begun."""
-        request = self.translator.request_of(stored)
-        resolved = self.engine.resolve(request)
-        most = self.settings.max_work
-        work = step_tokens(resolved, self.engine.model.grid) * resolved.steps_taken
-        if most is not None and work > most:
-            raise ApiError(
-                400,
-                "too_much_work",
-                f"{work} tokens in all steps are more than this server takes, {most}; a smaller "
-                "size, length or number of steps would work",
-            )
-        return request, resolved
-
-    def plan(self, stored: Stored) -> tuple[ResolvedRequest, MemoryPlan | None]:
-        """What a job would be and take; raises as `create`."""
-        request, resolved = self.check(stored)
-        return resolved, self._promise(request)
-
-    def _promise(self, request: VideoRequest) -> MemoryPlan | None:
-        return self.engine.plan(request) if self._planned else None
-
     def create(
         self,
         owner: str,
@@ -170,17 +147,18 @@ class Desk:
                 return known
         self._refuse_where_closed()
         stored["fields"].setdefault("seed", secrets.randbelow(1 << 32))
-        request, resolved = self.check(stored)
-        self._promise(request)
-        if self.engine.hooks.check_request is not None:
-            self.engine.hooks.check_request(resolved)
+        request, resolved = self.admission.admit(stored)
         made = Row(
             id=self._new_id(),
             owner=owner,
             kind=kind,
             created=self.clock.now(),
             body=stored,
-            facts={**facts_of(resolved), **facts},
+            facts={
+                "weights": self.engine.model.weights_hash,
+                **facts_of(resolved, self.engine.model.grid),
+                **facts,
+            },
         )
         live = Live(made, request)
         self._reserve(live)
@@ -204,7 +182,7 @@ class Desk:
     def _refuse_where_closed(self) -> None:
         if self.engine.error is not None:
             raise self.engine.error
-        if self.draining or self._closed:
+        if self.draining or self.closed:
             raise ApiError(
                 503, "draining", "the server is about to stop", headers={"Retry-After": "10"}
             )
@@ -285,11 +263,11 @@ class Desk:
     def _feed(self) -> None:
         while True:
             with self._wake:
-                while not self._closed and not self._may_begin():
+                while not self.closed and not self._may_begin():
                     self._wake.wait(1.0)
-                if self._closed:
+                if self.closed:
                     return
-                live = self.choose(self._waiting)
+                live = self.choose(self._candidates())
                 self._waiting.remove(live)
                 self._at_engine.add(live)
             try:
@@ -303,7 +281,14 @@ class Desk:
             return False
         if len(self._at_engine) >= self.settings.max_running:
             return False
+        if any(live.is_suspect for live in self._lives.values()) and self._at_work():
+            return False
         return time.monotonic() >= self._paused_until and not self.is_full()
+
+    def _candidates(self) -> Sequence[Live]:
+        """Those that may be next. A job whose server was lost twice goes alone, and before the
+        others: where it is what kills the server, it takes none of them along."""
+        return [live for live in self._waiting if live.is_suspect][:1] or self._waiting
 
     def left_engine(self, live: Live) -> None:
         """The engine has done with a job: another one may begin."""
@@ -367,7 +352,7 @@ class Desk:
             left = self._at_work()
         self._finisher.put_off(left)
         with self._wake:
-            self._wake.wait_for(lambda: not self._at_work(), 30.0)
+            self._wake.wait_for(lambda: not self._at_work(), END_S)
 
     def _at_work(self) -> list[Live]:
         return [live for live in self._lives.values() if live not in self._waiting]
@@ -376,17 +361,9 @@ class Desk:
         """End the desk's own threads; jobs at work are put off."""
         self.drain(0.0)
         with self._wake:
-            self._closed = True
+            self.closed = True
             self._wake.notify_all()
         self._feeder.join()
-
-
-def _is_planned(engine: Engine) -> bool:
-    """Whether memory is: that of ranks is not."""
-    try:
-        return engine.loaded_model is not None
-    except RequestError:
-        return False
 
 
 def first_come(waiting: Sequence[Live]) -> Live:
@@ -396,17 +373,3 @@ def first_come(waiting: Sequence[Live]) -> Live:
 
 def _order(live: Live) -> tuple[int, int]:
     return -int(live.row.facts.get("priority", 0)), live.row.number
-
-
-def facts_of(resolved: ResolvedRequest) -> dict[str, Any]:
-    """What a job's answers tell of its request."""
-    return {
-        "size": f"{resolved.width}x{resolved.height}",
-        "num_frames": resolved.num_frames,
-        "fps": resolved.fps,
-        "seconds": f"{resolved.num_frames / resolved.fps:g}",
-        "seed": resolved.seed,
-        "num_steps": resolved.steps_taken,
-        "prompt": resolved.prompt,
-        "canvas": resolved.canvas,
-    }

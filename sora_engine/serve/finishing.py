@@ -25,6 +25,8 @@ from sora_engine.serve.writer import ResultWriter
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+SAVE_S = 20.0
+"""How long a job that is put off may take to its next step, after which it is saved."""
 LATENTS = "latents.safetensors"
 
 
@@ -74,7 +76,7 @@ class Finisher:
             return
         if job.state is JobState.DENOISING:
             try:
-                job.save(self._desk.files.savepoint(live.row.id), timeout_s=20.0)
+                job.save(self._desk.files.savepoint(live.row.id), timeout_s=SAVE_S)
             except Exception as error:  # it goes on from an earlier step, or begins anew
                 logger.warning("a job could not be saved: %s", type(error).__name__)
         job.cancel()
@@ -93,6 +95,8 @@ class Finisher:
             while spool.get() is not None:
                 pass
         own = job.exception() if job.done() else None
+        if error is not None and not (live.stopping or live.keeping):
+            own = None  # it was cancelled here, and by nobody else
         writing_s = time.monotonic() - (live.engine_done_at or time.monotonic())
         self._close(live, own if own is not None else error, writing_s)
 
@@ -188,6 +192,8 @@ class Finisher:
             try:
                 return change()
             except Exception as error:
+                if self._desk.closed:
+                    raise  # the next start finds the row as it was
                 logger.warning("the store does not take a change: %s", error)
                 time.sleep(1.0)
 

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pydantic import ValidationError
 
+from sora_engine.denoise.denoise import num_steps
 from sora_engine.errors import MediaError
 from sora_engine.serve.failures import ApiError, bad_value, message_of
 from sora_engine.serve.form import Form, read_form
+from sora_engine.serve.replies import Plan
 from sora_engine.serve.service import Service, owner_of, service_of
 from sora_engine.serve.store import Mismatch, Row
+from sora_engine.serve.tracing import TRACEPARENT
 from sora_engine.serve.translate import Stored, remixed, stored_of
-from sora_engine.serve.wire import Body, Media, Plan, Sampling
+from sora_engine.serve.wire import Body, Media, Sampling
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -54,7 +57,7 @@ async def place(request: Request, order: Order) -> Row:
     key = _idempotency_key(request)
     form = await read_form(request)
     try:
-        clerk = Clerk(service, desk, owner)
+        clerk = Clerk(service, desk, owner, request.headers.get("traceparent"))
         return await asyncio.to_thread(clerk.place, order, form, key)
     finally:
         await form.close()
@@ -99,7 +102,13 @@ def checked(model: type[B], fields: dict[str, Any]) -> B:
 class Clerk:
     """Takes one client's orders. Its methods may take a second, and are for threads."""
 
-    def __init__(self, service: Service, desk: Desk, owner: str) -> None:
+    def __init__(
+        self, service: Service, desk: Desk, owner: str, traceparent: str | None = None
+    ) -> None:
+        """traceparent: of W3C Trace Context, where the client is part of a trace."""
+        self._trace = {}
+        if traceparent is not None and TRACEPARENT.fullmatch(traceparent):
+            self._trace = {"traceparent": traceparent}
         self._service, self._desk, self._owner = service, desk, owner
         self._files = service.files
         self._prompt: str | None = None
@@ -113,7 +122,7 @@ class Clerk:
             return self._desk.create(
                 self._owner,
                 stored,
-                {**facts, "priority": body.priority, "deadline_s": body.deadline_s},
+                {**facts, **self._trace, "priority": body.priority, "deadline_s": body.deadline_s},
                 kind=order.kind,
                 idempotency=idempotency,
             )
@@ -127,14 +136,14 @@ class Clerk:
     def propose(self, order: Order, form: Form) -> Plan:
         """What a job would take."""
         stored, _, _ = self.read(order, form)
-        resolved, promise = self._desk.plan(stored)
+        resolved, promise = self._desk.admission.plan(stored)
         waiting, _ = self._desk.counts
         return Plan(
             size=f"{resolved.width}x{resolved.height}",
             num_frames=resolved.num_frames,
             fps=resolved.fps,
             seconds=f"{resolved.num_frames / resolved.fps:g}",
-            num_steps=resolved.steps_taken,
+            num_steps=num_steps(resolved, self._desk.engine.model.grid),
             canvas=resolved.canvas,
             peak_memory_mb=None if promise is None else round(promise.peak / (1 << 20), 3),
             queue_position=waiting,

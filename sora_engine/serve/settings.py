@@ -46,11 +46,10 @@ class Settings:
 
     What a request may ask for (more is a 400):
 
-    max_pixels, max_frames, max_steps: as `Limits` has them. max_work: latent positions of the
-        canvas times steps; None, no bound. max_upload: bytes of a body. max_upload_pixels,
+    max_pixels, max_frames, max_steps: as `Limits` has them. max_work: tokens of a step
+        times steps; None, no bound. max_upload: bytes of a body. max_upload_pixels,
         max_upload_frames: of a picture or a clip that a client sends. max_priority: the highest
         `priority` that a request may give itself.
-    allow_urls: pictures and clips may be given by their address; refused by default.
     loras: adapters by the names that requests give, and their files.
     aliases: further names under which the model answers, such as `sora-2`.
 
@@ -76,7 +75,6 @@ class Settings:
 
     metrics: `/metrics` is served. otel: spans go to OpenTelemetry. log_json: log lines are JSON.
     replica: this server's part of its jobs' ids, lower-case letters and digits.
-    page: the page for people is served.
 
     Bounds on connections, in seconds and bytes: header_timeout_s, body_timeout_s,
     keep_alive_timeout_s, max_header_bytes, max_connections.
@@ -106,7 +104,6 @@ class Settings:
     max_upload_pixels: int = 4096 * 4096
     max_upload_frames: int = 2000
     max_priority: int = 0
-    allow_urls: bool = False
     loras: Mapping[str, Path] = field(default_factory=dict)
     aliases: tuple[str, ...] = ("sora-2", "sora-2-pro")
 
@@ -128,7 +125,6 @@ class Settings:
     otel: bool = False
     log_json: bool = False
     replica: str = "0"
-    page: bool = True
 
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0

@@ -12,8 +12,9 @@ from sora_engine.serve.content import send_file
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError, bad_value, not_found
 from sora_engine.serve.orders import Order, place
+from sora_engine.serve.replies import DeletedVideo, Video, VideoList
 from sora_engine.serve.service import desk_of, owner_of
-from sora_engine.serve.wire import CreateVideo, DeletedVideo, Video, VideoList
+from sora_engine.serve.wire import CreateVideo
 from sora_engine.serve.writer import MEDIA_TYPES
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)

@@ -12,6 +12,7 @@ from sora_engine.serve.answers import video_of
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.orders import Order, place, propose
+from sora_engine.serve.replies import Plan, Video
 from sora_engine.serve.service import desk_of, owner_of
 from sora_engine.serve.videos import content
 from sora_engine.serve.waiting import ended
@@ -21,11 +22,9 @@ from sora_engine.serve.wire import (
     EditVideo,
     ExtendVideo,
     LoopVideo,
-    Plan,
     RefineVideo,
     RemixVideo,
     UpscaleVideo,
-    Video,
 )
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
@@ -88,6 +87,13 @@ async def sync(request: Request) -> Response:
     response = await content(row.id, request, "video")
     response.headers["x-video-id"] = row.id
     return response
+
+
+@router.post("/characters", include_in_schema=False)
+@router.get("/characters/{character_id}", include_in_schema=False)
+async def characters() -> None:
+    """The contract has characters, and no model here does."""
+    raise ApiError(501, "not_supported", "characters: this server's models have none", retry=False)
 
 
 @router.post("/{video_id}/remix", operation_id="remixVideo", openapi_extra=takes(RemixVideo))

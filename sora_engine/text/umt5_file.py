@@ -85,6 +85,15 @@ def is_umt5(path: Path) -> bool:
     return _BIAS.format(0) in names and (_BIAS.format(1) in names or not _has_block(names, 1))
 
 
+def refuse_t5(path: Path) -> None:
+    """Raises CheckpointError for a T5 encoder, which is easily taken for UMT5's."""
+    with open_weights(path) as opened:
+        source = under_prefix(opened, PREFIXES)
+        names = {to_transformers_name(name) for name in source}
+    if _is_t5(names):
+        open_umt5(path).close()
+
+
 def settings_of(weights: WeightSource) -> dict[str, Any]:
     """What shapes tell of the configuration; the rest is as every published UMT5 has it."""
 
@@ -160,10 +169,14 @@ def _check(weights: SelectedWeights) -> None:
     if not names & set(_TABLES) or _BIAS.format(0) not in names:
         seen = ", ".join(sorted(names)[:4])
         raise CheckpointError(f"not a UMT5 text encoder: it holds {seen}", path=weights.path)
-    if _has_block(names, 1) and _BIAS.format(1) not in names:
+    if _is_t5(names):
         raise CheckpointError(
-            "a T5 encoder, whose first block alone has relative positions; UMT5 is read, such as "
-            "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+            "a T5 encoder, whose first block alone has relative positions: no tensor "
+            f"{_BIAS.format(1)!r}; UMT5 is read, such as umt5_xxl_fp8_e4m3fn_scaled.safetensors",
             path=weights.path,
             tensor=_BIAS.format(1),
         )
+
+
+def _is_t5(names: set[str]) -> bool:
+    return _BIAS.format(0) in names and _has_block(names, 1) and _BIAS.format(1) not in names

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sora_engine.vae.native import Layouts, PackableConv3d, PackedConv, native_kernels
 from sora_engine.vae.state import FeatureCache
-from sora_kernels import causal_norm_silu, norm_modulate
+from sora_kernels import causal_norm_silu
 from sora_kernels.transfer import constant
 from sora_kernels.triton_support import problem as triton_problem
 
@@ -95,13 +95,8 @@ class RMSNorm(nn.Module):
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or self.gamma.requires_grad)
         if wants_grad or torch.compiler.is_compiling():
             return F.silu(self(x))
-        if x.device.type == "cpu" and x.dtype == torch.float32 and native_kernels():
-            rows = x.permute(0, 2, 3, 4, 1)
-            y = norm_modulate(
-                rows.reshape(-1, x.shape[1]), None, None, kind="rms", weight=self.gamma.flatten(),
-                eps=1e-30, backend="native",
-            )  # fmt: skip
-            return F.silu(y, inplace=True).view(rows.shape).permute(0, 4, 1, 2, 3)
+        if x.device.type == "cpu" and self.fuses(x):
+            return self.silu_behind(x[:, :, :0], x)[0]
         return F.silu(self(x), inplace=True)
 
     def fuses(self, x: Tensor) -> bool:

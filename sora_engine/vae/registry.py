@@ -47,14 +47,14 @@ class VAEKind:
     config: ReadsConfig
     layers: type[CausalVAE]
     files: ReadsFile | None = None
-    renames: Callable[[str], str] | None = None
     encodes: bool = True
+    renames: Callable[[str], str] | None = None
 
 
 _KINDS: dict[str, VAEKind | str] = {
     "AutoencoderKLWan": "sora_engine.vae.wan_checkpoint",
-    "AutoencoderKL": "sora_engine.vae.kl_checkpoint",
     "TAEHV": "sora_engine.vae.tiny",
+    "AutoencoderKL": "sora_engine.vae.kl_checkpoint",
 }
 """By class name the kind, or the module that has it as `KIND`."""
 

@@ -112,7 +112,8 @@ def infer_config(
     prefix = _prefix(shapes)
     if prefix is None:
         raise CheckpointError(
-            "has not the names of Wan's own autoencoder files", path=path,
+            "has not the names of Wan's own autoencoder files, such as "
+            "decoder.middle.0.residual.0.gamma", path=path,
             tensor="decoder.middle.0.residual.0.gamma",
         )  # fmt: skip
     shapes = {
@@ -129,8 +130,8 @@ def infer_config(
     z_dim = shape("conv2.weight")[0]
     if z_dim not in (16, 48):
         raise CheckpointError(
-            f"has {z_dim} latent channels; Wan 2.1 has 16 and Wan 2.2 has 48, and their statistics "
-            "are not in the file: use a folder with a config.json",
+            f"has {z_dim} latent channels, by its tensor conv2.weight; Wan 2.1 has 16 and Wan 2.2 "
+            "has 48, and their statistics are not in the file: use a folder with a config.json",
             path=path,
             tensor="conv2.weight",
         )

@@ -169,3 +169,24 @@ def test_a_long_video_is_resumed_in_the_windows_that_it_had(kind, every, tmp_pat
             video = made.resume(file).result(300)
             assert torch.equal(video.latents, whole.latents)
             assert np.array_equal(video.frames, whole.frames)
+
+
+def test_a_saved_job_keeps_to_the_limits_of_who_takes_it_up(tmp_path):
+    """As `submit` would have it: a file must not carry a request past an engine's limits."""
+    path = tmp_path / "job.safetensors"
+    request = sora.VideoRequest("a red circle", negative_prompt="a blue square", **REQUEST)
+    with engine() as made:
+        made.submit(request, save_to=path).result()
+    for limits, says in (
+        ({"max_pixels": 1000}, "32x32 is 1024 pixels; at most 1000"),
+        ({"max_frames": 5}, "num_frames is 9; at most 5, so 5 would work"),
+        ({"max_inference_steps": 11}, "num_inference_steps must be from 1 to 11, got 12"),
+        ({"max_prompt_chars": 11}, "prompt has 12 characters; at most 11"),
+        ({"max_prompt_chars": 12}, "negative_prompt has 13 characters; at most 12"),
+    ):
+        with engine(**limits) as made:
+            with pytest.raises(sora.errors.RequestError, match=says):
+                made.resume(path)
+            with pytest.raises(sora.errors.RequestError, match=says):
+                made.submit(request)
+            assert made.num_queued + made.num_running == 0

@@ -145,7 +145,7 @@ def causal_cases(draw, max_pixels=12, channels=(1, 7, 16, 33, 64, 96, 200)):
     return {
         "batch": draw(st.integers(1, 2)),
         "frames": draw(st.integers(0, 4)),
-        "kept": draw(st.integers(1, 3)),
+        "kept": draw(st.integers(0, 3)),
         "pixels": draw(st.integers(0, max_pixels)),
         "channels": draw(st.sampled_from(channels)),
         "dtype": draw(dtypes),

@@ -26,7 +26,6 @@ from gpu_runs import asks_for_gpu
 from hypothesis import given
 from linear_checks import check_linear, linear_cases
 from lora_checks import check_lora, lora_cases
-from quant_checks import check_quant, quant_cases
 from norm_checks import (
     causal_cases,
     check_causal,
@@ -36,6 +35,7 @@ from norm_checks import (
     modulation_cases,
     rope_cases,
 )
+from quant_checks import check_quant, quant_cases
 
 import sora_kernels as sk
 

@@ -17,7 +17,6 @@ from attention_checks import (
 from hypothesis import given, settings
 from linear_checks import check_linear, linear_cases
 from lora_checks import check_lora, lora_cases
-from quant_checks import FORMATS, check_quant, quant_cases
 from norm_checks import (
     causal_cases,
     check_causal,
@@ -27,6 +26,7 @@ from norm_checks import (
     modulation_cases,
     rope_cases,
 )
+from quant_checks import FORMATS, check_quant, quant_cases
 
 import sora_kernels as sk
 from sora_kernels.testing import generator, offsets

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import sora_engine as sora
 from sora_engine.errors import CheckpointError
-from sora_engine.models.wan.checkpoint import infer_config
 from sora_engine.models.wan.config import WanConfig
+from sora_engine.models.wan.shapes import infer_config
 from tests.parity.oracles import relative_error, tiny_pipeline
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 9

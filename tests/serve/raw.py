@@ -16,20 +16,22 @@ import uvicorn
 class Live:
     """An application on a loopback port, its loop in a thread."""
 
-    def __init__(self, app: Any, **options: Any) -> None:
+    def __init__(self, app: Any, listener: socket.socket | None = None, **options: Any) -> None:
         given = {"lifespan": "off", "log_config": None, **options}
         config = uvicorn.Config(app, host="127.0.0.1", port=0, **given)
         self.server = uvicorn.Server(config)
+        self._listener = listener
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._thread.start()
         while not self.server.started:
             time.sleep(0.01)
-        self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
+        opened = listener or self.server.servers[0].sockets[0]
+        self.port: int = opened.getsockname()[1]
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        await self.server.serve()
+        await self.server.serve(None if self._listener is None else [self._listener])
 
     def call(self, function: Callable[[], None]) -> None:
         """Call a function in the loop, and wait until it has run."""

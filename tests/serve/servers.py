@@ -48,8 +48,9 @@ class Nursery:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.kill()  # its servers are ended by those who started them
         self._process.wait(10)
+        self._process.stdin.close()
 
 
 class Server:
@@ -62,10 +63,11 @@ class Server:
         *,
         faults: dict[str, int] | None = None,
         ready: bool = True,
+        log: Path | None = None,
         **settings: Any,
     ) -> None:
         self._nursery, self.data = nursery, data
-        self.log = data.with_name(f"{data.name}.{time.monotonic_ns()}.log")
+        self.log = log or data.with_name(f"{data.name}.{time.monotonic_ns()}.log")
         defaults = {"port": 0, "data_dir": str(data), "min_free": 0, "keep_latents": True}
         self.pid = nursery.ask(
             {

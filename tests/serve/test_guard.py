@@ -8,6 +8,7 @@ import json
 import os
 import select
 import socket
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -235,6 +236,26 @@ def test_a_client_that_reads_nothing_is_let_go(server: Live) -> None:
         while server.connections and time.monotonic() < until:
             time.sleep(0.05)
         assert server.connections == 0
+
+
+def test_an_answer_does_not_wait_for_acknowledgements() -> None:
+    """On a listener that does not name TCP, as a supervisor may hand one over."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind(("127.0.0.1", 0))
+    app = Guard(Starlette(routes=ROUTES))
+    took = []
+    with (
+        live(app, listener=listener, http=guarded_protocol(5, 5)) as it,
+        connected(it.port) as sock,
+    ):
+        for _ in range(15):
+            begun = time.monotonic()
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"ok"):
+                answer += sock.recv(4096)
+            took.append(time.monotonic() - begun)
+    assert statistics.median(took) < 0.03
 
 
 def test_nothing_is_left_open(server: Live) -> None:

@@ -19,9 +19,10 @@ from sora_engine.io.weights.merging import Applied, Merge
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.adapters import merges_of
 from sora_engine.models.registry import family_named
-from sora_engine.models.wan.checkpoint import TransformerSource, infer_config
+from sora_engine.models.wan.checkpoint import TransformerSource
 from sora_engine.models.wan.model import WanTransformer
 from sora_engine.models.wan.names import to_diffusers_name
+from sora_engine.models.wan.shapes import infer_config
 from sora_engine.vae.meter import StorageMeter
 from tests.unit.adapter_recipes import RECIPES, Made, own, relative_error, with_strength
 from tests.unit.test_checkpoint import original_name

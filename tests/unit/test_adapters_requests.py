@@ -215,8 +215,7 @@ def test_one_file_is_held_once_whatever_its_names(engine, files):
 NOT_BY_ROWS = [
     "5 extracts with differences",
     "6 alphas outside of blocks",
-    "7 LoHa",
-    "7 LoKr",
+    "7 LoKr",  # of whole factors
     "8 DoRA by rows",
     "11 a convolution",
 ]

@@ -158,14 +158,14 @@ def test_what_has_run_where(tmp_path):
         "<!-- ran -->",
         "| results | what | machine | software | commit, day |",
         "|---|---|---|---|---|",
-        "| a.json | profile cpu, 1 measurements | a, 2 threads, no GPU "
+        "| a.json | profile cpu, 1 measurement | a, 2 threads, no GPU "
         "| torch 2.13.0, diffusers 0.42.1 | abc, 2026-01-02 |",
-        "| b.json | profile cpu, 1 measurements | NVIDIA X "
+        "| b.json | profile cpu, 1 measurement | NVIDIA X "
         "| torch 2.13.0, diffusers 0.42.1 | abc, 2026-01-02 |",
         "| c.json | 2 measurements | b, 4 threads, no GPU | torch 2.0 | 0123456789ab, 2026-03-04 |",
         "| d.jsonl | the half hour on a GPU | no GPU yet |  |  |",
         "| e.jsonl | 2 stages whole, 1 not | H | torch 2.1, triton 3.6.0 | f00 |",
-        "| e.jsonl | 1 stages whole | ? |  | f11 |",
+        "| e.jsonl | 1 stage whole | ? |  | f11 |",
         "<!-- /ran -->",
         "after",
     ]

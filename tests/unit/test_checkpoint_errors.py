@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.loading import load_into
-from sora_engine.models.wan.checkpoint import infer_config, resolve_model
+from sora_engine.models.wan.checkpoint import resolve_model
 from sora_engine.models.wan.model import WanTransformer
+from sora_engine.models.wan.shapes import infer_config
 from sora_engine.text import ImageEncoder
 from sora_engine.text.umt5 import UMT5Encoder
 from sora_engine.vae.wan import WanVAE

@@ -16,6 +16,8 @@ from sora_engine.models.device import resolve_vae_dtype
 from sora_engine.models.loading import load_video_decoder, load_video_model
 from sora_engine.testing.device import shadow_device
 from sora_engine.testing.shadow import walk
+from sora_engine.vae.blocks import RMSNorm
+from sora_engine.vae.native import native_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -94,3 +96,22 @@ def test_float32_beside_a_transformer_in_bfloat16_on_a_gpu():
     due = torch.cat(list(decoder.decode(latents, wraps=False)))
     # Ops run by their reference there, and by C++ here.
     assert int((made.frames.int() - due.int()).abs().max()) <= 1
+
+
+@pytest.mark.skipif(not native_kernels(), reason="needs the C++ kernels")
+@pytest.mark.parametrize(("dtype", "error"), [(FP32, 2e-6), (BF16, 2**-8)])
+def test_norm_and_silu_are_one_pass_with_a_past_and_without(dtype, error):
+    """Each is float64's, rounded once; and a frame is the same behind a past as without one."""
+    norm = RMSNorm(96).to(dtype).requires_grad_(False)
+    norm.gamma.copy_(torch.rand_like(norm.gamma) + 0.5)
+    x = (3 * torch.randn(1, 96, 3, 5, 7)).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    past = torch.randn(1, 96, 2, 5, 7).to(dtype)
+    wide = x.double()
+    gain = 96**0.5 * norm.gamma.double()
+    due = torch.nn.functional.silu(wide / wide.square().sum(1, keepdim=True).sqrt() * gain)
+    with torch.inference_mode():
+        alone = norm.silu(x)
+        behind, _ = norm.silu_behind(past, x)
+    assert ((alone.double() - due).abs() <= due.abs() * error + 1e-6).all()
+    assert torch.equal(behind[:, :, 2:], alone)
+    assert torch.equal(behind[:, :, :2], past)

@@ -43,7 +43,8 @@ def originals(folder):
 
 
 def latents(path, **options):
-    with sora.Engine.from_pretrained(path, device="cpu", **options) as engine:
+    """In float32: by itself a machine may take bfloat16 for such files."""
+    with sora.Engine.from_pretrained(path, device="cpu", dtype="float32", **options) as engine:
         return engine.generate(REQUEST).latents
 
 

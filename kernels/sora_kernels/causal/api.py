@@ -25,8 +25,8 @@ def causal_norm_silu(
     """What a causal convolution of a video reads after norm and SiLU, and what it keeps, in a pass.
 
     x: `[batch, frames, pixels, channels]`, fp32, fp16 or bf16 (fp64 by the reference). past:
-    `[batch, kept, pixels, channels]` of x's dtype, the frames before, done already; at least one.
-    weight: `[channels]`, of the RMSNorm.
+    `[batch, kept, pixels, channels]` of x's dtype, the frames before, done already; there may be
+    none. weight: `[channels]`, of the RMSNorm.
 
     Returns `[batch, kept + frames, pixels, channels]`, the past and then
     `silu(x / sqrt(mean(x^2) + eps) * weight)`, and a copy of its last `kept` frames: the past of
@@ -51,8 +51,6 @@ def check(x: Tensor, past: Tensor, weight: Tensor) -> None:
                 f"{op}: {name} has shape {[*tensor.shape]}; "
                 "[batch, frames, pixels, channels] is due"
             )
-    if past.shape[1] < 1:
-        raise ValueError(f"{op}: past has no frames; give zeros where nothing came before")
     due = [x.shape[0], past.shape[1], *x.shape[2:]]
     if [*past.shape] != due:
         raise ValueError(

@@ -17,4 +17,4 @@ def run(x: Tensor, past: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor,
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps)
     joined = torch.cat([past, F.silu(normed).to(x.dtype)], dim=1)
-    return joined, joined[:, -past.shape[1] :].clone()
+    return joined, joined[:, x.shape[1] :].clone()

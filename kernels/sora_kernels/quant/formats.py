@@ -137,7 +137,9 @@ BLOCKS: dict[str, Block] = {
         scale_offset=32,
     ),
     "Q4_K": Block(256, 144, (_nibbles(16),), dmin=2, scales=_SCALES, minima=_MINIMA),
-    "Q5_K": Block(256, 176, (_nibbles(48), _planes(16, 16)), dmin=2, scales=_SCALES, minima=_MINIMA),
+    "Q5_K": Block(
+        256, 176, (_nibbles(48), _planes(16, 16)), dmin=2, scales=_SCALES, minima=_MINIMA
+    ),
     "Q6_K": Block(
         256,
         210,

@@ -153,7 +153,7 @@ def quant_linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Grid: (tiles of rows * tiles of columns,). FORMAT: its place in `FORMATS`; VALUES and BYTES of
+    """Grid: (tiles of rows * tiles of columns,). FORMAT: its place in `FORMATS`; VALUES, BYTES: of
     a block. GELU: 0 none, 1 by erf, 2 by tanh."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
     column_tiles = tl.cdiv(outs, BLOCK_N)

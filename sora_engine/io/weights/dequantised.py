@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.safetensors import Weights
-from sora_engine.io.weights.codings import Coding
-from sora_engine.io.weights.source import Stored, read_by_pieces
+from sora_engine.io.weights.codings import Coding, Scaled
+from sora_engine.io.weights.source import Kept, Stored, kept_format_of, read_by_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,27 @@ class DequantisedWeights:
             return self.weights.read(self._own(name), device=device, dtype=dtype, rows=rows)
         decoder = partial(coding.decoder, self.weights, device)
         return read_by_pieces(coding.shape, decoder, device=device, dtype=dtype, rows=rows)
+
+    def kept_format(self, name: str) -> str | None:
+        """See `WeightSource`: int8 and fp8 with scales, and fp8 that stands for itself."""
+        coding = self.codings.get(name)
+        if coding is None:
+            return self.weights.kept_format(self._own(name))
+        if not isinstance(coding, Scaled) or len(coding.shape) != 2:
+            return None
+        return str(self.weights.info(coding.weight).dtype).removeprefix("torch.")
+
+    def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
+        """See `WeightSource`."""
+        coding = self.codings.get(name)
+        if coding is None:
+            return self.weights.read_kept(self._own(name), device=device)
+        form = kept_format_of(self, name)
+        assert isinstance(coding, Scaled)  # no other has such a format
+        scale = self.weights.read(coding.scale, device=device, dtype=torch.float32)
+        scale = scale.reshape((coding.shape[0], -1) if coding.blocks else (1, 1))
+        weight = self.weights.read(coding.weight, device=device)
+        return Kept(form, weight, scale, coding.rotation)
 
     def close(self) -> None:
         self.weights.close()

@@ -24,7 +24,7 @@ from torch import Tensor
 from sora_engine.errors import CheckpointError
 from sora_engine.io.links import refuse_stray_link
 from sora_engine.io.weights.gguf_blocks import FORMATS, OTHERS, BlockFormat
-from sora_engine.io.weights.source import read_by_pieces
+from sora_engine.io.weights.source import PIECE_VALUES, Kept, kept_format_of, read_by_pieces
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -127,6 +127,28 @@ class GGUFWeights:
             info.shape, lambda: decode, device=device, dtype=dtype or info.dtype, rows=rows
         )
 
+    def kept_format(self, name: str) -> str | None:
+        """See `WeightSource`: matrices of blocks that no row ends within."""
+        info = self.info(name)
+        each = info.format
+        whole = len(info.shape) == 2 and 0 not in info.shape and info.shape[1] % each.values == 0
+        return each.name if whole and each.values > 1 else None
+
+    def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
+        """See `WeightSource`."""
+        info, form = self.info(name), kept_format_of(self, name)
+        row_bytes = info.size_bytes // info.shape[0]
+        weight = torch.empty(info.shape[0], row_bytes, dtype=torch.uint8, device=device)
+        if weight.is_meta:
+            return Kept(form, weight)
+        step = max(1, 4 * PIECE_VALUES // row_bytes)
+        for first in range(0, info.shape[0], step):
+            part = weight[first : first + step]
+            start = info.start + first * row_bytes
+            part.copy_(self._raw(start, start + part.numel()).view(part.shape))
+            self._release(start, start + part.numel())
+        return Kept(form, weight)
+
     def close(self) -> None:
         with contextlib.suppress(BufferError):
             self._map.close()
@@ -150,15 +172,22 @@ class GGUFWeights:
         start, end = (info.start + n // each.values * each.size_bytes for n in (first, last))
         if start == end:
             return torch.empty(0, device=device)
+        raw = self._raw(start, end).view(-1, each.size_bytes).to(device, copy=True)
+        self._release(start, end)
+        return each.decode(raw)
+
+    def _raw(self, start: int, end: int) -> Tensor:
+        """Bytes of the map itself."""
         with warnings.catch_warnings():
             # The map is read-only and torch has no such tensors; nobody here writes to it.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=end - start, offset=start)
-        raw = raw.view(-1, each.size_bytes).to(device, copy=True)
-        if hasattr(mmap, "MADV_DONTNEED"):  # the pages that were read
+            return torch.frombuffer(self._map, dtype=torch.uint8, count=end - start, offset=start)
+
+    def _release(self, start: int, end: int) -> None:
+        """Hand back the pages that were read."""
+        if hasattr(mmap, "MADV_DONTNEED"):
             page = start - start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, page, end - page)
-        return each.decode(raw)
 
 
 def is_gguf(path: Path) -> bool:

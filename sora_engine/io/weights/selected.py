@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import CheckpointError
-from sora_engine.io.weights.source import Stored, WeightSource
+from sora_engine.io.weights.source import Kept, Stored, WeightSource, kept_format_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,18 @@ class SelectedWeights:
             part = rows if part is None else part[rows.start : rows.stop]
         return self.source.read(own.name, device=device, dtype=dtype, rows=part)
 
+    def kept_format(self, name: str) -> str | None:
+        """See `WeightSource`: whole matrices, under whichever name."""
+        own = self._own(name)
+        return self.source.kept_format(own) if isinstance(own, str) else None
+
+    def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
+        """See `WeightSource`."""
+        kept_format_of(self, name)
+        own = self._own(name)
+        assert isinstance(own, str)  # parts of tensors have no such format
+        return self.source.read_kept(own, device=device)
+
     def close(self) -> None:
         self.source.close()
 
@@ -154,6 +166,14 @@ class JoinedWeights:
     ) -> Tensor:
         """See `WeightSource.read`."""
         return self._source(name).read(name, device=device, dtype=dtype, rows=rows)
+
+    def kept_format(self, name: str) -> str | None:
+        """See `WeightSource`."""
+        return self._source(name).kept_format(name)
+
+    def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
+        """See `WeightSource`."""
+        return self._source(name).read_kept(name, device=device)
 
     def close(self) -> None:
         for source in self.sources:

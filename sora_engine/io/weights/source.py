@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from sora_engine.errors import CheckpointError
 
 PIECE_VALUES = 1 << 18
 """Values that are decoded at a time: 1 MiB in float32."""
@@ -28,6 +31,22 @@ class Stored(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A matrix as its file has it, not decoded.
+
+    format: as `sora_kernels.quant_linear` has it: "int8", "float8_e4m3fn", "float8_e5m2", or a
+    block format of GGUF. weight: `[rows, in]`, or uint8 `[rows, bytes]` of blocks. scale: float32
+    `[1, 1]` or `[rows, stretches]`; None is 1. rotation: size of the groups of inputs that a
+    Hadamard matrix has mixed (ConvRot); 0 for none.
+    """
+
+    format: str
+    weight: Tensor
+    scale: Tensor | None = None
+    rotation: int = 0
 
 
 class WeightSource(Protocol):
@@ -70,6 +89,14 @@ class WeightSource(Protocol):
         """
         ...
 
+    def kept_format(self, name: str) -> str | None:
+        """The format in which `read_kept` gives a matrix; None for one that is only decoded."""
+        ...
+
+    def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
+        """A matrix that has a `kept_format`, owning its memory. Raises CheckpointError."""
+        ...
+
     def close(self) -> None: ...
 
     def __enter__(self: Self) -> Self: ...
@@ -80,6 +107,18 @@ class WeightSource(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+def kept_format_of(source: WeightSource, name: str) -> str:
+    """`source.kept_format`, or a CheckpointError for a tensor that is only decoded."""
+    form = source.kept_format(name)
+    if form is None:
+        raise CheckpointError(
+            f"tensor {name!r} is not a quantised matrix that is kept as stored",
+            path=source.path_of(name),
+            tensor=name,
+        )
+    return form
 
 
 Decode = Callable[[range], Tensor]

@@ -7,6 +7,7 @@ of the same family, or one put together by hand.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import nn
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
-from sora_engine.io.loading import load_into
+from sora_engine.io.loading import Keep, load_into
 from sora_engine.io.safetensors import refuse_pickle
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.opening import open_weights
@@ -34,7 +35,10 @@ from sora_engine.models.folder import (
 from sora_engine.models.wan.config import CLASS_NAMES, WanConfig
 from sora_engine.models.wan.names import PREFIXES, is_vace_module, to_diffusers_name
 from sora_engine.models.wan.parts import find_parts
-from sora_engine.models.wan.vace import OVERLAYS, open_vace_module, spread, with_module
+from sora_engine.models.wan.shapes import infer_config
+from sora_engine.models.wan.vace import OVERLAYS, open_vace_module, with_module
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = FolderLayout(
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
@@ -61,6 +65,13 @@ LAYOUT = FolderLayout(
     },
     optional=("transformer_2", "image_encoder", "image_processor"),
     settings=("boundary_ratio", "expand_timesteps"),
+    usual={
+        "transformer": "wan2.1_t2v_14B_fp8_scaled.safetensors, or of two experts "
+        "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors and its _low_noise_",
+        "vae": "wan_2.1_vae.safetensors or wan2.2_vae.safetensors",
+        "text_encoder": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        "image_encoder": "clip_vision_h.safetensors",
+    },
 )
 """What diffusers' folders hold. `boundary_ratio` is where the second transformer takes over, as a
 fraction of the noise levels; `expand_timesteps`, whether each token has its own timestep (Wan 2.2
@@ -115,9 +126,10 @@ class TransformerSource:
         dtype: torch.dtype | None = None,
         shard: Callable[[nn.Module], Mapping[str, range]] | None = None,
         merge: Merge | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard` and
-        `merge` as of `load_into`."""
+        """Fill `module`, a `WanTransformer` of `self.config` built on the meta device; `shard`,
+        `merge` and `keep` as of `load_into`."""
         with self.open() as weights:
             load_into(
                 module,
@@ -129,6 +141,7 @@ class TransformerSource:
                 ignore=IGNORED,
                 shard=shard,
                 merge=merge,
+                keep=keep,
             )
 
     @property
@@ -215,6 +228,15 @@ def resolve_model(
         raise CheckpointError(
             "two experts need a VACE module each; give both as `vace` and `vace_2`",
             path=vace[0] or vace[1],
+        )
+    half = re.search(r"(?i)(high|low).?noise", paths[0].name)
+    if len(paths) == 1 and half is not None:
+        other = {"high": "low", "low": "high"}[half[1].lower()]
+        logger.warning(
+            "%s is one of two experts, by its name, and alone: all noise levels are its now; the "
+            "one for %s noise goes beside it, as two models, the one for high noise first",
+            paths[0].name,
+            other,
         )
     return _from_files(sources, components, boundary_ratio)
 
@@ -346,79 +368,6 @@ def transformer_in_file(path: Path, head_dim: int = 128) -> TransformerSource:
             path=path,
         )
     return TransformerSource(path, infer_config(shapes, head_dim=head_dim, path=path))
-
-
-def infer_config(
-    shapes: Mapping[str, tuple[int, ...]], *, head_dim: int = 128, path: Path | None = None
-) -> WanConfig:
-    """The configuration of the transformer whose tensors, under diffusers' names, have `shapes`.
-
-    Every published Wan has heads of 128; that and eps are what shapes do not tell. Raises
-    `CheckpointError` if a tensor that tells a size is missing or has another number of dimensions.
-    """
-    embedder = "condition_embedder."
-
-    def shape(name: str, dims: int) -> tuple[int, ...]:
-        if name not in shapes:
-            raise CheckpointError(
-                f"not a Wan transformer: no tensor {name!r}, under this name or Wan's own",
-                path=path,
-                tensor=name,
-            )
-        if len(shapes[name]) != dims or 0 in shapes[name]:
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(shapes[name])}; a Wan transformer's has "
-                f"{dims} dimensions",
-                path=path,
-                tensor=name,
-            )
-        return shapes[name]
-
-    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
-    blocks = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,6})\.", name))}
-    if blocks != set(range(len(blocks))):
-        gap = min(set(range(max(blocks))) - blocks)
-        raise CheckpointError(f"no tensors of block {gap} of {max(blocks) + 1}", path=path)
-    if dim % head_dim:
-        raise CheckpointError(
-            f"tokens are {dim} wide, no multiple of attention_head_dim {head_dim}; give its value",
-            path=path,
-            tensor="patch_embedding.weight",
-        )
-    volume = patch[0] * patch[1] * patch[2]
-    out_features, _ = shape("proj_out.weight", 2)
-    if out_features % volume:
-        raise CheckpointError(
-            f"proj_out has {out_features} outputs, no multiple of a patch of {patch}",
-            path=path,
-            tensor="proj_out.weight",
-        )
-    image = embedder + "image_embedder.norm1.weight" in shapes
-    positions = embedder + "image_embedder.pos_embed"
-    vace = {int(m[1]) for name in shapes if (m := re.match(r"vace_blocks\.(\d{1,6})\.", name))}
-    vace_layers = spread(len(vace), len(blocks)) if vace else None
-    try:
-        return WanConfig(
-            patch_size=(patch[0], patch[1], patch[2]),
-            num_attention_heads=dim // head_dim,
-            attention_head_dim=head_dim,
-            in_channels=in_channels,
-            out_channels=out_features // volume,
-            text_dim=shape(embedder + "text_embedder.linear_1.weight", 2)[1],
-            freq_dim=shape(embedder + "time_embedder.linear_1.weight", 2)[1],
-            ffn_dim=shape("blocks.0.ffn.net.0.proj.weight", 2)[0],
-            num_layers=len(blocks),
-            cross_attn_norm="blocks.0.norm2.weight" in shapes,
-            image_dim=shape(embedder + "image_embedder.norm1.weight", 1)[0] if image else None,
-            added_kv_proj_dim=shape("blocks.0.attn2.add_k_proj.weight", 2)[1] if image else None,
-            pos_embed_seq_len=shape(positions, 3)[1] if positions in shapes else None,
-            vace_layers=vace_layers,
-            vace_in_channels=shape("vace_patch_embedding.weight", 5)[1] if vace else None,
-        )
-    except CheckpointError as error:
-        if error.path is not None or path is None:
-            raise
-        raise CheckpointError(str(error), path=path) from None
 
 
 def _difference(a: WanConfig, b: WanConfig) -> str:

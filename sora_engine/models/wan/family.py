@@ -29,7 +29,12 @@ from sora_engine.models.wan.checkpoint import (
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.ladders import WAN_LADDERS
 from sora_engine.models.wan.model import TEXT_TOKENS, WanTransformer, transformer_shape
-from sora_engine.models.wan.names import is_vace_module, own_name, to_diffusers_name
+from sora_engine.models.wan.names import (
+    is_vace_module,
+    own_name,
+    to_diffusers_name,
+    to_wan_name,
+)
 from sora_engine.models.wan.vace import describe_module
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.ladders import Ladder
@@ -88,6 +93,10 @@ class WanFamily:
     def own_name(self, module: str) -> str | None:
         """As `names.own_name`."""
         return own_name(module)
+
+    def published_name(self, name: str) -> str:
+        """As `names.to_wan_name`."""
+        return to_wan_name(name)
 
     def is_further_input(self, name: str) -> bool:
         """What reads CLIP's tokens of an image (2.1 I2V)."""

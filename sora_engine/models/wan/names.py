@@ -80,6 +80,18 @@ def to_diffusers_name(name: str) -> str:
     return stem + dot + leaf
 
 
+def to_wan_name(name: str) -> str:
+    """Wan's own name of a parameter under either naming, without a prefix."""
+    name = to_diffusers_name(name)
+    stem, dot, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        stem, dot, leaf = name, "", ""
+    block = re.fullmatch(r"((?:vace_)?blocks\.\d+\.)(.+)", stem)
+    if block:
+        return block[1] + _TO_WAN_IN_BLOCK.get(block[2], block[2]) + dot + leaf
+    return _TO_WAN.get(stem, stem) + dot + leaf
+
+
 def own_name(module: str) -> str | None:
     """The module or parameter that a name without `.weight` and `.bias` means: Wan's own or
     diffusers', with dots or with underscores in their place (kohya, musubi-tuner, VideoX-Fun). None
@@ -102,5 +114,7 @@ def _underscored(names: dict[str, str]) -> dict[str, str]:
     return theirs | {own.replace(".", "_"): name for own, name in names.items()}
 
 
+_TO_WAN = {theirs: own for own, theirs in _OUTSIDE.items()}
+_TO_WAN_IN_BLOCK = {theirs: own for own, theirs in _IN_BLOCK.items()}
 _UNDERSCORED_OUTSIDE = _underscored(_OUTSIDE)
 _UNDERSCORED = _underscored(_IN_BLOCK)

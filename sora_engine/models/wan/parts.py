@@ -12,15 +12,9 @@ from sora_engine.models.folder import EVERYWHERE, Component, FolderLayout, confi
 from sora_engine.models.wan.vace import OVERLAYS
 from sora_engine.text.clip_file import is_clip
 from sora_engine.text.umt5_file import PREFIXES as TEXT_PREFIXES
-from sora_engine.text.umt5_file import is_umt5
+from sora_engine.text.umt5_file import is_umt5, refuse_t5
 from sora_engine.vae.registry import vae_in_file
 
-USUAL = {
-    "vae": "wan_2.1_vae.safetensors or wan2.2_vae.safetensors",
-    "text_encoder": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
-    "image_encoder": "clip_vision_h.safetensors",
-}
-"""Under which names people usually hold a part."""
 COMFY = {
     "vae": ("vae",),
     "text_encoder": ("text_encoders", "clip"),
@@ -79,10 +73,13 @@ def part_at(name: str, path: Path, layout: FolderLayout) -> Component:
         raise CheckpointError(f"no such file or folder for the {name}", path=path)
     found = _in_file(name, path, layout)
     if found is None:
+        if name == "text_encoder":
+            refuse_t5(path)
         with open_weights(path) as weights:
             seen = ", ".join(list(weights)[:4])
         raise CheckpointError(
-            f"no {name} of Wan: it holds {seen}; people hold it as {USUAL.get(name, 'a folder')}",
+            f"no {name} of Wan: it holds {seen}; people hold it as "
+            f"{layout.usual.get(name, 'a folder')}",
             path=path,
         )
     return found
@@ -132,11 +129,15 @@ def _in_folder(name: str, folder: Path, layout: FolderLayout, file: Path) -> Com
             f"{len(found)} files for the {name}: {named}; name one as components={{{name!r}: ...}}",
             path=comfy[0],
         )
-    if (folder / name).is_dir():
+    if (folder / name).is_dir() and (not comfy or (folder / name / config_file(name)).exists()):
         return Component.open(name, folder / name, layout.components[name])
+    where = f"no folder for the {name}"
+    if comfy:
+        where = f"no file for the {name} in {comfy[0].name}/"
     raise CheckpointError(
-        f"no folder for the {name}, which {file.name} lacks: give `components`, a folder with "
-        "vae/, text_encoder/ and tokenizer/ or with ComfyUI's vae/ and text_encoders/, or name it "
-        f"as components={{{name!r}: ...}}; people hold it as {USUAL.get(name, 'a folder')}",
-        path=folder / name,
+        f"{where}, which {file.name} lacks: give `components`, a folder with vae/, text_encoder/ "
+        "and tokenizer/ or with ComfyUI's vae/ and text_encoders/, or name it as "
+        f"components={{{name!r}: ...}} (on the command line --{name.replace('_', '-')}); people "
+        f"hold it as {layout.usual.get(name, 'a folder')}",
+        path=comfy[0] if comfy else folder / name,
     )

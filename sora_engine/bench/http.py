@@ -1,0 +1,283 @@
+"""HTTP: what `sora serve` costs beside an engine in the caller's own process.
+
+The server is a process of its own, as it is in use, and needs the extra `serve`; the clients here
+are of the standard library. Both sides have the same threads, and take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sora_engine.bench.results import SUBJECT, Measurement, ResultError
+from sora_engine.bench.serving import Kind, with_percentiles
+from sora_engine.bench.timing import interleaved
+from sora_engine.runtime.engine import Engine
+
+EMBEDDED = "embedded engine"
+SAVING = "embedded engine that saves"
+SMALL = Kind(64, 64, 5, 4, share=1)
+LARGE = Kind(192, 192, 33, 60, share=1, small=False)
+START_S = 120.0
+
+
+class Client:
+    """One connection that is kept."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        self._connection = http.client.HTTPConnection(host, int(port), timeout=120)
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer's JSON; ResultError for another status than 200."""
+        data = None if body is None else json.dumps(body)
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        self._connection.request(method, path, data, headers)
+        answer = self._connection.getresponse()
+        text = answer.read()
+        if answer.status != 200:
+            raise ResultError(f"{method} {path} answered {answer.status}: {text[:300]!r}")
+        told: dict[str, Any] = json.loads(text)
+        return told
+
+    def create(self, kind: Kind, seed: int) -> str:
+        arguments = kind.arguments(seed)
+        size = f"{arguments.pop('width')}x{arguments.pop('height')}"
+        return str(self.ask("POST", "/v1/videos", {**arguments, "size": size, "seed": seed})["id"])
+
+    def wait(self, name: str) -> dict[str, Any]:
+        """The video once it is done, told by its events."""
+        self._connection.request("GET", f"/v1/videos/{name}/events")
+        answer = self._connection.getresponse()
+        last = [line for line in answer.read().splitlines() if line.startswith(b"data: ")][-1]
+        told: dict[str, Any] = json.loads(last.removeprefix(b"data: "))
+        return told
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@contextlib.contextmanager
+def server(model: str | Path, threads: int) -> Iterator[str]:
+    """A server of its own on a folder of its own; its address. ResultError where it does not
+    start."""
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "wb") as nowhere:
+        command = [sys.executable, "-m", "sora_engine", "serve", str(model), "--port", "0"]
+        command += ["--data-dir", f"{folder}/data", "--min-free", "0", "--device", "cpu"]
+        command += ["--max-queue", "200", "--max-jobs-per-key", "200"]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=nowhere,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+        try:
+            yield _address(process)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _address(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    address = ""
+    for line in process.stdout:
+        if line.startswith("listening on "):
+            address = line.removeprefix("listening on ").strip()
+        if line.startswith("ready"):
+            return address
+    raise ResultError(
+        f"sora serve ended with {process.wait()} before it was ready; "
+        'pip install "sora_engine[serve]" brings what it needs'
+    )
+
+
+def over_http(
+    *,
+    model: str | Path = "sprites",
+    small: Kind = SMALL,
+    large: Kind = LARGE,
+    count: int = 50,
+    rounds: int = 3,
+    polls_s: float = 3.0,
+    clients: int = 100,
+) -> list[Measurement]:
+    """Throughput and latency of small jobs, polling, cancelling, and a small job behind a large
+    one: over HTTP, and of an engine in this process."""
+    threads = torch.get_num_threads()
+    with (
+        Engine.from_pretrained(model, device="cpu") as engine,
+        server(model, threads) as address,
+        contextlib.closing(Client(address)) as client,
+    ):
+        client.wait(client.create(small, 0))
+        engine.generate(small.request(0))
+        return [
+            _throughput(engine, address, small, count, rounds),
+            _latency(engine, client, small, count),
+            _polls(address, client, large, clients, polls_s),
+            _poll_latency(client, large, count),
+            _cancel(client, large, max(3, count // 5)),
+            _behind(engine, client, small, large, max(2, count // 10)),
+        ]
+
+
+def _throughput(engine: Engine, address: str, kind: Kind, count: int, rounds: int) -> Measurement:
+    seeds = range(1, count + 1)
+    requests = [kind.request(seed) for seed in seeds]
+
+    def served() -> None:
+        with contextlib.closing(Client(address)) as one:
+            left = {one.create(kind, seed) for seed in seeds}
+            while left:
+                listed = one.ask("GET", f"/v1/videos?limit={min(100, count)}")["data"]
+                states = {told["id"]: told["status"] for told in listed}
+                if "failed" in states.values():
+                    raise ResultError("a job failed over HTTP")
+                left = {name for name in left if states.get(name) != "completed"}
+                time.sleep(0.02 if left else 0.0)
+
+    def embedded() -> None:
+        engine.generate(requests)
+
+    def saving() -> None:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(4) as pool:
+            jobs = [engine.submit(request) for request in requests]
+            files = [Path(folder) / f"{i}.mp4" for i in seeds]
+            list(pool.map(lambda job, file: job.result().save(file), jobs, files))
+
+    times = interleaved({SUBJECT: served, EMBEDDED: embedded, SAVING: saving}, rounds)
+    return Measurement(
+        f"http: throughput of {count} small jobs",
+        "videos/s",
+        {name: [count / s for s in values] for name, values in times.items()},
+        better="higher",
+    )
+
+
+def _latency(engine: Engine, client: Client, kind: Kind, count: int) -> Measurement:
+    def served() -> None:
+        client.wait(client.create(kind, 1))
+
+    times = interleaved(
+        {SUBJECT: served, EMBEDDED: lambda: engine.generate(kind.request(1))}, count
+    )
+    return with_percentiles(
+        Measurement("http: latency of a small job alone", "s", times, paired=False)
+    )
+
+
+def _polls(address: str, client: Client, large: Kind, clients: int, seconds: float) -> Measurement:
+    name = client.create(large, 1)
+    done = asyncio.run(_poll_by_many(address, name, clients, seconds))
+    client.ask("DELETE", f"/v1/videos/{name}")
+    rate = len(done) / seconds
+    return with_percentiles(
+        Measurement(
+            f"http: answer to a poll, {clients} clients that poll without a pause, engine busy",
+            "s",
+            {SUBJECT: done},
+            paired=False,
+            figures={"polls a second": rate},
+        )
+    )
+
+
+async def _poll_by_many(address: str, name: str, clients: int, seconds: float) -> list[float]:
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    ask = f"GET /v1/videos/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    until = time.monotonic() + seconds
+    took: list[float] = []
+
+    async def poll() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        while time.monotonic() < until:
+            begun = time.monotonic()
+            writer.write(ask)
+            head = await reader.readuntil(b"\r\n\r\n")
+            if not head.startswith(b"HTTP/1.1 200"):
+                raise ResultError(f"a poll was answered {head[:40]!r}")
+            length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
+            await reader.readexactly(int(length))
+            took.append(time.monotonic() - begun)
+        writer.close()
+
+    await asyncio.gather(*(poll() for _ in range(clients)))
+    return took
+
+
+def _poll_latency(client: Client, large: Kind, count: int) -> Measurement:
+    name = client.create(large, 2)
+    took = []
+    for _ in range(max(100, 4 * count)):
+        begun = time.monotonic()
+        client.ask("GET", f"/v1/videos/{name}")
+        took.append(time.monotonic() - begun)
+        time.sleep(0.01)
+    client.ask("DELETE", f"/v1/videos/{name}")
+    found = Measurement(
+        "http: answer to a poll, one client, engine busy", "s", {SUBJECT: took}, paired=False
+    )
+    p99 = sorted(took)[max(0, round(0.99 * len(took)) - 1)]
+    return with_percentiles(replace(found, figures={"p99": p99}))
+
+
+def _cancel(client: Client, large: Kind, count: int) -> Measurement:
+    """From the request to cancel, at a random time of a step, until the job is over."""
+    took = []
+    for seed in range(count):
+        name = client.create(large, seed)
+        while client.ask("GET", f"/v1/videos/{name}")["steps_done"] < 2:
+            time.sleep(0.005)
+        time.sleep(0.03 * (seed % 7))
+        begun = time.monotonic()
+        client.ask("POST", f"/v1/videos/{name}/cancel")
+        while client.ask("GET", f"/v1/videos/{name}")["status"] != "failed":
+            time.sleep(0.002)
+        took.append(time.monotonic() - begun)
+    found = Measurement("http: from cancel to the job's end", "s", {SUBJECT: took}, paired=False)
+    return with_percentiles(found)
+
+
+def _behind(engine: Engine, client: Client, small: Kind, large: Kind, count: int) -> Measurement:
+    """A small job that comes while a large one is made."""
+    times: dict[str, list[float]] = {SUBJECT: [], EMBEDDED: []}
+    for seed in range(count):
+        name = client.create(large, seed)
+        while client.ask("GET", f"/v1/videos/{name}")["steps_done"] < 1:
+            time.sleep(0.005)
+        begun = time.monotonic()
+        client.wait(client.create(small, seed))
+        times[SUBJECT].append(time.monotonic() - begun)
+        client.ask("DELETE", f"/v1/videos/{name}")
+        job = engine.submit(large.request(seed))
+        while job.progress.steps_done < 1:
+            time.sleep(0.005)
+        begun = time.monotonic()
+        engine.generate(small.request(seed))
+        times[EMBEDDED].append(time.monotonic() - begun)
+        job.cancel()
+        while not job.done():
+            time.sleep(0.005)
+    return Measurement("http: a small job behind a large one", "s", times)
