@@ -19,7 +19,7 @@ from torch import Tensor
 from sora_engine.config import ParallelConfig
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.distributed import torchrun
-from sora_engine.distributed.auto_layout import auto_layout
+from sora_engine.distributed.auto_layout import auto_layout, check_tokens
 from sora_engine.distributed.layout import check_devices, check_heads, check_world
 from sora_engine.distributed.message import Message
 from sora_engine.distributed.pool import RankPool
@@ -347,6 +347,7 @@ def start_replicas(
     checkpoint, _ = open_checkpoint(path, components)
     num_heads = checkpoint.shape.num_heads
     check_heads(parallel, num_heads)
+    check_tokens(parallel, checkpoint)
     if torchrun.launched():
         check_world(parallel, int(os.environ["WORLD_SIZE"]))
     elif target.type == "cuda":

@@ -102,6 +102,7 @@ class Checkpoint:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     labels: the classes that it makes, where it reads a class in place of a text.
+    shares_tokens: whether ranks can share the tokens of one pass out (ulysses, ring).
     defaults: of the family's published pipelines; a checkpoint's own go before them.
     """
 
@@ -119,6 +120,7 @@ class Checkpoint:
     takes_last_image: bool = False
     learned_variance: bool = False
     labels: Labels | None = None
+    shares_tokens: bool = True
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
     tiny_vae: Path | None = None

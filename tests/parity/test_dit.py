@@ -16,6 +16,7 @@ from sora_engine import tasks
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.denoise.denoise import prepare
 from sora_engine.denoise.packing import Packer, Segment
+from sora_engine.distributed.auto_layout import auto_layout
 from sora_engine.distributed.wire import request_from_message, request_to_message
 from sora_engine.errors import CheckpointError, RequestError
 from sora_engine.io.provenance import Provenance
@@ -315,6 +316,10 @@ def test_the_command_takes_a_label(folder, tmp_path):
     assert refused.stderr.startswith("sora: error: --label: label 'dog' is no class")
     both = run("a dog", "--label", "7")
     assert "--label: it takes the place of PROMPT 'a dog'" in both.stderr
+
+
+def test_a_layout_is_planned(folder):
+    assert auto_layout(folder, None, 2).num_ranks <= 2
 
 
 @pytest.mark.slow

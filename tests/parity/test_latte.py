@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import sora_engine as sora
 from sora_engine.denoise.conditioning import NEGATIVE
 from sora_engine.denoise.packing import Packer, Segment
-from sora_engine.errors import CheckpointError, RequestError
+from sora_engine.distributed.auto_layout import auto_layout
+from sora_engine.errors import CheckpointError, LayoutError, RequestError
 from sora_engine.models.inspection import inspect_file
 from sora_engine.models.latte.config import LatteConfig
 from sora_engine.models.latte.model import LatteTransformer
@@ -224,7 +225,7 @@ def test_a_transformer_file_is_told_and_loads(folder, engine, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_share_branches_and_refuse_tokens(folder, engine):
+def test_ranks_share_branches_and_windows(folder, engine):
     requests = [request(), request("a blue cube", height=24, width=16, seed=4, num_frames=7)]
     alone = engine.generate(requests)
     for axis in ("guidance", "window"):
@@ -233,10 +234,16 @@ def test_ranks_share_branches_and_refuse_tokens(folder, engine):
             for one, other in zip(alone, ranks.generate(requests), strict=True):
                 assert relative(other.latents, one.latents) < 1e-5
                 assert np.abs(one.frames.astype(int) - other.frames).max() <= 1
-    parallel = sora.ParallelConfig(ulysses=3)
-    refused = pytest.raises(Exception, match="not shared out over ulysses or ring ranks")
-    with sora.Engine.from_pretrained(folder, device="cpu", parallel=parallel) as ranks, refused:
-        ranks.generate(request())
+
+
+@pytest.mark.parametrize("axis", ["ulysses", "ring"])
+def test_ranks_that_would_cut_attention_apart_are_refused(folder, axis):
+    parallel = sora.ParallelConfig(**{axis: 3})
+    with pytest.raises(LayoutError, match=r"attention of latte .*; guidance, window or data would"):
+        sora.Engine.from_pretrained(folder, device="cpu", parallel=parallel)
+    assert auto_layout(folder, None, 2) in (
+        sora.ParallelConfig(guidance=2), sora.ParallelConfig(window=2), sora.ParallelConfig(data=2),
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def _describe(path: Path, source: TransformerSource, parts: Mapping[str, Compone
             for name, part in encoders.items()
         },
         learned_variance=True,
+        shares_tokens=False,
     )
 
 
