@@ -173,12 +173,27 @@ def check_lora(backend: str, device: str, dtype: torch.dtype) -> None:
     check_within_budget(f"adapters {backend}", call(backend, dtype), ref, low, slack=4.0)
 
 
+def check_quant(backend: str, device: str, dtype: torch.dtype) -> None:
+    rng = generator(9)
+    x = torch.randn(777, 256, generator=rng).to(device)
+    raw = torch.randint(0, 256, (300, 144), generator=rng, dtype=torch.uint8)
+    raw[:, :4] = torch.full((300, 2), 0.01).half().view(torch.uint8)
+    raw = raw.to(device)
+
+    def call(backend: str, cast: torch.dtype) -> torch.Tensor:
+        return sk.quant_linear(x.to(cast), raw, format="Q4_K", backend=backend)
+
+    low, ref = call("reference", dtype), call("reference", torch.float64)
+    check_within_budget(f"Q4_K {backend}", call(backend, dtype), ref, low, slack=4.0)
+
+
 def checks() -> Iterator[tuple[str, str, Check]]:
     """Each check with its op and its name: of a backend, a device and a dtype, against fp64."""
     for lengths in ([300, 1, 0, 777], [256, 256, 256]):
         yield "packed_attention", f"segments {lengths}", partial(check_attention, lengths=lengths)
     yield "invariant_linear", "linear, rows in any company", check_linear
     yield "lora_linear", "adapters", check_lora
+    yield "quant_linear", "Q4_K", check_quant
     yield "norm_modulate", "norm", check_plain_norm
     yield "causal_norm_silu", "causal norm", check_causal
     yield "gate_residual_norm_modulate", "gated norm", check_norm

@@ -119,6 +119,19 @@ def lora_linear(shape: Shape) -> Work:
     )
 
 
+def quant_linear(shape: Shape) -> Work:
+    """A feed-forward's first product, of a weight in blocks of Q8_0."""
+    x = randn(shape.tokens, shape.channels)
+    rows = torch.randint(0, 50, (4 * shape.channels, shape.channels // 32, 34), dtype=torch.uint8)
+    raw = rows.flatten(1).to(x.device)
+    dense = randn(4 * shape.channels, shape.channels)
+    return Work(
+        lambda backend: lambda: sk.quant_linear(x, raw, format="Q8_0", backend=backend),
+        lambda: F.linear(x, dense),
+        flops=2 * shape.tokens * dense.numel(),
+    )
+
+
 def temporal_attention(shape: Shape) -> Work:
     q, k, v = (randn(shape.tokens, shape.heads, shape.head_dim) for _ in range(3))
     grid = (shape.frames, 1, shape.positions)
@@ -147,6 +160,7 @@ BY_SHAPE = {
     **FUSED,
     "invariant_linear": invariant_linear,
     "lora_linear": lora_linear,
+    "quant_linear": quant_linear,
     "temporal_attention": temporal_attention,
 }
 

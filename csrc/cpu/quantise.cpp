@@ -134,7 +134,7 @@ void decode_row(const sora::UnpackArgs& a, const uint8_t* p, const float* scale,
   };
   switch (a.format) {
     case F::int8:
-      return stretches([](const uint8_t* q, float* o, int64_t n, float s) {
+      return stretches([](const uint8_t* __restrict q, float* __restrict o, int64_t n, float s) {
         for (int64_t j = 0; j < n; ++j) o[j] = s * (float)(int8_t)q[j];
       });
     case F::e4m3: return stretches(e4m3);

@@ -25,6 +25,8 @@ from sora_kernels.machine_code import read_cubin
 ARCHITECTURES = (80, 90, 100, 120)
 # Shared memory that one block may take, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+QUANTISED = ("Q4_K", "Q8_0", "Q5_1", "Q6_K", "int8", "float8_e4m3fn")
+"""Formats of weights that are compiled: one of each way in which values are put together."""
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 Rows = dict[str, dict[str, Any]]
@@ -259,6 +261,29 @@ def _lora(arch: int, key: str, up: bool) -> Build:
     return Build(build, ("lora_linear", key), arch, kernel, types, sizes, options)
 
 
+def _quant(arch: int, key: str, form: str) -> Build:
+    from sora_kernels.quant.formats import BLOCKS, FORMATS
+    from sora_kernels.quant.triton import GROUP, quant_linear_kernel
+
+    dtype = torch.bfloat16 if key == "2" else torch.float32
+    name, parameters = _NAMES[dtype], launch.matmul("quant_linear", arch, dtype)
+    block = BLOCKS.get(form)
+    types = {f"{operand}_ptr": f"*{name}" for operand in ("x", "bias", "out")}
+    types |= {"weight_ptr": "*u8", "half_ptr": "*fp16", "scale_ptr": "*fp32"}
+    whole = ("x_stride", "row_bytes", "scale_stride", "stretch", "rows", "outs", "ins")
+    types |= dict.fromkeys(whole, "i32")
+    constants: dict[str, Any] = {"HAS_BIAS": True, "GELU": 2, "GROUP": GROUP}
+    constants |= {"FORMAT": FORMATS.index(form), "HAS_SCALE": block is None}
+    constants |= {"VALUES": 1 if block is None else block.values}
+    constants |= {"BYTES": 1 if block is None else block.size_bytes}
+    constants |= {"PRECISION": _precision(dtype), "BLOCK_M": parameters.block_m}
+    constants |= {"BLOCK_N": parameters.block_n, "BLOCK_K": parameters.block_k}
+    options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
+    entry = ("quant_linear", key)
+    build = f"quant_linear/{name}/{form}"
+    return Build(build, entry, arch, quant_linear_kernel, types, constants, options)
+
+
 def builds(arch: int) -> Iterator[Build]:
     """Every kernel at every configuration for one architecture.
 
@@ -283,6 +308,9 @@ def builds(arch: int) -> Iterator[Build]:
         yield _linear(arch, key, False)
     for key in launch.entries("lora_linear", arch):
         yield from (_lora(arch, key, up) for up in (False, True))
+    for key in launch.entries("quant_linear", arch):
+        for form in QUANTISED if key == "2" else QUANTISED[:1]:
+            yield _quant(arch, key, form)
     for key in launch.entries("norm_modulate", arch):
         yield _norm(arch, int(key), gated=False)
         yield _norm(arch, int(key), gated=True)

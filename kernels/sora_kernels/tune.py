@@ -34,7 +34,7 @@ def candidates(op: str, key: str) -> Iterator[Any]:
         for m, n, k in itertools.product(blocks[:2], blocks, (32, 64)):
             for warps, stages in itertools.product((4, 8), (2, 3, 4)):
                 yield launch.MatmulLaunch(m, n, k, warps, stages)
-    elif op == "lora_linear":
+    elif op in ("lora_linear", "quant_linear"):
         for m, n, k in itertools.product((32, 64, 128), (64, 128), (32, 64)):
             for warps, stages in itertools.product((4, 8), (2, 3)):
                 yield launch.MatmulLaunch(m, n, k, warps, stages)
@@ -69,6 +69,11 @@ def workload(op: str, key: str, device: torch.device) -> Callable[[], object]:
         dtype = torch.bfloat16 if key == "2" else torch.float32
         x, weight = randn(20_280, 1536, dtype=dtype), randn(8960, 1536, dtype=dtype)
         return lambda: sk.invariant_linear(x, weight, backend="triton")
+    if op == "quant_linear":
+        dtype = torch.bfloat16 if key == "2" else torch.float32
+        x = randn(20_280, 1536, dtype=dtype)
+        weight = torch.randint(0, 60, (8960, 864), device=device, dtype=torch.uint8)
+        return lambda: sk.quant_linear(x, weight, format="Q4_K", backend="triton")
     if op == "lora_linear":
         dtype = torch.bfloat16 if key == "2" else torch.float32
         x, base = randn(20_280, 1536, dtype=dtype), randn(20_280, 1536, dtype=dtype)

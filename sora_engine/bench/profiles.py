@@ -13,7 +13,8 @@ Group = Callable[[], list[Measurement]]
 
 
 def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
-    """Ops, block, end to end (with step and decode) and serving: under 5 minutes on 2 cores.
+    """Ops, block, linear layers, end to end (with step and decode), serving: under 5 minutes on 2
+    cores.
 
     long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
     Groups in `BY_NAME` run where they are asked for: `cpu`, a step and a decode in fp32 and bf16
@@ -24,6 +25,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
 
     from sora_engine.bench import http, serving
     from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
+    from sora_engine.bench.linear import linear
     from sora_engine.bench.ops import block, ops
     from sora_engine.bench.precision import errors, precision
     from sora_engine.request import VideoRequest
@@ -36,6 +38,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
         return {
             "ops": lambda: ops(tokens=64, heads=2, head_dim=12, rounds=1),
             "block": lambda: block(shape, (1, 2, 2), rounds=1),
+            "linear": lambda: linear(tokens=24, width=256, hidden=512, rounds=1),
             "end-to-end": lambda: end_to_end(shape, Run(32, 32, 1, 3, 16)),
             "serving": lambda: [
                 *serving.serving(kinds=kinds, count=4, rounds=1),
@@ -60,6 +63,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     groups: dict[str, Group] = {
         "ops": ops,
         "block": lambda: block(WAN_1_3B, (4, 12, 16)),
+        "linear": linear,
         "end-to-end": lambda: end_to_end(four, run),
         "serving": lambda: [
             *serving.serving(count=40, rounds=3),
@@ -90,8 +94,8 @@ def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
 
 
 PROFILES = ("cpu", "cpu-long", "h200")
-BY_NAME = ("cpu", "errors")
-"""Groups that run where they are asked for."""
+BY_NAME = ("cpu", "errors", "http")
+"""Groups that run where they are asked for; `http` needs an extra, and a server of its own."""
 
 
 def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say = print) -> Result:

@@ -23,6 +23,7 @@ _OPTION_OF = {
     "guidance_scale": "--guidance",
     "num_frames": "--frames",
     "negative_prompt": "--negative-prompt",
+    "label": "--label",
     "height": "--size",
     "width": "--size",
     "fps": "--fps",
@@ -44,7 +45,13 @@ _OPTION_OF = {
 }
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; as-stored keeps quantised weights so in memory; "
+        "int8 multiplies int8 by int8, on a CPU."
+    ),
+]
 Components = Annotated[
     str | None,
     typer.Option(help="Folder with what a --model of one file lacks, diffusers' or ComfyUI's."),
@@ -86,6 +93,14 @@ SignCert = Annotated[
     typer.Option(metavar="PEM", help="Sign with this certificate, its issuers' behind it."),
 ]
 SignKey = Annotated[str | None, typer.Option(metavar="PEM", help="The key of --sign-cert.")]
+WatermarkMode = Annotated[
+    str,
+    typer.Option(
+        "--watermark",
+        help="A faint mark in the pixels: on, off, or auto, which marks signed results of 256 rows "
+        "and more.",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +216,7 @@ class Common:
     sign: Sign = False
     sign_cert: SignCert = None
     sign_key: SignKey = None
+    watermark: WatermarkMode = "auto"
 
     def parts(self) -> str | dict[str, str] | None:
         """What a transformer file lacks, as `Engine.from_pretrained` takes it."""

@@ -28,10 +28,10 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import parse_json_object, read_json_object
 from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.links import refuse_stray_link
-from sora_engine.io.weights.source import Kept, not_kept
+from sora_engine.io.weights.source import Kept, kept_format_of
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 PIECE_BYTES = 16 * 2**20
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 VARIANTS = ("bf16", "fp16")
@@ -260,14 +260,11 @@ class Weights:
     def kept_format(self, name: str) -> str | None:
         """See `WeightSource`: fp8 without a scale stands for itself."""
         info = self.info(name)
-        kept = info.dtype in FP8 and len(info.shape) == 2
-        return str(info.dtype).removeprefix("torch.") if kept else None
+        return FP8.get(info.dtype) if len(info.shape) == 2 else None
 
     def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
         """See `WeightSource`."""
-        if (form := self.kept_format(name)) is None:
-            raise not_kept(self, name)
-        return Kept(form, self.read(name, device=device))
+        return Kept(kept_format_of(self, name), self.read(name, device=device))
 
     def close(self) -> None:
         for file in self.files:
@@ -342,9 +339,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError("no 'weight_map' from tensor names to files", path=path)
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(
-                f"weight_map has {shard!r} for the file of {name!r}", path=path, tensor=name
-            )
+            raise CheckpointError(f"weight_map has {shard!r} for {name!r}", path=path, tensor=name)
         # A plain name, so that an index cannot reach out of its folder. What the name links to is
         # not looked at: hub caches are made of links.
         if not shard or shard in (".", "..") or re.search(r"[/\\:\0]", shard):

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+import sora_kernels
 from sora_engine.denoise.model import TransformerShape
+from sora_engine.errors import BackendError
 from sora_kernels.dispatch import OPS
 
 
@@ -36,3 +38,29 @@ def served_backends(
         if served:
             found[name] = sorted(served)
     return found
+
+
+def check_attention_backend(name: str, device: torch.device) -> None:
+    """Raises BackendError unless attention can run there on this backend."""
+    if name == "auto":  # and Triton need not be imported to be asked
+        return
+    found = sora_kernels.backends(device)["packed_attention"]
+    if name not in found:
+        raise BackendError(f"attention_backend must be auto, {', '.join(found)}, got {name!r}")
+    reason = found[name]
+    if reason is not None:
+        raise BackendError(f"attention_backend {name!r} cannot serve on {device}: {reason}")
+
+
+def exact_attention(device: torch.device, backend: str) -> str:
+    """The attention that serves every batch alike, whatever its segments' lengths. Raises
+    BackendError for a backend that does not promise that."""
+    alike = ("sdpa", "reference") if device.type == "cpu" else ("triton", "gluon", "reference")
+    if backend == "auto":  # it may choose by the length of what else is in the batch
+        return alike[0]
+    if backend not in alike:
+        raise BackendError(
+            f"exact=True: attention_backend {backend!r} promises no bits on {device.type}; auto, "
+            f"{', '.join(alike)} do"
+        )
+    return backend

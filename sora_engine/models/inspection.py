@@ -29,6 +29,12 @@ class FileReport:
     size_bytes: int
 
     @property
+    def quantised(self) -> bool:
+        """Whether any of it is in a form that `dtype="as-stored"` may keep."""
+        dense = {"float32", "float16", "bfloat16", "F32", "F16", "BF16", "uint8", "int64"}
+        return not dense >= set(self.formats)
+
+    @property
     def num_parameters(self) -> int:
         return sum(self.formats.values())
 
@@ -43,7 +49,8 @@ class FileReport:
             f"{self.path}: {'; '.join(self.kinds) or 'of no kind that is known'}",
             f"  {self.num_tensors} tensors, {count:,} values in {self.size_bytes / 1e9:.3f} GB",
             f"  stored as {stored or 'nothing'}",
-            f"  takes {count * 2 / 1e9:.3f} GB in bf16, {count * 4 / 1e9:.3f} GB in fp32",
+            f"  takes {count * 2 / 1e9:.3f} GB in bf16, {count * 4 / 1e9:.3f} GB in fp32"
+            + (f", {self.size_bytes / 1e9:.3f} GB as stored" if self.quantised else ""),
         ]
 
 

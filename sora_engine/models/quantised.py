@@ -23,7 +23,7 @@ from sora_engine.errors import BackendError
 from sora_engine.io.weights.codings import hadamard
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.source import PIECE_VALUES, WeightSource
-from sora_engine.models.linear import InvariantLinear
+from sora_engine.models.linear import BlockedLinear, InvariantLinear
 from sora_kernels import invariant_linear, quant_linear
 from sora_kernels.quant import int8
 from sora_kernels.quant.native import dequantised
@@ -279,9 +279,12 @@ def held_bytes(module: nn.Module) -> int:
     """What the weights of a module take, oneDNN's own among them, where it is on any device."""
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    for _, layer in quantised_layers(module):
+    for layer in module.modules():
         if isinstance(layer, Int8Linear):
             size += layer.out_features * (layer.in_features + 4)
+        if isinstance(layer, BlockedLinear):
+            size += layer.out_features * layer.in_features * layer.blocked.dtype.itemsize
+            size += 0 if layer.bias is None else layer.bias.nbytes
     return size
 
 

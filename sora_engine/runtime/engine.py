@@ -122,7 +122,8 @@ class Engine:
             device: `"auto"` takes the GPU where there is one.
             dtype: of the transformer; `"auto"` is bfloat16 on a GPU. On a CPU it is bfloat16 where
                 products are about twice as fast in it and the weights are in it or quantised, else
-                float32.
+                float32. `"as-stored"` keeps quantised weights so in memory; `"int8"` quantises what
+                layers read, too, on a CPU (`"as-stored:bfloat16"` names the dtype of the rest).
             vae_backend: `"torch"`, `"onnx"` (exported on loading, into a cache), `"tensorrt"`
                 (engines that `sora export-vae` has built) or `"tiny"` (TAEHV, an approximation);
                 `"auto"` is torch.
@@ -329,12 +330,9 @@ class Engine:
 
     def _adapters(self) -> AdapterStore:
         self._origin.check()
-        store = None if self._planner is None else self._planner.model.adapters
+        store = self._workers[0].executor.adapters
         if store is None:
-            raise RequestError(
-                "adapters of requests are for an engine of one rank; over ranks "
-                "Engine.from_pretrained(loras=...) merges them on loading"
-            )
+            raise RequestError("this model takes no adapters of requests")
         return store
 
     @property

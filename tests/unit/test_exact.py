@@ -11,6 +11,7 @@ from torch import nn
 import sora_engine as sora
 from sora_engine.config import NO_LIMIT
 from sora_engine.errors import BackendError
+from sora_engine.models.backends import exact_attention
 from sora_engine.models.linear import (
     InvariantLinear,
     InvariantPatches,
@@ -18,7 +19,7 @@ from sora_engine.models.linear import (
     linear_gelu,
     make_invariant,
 )
-from sora_engine.models.loading import exact_attention, load_video_model
+from sora_engine.models.loading import load_video_model
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
 from sora_engine.testing.device import shadow_device

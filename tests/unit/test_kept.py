@@ -3,6 +3,12 @@ that their files have."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,12 +17,16 @@ import sora_engine as sora
 from sora_engine.errors import BackendError, CheckpointError, LayoutError
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.quantised import Int8Linear, QuantLinear, held_bytes, quantised_layers
+from sora_engine.models.quantising import quantise_model
 from sora_kernels.quant.formats import dequantise
 from tests.parity.oracles import tiny_pipeline, tiny_transformer
+from tests.unit.test_adapters_engine import REQUEST as ADAPTED
+from tests.unit.test_adapters_engine import make_adapter
 from tests.unit.test_checkpoint import original_name
 from tests.unit.test_weights_models import REQUEST, SHAPE, WEIGHTS
 from tests.unit.weight_recipes import GGUF, SAFETENSORS, write_gguf, write_safetensors
 
+SPRITES = Path(sora.__file__).parent / "checkpoints/sprites"
 DECODED_ONLY = ("mxfp8", "nvfp4", "float32", "bfloat16", "float16")
 KEPT = [*(k for k in SAFETENSORS if k not in DECODED_ONLY), *(k for k in GGUF if k[0] == "Q")]
 MODELS = [
@@ -209,3 +219,52 @@ def test_shared_out_weights_are_refused(folder):
     layout = sora.ParallelConfig(ulysses=2, shard_weights=True)
     with pytest.raises(LayoutError, match=r"as-stored.*shard_weights"):
         sora.Engine.from_pretrained(folder, device="cpu", dtype="as-stored", parallel=layout)
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    """The bundled checkpoint's transformer in Q8_0, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("sprites")
+    quantise_model("sprites", folder / "sprites.gguf", "q8_0")
+    shutil.copy(SPRITES / "transformer/config.json", folder)  # shapes do not tell the heads' width
+    make_adapter(folder / "style.safetensors", seed=1, layers=range(2, 4), scale=0.3)
+    return folder
+
+
+def test_adapters_of_requests_lie_on_kept_weights(sprites):
+    lora = sora.Lora(sprites / "style.safetensors")
+    requests = [replace(ADAPTED, loras=[lora]), ADAPTED]
+    found = {}
+    for dtype in ("float32", "as-stored:float32"):
+        with engine(sprites / "sprites.gguf", SPRITES, dtype=dtype) as made:
+            found[dtype] = [video.latents for video in made.generate(requests)]
+            kinds = {type(x) for _, x in quantised_layers(made.model.transformer(0))}
+            assert kinds == ({QuantLinear} if dtype != "float32" else set())
+    for ours, theirs in zip(found["as-stored:float32"], found["float32"], strict=True):
+        assert apart(ours, theirs) < 1e-5
+    assert apart(found["float32"][0], found["float32"][1]) > 1e-2
+
+
+def test_layers_with_merged_adapters_are_dense(sprites):
+    loras = [sora.Lora(sprites / "style.safetensors")]
+    with engine(sprites / "sprites.gguf", SPRITES, dtype="float32", loras=loras) as dense:
+        expected = dense.generate(ADAPTED).latents
+    with engine(sprites / "sprites.gguf", SPRITES, dtype="as-stored:float32", loras=loras) as kept:
+        names = {name for name, _ in quantised_layers(kept.model.transformer(0))}
+        assert apart(kept.generate(ADAPTED).latents, expected) < 1e-5
+        assert kept.model.experts[0].size_bytes == held_bytes(kept.model.transformer(0))
+    assert {name.split(".")[1] for name in names} == {"0", "1", "2", "3", "4", "5"}
+    assert 0 < len([name for name in names if name.startswith("blocks.2.")]) < 10
+
+
+@pytest.mark.slow
+def test_the_command_keeps_what_is_stored(sprites, tmp_path):
+    out = tmp_path / "video.mp4"
+    done = subprocess.run(
+        [sys.executable, "-m", "sora_engine", "generate", "a red circle", "--steps", "2",
+         "--model", str(sprites / "sprites.gguf"), "--components", str(SPRITES),
+         "--device", "cpu", "--dtype", "as-stored", "-o", str(out)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert out.stat().st_size > 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from sora_engine.errors import CheckpointError
 from sora_engine.io.safetensors import Weights
 from sora_engine.io.weights.codings import Coding, Scaled
-from sora_engine.io.weights.source import Kept, Stored, not_kept, read_by_pieces
+from sora_engine.io.weights.source import Kept, Stored, kept_format_of, read_by_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,11 @@ class DequantisedWeights:
 
     def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
         """See `WeightSource`."""
-        coding, form = self.codings.get(name), self.kept_format(name)
+        coding = self.codings.get(name)
         if coding is None:
             return self.weights.read_kept(self._own(name), device=device)
-        if form is None or not isinstance(coding, Scaled):
-            raise not_kept(self, name)
+        form = kept_format_of(self, name)
+        assert isinstance(coding, Scaled)  # no other has such a format
         scale = self.weights.read(coding.scale, device=device, dtype=torch.float32)
         scale = scale.reshape((coding.shape[0], -1) if coding.blocks else (1, 1))
         weight = self.weights.read(coding.weight, device=device)

@@ -24,7 +24,7 @@ from torch import Tensor
 from sora_engine.errors import CheckpointError
 from sora_engine.io.links import refuse_stray_link
 from sora_engine.io.weights.gguf_blocks import FORMATS, OTHERS, BlockFormat
-from sora_engine.io.weights.source import PIECE_VALUES, Kept, not_kept, read_by_pieces
+from sora_engine.io.weights.source import PIECE_VALUES, Kept, kept_format_of, read_by_pieces
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -136,9 +136,7 @@ class GGUFWeights:
 
     def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
         """See `WeightSource`."""
-        info, form = self.info(name), self.kept_format(name)
-        if form is None:
-            raise not_kept(self, name)
+        info, form = self.info(name), kept_format_of(self, name)
         row_bytes = info.size_bytes // info.shape[0]
         weight = torch.empty(info.shape[0], row_bytes, dtype=torch.uint8, device=device)
         if weight.is_meta:

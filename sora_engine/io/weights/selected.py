@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import CheckpointError
-from sora_engine.io.weights.source import Kept, Stored, WeightSource, not_kept
+from sora_engine.io.weights.source import Kept, Stored, WeightSource, kept_format_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,9 @@ class SelectedWeights:
 
     def read_kept(self, name: str, *, device: torch.device | str = "cpu") -> Kept:
         """See `WeightSource`."""
+        kept_format_of(self, name)
         own = self._own(name)
-        if not isinstance(own, str):
-            raise not_kept(self, name)
+        assert isinstance(own, str)  # parts of tensors have no such format
         return self.source.read_kept(own, device=device)
 
     def close(self) -> None:

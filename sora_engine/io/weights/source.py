@@ -109,13 +109,16 @@ class WeightSource(Protocol):
     ) -> None: ...
 
 
-def not_kept(source: WeightSource, name: str) -> CheckpointError:
-    """The error of `read_kept` for a tensor that is only decoded."""
-    return CheckpointError(
-        f"tensor {name!r} is not a quantised matrix that is kept as stored",
-        path=source.path_of(name),
-        tensor=name,
-    )
+def kept_format_of(source: WeightSource, name: str) -> str:
+    """`source.kept_format`, or a CheckpointError for a tensor that is only decoded."""
+    form = source.kept_format(name)
+    if form is None:
+        raise CheckpointError(
+            f"tensor {name!r} is not a quantised matrix that is kept as stored",
+            path=source.path_of(name),
+            tensor=name,
+        )
+    return form
 
 
 Decode = Callable[[range], Tensor]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sora_kernels as sk
+from sora_kernels.quant.formats import BLOCKS, PLAIN
 from sora_kernels.testing import offsets
 from sora_kernels.testing.faults import FaultError
 from sora_kernels.testing.launches.card import OnCard, empty, on_card
@@ -175,6 +176,32 @@ def adapters(model: Model, batch: Batch, index: int = 0) -> Iterator[Call]:
         down, up = [made(r, ins) for r in ranks], [made(outs, r) for r in ranks]
         scales = [0.5] * len(rows)
         yield checked(f"lora {name}", sk.lora_linear, x, base, down, up, rows, scales)
+
+
+def quantised(model: Model, batch: Batch, index: int = 0) -> Iterator[Call]:
+    """A block's products of weights that stay quantised: int8 with a scale a row, fp8 with one, and
+    blocks of GGUF."""
+    dim, hidden = model.dim, 4 * model.dim
+    for name, ins, outs, form in (
+        ("projection", dim, dim, "Q8_0"),
+        ("up", dim, hidden, "Q4_K"),
+        ("down", hidden, dim, "int8"),
+        ("fp8", dim, dim, "float8_e4m3fn"),
+    ):
+        block = BLOCKS.get(form)
+        stored = ins if block is None else ins // block.values * block.size_bytes
+        x, bias = (
+            empty(*shape, dtype=model.dtype, index=index)
+            for shape in ((sum(batch.lengths), ins), (outs,))
+        )
+        weight = empty(outs, stored, dtype=PLAIN.get(form, torch.uint8), index=index)
+        scale = None
+        if block is None:
+            rows = outs if form == "int8" else 1
+            scale = empty(rows, 1, dtype=torch.float32, index=index)
+        yield checked(
+            f"quantised {name}", sk.quant_linear, x, weight, scale, bias, format=form, gelu="tanh"
+        )
 
 
 def _texts(batch: Batch) -> list[int]:

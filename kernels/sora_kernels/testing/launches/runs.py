@@ -24,6 +24,7 @@ from sora_kernels.testing.launches.production import (
     exact,
     factorised,
     mixed_requests,
+    quantised,
     strided,
 )
 
@@ -49,6 +50,7 @@ def groups(arch: int) -> Iterator[tuple[str, Callable[[int], Iterator[Call]]]]:
             yield f"{model.name}/{batch.name}", partial(block, model, batch)
             yield f"{model.name}/{batch.name}/exact", partial(exact, model, batch)
             yield f"{model.name}/{batch.name}/adapters", partial(adapters, model, batch)
+            yield f"{model.name}/{batch.name}/quantised", partial(quantised, model, batch)
         yield f"{model.name}/strided", partial(strided, model)
         name = GLUON.get(arch)
         if name is not None and model is not SMALL:

@@ -1,0 +1,194 @@
+"""What each quantisation of the sprites checkpoint loses, against float32, from weights to pixels.
+
+    python benchmarks/quantised_error.py -o benchmarks/results/quantised-error.json
+
+Of each form: relative error of the blocks' weights, relative error of final latents and PSNR of
+frames over the same prompts and seeds, and how often the reader finds what a prompt names. Files
+are made by `sora quantize`, and those of GGUF types that it does not write by the gguf package,
+which the tests install. `--memory 11` loads a transformer of Wan 1.3B's width from files of random
+weights instead, and says what it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import sora_engine as sora
+from sora_engine.bench.models import WanShape
+from sora_engine.io.atomic import write_atomically
+from sora_engine.io.safetensors import Weights
+from sora_engine.models.quantised import Keeper, held_bytes
+from sora_engine.models.quantising import quantise_model
+from sora_engine.models.wan.checkpoint import TransformerSource
+from sora_engine.models.wan.config import WanConfig
+from sora_engine.models.wan.model import WanTransformer
+from sora_engine.models.wan.names import to_wan_name
+
+ROOT = Path(__file__).resolve().parents[1]
+SPRITES = ROOT / "sora_engine/checkpoints/sprites"
+sys.path.insert(0, str(ROOT / "examples/sprites"))
+
+import evaluate  # noqa: E402 - the example's own
+
+BLOCKS = {"Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "Q4_1": 32, "Q4_0": 32}
+
+
+def gguf_file(path: Path, kind: str, tensors: dict[str, torch.Tensor]) -> float:
+    """Blocks' matrices in that type by the gguf package; returns their relative error."""
+    import gguf
+
+    form = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, arch="wan")
+    lost = whole = 0.0
+    for name, value in tensors.items():
+        chosen = name.startswith("blocks.") and name.endswith(".weight") and value.ndim == 2
+        own = form if chosen else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(value.float().numpy(), own)
+        writer.add_tensor(name, data, raw_dtype=own)
+        if chosen:
+            read = gguf.quants.dequantize(data, own)
+            lost += float(np.square(read - value.float().numpy(), dtype=np.float64).sum())
+            whole += float(np.square(value.float().numpy(), dtype=np.float64).sum())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return math.sqrt(lost / whole)
+
+
+def forms(folder: Path) -> Iterator[tuple[str, Path, str, float]]:
+    """Name, file, dtype and error of the weights."""
+    for to, suffix in (("int8", "safetensors"), ("fp8", "safetensors"), ("q8_0", "gguf")):
+        path = folder / f"{to}.{suffix}"
+        report = quantise_model("sprites", path, to)
+        yield to.upper() if to == "q8_0" else f"{to}, kept", path, "as-stored:float32", report.error
+        if to == "int8":
+            yield "int8, int8 products", path, "int8:float32", report.error
+    with Weights.open(SPRITES / "transformer/diffusion_pytorch_model.safetensors") as weights:
+        tensors = {to_wan_name(name): weights.read(name, dtype=torch.float32) for name in weights}
+    for kind in BLOCKS:
+        if kind != "Q8_0":
+            path = folder / f"{kind}.gguf"
+            yield kind, path, "as-stored:float32", gguf_file(path, kind, tensors)
+
+
+def measure(path: Path | str, dtype: str, count: int) -> tuple[list[sora.Video], dict[str, Any]]:
+    """Videos of held-out prompts, and what the reader finds in them."""
+    components = None if path == "sprites" else SPRITES
+    scenes = evaluate.scenes_of((64, 64), count, seed=1)
+    with sora.Engine.from_pretrained(
+        path, components=components, device="cpu", dtype=dtype
+    ) as engine:
+        videos = [
+            engine.generate(sora.VideoRequest(scene.caption(size=True), seed=i, fps=8))
+            for i, scene in enumerate(scenes)
+        ]
+    found = evaluate.table(scenes, [video.frames for video in videos])["right"]
+    return videos, found
+
+
+def compare(videos: list[sora.Video], exact: list[sora.Video]) -> dict[str, float]:
+    """Latents: relative error over all. Frames: PSNR of 8-bit values."""
+    pairs = list(zip(videos, exact, strict=True))
+    lost = sum(float((v.latents - e.latents).square().sum()) for v, e in pairs)
+    whole = sum(float(e.latents.square().sum()) for e in exact)
+    frames = [np.square(v.frames.astype(np.float64) - e.frames) for v, e in pairs]
+    error = float(np.mean([f.mean() for f in frames]))
+    psnr = 10 * math.log10(255**2 / error) if error else math.inf
+    return {"latents": math.sqrt(lost / whole), "psnr_db": psnr}
+
+
+def errors(count: int) -> dict[str, dict[str, Any]]:
+    exact, found = measure("sprites", "float32", count)
+    rows: dict[str, dict[str, Any]] = {"float32": {"right": found}}
+    videos, found = measure("sprites", "bfloat16", count)
+    rows["bfloat16"] = {**compare(videos, exact), "right": found}
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SPRITES / "transformer/config.json", folder)
+        for name, path, dtype, weights in forms(Path(folder)):
+            videos, found = measure(path, dtype, count)
+            rows[name] = {"weights": weights, **compare(videos, exact), "right": found}
+            print(row(name, rows[name]), flush=True)
+    return rows
+
+
+def row(name: str, told: dict[str, Any]) -> str:
+    def shown(key: str, form: str) -> str:
+        return form.format(told[key]) if key in told else "-"
+
+    right = told["right"]["colour, shape and motion"]
+    return (
+        f"| {name} | {shown('weights', '{:.2%}')} | {shown('latents', '{:.2%}')} | "
+        f"{shown('psnr_db', '{:.1f} dB')} | {right:.0%} |"
+    )
+
+
+def memory(layers: int) -> dict[str, int]:
+    """Live bytes of a transformer of Wan 1.3B's width, after loading it from a GGUF file of random
+    bytes; by form, and in bf16."""
+    import gguf
+
+    config = WanConfig(**replace(WanShape(), layers=layers).transformer_config())
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in WanTransformer(config).state_dict().items()}
+    held = {"bf16": 2 * sum(math.prod(shape) for shape in shapes.values())}
+    rng = np.random.default_rng(0)
+    for kind in ("Q8_0", "Q4_K"):
+        form = gguf.GGMLQuantizationType[kind]
+        values, size = gguf.GGML_QUANT_SIZES[form]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "wan.gguf"
+            writer = gguf.GGUFWriter(path, arch="wan", use_temp_file=True)
+            for name, shape in shapes.items():
+                chosen = name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
+                own = form if chosen else gguf.GGMLQuantizationType.BF16
+                width = shape[-1] // values * size if chosen else 2 * shape[-1]
+                raw = rng.integers(0, 60, (*shape[:-1], width), dtype=np.uint8)
+                writer.add_tensor(to_wan_name(name), raw, raw_dtype=own)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            with torch.device("meta"):
+                transformer = WanTransformer(config)
+            transformer = transformer.to(torch.bfloat16).eval().requires_grad_(False)
+            keep = Keeper("as-stored", transformer.block_lists)
+            TransformerSource(path, config).load(transformer, dtype=torch.bfloat16, keep=keep)
+            held[kind] = held_bytes(transformer)
+    return held
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--memory", type=int, metavar="LAYERS", help="11 are 1 GB in bf16")
+    args = parser.parse_args()
+    if args.memory:
+        held = memory(args.memory)
+        for name, size in held.items():
+            print(f"{name}: {size / 1e9:.3f} GB, {size / held['bf16']:.3f} of bf16")
+        return
+    print("| form | weights | latents | frames | colour, shape and motion right |")
+    print("|---|---|---|---|---|")
+    rows = errors(args.clips)
+    for name in ("float32", "bfloat16"):
+        print(row(name, rows[name]))
+    if args.output is not None:
+        write_atomically(args.output, json.dumps(rows, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
