@@ -35,6 +35,8 @@ class Receipt:
     quantised: by format, which of the transformer's layers have weights that stay quantised.
     lossy: options that trade accuracy, each with its measured relative error; empty unless asked
         for.
+    watermark: the payload of the mark that the file's pixels carry, where they were changed for
+        one; None where they are what the model made.
     """
 
     device: str
@@ -57,6 +59,7 @@ class Receipt:
     chosen: dict[str, str] = field(default_factory=dict)
     quantised: dict[str, str] = field(default_factory=dict)
     lossy: dict[str, float] = field(default_factory=dict)
+    watermark: str | None = None
 
     @property
     def packed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +19,8 @@ def bench(
         str, typer.Option(help="Groups of the profile: ops,block,end-to-end,serving,http,memory.")
     ] = "",
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="JSON of the result.")
+        str | None,
+        typer.Option("--output", "-o", help="JSON of the result; of --plot, the picture (.svg)."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of both sides.")] = None,
     tiny: Annotated[bool, typer.Option(help="A dry run at tiny sizes.")] = False,
@@ -26,13 +28,19 @@ def bench(
         tuple[str, str] | None,
         typer.Option(help="Two results, the older first: exit code 1 where something got worse."),
     ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="RESULT", help="Draw a result as a picture, beside it or at -o."),
+    ] = None,
     tune: Annotated[
         bool, typer.Option(help="Measure the kernels' launch tables on this GPU.")
     ] = False,
 ) -> None:
-    """Measure this machine, or compare two results."""
+    """Measure this machine, compare two results, or draw one."""
     if compare is not None:
         raise typer.Exit(_compare(*compare))
+    if plot is not None:
+        return _plot(plot, output)
     if tune:
         raise typer.Exit(_tune())
     from sora_engine.bench.results import ResultError
@@ -69,6 +77,23 @@ def _compare(before: str, after: str) -> int:
     worse = sum(finding.verdict is Verdict.REGRESSION for finding in findings)
     say(f"{worse} regressions among {len(findings)} comparisons")
     return 1 if worse else 0
+
+
+def _plot(result: str, output: str | None) -> None:
+    from sora_engine.bench.plot import plot
+    from sora_engine.bench.results import Result, ResultError
+    from sora_engine.io.atomic import write_atomically
+
+    path = Path(result).with_suffix(".svg") if output is None else Path(output)
+    if path.suffix != ".svg":
+        raise UsageError(f"--output: {path} must end in .svg, as --plot draws that")
+    try:
+        write_atomically(path, plot(Result.read(result)).encode())
+    except ResultError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(f"--output: {path} cannot be written: {error}") from error
+    say(f"{path}: drawn from {result}")
 
 
 def _tune() -> int:

@@ -19,13 +19,14 @@ from sora_engine.cli.options import (
     TinyVAE,
     VAEBackend,
     VAEDtype,
+    WatermarkMode,
     decoder_of,
     in_options,
     model_path,
     named,
     parse_size,
 )
-from sora_engine.cli.signing import credentials_of
+from sora_engine.cli.signing import check_watermark, credentials_of, watermark_of
 from sora_engine.errors import SoraError
 from sora_engine.version import version
 
@@ -50,12 +51,14 @@ def decode(
     sign: Sign = False,
     sign_cert: SignCert = None,
     sign_key: SignKey = None,
+    watermark: WatermarkMode = "auto",
 ) -> None:
     """Decode finished latents that an interrupted `sora generate` left."""
     from sora_engine.io.latents import SavedLatents
     from sora_engine.io.video_writer import VideoWriter, check_output
 
     credentials = credentials_of(sign, sign_cert, sign_key)
+    check_watermark(watermark)
     try:
         check_output(output)
         saved = SavedLatents.read(latents)
@@ -99,11 +102,18 @@ def decode(
     except (SoraError, RuntimeError) as error:
         raise UsageError(f"{in_options(error)}") from error
     from sora_engine.request.frames import crop_middle
+    from sora_engine.request.sources import sources_in
 
     total, done = saved.latents.shape[1], 0
     left = None if saved.size is None else saved.size[0]
+    rows = int(made.get("height", 0)) if saved.size is None else saved.size[1]
     with VideoWriter(
-        output, saved.fps, provenance=saved.provenance, credentials=credentials
+        output,
+        saved.fps,
+        provenance=saved.provenance,
+        credentials=credentials,
+        sources=sources_in(saved.provenance),
+        watermark=watermark_of(watermark, rows, credentials is not None),
     ) as writer:
         for chunk in decoder.decode(normalised, wraps=saved.loop):
             if saved.size is not None:

@@ -23,6 +23,7 @@ _OPTION_OF = {
     "guidance_scale": "--guidance",
     "num_frames": "--frames",
     "negative_prompt": "--negative-prompt",
+    "label": "--label",
     "height": "--size",
     "width": "--size",
     "fps": "--fps",
@@ -92,6 +93,14 @@ SignCert = Annotated[
     typer.Option(metavar="PEM", help="Sign with this certificate, its issuers' behind it."),
 ]
 SignKey = Annotated[str | None, typer.Option(metavar="PEM", help="The key of --sign-cert.")]
+WatermarkMode = Annotated[
+    str,
+    typer.Option(
+        "--watermark",
+        help="A faint mark in the pixels: on, off, or auto, which marks signed results of 256 rows "
+        "and more.",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +216,7 @@ class Common:
     sign: Sign = False
     sign_cert: SignCert = None
     sign_key: SignKey = None
+    watermark: WatermarkMode = "auto"
 
     def parts(self) -> str | dict[str, str] | None:
         """What a transformer file lacks, as `Engine.from_pretrained` takes it."""

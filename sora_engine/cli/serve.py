@@ -12,12 +12,15 @@ import typer
 from sora_engine.cli.app import OnceCommand, UsageError, app, say
 from sora_engine.cli.options import (
     DEFAULT_MODEL,
+    Common,
     Components,
     Device,
     Dtype,
+    TinyVAE,
     VAEBackend,
     VAEDtype,
     absolute,
+    absolute_parts,
     in_options,
     model_path,
     named,
@@ -114,6 +117,11 @@ def serve(
         ),
     ] = None,
     components: Components = None,
+    vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None,
+    text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None,
+    image_encoder: Annotated[str | None, typer.Option(help="Its image encoder, likewise.")] = None,
+    tiny_vae: TinyVAE = None,
+    vace: Annotated[list[str] | None, typer.Option(help="As of `sora generate`.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     vae_backend: VAEBackend = "auto",
@@ -151,6 +159,16 @@ def serve(
     from sora_engine.serve.settings import settings_from
 
     path = model_path(model)
+    parts = Common(
+        components=components,
+        vae=vae,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        tiny_vae=tiny_vae,
+        vace=vace,
+        vae_backend=vae_backend,
+    )
+    named_parts, decoder = absolute_parts(parts.parts()), parts.decoder()
     for part in model or ():
         if part != DEFAULT_MODEL and not Path(part).exists():
             raise UsageError(f"{part} does not exist; {DEFAULT_MODEL!r} is the bundled checkpoint")
@@ -171,10 +189,10 @@ def serve(
         return Engine.from_pretrained(
             absolute(path),
             parallel=layout,
-            components=components,
+            components=named_parts,
             device=device,
             dtype=dtype,
-            vae_backend=vae_backend,
+            vae_backend=decoder,
             vae_dtype=vae_dtype,
             offload=offload,
             exact=exact,

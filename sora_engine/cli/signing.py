@@ -1,14 +1,15 @@
-"""What is done to a result beside writing it: signing."""
+"""What is done to a result beside writing it: a signature, and a mark in its pixels."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sora_engine.cli.app import UsageError
-from sora_engine.errors import CredentialsError
+from sora_engine.cli.app import UsageError, say
+from sora_engine.errors import CredentialsError, MediaError
 
 if TYPE_CHECKING:
     from sora_engine.io.credentials import Credentials
+    from sora_engine.io.watermark import Watermark
 
 
 def credentials_of(sign: bool, sign_cert: str | None, sign_key: str | None) -> Credentials | None:
@@ -38,3 +39,23 @@ def credentials_of(sign: bool, sign_cert: str | None, sign_key: str | None) -> C
         return Credentials.read(folder / CERTIFICATE, folder / KEY)
     except CredentialsError as error:
         raise UsageError(f"{'--sign' if sign_cert is None else '--sign-cert'}: {error}") from error
+
+
+def check_watermark(mode: str) -> None:
+    """UsageError for what is no mode of --watermark."""
+    from sora_engine.io.watermark import wanted
+
+    try:
+        wanted(mode, 0, False)
+    except MediaError as error:
+        raise UsageError(f"--watermark: {error}") from error
+
+
+def watermark_of(mode: str, height: int, signed: bool) -> Watermark | None:
+    """The mark of a result of so many rows, which is told of; None where it has none."""
+    from sora_engine.io.watermark import Watermark, wanted
+
+    if not wanted(mode, height, signed):
+        return None
+    say("its pixels will carry a watermark (--watermark off leaves them as the model made them)")
+    return Watermark()

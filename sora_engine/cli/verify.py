@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from sora_engine.errors import SoraError
 
 if TYPE_CHECKING:
     from sora_engine.io.verification import Verdict
+    from sora_engine.io.watermark import Watermark
 
 EXIT_CODES = {"trusted": 0, "invalid": 1, "absent": 3, "unknown": 4}
 
@@ -28,11 +30,15 @@ def verify(
             "the one that `sora certificate` made.",
         ),
     ] = None,
+    payload: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="Of the watermark that is looked for, such as 00ff."),
+    ] = None,
 ) -> None:
     """Say who signed a file, how it was made, and whether it was altered since.
 
     Exit code 0: signed by one who is trusted, and unaltered; 1: altered, or its signature is no
-    good; 3: not signed; 4: unaltered, but by an unknown signer.
+    good; 3: not signed; 4: unaltered, but by an unknown signer. The watermark has no say in it.
     """
     from sora_engine.io.certificates import ROOT, default_folder
     from sora_engine.io.verification import verify as read
@@ -43,13 +49,40 @@ def verify(
             trust = [str(own)] if own.exists() else []
         except SoraError:
             trust = []
+    mark = _watermark(payload)
     try:
         verdict = read(file, trust)
     except SoraError as error:
         raise UsageError(str(error)) from error
     for line in _lines(verdict):
         say(line)
+    say(_mark_line(file, mark))
     raise typer.Exit(EXIT_CODES[verdict.state])
+
+
+def _watermark(payload: str | None) -> Watermark:
+    from sora_engine.io.watermark import Watermark
+
+    if payload is None:
+        return Watermark()
+    if not re.fullmatch("[0-9a-fA-F]{1,4}", payload):
+        raise UsageError(f"--payload: {payload!r} is not of one to four hex digits, such as 00ff")
+    return Watermark(int(payload, 16))
+
+
+def _mark_line(file: str, mark: Watermark) -> str:
+    from sora_engine.io.video_reader import read_video
+
+    try:
+        found = mark.read(read_video(file, max_frames=64)[0])
+    except SoraError as error:
+        return f"watermark: it cannot be looked for: {error}"
+    if not found.marked:
+        return "watermark: none was found"
+    return (
+        f"watermark: {found.payload}, {found.agreeing} of 16 bits as expected; at most one of "
+        f"{1 / found.chance:,.0f} unmarked clips looks so"
+    )
 
 
 def _lines(verdict: Verdict) -> Iterator[str]:

@@ -25,7 +25,7 @@ from sora_engine.cli.options import (
     parse_parallel,
 )
 from sora_engine.cli.safety_copy import SafetyCopy
-from sora_engine.cli.signing import credentials_of
+from sora_engine.cli.signing import check_watermark, credentials_of, watermark_of
 from sora_engine.config import Limits
 from sora_engine.errors import MediaError, RequestError, SoraError
 from sora_engine.request import (
@@ -37,6 +37,7 @@ from sora_engine.request import (
     VideoRequest,
     resolve_request,
 )
+from sora_engine.request.labels import Labels
 from sora_engine.version import version
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class _AnyModel(NamedTuple):
         height=1, width=1, num_frames=1, fps=1.0, num_inference_steps=1000, guidance_scale=1.0
     )
     known_mode: KnownMode = KnownMode.NOISE_LEVEL
+    labels: Labels = Labels(count=None)
 
 
 def check_before_loading(command: Command, output: str) -> None:
@@ -168,6 +170,7 @@ def check_before_loading(command: Command, output: str) -> None:
                 raise UsageError(f"--output: {path} would be written over; name another file")
     command.common.loras()
     credentials_of(*command.common.signing())
+    check_watermark(command.common.watermark)
     try:
         check_output(output, num_frames=command.early.num_frames, fps=command.early.fps)
         for path in command.files:
@@ -266,6 +269,7 @@ def make(
             provenance=provenance,
             credentials=credentials,
             sources=() if credentials is None else sources_of(resolved),
+            watermark=watermark_of(common.watermark, resolved.height, credentials is not None),
         )
     except MediaError as error:
         raise UsageError(in_options(error)) from error

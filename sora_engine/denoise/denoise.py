@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -224,8 +223,7 @@ def predict(
     predictions: PartPredictions = {}
     for group in fill(sharing.own(parts), max_tokens, packer):
         batch = packer.pack([part.segment for part in group])
-        with transformer.adapting(batch.adapters) if batch.adapters else nullcontext():
-            predicted = sharing.predict(transformer, batch)
+        predicted = sharing.predict(transformer, batch)
         outputs = packer.unpack(predicted, batch, transformer.shape.out_channels)
         for part, output in zip(group, outputs, strict=True):
             # No solver here draws from a learned variance: DDIM and the ODEs need the mean alone.

@@ -50,6 +50,14 @@ class StepSharing(Protocol):
         ...
 
 
+def adapted(transformer: Transformer, batch: PackedBatch) -> Tensor:
+    """The transformer's predictions for a batch, with the adapters of its tokens."""
+    if not batch.adapters:
+        return transformer(batch)
+    with transformer.adapting(batch.adapters):
+        return transformer(batch)
+
+
 class Alone:
     """One process that makes every part itself."""
 
@@ -57,7 +65,7 @@ class Alone:
         return list(parts)
 
     def predict(self, transformer: Transformer, batch: PackedBatch) -> Tensor:
-        return transformer(batch)
+        return adapted(transformer, batch)
 
     def join(self, parts: Sequence[Part], predictions: PartPredictions) -> Predictions:
         joined = {}

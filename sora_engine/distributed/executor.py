@@ -19,18 +19,27 @@ from torch import Tensor
 from sora_engine.config import ParallelConfig
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.distributed import torchrun
-from sora_engine.distributed.auto_layout import auto_layout
+from sora_engine.distributed.auto_layout import auto_layout, check_tokens
 from sora_engine.distributed.layout import check_devices, check_heads, check_world
 from sora_engine.distributed.message import Message
 from sora_engine.distributed.pool import RankPool
 from sora_engine.distributed.wire import request_to_message, state_from_message, state_to_message
 from sora_engine.errors import EngineDeadError, LayoutError, RankFailedError, error_from_fields
 from sora_engine.io.system import usable_cores
+from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.device import resolve_device
+from sora_engine.models.loading import hollow_transformer
 from sora_engine.models.precision import settle_precision
 from sora_engine.models.quantised import check_kind, split_dtype
-from sora_engine.models.registry import Components, ModelPath, open_checkpoint, plain_components
+from sora_engine.models.registry import (
+    Components,
+    ModelPath,
+    family_named,
+    open_checkpoint,
+    plain_components,
+)
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
+from sora_engine.request.labels import Labels
 from sora_engine.request.lora import EXPERTS, Lora, LoraRecord, checked_loras
 
 
@@ -63,6 +72,7 @@ class RemoteModel:
     from_timesteps: tuple[float, ...]
     weights_hash: str
     known_mode: KnownMode
+    labels: Labels | None = None
     loras: tuple[LoraRecord, ...] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
     dtype_name: str = ""
@@ -84,6 +94,7 @@ class RemoteModel:
             from_timesteps=tuple(fields["from_timesteps"]),
             weights_hash=fields["weights_hash"],
             known_mode=KnownMode(fields["known_mode"]),
+            labels=Labels.from_json(fields["labels"]),
             loras=tuple(LoraRecord(**record) for record in fields["loras"]),
             chosen=fields["chosen"],
             dtype_name=fields["dtype_name"],
@@ -155,6 +166,8 @@ class RankExecutor:
 
     start: Callable[[], RankPool]
     pool: RankPool
+    adapters: AdapterStore | None = None
+    """Those that are loaded, without their values: ranks read the files when a job comes."""
     numbers: Iterator[int] = field(default_factory=itertools.count)
     sent_bytes: list[dict[str, int]] = field(default_factory=list)
     """What each rank sent to others in the last step, by purpose."""
@@ -162,8 +175,10 @@ class RankExecutor:
     """How long each rank waited for others in it."""
 
     @classmethod
-    def started(cls, start: Callable[[], RankPool]) -> RankExecutor:
-        return cls(start, start())
+    def started(
+        cls, start: Callable[[], RankPool], adapters: AdapterStore | None = None
+    ) -> RankExecutor:
+        return cls(start, start(), adapters)
 
     @property
     def model(self) -> RemoteModel:
@@ -182,7 +197,7 @@ class RankExecutor:
         self._restart()
         message = request_to_message("prepare", request)
         yield
-        return self._canvas(message)
+        return self._canvas(message, request)
 
     def resuming(
         self, request: ResolvedRequest, state: CanvasState
@@ -190,15 +205,19 @@ class RankExecutor:
         """As `preparing`, of a job that was saved: every rank takes the canvas up."""
         self._restart()
         yield
-        return self._canvas(state_to_message("resume", state, request))
+        return self._canvas(state_to_message("resume", state, request), request)
 
     def _restart(self) -> None:
         """Start fresh ranks where a rank has failed."""
         if self.pool.failure is not None:
             self.pool = self.start()
 
-    def _canvas(self, message: Message) -> RemoteCanvas:
-        """Have all ranks make a canvas."""
+    def _canvas(self, message: Message, request: ResolvedRequest) -> RemoteCanvas:
+        """Have all ranks make a canvas, and read what adapters it needs that they have not."""
+        if self.adapters is not None:
+            held = self.adapters.held(request.loras)
+            message.fields["adapters"] = {each.sha256: str(each.path) for each in held}
+            message.fields["keep"] = self.adapters.hashes
         number = next(self.numbers)
         message.fields["job"] = number
         reply = self.pool.call(message)[0].fields
@@ -328,6 +347,7 @@ def start_replicas(
     checkpoint, _ = open_checkpoint(path, components)
     num_heads = checkpoint.shape.num_heads
     check_heads(parallel, num_heads)
+    check_tokens(parallel, checkpoint)
     if torchrun.launched():
         check_world(parallel, int(os.environ["WORLD_SIZE"]))
     elif target.type == "cuda":
@@ -360,12 +380,19 @@ def start_replicas(
         "components": plain_components(components),
         "loras": [lora.to_json() for lora in checked_loras(loras, len(EXPERTS))],
     }
+    adapters = AdapterStore(
+        family_named(checkpoint.family),
+        partial(hollow_transformer, checkpoint.experts[0], precision.dtype, "auto"),
+        len(checkpoint.experts),
+        torch.device("meta"),
+        precision.dtype,
+    )
     layout = replace(parallel, data=1)
     if torchrun.launched():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = max(1, usable_cores() // local)
         pool = torchrun.gather(layout, device=target.type, model=model, threads=threads)
-        return [RankExecutor(_never_again, pool)]
+        return [RankExecutor(_never_again, pool, adapters)]
     replicas: list[RankExecutor] = []
     try:
         for i in range(parallel.data):
@@ -377,7 +404,7 @@ def start_replicas(
                 first_device=i * layout.num_ranks,
                 threads=max(1, usable_cores() // layout.num_ranks // parallel.data),
             )
-            replicas.append(RankExecutor.started(start))
+            replicas.append(RankExecutor.started(start, adapters))
     except BaseException:
         for replica in replicas:
             replica.close()

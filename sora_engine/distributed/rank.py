@@ -40,6 +40,7 @@ from sora_engine.distributed.wire import (
     state_to_message,
 )
 from sora_engine.errors import JobFailedError, NonFiniteError, RankFailedError, SoraError
+from sora_engine.models.adapter_store import LoadedAdapter
 from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request.lora import Lora
@@ -153,6 +154,7 @@ class _Rank:
         self._sharing = RankSharing(mesh)
         self._packer = Packer(model.grid.patch, model.device)
         self._jobs: dict[int, RankJob] = {}
+        self._adapters: dict[str, LoadedAdapter] = {}
         self._split: SplitVAE | None = None
         model.preview = None  # no picture of a rank's is asked for
         model.vae.limit(NO_LIMIT)  # ranks code whole frames, or rows of them, and never tiles
@@ -209,6 +211,7 @@ class _Rank:
             "from_timesteps": [expert.from_timestep for expert in model.experts],
             "weights_hash": model.weights_hash,
             "known_mode": model.known_mode,
+            "labels": None if model.labels is None else asdict(model.labels),
             "loras": [record.to_json() for record in model.loras],
             "latents_mean": list(model.vae.config.latents_mean),
             "latents_std": list(model.vae.config.latents_std),
@@ -224,10 +227,20 @@ class _Rank:
         """One command of the engine, and the answer to it."""
         return self._does[command.kind](command)
 
+    def _hold_adapters(self, command: Message) -> None:
+        """Read what a job needs, and let go of what the engine has forgotten."""
+        keep = set(command.fields.get("keep", ()))
+        self._adapters = {k: adapter for k, adapter in self._adapters.items() if k in keep}
+        for sha256, path in command.fields.get("adapters", {}).items():
+            assert self.model.adapters is not None
+            self._adapters[sha256] = self.model.adapters.hold(path, sha256)
+
     def _prepare(self, command: Message) -> Message:
+        self._hold_adapters(command)
         return self._take(command, prepare(request_from_message(command), self.model))
 
     def _resume(self, command: Message) -> Message:
+        self._hold_adapters(command)
         request = request_from_message(command)
         return self._take(command, state_from_message(command).restore(request, self.model))
 

@@ -7,12 +7,13 @@ coordinates and the text that it reads are cut alike. Only self-attention looks 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from sora_engine.denoise.adapting import AdapterRun
 from sora_engine.denoise.packing import VIDEO, ContextRuns, PackedBatch
 from sora_engine.distributed.attention import ShardedAttention
 from sora_engine.distributed.mesh import Mesh
@@ -54,10 +55,12 @@ class BatchSharder:
             tokens=video.tokens[mine],
             rows=None if video.rows is None else video.rows[mine],
             coords=video.coords[mine],
+            extents=None if video.extents is None else video.extents[mine],
             attend=ShardedAttention(shard),
             plans=shard.plans,
         )
-        return replace(batch, streams={VIDEO: stream}, contexts=contexts)
+        adapters = _cut_adapters(batch.adapters, mine)
+        return replace(batch, streams={VIDEO: stream}, contexts=contexts, adapters=adapters)
 
     def _cut(self, batch: PackedBatch) -> tuple[TokenShard, dict[str, ContextRuns]]:
         video = batch.video
@@ -81,16 +84,44 @@ class BatchSharder:
         self._kept.clear()
 
 
+def _cut_adapters(runs: Sequence[AdapterRun], mine: slice) -> tuple[AdapterRun, ...]:
+    """The runs of tokens with adapters within a stretch of the tokens, counted from its start."""
+    cut = []
+    for run in runs:
+        start = max(run.start, mine.start)
+        stop = mine.stop if run.stop is None else min(run.stop, mine.stop)
+        if start < stop:
+            cut.append(AdapterRun(run.adapters, start - mine.start, stop - mine.start))
+    return tuple(cut)
+
+
 def _cut_runs(contexts: Mapping[str, ContextRuns], mine: slice) -> dict[str, ContextRuns]:
     """Context runs over a stretch of the tokens. Keys stay whole, as every rank has all texts, and
     so does padding, which is a run's."""
     cut = {}
     for name, runs in contexts.items():
-        offsets = clip_offsets(runs.cu_seqlens_q.tolist(), mine.start, mine.stop)
-        cut[name] = replace(
-            runs,
-            cu_seqlens_q=to_device(torch.tensor(offsets, dtype=torch.int32), runs.keys.device),
-            max_seqlen_q=longest(offsets),
-            plans={},
-        )
+        parts, at = [], 0
+        for own, length in runs.stretches:
+            start, stop = max(mine.start, at), min(mine.stop, at + length)
+            if start < stop:
+                parts.append((_clipped(own, start - at, stop - at), stop - start))
+            at += length
+        if len(parts) > 1:
+            cut[name] = replace(parts[0][0], stretches=tuple(parts))
+        elif parts:
+            cut[name] = parts[0][0]
+        elif runs.stretches:  # this rank has no tokens
+            cut[name] = _clipped(runs.stretches[0][0], 0, 0)
+        else:
+            cut[name] = _clipped(runs, mine.start, mine.stop)
     return cut
+
+
+def _clipped(runs: ContextRuns, start: int, stop: int) -> ContextRuns:
+    offsets = clip_offsets(runs.cu_seqlens_q.tolist(), start, stop)
+    return replace(
+        runs,
+        cu_seqlens_q=to_device(torch.tensor(offsets, dtype=torch.int32), runs.keys.device),
+        max_seqlen_q=longest(offsets),
+        plans={},
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from sora_engine.denoise.canvas import Canvas
 from sora_engine.denoise.model import Transformer
 from sora_engine.denoise.packing import PackedBatch
-from sora_engine.denoise.sharing import Part, PartPredictions, Predictions
+from sora_engine.denoise.sharing import Part, PartPredictions, Predictions, adapted
 from sora_engine.denoise.windows import Window, divided, weight_sum, weighted_sum
 from sora_engine.distributed.layout import share
 from sora_engine.distributed.mesh import Mesh
@@ -39,7 +39,7 @@ class RankSharing:
     def predict(self, transformer: Transformer, batch: PackedBatch) -> Tensor:
         """The transformer's predictions for a whole batch, made of all ranks' shares."""
         mine = self._sharder.shard(batch)
-        return self._sharder.gather(transformer(mine), mine)
+        return self._sharder.gather(adapted(transformer, mine), mine)
 
     def join(self, parts: Sequence[Part], predictions: PartPredictions) -> Predictions:
         """The blended prediction of each canvas (by id) and branch, from all cells' windows.

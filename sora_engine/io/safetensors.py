@@ -339,9 +339,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError("no 'weight_map' from tensor names to files", path=path)
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(
-                f"weight_map has {shard!r} for the file of {name!r}", path=path, tensor=name
-            )
+            raise CheckpointError(f"weight_map has {shard!r} for {name!r}", path=path, tensor=name)
         # A plain name, so that an index cannot reach out of its folder. What the name links to is
         # not looked at: hub caches are made of links.
         if not shard or shard in (".", "..") or re.search(r"[/\\:\0]", shard):

@@ -21,6 +21,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,7 @@ from sora_engine.io.credentials import Credentials, Source
 from sora_engine.io.formats import NUMBERED_PNG, SUFFIXES, check_rate
 from sora_engine.io.images import check_frame, write_png
 from sora_engine.io.provenance import Provenance
+from sora_engine.io.watermark import Watermark
 
 # Near-transparent: about 45 dB on smooth clips. x264's default of 23 smears small coloured shapes.
 H264_CRF = 14
@@ -55,6 +57,7 @@ class VideoWriter:
     num_frames: how many will come, if known; a `.png` refuses more than one at once.
     credentials: sign the file, or each picture of a folder, once it is whole. sources: what a
         caller gave for it, which the signed statement names.
+    watermark: goes into the pixels of each frame; what the file says of itself names its payload.
     Raises MediaError, which names the path and what would work, and CredentialsError.
     """
 
@@ -67,10 +70,15 @@ class VideoWriter:
         provenance: Provenance | None = None,
         credentials: Credentials | None = None,
         sources: Sequence[Source] = (),
+        watermark: Watermark | None = None,
     ):
         self.path = check_output(path, num_frames=num_frames, fps=fps)
         rate = Fraction(fps).limit_denominator(1001)  # 1001 keeps 24000/1001 exact
+        if watermark is not None and provenance is not None:
+            settings = {**provenance.settings, "watermark": watermark.payload}
+            provenance = replace(provenance, settings=settings)
         comment = "" if provenance is None else provenance.to_json()
+        self._watermark = watermark
         self._provenance, self._credentials, self._sources = provenance, credentials, sources
         self._shape: tuple[int, ...] | None = None
         self._count = 0
@@ -114,6 +122,8 @@ class VideoWriter:
                 f"frame {self._count} is {array.shape[1]}x{array.shape[0]}, "
                 f"but the video is {self._shape[1]}x{self._shape[0]}"
             )
+        if self._watermark is not None:
+            array = self._watermark.embed(array)
         try:
             self._writer.write(array)
         except (OSError, av.FFmpegError) as error:
@@ -151,9 +161,15 @@ class VideoWriter:
         if self._credentials is None:
             return
         signed = temporary_beside(file)
+        mark = None if self._watermark is None else self._watermark.payload
         try:
             self._credentials.sign(
-                file, signed, title=title, provenance=self._provenance, sources=self._sources
+                file,
+                signed,
+                title=title,
+                provenance=self._provenance,
+                sources=self._sources,
+                watermark=mark,
             )
             with signed.open("rb") as written:
                 os.fsync(written.fileno())
@@ -193,6 +209,7 @@ def write_video(
     provenance: Provenance | None = None,
     credentials: Credentials | None = None,
     sources: Sequence[Source] = (),
+    watermark: Watermark | None = None,
 ) -> Path:
     """Writes an iterable of frames, or an array of them, each uint8 [height, width, 3].
 
@@ -206,6 +223,7 @@ def write_video(
         provenance=provenance,
         credentials=credentials,
         sources=sources,
+        watermark=watermark,
     ) as writer:
         for frame in frames:
             writer.write(frame)

@@ -34,11 +34,12 @@ Layers = dict[str, LayerChange]
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoadedAdapter:
     """An adapter's tensors on the model's device. name: of its file. layers: by expert and layer
-    what it changes."""
+    what it changes. path: where it was read from."""
 
     name: str
     sha256: str
     layers: tuple[Layers, ...]
+    path: Path
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +145,24 @@ class AdapterStore:
             held.append(adapter)
         return tuple(records), held
 
+    @property
+    def hashes(self) -> list[str]:
+        """The sha256 of all that are loaded."""
+        return list(self._alive)
+
+    def hold(self, path: str, sha256: str) -> LoadedAdapter:
+        """The adapter in a file, which stays for as long as it is held. Raises CheckpointError
+        where it is not the one of that hash."""
+        with self._lock:
+            adapter = self._alive.get(sha256) or self._read(path)
+        if adapter.sha256 != sha256:
+            raise CheckpointError(
+                "the adapter has changed since the job was taken: its sha256 is "
+                f"{adapter.sha256[:12]} and was {sha256[:12]}",
+                path=path,
+            )
+        return adapter
+
     def held(self, records: Sequence[LoraRecord]) -> list[LoadedAdapter]:
         """The adapters that a saved job had. Raises CheckpointError for one that is not loaded."""
         return [self._adapter(record) for record in records]
@@ -201,7 +220,8 @@ class AdapterStore:
             needed = sum(self._check(file, changes, weights) for changes in own)
         self._on_change(needed)
         try:
-            adapter = LoadedAdapter(file.path.name, file.sha256, self._layers(file, fitted))
+            layers = self._layers(file, fitted)
+            adapter = LoadedAdapter(file.path.name, file.sha256, layers, Path(path).absolute())
         except BaseException:
             self._on_change(-needed)
             raise

@@ -42,9 +42,9 @@ def served_backends(
 
 def check_attention_backend(name: str, device: torch.device) -> None:
     """Raises BackendError unless attention can run there on this backend."""
-    found = sora_kernels.backends(device)["packed_attention"]
-    if name == "auto":
+    if name == "auto":  # and Triton need not be imported to be asked
         return
+    found = sora_kernels.backends(device)["packed_attention"]
     if name not in found:
         raise BackendError(f"attention_backend must be auto, {', '.join(found)}, got {name!r}")
     reason = found[name]

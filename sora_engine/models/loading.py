@@ -9,18 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sora_engine.denoise.preview import DecodedPreview, LatentPreview, Preview
-from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import sampled_hash
 from sora_engine.io.weights.merging import Merge
-from sora_engine.io.weights.selected import SelectedWeights
-from sora_engine.io.weights.source import WeightSource
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.adapters import merges_of
+from sora_engine.models.autoencoder import open_decoder, preview_of
 from sora_engine.models.backends import check_attention_backend, exact_attention
 from sora_engine.models.device import own_device, resolve_device
 from sora_engine.models.family import Checkpoint, ExpertSource
-from sora_engine.models.folder import Component
 from sora_engine.models.linear import make_invariant
 from sora_engine.models.offload import (
     check_level,
@@ -37,20 +33,15 @@ from sora_engine.models.registry import (
     on_ladder_of,
     open_checkpoint,
 )
-from sora_engine.models.tiny_vae import load_tiny, tiny_near
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.video_model import Expert, VideoModel
 from sora_engine.request.ladders import ladder_of_adapters
 from sora_engine.request.lora import Lora, LoraRecord
 from sora_engine.samplers import SamplerConfig, read_config
 from sora_engine.text import ImageEncoder, PromptEncoder, load_text_encoder
-from sora_engine.vae.backend import open_coder
-from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.decoder import VideoDecoder
-from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.free_memory import free_bytes
 from sora_engine.vae.recording import wanted
-from sora_engine.vae.registry import build_vae, read_vae_config, vae_kind
 
 USABLE = 0.9
 """Of the free memory, what weights and a usual request may take together."""
@@ -119,7 +110,7 @@ def load_video_model(
     merges, records = _merges(loras, checkpoint, build)
     names = [record.name for record in records if record.strength]
     checkpoint = on_ladder_of(checkpoint, ladder_of_adapters(names), ", ".join(names))
-    decoder = _open_decoder(
+    decoder = open_decoder(
         checkpoint, target, coding_dtype, vae_backend, cuda_graphs, by_time=not exact
     )
     if offload == "auto" and target.type == "cpu":
@@ -146,12 +137,13 @@ def load_video_model(
         image_encoder=load_image_encoder(checkpoint, target, weights_dtype, offload),
         takes_last_image=checkpoint.takes_last_image,
         learned_variance=checkpoint.learned_variance,
+        labels=checkpoint.labels,
         sampler_config=_sampler_config(checkpoint),
         known_mode=checkpoint.known_mode,
         grid=checkpoint.grid,
         defaults=checkpoint.defaults,
         weights_hash=sampled_hash(checkpoint.weights_paths),
-        preview=_preview(checkpoint, target, coding_dtype),
+        preview=preview_of(checkpoint, target, coding_dtype),
         loras=records,
         adapters=AdapterStore(
             family_named(checkpoint.family),
@@ -211,7 +203,7 @@ def load_video_decoder(
         weights=[expert.path for expert in checkpoint.experts],
         vae_backend=vae_backend,
     )
-    return _open_decoder(checkpoint, target, precision.vae_dtype, vae_backend, cuda_graphs)
+    return open_decoder(checkpoint, target, precision.vae_dtype, vae_backend, cuda_graphs)
 
 
 # The transformers.
@@ -360,7 +352,8 @@ def load_prompt_encoder(
             dtype=dtype,
             max_tokens=source.max_tokens,
         )
-        if offload in ("text", "blocks"):
+        has_layers = next(encoders[name].model.parameters(), None) is not None
+        if offload in ("text", "blocks") and has_layers:
             offload_encoder(encoders[name], device)
     return PromptEncoder(encoders)
 
@@ -386,58 +379,3 @@ def load_image_encoder(
 def _place(offload: str, device: torch.device) -> torch.device:
     """Where the weights of encoders are read to."""
     return {"auto": torch.device("meta"), "none": device}.get(offload, torch.device("cpu"))
-
-
-# The autoencoder.
-
-
-def load_vae(component: Component, device: torch.device, dtype: torch.dtype) -> CausalVAE:
-    """A VAE from its folder or file, of the kind that its class names."""
-    config = read_vae_config(
-        {"_class_name": component.class_name, **component.config}, path=component.config_path
-    )
-    with torch.device("meta"):
-        vae = build_vae(config)
-    with component.open_weights() as opened:
-        weights: WeightSource = opened
-        kind = vae_kind(component.class_name)
-        if kind.files is not None and component.folder.is_file():
-            names = kind.files.names(weights, config)
-            weights = SelectedWeights(weights, {names[stored]: stored for stored in names})
-        load_into(vae, weights, device=device, dtype=dtype, rename=kind.renames, loose_ones=True)
-    return vae.eval().requires_grad_(False).prepare()
-
-
-def _preview(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Preview | None:
-    """By a tiny decoder that was given, or the checkpoint's own map of colours."""
-    if checkpoint.tiny_vae is None:
-        return LatentPreview.read(checkpoint.path, checkpoint.grid.channels)
-    return DecodedPreview(load_tiny(checkpoint, checkpoint.tiny_vae, device, dtype), dtype)
-
-
-def _open_decoder(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str,
-    cuda_graphs: str,
-    *,
-    by_time: bool = True,
-) -> VideoDecoder:
-    if backend in ("onnx", "tensorrt"):  # the weights are but exported, or looked up
-        vae = load_vae(checkpoint.vae, torch.device("cpu"), torch.float32)
-    else:
-        vae = load_vae(checkpoint.vae, device, dtype)
-    tiny = None
-    if backend == "tiny":
-        tiny = load_tiny(checkpoint, tiny_near(checkpoint), device, dtype)
-    coder = open_coder(
-        backend,
-        vae,
-        device=device,
-        dtype=dtype,
-        cuda_graphs=cuda_graphs,
-        by_time=by_time,
-        tiny=tiny,
-    )
-    return VideoDecoder(FittedCoder(coder, dtype=dtype, device=device), dtype, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sora_engine.io.credentials import Source, file_source
 from sora_engine.request.recipe import frames_hash
@@ -12,6 +12,7 @@ from sora_engine.request.request import Footage
 from sora_engine.video import Video
 
 if TYPE_CHECKING:
+    from sora_engine.io.provenance import Provenance
     from sora_engine.request.request import Frames
     from sora_engine.request.resolve import ResolvedRequest
 
@@ -26,6 +27,19 @@ def sources_of(request: ResolvedRequest) -> tuple[Source, ...]:
     if request.init is not None:
         given.append(_source(request.init, "input"))
     return tuple(source for source in given if source is not None)
+
+
+def sources_in(provenance: Provenance | None) -> tuple[Source, ...]:
+    """The same from what a result says of itself: hashes alone, as the files may be gone."""
+    if provenance is None:
+        return ()
+    settings = provenance.settings
+    given: list[tuple[dict[str, Any], Literal["placed", "input"]]] = [
+        (clip["frames"], "placed") for clip in settings.get("clips", ())
+    ]
+    if "init" in settings:
+        given.append((settings["init"], "input"))
+    return tuple(Source(None, r["sha256"], role) for r, role in given if "sha256" in r)
 
 
 def _source(frames: Frames, role: Literal["placed", "input"]) -> Source | None:

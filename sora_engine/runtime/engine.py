@@ -330,12 +330,9 @@ class Engine:
 
     def _adapters(self) -> AdapterStore:
         self._origin.check()
-        store = None if self._planner is None else self._planner.model.adapters
+        store = self._workers[0].executor.adapters
         if store is None:
-            raise RequestError(
-                "adapters of requests are for an engine of one rank; over ranks "
-                "Engine.from_pretrained(loras=...) merges them on loading"
-            )
+            raise RequestError("this model takes no adapters of requests")
         return store
 
     @property

@@ -17,8 +17,10 @@ from sora_engine.denoise.canvas import Canvas
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.denoise.denoise import denoise_step, preparing
 from sora_engine.denoise.packing import Packer
+from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
+from sora_engine.request.labels import Labels
 from sora_engine.request.lora import LoraRecord
 from sora_engine.runtime.saturation import saturation_point
 from sora_engine.vae.decoding import decoding
@@ -57,6 +59,8 @@ class ServedModel(Protocol):
     def defaults(self) -> GenerationDefaults: ...
     @property
     def known_mode(self) -> KnownMode: ...
+    @property
+    def labels(self) -> Labels | None: ...
     @property
     def num_experts(self) -> int: ...
     @property
@@ -111,6 +115,11 @@ class Executor(Protocol[C]):
 
     @property
     def model(self) -> ServedModel: ...
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """Those that requests may ask for; None where it takes none."""
+        ...
 
     @property
     def vae_name(self) -> str:
@@ -179,6 +188,10 @@ class LocalExecutor:
     def __init__(self, model: VideoModel) -> None:
         self.model = model
         self._packer = Packer(model.grid.patch, model.device)
+
+    @property
+    def adapters(self) -> AdapterStore | None:
+        return self.model.adapters
 
     @property
     def vae_name(self) -> str:

@@ -47,7 +47,8 @@ class Hooks:
         thread; what it returns, of the same shape and dtype, becomes `Job.preview`. What it raises
         fails the job, as of `check_frames`.
     previews: with `check_frames` and without `check_previews`: previews are given unchecked. They
-        are small, and say little that frames do not; it is the service's to decide.
+        are small, and say little that frames do not; it is the service's to decide. (Those of a
+        tiny decoder are as large as frames, and nearly that.)
     """
 
     check_request: RequestHook | None = None

@@ -104,7 +104,8 @@ class Job:
         decoding fails or is cancelled. A service that checks frames withholds them."""
         self.preview: np.ndarray | None = None
         """What the last step makes of the video: uint8 `[latent_frames, latent_height,
-        latent_width, 3]`, for checkpoints that bring a projection to colours."""
+        latent_width, 3]`, for checkpoints that bring a projection to colours; in pixels where a
+        tiny decoder was given."""
         self.save_error: Exception | None = None
         """Why `save_to` could not be written the last time; the job goes on without it."""
         # What the engine's thread keeps here.

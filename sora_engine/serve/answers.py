@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sora_engine.serve.wire import Failure, Video
+from sora_engine.serve.replies import Failure, Video
+from sora_engine.serve.store import ACTIVE
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
     from sora_engine.serve.desk import Desk
     from sora_engine.serve.live import Live
     from sora_engine.serve.store import Row
@@ -14,9 +17,17 @@ if TYPE_CHECKING:
 _STATUS = {"completed": "completed", "failed": "failed", "cancelled": "failed"}
 
 
-def video_of(desk: Desk, row: Row) -> Video:
-    """The answer about a job."""
-    facts, live = row.facts, desk.live(row.id)
+def video_for(request: Request, desk: Desk, row: Row) -> Video:
+    """The answer about a job to who asks: with whole addresses, as clients follow them."""
+    return video_of(desk, row, str(request.base_url).rstrip("/"))
+
+
+def video_of(desk: Desk, row: Row, base: str = "") -> Video:
+    """The answer about a job. base: how the client reaches this server."""
+    live = desk.live(row.id)
+    if live is None and row.state in ACTIVE:  # it has ended since its row was read
+        row = desk.store.get(row.id) or row
+    facts = row.facts
     progress = _progress(row, live)
     status = _STATUS.get(row.state)
     if status is None:
@@ -44,7 +55,7 @@ def video_of(desk: Desk, row: Row) -> Video:
         inference_time_s=facts.get("inference_time_s"),
         stage_durations=facts.get("stage_durations", {}),
         peak_memory_mb=_promised(row, live),
-        url=f"/v1/videos/{row.id}/content" if done else None,
+        url=f"{base}/v1/videos/{row.id}/content" if done else None,
         receipt=facts.get("receipt"),
         **progress,
     )
@@ -67,8 +78,10 @@ def _progress(row: Row, live: Live | None) -> dict[str, Any]:
         return {**told, "progress": 100, "steps_done": steps, "frames_decoded": frames}
     if row.state not in ("queued", "running"):
         return told
-    told["stage"] = "queued" if live is None else live.stage
-    if live is None or live.job is None:
+    if live is None:
+        return {**told, "stage": "queued" if row.state == "queued" else "writing"}
+    told["stage"] = live.stage
+    if live.job is None:
         return told
     now = live.job.progress
     # Decoding counts as a tenth.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora_engine.serve import session, streams, telling, uploads
@@ -68,6 +69,14 @@ def lay_around(app: FastAPI, service: Service) -> None:
     )
     # The last one added is the first that a request meets.
     app.add_middleware(Access, rules=rules, sessions=state.sessions)
+    if settings.cors:  # before keys: a browser asks whether it may ask, and sends none with that
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+            expose_headers=["X-Request-ID", "OpenAI-Poll-After-Ms", "Retry-After"],
+        )
     app.add_middleware(Guard, bounds=bounds)
     app.add_middleware(Counted, metrics=state.metrics)
 

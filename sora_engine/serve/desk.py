@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LETTERS = string.ascii_lowercase + string.digits
+END_S = 30.0
+"""How long jobs that were stopped may take to let go."""
 FULL_PAUSE_S = 5.0
 """How long nothing is begun after a job found the disk full."""
 
@@ -71,7 +73,7 @@ class Desk:
         self._waiting: list[Live] = []
         self._at_engine: set[Live] = set()
         self._wake = threading.Condition(threading.RLock())
-        self._closed = False
+        self.closed = False
         self._paused_until = 0.0
         self.pace = Pace()
         self._finisher = Finisher(self)
@@ -152,7 +154,11 @@ class Desk:
             kind=kind,
             created=self.clock.now(),
             body=stored,
-            facts={**facts_of(resolved, self.engine.model.grid), **facts},
+            facts={
+                "weights": self.engine.model.weights_hash,
+                **facts_of(resolved, self.engine.model.grid),
+                **facts,
+            },
         )
         live = Live(made, request)
         self._reserve(live)
@@ -176,7 +182,7 @@ class Desk:
     def _refuse_where_closed(self) -> None:
         if self.engine.error is not None:
             raise self.engine.error
-        if self.draining or self._closed:
+        if self.draining or self.closed:
             raise ApiError(
                 503, "draining", "the server is about to stop", headers={"Retry-After": "10"}
             )
@@ -257,11 +263,11 @@ class Desk:
     def _feed(self) -> None:
         while True:
             with self._wake:
-                while not self._closed and not self._may_begin():
+                while not self.closed and not self._may_begin():
                     self._wake.wait(1.0)
-                if self._closed:
+                if self.closed:
                     return
-                live = self.choose(self._waiting)
+                live = self.choose(self._candidates())
                 self._waiting.remove(live)
                 self._at_engine.add(live)
             try:
@@ -275,7 +281,14 @@ class Desk:
             return False
         if len(self._at_engine) >= self.settings.max_running:
             return False
+        if any(live.is_suspect for live in self._lives.values()) and self._at_work():
+            return False
         return time.monotonic() >= self._paused_until and not self.is_full()
+
+    def _candidates(self) -> Sequence[Live]:
+        """Those that may be next. A job whose server was lost twice goes alone, and before the
+        others: where it is what kills the server, it takes none of them along."""
+        return [live for live in self._waiting if live.is_suspect][:1] or self._waiting
 
     def left_engine(self, live: Live) -> None:
         """The engine has done with a job: another one may begin."""
@@ -339,7 +352,7 @@ class Desk:
             left = self._at_work()
         self._finisher.put_off(left)
         with self._wake:
-            self._wake.wait_for(lambda: not self._at_work(), 30.0)
+            self._wake.wait_for(lambda: not self._at_work(), END_S)
 
     def _at_work(self) -> list[Live]:
         return [live for live in self._lives.values() if live not in self._waiting]
@@ -348,7 +361,7 @@ class Desk:
         """End the desk's own threads; jobs at work are put off."""
         self.drain(0.0)
         with self._wake:
-            self._closed = True
+            self.closed = True
             self._wake.notify_all()
         self._feeder.join()
 

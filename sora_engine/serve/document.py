@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from sora_engine.serve import wire
+from sora_engine.serve import replies, wire
 
 _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (
@@ -38,7 +38,7 @@ def takes(model: type[BaseModel], *, files: tuple[str, ...] = ()) -> dict[str, A
 
 
 FAILURES: dict[int | str, dict[str, Any]] = {
-    code: {"model": wire.ErrorBody, "description": said}
+    code: {"model": replies.ErrorBody, "description": said}
     for code, said in (
         (400, "A value that cannot be: `param` names it."),
         (404, "There is no such thing, or it is another key's."),

@@ -161,14 +161,22 @@ class Files:
                 found += 1
         return found
 
-    def sweep_uploads(self, needed: Collection[str], before: float) -> None:
-        """Remove the uploads that no job needs and that were last given before this time."""
-        for file in self.uploads.iterdir():
-            try:
-                if file.name not in needed and file.stat().st_mtime < before:
-                    file.unlink()
-            except FileNotFoundError:
-                continue
+    def stale_uploads(self, before: float) -> list[str]:
+        """The hashes of uploads that were last given before this time."""
+        return [file.name for file in self.uploads.iterdir() if _modified(file) < before]
+
+    def remove_uploads(self, names: Collection[str], before: float) -> None:
+        """Remove these, but for those that were given again meanwhile."""
+        for name in names:
+            if _modified(self.upload(name)) < before:
+                self.upload(name).unlink(missing_ok=True)
+
+
+def _modified(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def size_of(folder: Path) -> int:

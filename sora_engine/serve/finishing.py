@@ -25,6 +25,8 @@ from sora_engine.serve.writer import ResultWriter
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+SAVE_S = 20.0
+"""How long a job that is put off may take to its next step, after which it is saved."""
 LATENTS = "latents.safetensors"
 
 
@@ -74,7 +76,7 @@ class Finisher:
             return
         if job.state is JobState.DENOISING:
             try:
-                job.save(self._desk.files.savepoint(live.row.id), timeout_s=20.0)
+                job.save(self._desk.files.savepoint(live.row.id), timeout_s=SAVE_S)
             except Exception as error:  # it goes on from an earlier step, or begins anew
                 logger.warning("a job could not be saved: %s", type(error).__name__)
         job.cancel()
@@ -190,6 +192,8 @@ class Finisher:
             try:
                 return change()
             except Exception as error:
+                if self._desk.closed:
+                    raise  # the next start finds the row as it was
                 logger.warning("the store does not take a change: %s", error)
                 time.sleep(1.0)
 

@@ -15,10 +15,11 @@ from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError, not_found
 from sora_engine.serve.form import Form
 from sora_engine.serve.orders import Clerk, Order, read
+from sora_engine.serve.replies import Images, Picture
 from sora_engine.serve.service import desk_of, owner_of, service_of
 from sora_engine.serve.store import Row
 from sora_engine.serve.waiting import ended
-from sora_engine.serve.wire import CreateImages, Images, Picture
+from sora_engine.serve.wire import CreateImages
 from sora_engine.serve.writer import IMAGE
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=FAILURES)

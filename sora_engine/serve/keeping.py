@@ -57,29 +57,28 @@ class Keeper:
         """Expire, forget and remove what is due now."""
         now, settings = self._clock.now(), self._settings
         self._store.note("last_seen", repr(now))
-        done = self._store.all(*DONE, "expired")
-        for row in done:
-            age = now - (row.completed or row.created)
-            if row.state == "completed" and age > settings.keep_s:
-                self._expire(row.id)
-            if age > settings.keep_jobs_s and self._store.change(
-                row.id, "deleting", when=DONE | {"expired"}
-            ):
-                self._files.remove(row.id)
-                self._store.remove(row.id)
+        for name in self._store.names("completed", before=now - settings.keep_s):
+            self._expire(name)
+        for name in self._store.names(*DONE, "expired", before=now - settings.keep_jobs_s):
+            if self._store.change(name, "deleting", when=DONE | {"expired"}):
+                self._files.remove(name)
+                self._store.remove(name)
         self._make_room()
         self._store.forget_keys(now - KEYS_S)
-        active = self._store.all("queued", "running", "completed", "failed")
-        needed = set().union(*(uploads_of(row.body) for row in active))
-        self._files.sweep_uploads(needed, now - UPLOADS_S)
+        stale = self._files.stale_uploads(now - UPLOADS_S)
+        if stale:
+            rows = self._store.all("queued", "running", "completed", "failed")
+            needed = set().union(*(uploads_of(row.body) for row in rows))
+            self._files.remove_uploads(set(stale) - needed, now - UPLOADS_S)
 
     def _make_room(self) -> None:
-        kept = [(row, size_of(self._files.video(row.id))) for row in self._store.all("completed")]
-        total = sum(size for _, size in kept)
-        for row, size in kept:  # the oldest first
+        names = self._store.names("completed")
+        sizes = [size_of(self._files.video(name)) for name in names]
+        total = sum(sizes)
+        for name, size in zip(names, sizes, strict=True):  # the oldest first
             if total <= self._settings.disk_limit:
                 return
-            self._expire(row.id)
+            self._expire(name)
             total -= size
 
     def _expire(self, name: str) -> None:

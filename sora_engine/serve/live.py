@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from sora_engine.serve.store import Row
 
 
+MOST_ATTEMPTS = 3
+"""A job that was begun so often from one point, and was lost each time, is not begun again: it may
+be what kills the server. The last of these attempts it has the engine for itself."""
+
+
 @dataclass(slots=True, eq=False)
 class Live:
     """A job that is not done.
@@ -37,6 +42,11 @@ class Live:
     engine_done_at: float | None = None
     started: threading.Lock = field(default_factory=threading.Lock)
     finisher: threading.Thread | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether all of its attempts but the last one were lost."""
+        return self.row.attempts >= MOST_ATTEMPTS - 1
 
     @property
     def stage(self) -> str:

@@ -18,11 +18,12 @@ from sora_engine.denoise.denoise import num_steps
 from sora_engine.errors import MediaError
 from sora_engine.serve.failures import ApiError, bad_value, message_of
 from sora_engine.serve.form import Form, read_form
+from sora_engine.serve.replies import Plan
 from sora_engine.serve.service import Service, owner_of, service_of
 from sora_engine.serve.store import Mismatch, Row
 from sora_engine.serve.tracing import TRACEPARENT
 from sora_engine.serve.translate import Stored, remixed, stored_of
-from sora_engine.serve.wire import Body, Media, Plan, Sampling
+from sora_engine.serve.wire import Body, Media, Sampling
 
 if TYPE_CHECKING:
     from fastapi import Request

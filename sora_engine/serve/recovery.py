@@ -9,14 +9,10 @@ from typing import Any
 
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.files import Files
-from sora_engine.serve.live import Live
+from sora_engine.serve.live import MOST_ATTEMPTS, Live
 from sora_engine.serve.store import DONE, Row, Store
 
 logger = logging.getLogger(__name__)
-
-MOST_ATTEMPTS = 3
-"""A job that was begun so often from one point, and was lost each time, is not begun again: it may
-be what kills the server."""
 
 
 def recover(store: Store, files: Files, clock: Clock) -> list[Live]:

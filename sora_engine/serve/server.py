@@ -137,6 +137,9 @@ class Server(uvicorn.Server):
         at_work = self._service.has_desk and self._service.desk.counts[1] > 0
         logger.info("the server takes no more jobs, and finishes those at work")
         await self._service.drain()
+        if self._service.has_desk and self._service.desk.counts[1]:
+            logger.error("the engine does not come to an end; its jobs go on at the next start")
+            os._exit(DEAD)
         if at_work:
             await asyncio.sleep(LINGER_S)
         self.should_exit = True

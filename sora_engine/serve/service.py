@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+THREADS = 64
+"""For what takes a while of requests; most of them wait for a disk or another process."""
 OWNER = "local"
 """Who has the jobs of a server without keys."""
 
@@ -114,6 +117,10 @@ class Service:
 
     async def start(self) -> None:
         """Lock the folder and read the rows; the engine is made beside that. Raises ServeError."""
+        # asyncio's own pool has six threads on two processors: as many uploads that are being
+        # decoded would have everybody else wait.
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sora-serve")
+        asyncio.get_running_loop().set_default_executor(pool)
         await self.open()
         if callable(self._given):
             self._loading = asyncio.create_task(asyncio.to_thread(self._load))

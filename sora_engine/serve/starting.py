@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sora_engine.errors import CheckpointError, DeadlineExceededError
+from sora_engine.serve.failures import ApiError
 from sora_engine.serve.jobs import Jobs
 from sora_engine.serve.live import Live
 from sora_engine.serve.spool import Spool
@@ -57,6 +58,10 @@ def mark_of(desk: Jobs, name: str) -> int:
 
 def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
     row, settings = live.row, desk.settings
+    if row.facts.get("weights", desk.engine.model.weights_hash) != desk.engine.model.weights_hash:
+        raise ApiError(
+            409, "model_changed", "the server has another model than when this was asked for"
+        )
     saved = desk.files.savepoint(row.id)
 
     def take(frames: np.ndarray) -> None:

@@ -258,6 +258,18 @@ class Store:
             ).fetchall()
         return [_row(values) for values in found]
 
+    def names(self, *states: str, before: float | None = None) -> list[str]:
+        """The ids of jobs in these states, the oldest first. before: only those that ended, or else
+        were created, before this time."""
+        marks = ",".join("?" * len(states))
+        old = "" if before is None else "AND COALESCE(completed, created) < ?"
+        values = states if before is None else (*states, before)
+        with self._reader() as db:
+            found = db.execute(
+                f"SELECT id FROM jobs WHERE state IN ({marks}) {old} ORDER BY number", values
+            ).fetchall()
+        return [str(name) for (name,) in found]
+
     def all(self, *states: str) -> list[Row]:
         """The jobs in these states, in the order in which they came; without states, all."""
         marks = ",".join("?" * len(states))

@@ -8,10 +8,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sora_engine.serve.answers import video_of
+from sora_engine.serve.answers import video_for
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.orders import Order, place, propose
+from sora_engine.serve.replies import Plan, Video
 from sora_engine.serve.service import desk_of, owner_of
 from sora_engine.serve.videos import content
 from sora_engine.serve.waiting import ended
@@ -21,18 +22,16 @@ from sora_engine.serve.wire import (
     EditVideo,
     ExtendVideo,
     LoopVideo,
-    Plan,
     RefineVideo,
     RemixVideo,
     UpscaleVideo,
-    Video,
 )
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
 
 
 async def _placed(request: Request, order: Order) -> Video:
-    return video_of(desk_of(request), await place(request, order))
+    return video_for(request, desk_of(request), await place(request, order))
 
 
 @router.post(
@@ -132,7 +131,7 @@ async def cancel(video_id: str, request: Request) -> Video:
     """Stop a video that is queued or being made, within a step. One that is done stays."""
     desk = desk_of(request)
     row = await asyncio.to_thread(desk.cancel, owner_of(request), video_id)
-    return video_of(desk, row)
+    return video_for(request, desk, row)
 
 
 @router.get("/{video_id}/request", operation_id="retrieveRequest")

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from sora_engine.errors import CheckpointError
+from sora_engine.models.autoencoder import load_vae
 from sora_engine.models.folder import Component
-from sora_engine.models.loading import load_vae
 from sora_engine.vae import stream_decode
 from sora_engine.vae.decoding import last_lap_state
 from sora_engine.vae.kl import KLVAE

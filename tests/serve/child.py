@@ -21,7 +21,7 @@ from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job
-from sora_engine.serve import desk, server
+from sora_engine.serve import desk, finishing, server
 from sora_engine.serve import files as files_module
 from sora_engine.serve.desk import Desk
 from sora_engine.serve.settings import settings_from
@@ -177,12 +177,28 @@ def kill_at_step(step: int) -> None:
     Job.tell_progress = told  # type: ignore[method-assign]
 
 
+def kill_by_seed(seed: int) -> None:
+    """One job that kills its process, at its second step."""
+    plain = Job.tell_progress
+
+    def told(self: Job) -> None:
+        plain(self)
+        if self.request.seed == seed and self.progress.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Job.tell_progress = told  # type: ignore[method-assign]
+
+
 def quick_linger(_: int) -> None:
     server.LINGER_S = 0.3
 
 
 def quick_pause(_: int) -> None:
     desk.FULL_PAUSE_S = 0.3
+
+
+def quick_end(_: int) -> None:
+    desk.END_S = finishing.SAVE_S = 0.3
 
 
 def small_spool(size: int) -> None:
@@ -194,7 +210,7 @@ FAULTS = {
     for function in (
         *(stall_at_step, stall_at_frame, stall_before_begin, stall_while_writing),
         *(stall_before_row, slow_steps, slow_writer, device_dies_at_step, kill_at_step),
-        *(quick_linger, quick_pause, small_spool),
+        *(kill_by_seed, quick_linger, quick_pause, quick_end, small_spool),
     )
 }
 

@@ -48,8 +48,9 @@ class Nursery:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.kill()  # its servers are ended by those who started them
         self._process.wait(10)
+        self._process.stdin.close()
 
 
 class Server:

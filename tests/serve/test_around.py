@@ -6,9 +6,12 @@ import io
 import json
 import logging
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from sora_engine.errors import BackendError
 from sora_engine.serve.keys import hash_of, new_key
 from sora_engine.serve.logs import JsonLines, NoPrompts
 from sora_engine.serve.settings import Settings
+from tests.serve.raw import connected, status_of, until_closed
+from tests.serve.servers import Nursery, Server
 from tests.serve.serving import SMALL, Service, served
 
 ALICE, BOB = new_key(), new_key()
@@ -170,6 +175,29 @@ def test_an_upload_is_kept_and_used_by_its_id(service: Service) -> None:
     assert "passwd" not in asked
 
 
+def test_uploads_that_wait_hold_nobody_up(service: Service, monkeypatch) -> None:
+    """As many as asyncio's own threads, and more, while a job is ordered."""
+    taken = threading.Event()
+    monkeypatch.setattr(service.app.state.intake, "examine", lambda _path: taken.wait(30))
+    with ThreadPoolExecutor(12) as clients:
+        sent = [
+            clients.submit(
+                httpx.post,
+                f"{service.url}/v1/uploads",
+                files={"file": ("a.png", picture())},
+                headers={"Authorization": f"Bearer {ALICE}"},
+                timeout=60,
+            )
+            for _ in range(12)
+        ]
+        begun = time.monotonic()
+        service.create()
+        assert time.monotonic() - begun < 15
+        assert not any(one.done() for one in sent)
+        taken.set()
+    service.idle()
+
+
 @pytest.mark.parametrize(
     ("files", "data", "status", "code"),
     [
@@ -218,6 +246,26 @@ def test_hosts_and_origins_of_others_are_refused(service: Service) -> None:
         assert not [name for name in answer.headers if name.startswith("access-control")]
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert re.fullmatch(r"req_[0-9a-f]{24}", answer.headers["x-request-id"])
+
+
+def test_pages_of_named_origins_may_ask(tmp_path: Path) -> None:
+    friend, key = "https://friend.example", "a-key-of-some-length"
+    with served(tmp_path / "data", cors=(friend,), api_key=key) as made:
+        wanted = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        for origin, allowed in ((friend, friend), ("https://evil.example", None)):
+            before = made.http.options("/v1/videos", headers={"Origin": origin, **wanted})
+            assert before.headers.get("access-control-allow-origin") == allowed
+            assert "access-control-allow-credentials" not in before.headers
+            given = {"Origin": origin, "Authorization": f"Bearer {key}"}
+            answer = made.http.post("/v1/videos", json=SMALL, headers=given)
+            assert answer.status_code == (200 if allowed else 403)
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        shut = made.http.get("/v1/videos", headers={"Origin": friend})
+        assert shut.status_code == 401
+        made.idle()
 
 
 def test_a_cookie_is_enough_for_pages(service: Service) -> None:
@@ -322,3 +370,37 @@ def test_spans_need_the_api(monkeypatch) -> None:
     with pytest.raises(BackendError, match="pip install opentelemetry-api"):
         Tracing()
     assert not Settings().otel
+
+
+def test_the_command_itself_is_guarded(nursery: Nursery, tmp_path: Path) -> None:
+    """What `sora serve` listens with, and not only the application."""
+    with Server(nursery, tmp_path / "data", header_timeout="0.5s", body_timeout="0.5s") as server:
+        port = int(server.url.rpartition(":")[2])
+        with connected(port) as sock:
+            begun = time.monotonic()
+            sock.sendall(b"GET /health HTTP/1.1\r\nHo")
+            until_closed(sock, 20)
+            assert time.monotonic() - begun < 10
+        head = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n"
+        with connected(port) as sock:
+            sock.sendall(head + b"Content-Type: application/json\r\n\r\n{")
+            assert status_of(until_closed(sock, 20)) == 408
+        took = []
+        for _ in range(15):
+            begun = time.monotonic()
+            assert server.http.get("/health").headers.get("server") is None
+            took.append(time.monotonic() - begun)
+        assert sorted(took)[7] < 0.035  # 0.04 and more where an answer waits for acknowledgements
+
+
+def test_a_stream_sees_the_end_of_a_drain(nursery: Nursery, tmp_path: Path) -> None:
+    with Server(nursery, tmp_path / "data", faults={"slow_steps": 50}) as server:
+        name = server.create(num_inference_steps=20)["id"]
+        with server.http.stream("GET", f"/v1/videos/{name}/events") as answer:
+            lines = answer.iter_lines()
+            while "denoising-" not in next(lines):
+                pass
+            server.signal(signal.SIGTERM)
+            last = [line for line in lines if line.startswith("event: ")][-1]
+        assert last == "event: done"
+        assert server.ended() == 0

@@ -70,9 +70,8 @@ def called(service: Service, examples: int) -> Counter[int]:
 
 
 def test_no_call_that_is_made_up_is_a_5xx(service: Service) -> None:
-    statuses = called(service, 8)
-    assert sum(statuses.values()) > 150
-    print(statuses)
+    statuses = called(service, 4)
+    assert sum(statuses.values()) > 80
     assert {200, 400, 404} <= set(statuses)
 
 

@@ -154,6 +154,18 @@ def test_a_second_signal_ends_it_at_once(nursery: Nursery, tmp_path):
         assert server.ended(5) == 128 + signal.SIGTERM
 
 
+def test_an_engine_that_hangs_does_not_keep_the_server(nursery: Nursery, tmp_path):
+    data = tmp_path / "data"
+    faults = {"stall_at_step": 2, "quick_end": 1}
+    with Server(nursery, data, faults=faults, drain_timeout="0.2s", save_every_s=0) as server:
+        name = server.create(**JOB)["id"]
+        server.said("STALLED")
+        server.signal(signal.SIGTERM)
+        assert server.ended(15) == 70
+    with Server(nursery, data) as server:
+        server.completed(name)
+
+
 def test_a_dead_engine_is_told_and_its_jobs_wait_for_the_next_process(nursery: Nursery, tmp_path):
     data = tmp_path / "data"
     faults = {"device_dies_at_step": 2}

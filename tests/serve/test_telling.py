@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from opentelemetry import trace
 from sora_engine.serve.settings import Settings, settings_from
 from sora_engine.serve.tracing import Tracing
 from tests.serve.serving import Service, served
+from tests.serve.test_metrics import NAMES
 
+PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text(encoding="utf-8")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -144,3 +147,23 @@ def test_the_container_needs_a_key_and_its_names_are_settings() -> None:
     assert (settings.host, str(settings.data_dir)) == ("0.0.0.0", "/data")
     assert settings.log_json
     assert Settings().host == "127.0.0.1"
+
+
+def test_the_page_names_every_metric_and_no_other() -> None:
+    told = set(re.findall(r"`(sora_[a-z_]+)(?:\{[a-z,]+\})?`", PAGE))
+    assert {name.removesuffix("_total") for name in told} == NAMES
+
+
+def test_the_page_tells_the_bounds_as_they_are() -> None:
+    rows = [line.split("|") for line in PAGE.splitlines() if line.startswith("| ")]
+    bounds = {row[2].strip(" `"): row[1] for row in rows if re.fullmatch(r" `[a-z-]+` ", row[2])}
+    assert len(bounds) == 5
+    default = Settings()
+    for name, words in bounds.items():
+        given = settings_from({}, {}, {name: "5000"})
+        field = name.replace("-", "_")
+        field = field if hasattr(default, field) else f"{field}_s"
+        assert getattr(given, field) == 5000
+        value = getattr(default, field)
+        shown = {16 << 10: "16 KiB", 64 << 20: "64 MiB"}.get(value, f"{value:g}")
+        assert shown in words, (name, shown)

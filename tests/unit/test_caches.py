@@ -14,7 +14,8 @@ import torch
 import sora_engine as sora
 from sora_engine.errors import BackendError
 from sora_engine.io.cache import cache_folder
-from sora_engine.models.loading import load_vae, load_video_model
+from sora_engine.models.autoencoder import load_vae
+from sora_engine.models.loading import load_video_model
 from sora_engine.models.registry import open_checkpoint
 from sora_engine.runtime.saturation import saturation_point
 from sora_engine.vae import backend as backends

@@ -25,9 +25,9 @@ from sora_engine.io.provenance import Provenance, read_provenance
 from sora_engine.io.verification import verify
 from sora_engine.io.video_reader import read_video
 from sora_engine.io.video_writer import VideoWriter, write_video
-from sora_engine.request import VideoRequest
+from sora_engine.request import VideoRequest, recipe
 from sora_engine.request.request import Clip, Footage
-from sora_engine.request.sources import sources_of
+from sora_engine.request.sources import sources_in, sources_of
 
 c2pa = pytest.importorskip("c2pa", reason="c2pa-python is not installed")
 
@@ -214,6 +214,9 @@ def test_sources_are_a_requests_clips_and_the_clip_that_it_makes_anew(tmp_path: 
         (clip, "input"),
     ]
     assert len({s.sha256 for s in found}) == 3
+    told = [recipe._clip_to_json(c) for c in request.clips], recipe._frames_to_json(request.init)
+    made = replace(MADE, settings={"clips": told[0], "init": told[1]})
+    assert [(s.sha256, s.role) for s in sources_in(made)] == [(s.sha256, s.role) for s in found]
 
 
 def test_a_signing_that_fails_leaves_no_file(tmp_path: Path, credentials: Credentials) -> None:

@@ -215,7 +215,7 @@ A, B = {"a": torch.zeros(1)}, {"b": torch.zeros(1)}
         ({"a": ".."}, {"one": A}, "leaves the folder"),
         ({"a": "one.bin"}, {"one": A}, "convert the weights"),
         ({"a": "one.json"}, {"one": A}, "not a .safetensors file"),
-        ({"a": 1}, {"one": A}, "has 1 for a file"),
+        ({"a": 1}, {"one": A}, "has 1 for 'a'"),
         ({}, {"one": A}, "no 'weight_map'"),
         ({"z": "one.safetensors"}, {"one": A}, "lists tensor 'z' here, and it is not"),
         ({"a": "one.safetensors", "b": "one.safetensors"}, {"one": A}, "lists tensor 'b' here"),

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.weights.opening import open_weights
+from sora_engine.models.autoencoder import load_vae
 from sora_engine.models.folder import Component
-from sora_engine.models.loading import load_vae
 from sora_engine.vae.registry import vae_in_file
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_checkpoint import infer_config, original_names

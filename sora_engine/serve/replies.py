@@ -1,0 +1,118 @@
+"""The bodies of answers, field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sora_engine.serve.wire import Body
+
+
+class Failure(Body):
+    """Why a job has no video."""
+
+    code: str
+    message: str
+
+
+class Video(Body):
+    """A job and, once it is `completed`, its video."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: Annotated[int, Field(description="Per cent of the work that is finished.")]
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    prompt: str | None = None
+    size: str
+    seconds: str
+    remixed_from_video_id: str | None = None
+    error: Failure | None = None
+    quality: str | None = None
+    num_frames: int
+    fps: float
+    seed: int
+    stage: str
+    steps_done: int
+    num_steps: int
+    frames_decoded: int
+    eta_s: float | None = None
+    queue_position: int | None = None
+    inference_time_s: float | None = None
+    stage_durations: Annotated[dict[str, float], Field(default_factory=dict)]
+    peak_memory_mb: Annotated[
+        float | None, Field(description="What the job's plan promised at its peak, in MiB.")
+    ] = None
+    url: str | None = None
+    receipt: dict[str, Any] | None = None
+
+
+class VideoList(Body):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(Body):
+    """What a deletion answers."""
+
+    id: str
+    deleted: bool = True
+    object: Literal["video.deleted"] = "video.deleted"
+
+
+class Picture(Body):
+    """One picture."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str | None = None
+
+
+class Images(Body):
+    """What an image generation answers."""
+
+    created: int
+    data: list[Picture]
+    output_format: str
+    size: str
+    quality: str | None = None
+    background: str | None = None
+    usage: dict[str, Any] | None = None
+
+
+class Plan(Body):
+    """What a request would take; nothing is queued."""
+
+    size: str
+    num_frames: int
+    fps: float
+    seconds: str
+    num_steps: int
+    canvas: str | None
+    peak_memory_mb: float | None
+    queue_position: int
+    eta_s: float | None
+
+
+class ErrorObject(Body):
+    """What went wrong. code: what a program looks at."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(Body):
+    """The body of each answer that is no result."""
+
+    error: ErrorObject
