@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT / "examples/sprites"))
 
 import evaluate  # noqa: E402 - the example's own
 
+SETTINGS = ("height", "width", "fps", "solver", "guidance_scale")
 BLOCKS = {"Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "Q4_1": 32, "Q4_0": 32}
 
 
@@ -187,7 +188,11 @@ def main() -> None:
         return
     print("| form | weights | latents | frames | colour, shape and motion right |")
     print("|---|---|---|---|---|")
-    options = {"num_frames": args.frames, "num_inference_steps": args.steps}
+    # A file by itself does not bring the folder's defaults.
+    own = json.loads((SPRITES / "generation_config.json").read_text())
+    options = {name: own[name] for name in SETTINGS}
+    options["num_frames"] = args.frames or own["num_frames"]
+    options["num_inference_steps"] = args.steps or own["num_inference_steps"]
     rows = errors(args.clips, options)
     for name in ("float32", "bfloat16"):
         print(row(name, rows[name]))
