@@ -75,7 +75,7 @@ class Page:
 
     def fill(self, prompt: str, **fields: str) -> None:
         self.tab.get_by_label("Prompt").first.fill(prompt)
-        self.tab.locator("#size").select_option(index=0)
+        self.tab.locator("#length").select_option("5")
         self.tab.get_by_text("More settings").click()
         for name, value in fields.items():
             self.tab.locator(f"#{name}").fill(value)
@@ -102,6 +102,8 @@ class Page:
     def act(self, card: Any, name: str, path: str) -> str:
         """Presses a button of a card and answers its dialog; the new job's id."""
         card.get_by_role("button", name=name, exact=True).click()
+        if self.tab.locator("#ask [name=seconds]").count():
+            self.tab.locator("#ask [name=seconds]").fill("0.5")
         with self.tab.expect_response(
             lambda r: r.request.method == "POST" and path in r.url
         ) as answer:
