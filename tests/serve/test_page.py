@@ -170,6 +170,7 @@ def test_previews_come_a_job_is_cancelled_and_a_reload_comes_back_to_one(page: P
 def test_cards_of_text_and_picture_are_placed_by_keyboard_alone(page: Page, tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "a.png")
     page.fill("a red circle", steps="2")
+    page.tab.locator("#length").select_option("17")
     page.tab.locator("#file").set_input_files(tmp_path / "a.png")
     picture = page.tab.get_by_role("listitem", name="Picture at frame 0")
     picture.wait_for()
