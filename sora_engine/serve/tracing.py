@@ -67,7 +67,7 @@ class Tracing:
         span.end(_nanoseconds(ended_s))
 
     def _context(self, traceparent: str | None) -> Any:
-        if traceparent is None or not TRACEPARENT.fullmatch(traceparent):
+        if traceparent is None:
             return None
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
