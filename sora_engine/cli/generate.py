@@ -87,16 +87,28 @@ def generate(
 
 @video_command
 def image(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="The class that it shows, by number or name, of a model that makes classes.",
+        ),
+    ] = None,
     *,
     common: Common,
 ) -> Command:
-    """Make one picture from words."""
+    """Make one picture from words, or of a class."""
     from sora_engine import tasks
 
-    if not prompt.strip():
-        raise UsageError("the prompt is empty")
-    request = tasks.image(prompt, **common.settings())
+    if label is not None and prompt is not None:
+        raise UsageError(f"--label: it takes the place of PROMPT {prompt!r}; drop one")
+    if label is None and prompt is None:
+        raise UsageError("there is no prompt; say what the picture shows, as PROMPT or by --label")
+    if not (label or prompt or "").strip():
+        raise UsageError(f"the {'prompt' if label is None else 'label'} is empty")
+    settings = common.settings() | ({} if label is None else {"label": label})
+    request = tasks.image(prompt or "", **settings)
     return Command(common, request, lambda _model, _make: request, output="out.png")
 
 

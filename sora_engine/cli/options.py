@@ -23,6 +23,7 @@ _OPTION_OF = {
     "guidance_scale": "--guidance",
     "num_frames": "--frames",
     "negative_prompt": "--negative-prompt",
+    "label": "--label",
     "height": "--size",
     "width": "--size",
     "fps": "--fps",

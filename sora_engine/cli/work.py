@@ -37,6 +37,7 @@ from sora_engine.request import (
     VideoRequest,
     resolve_request,
 )
+from sora_engine.request.labels import Labels
 from sora_engine.version import version
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class _AnyModel(NamedTuple):
         height=1, width=1, num_frames=1, fps=1.0, num_inference_steps=1000, guidance_scale=1.0
     )
     known_mode: KnownMode = KnownMode.NOISE_LEVEL
+    labels: Labels = Labels(count=None)
 
 
 def check_before_loading(command: Command, output: str) -> None:

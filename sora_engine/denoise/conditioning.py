@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from sora_engine.denoise.adapting import Adapters
@@ -14,6 +15,10 @@ Embedding: TypeAlias = Mapping[str, Tensor]
 """One prompt, encoded, by the names that its family gives: `"text"` `[n, text_dim]` for the tokens
 of a text encoder. Others may stand beside it or in its place: a second encoder's tokens, a pooled
 text `[dim]`, a class label (int64 `[]`), the image that a video begins with."""
+
+
+NEGATIVE = "negative"
+"""What marks the embedding of the unconditional branch, for models that read it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,9 @@ class Prompts:
     @property
     def branches(self) -> tuple[Embedding, ...]:
         """What guidance branches read, each with the image: the texts, and last the negative."""
-        texts = self.texts if self.negative is None else (*self.texts, self.negative)
+        texts = self.texts
+        if self.negative is not None:
+            texts = (*texts, {**self.negative, NEGATIVE: torch.ones(())})
         if self.image is None:
             return texts
         return tuple({**text, "image": self.image} for text in texts)

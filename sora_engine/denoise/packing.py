@@ -75,6 +75,8 @@ class Stream:
     coords: int64 `[N, 3]`, (frame, row, column) of each token for RoPE: its place in its window's
         patch grid, and behind anchors `ANCHOR_GAP` frames later; of a context's stream (place in
         the text, 0, 0).
+    extents: int64 `[N, 2]`, rows and columns of patches of each token's segment, for positions that
+        are relative to the picture's size; None of a context's stream.
     cu_seqlens: int32 `[segments + 1]`.
     max_seqlen: tokens of the longest segment.
     grids: of each segment; of a context's stream (tokens of the text, 1, 1).
@@ -94,6 +96,7 @@ class Stream:
     cu_seqlens: Tensor
     max_seqlen: int
     grids: tuple[Grid, ...]
+    extents: Tensor | None = None
     attend: SelfAttention | None = None
     plans: Plans = field(default_factory=dict)
     sees: tuple[Tensor, ...] | None = None
@@ -155,6 +158,7 @@ class PackLayout:
     """The part of a batch that stays the same from step to step: geometry and contexts."""
 
     coords: Tensor
+    extents: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     grids: tuple[Grid, ...]
@@ -186,6 +190,7 @@ class Packer:
             tokens=tokens,
             rows=None if len(timesteps) == 1 else _token_rows(rows, layout.grids, self.device),
             coords=layout.coords,
+            extents=layout.extents,
             cu_seqlens=layout.cu_seqlens,
             max_seqlen=layout.max_seqlen,
             grids=layout.grids,
@@ -268,11 +273,17 @@ def lay_out(
         spans += [(context, n // patch_size[0] * H * W) for context, n in stretches]
     return PackLayout(
         coords=to_device(coords, device),
+        extents=_extents(grids, device),
         cu_seqlens=_cumulative(lengths, device),
         max_seqlen=max(lengths),
         grids=tuple(grids),
         contexts={name: _joined(name, spans, device) for name in spans[0][0].sources},
     )
+
+
+def _extents(grids: Sequence[Grid], device: torch.device) -> Tensor:
+    parts = [torch.tensor(grid[1:]).expand(math.prod(grid), 2) for grid in grids]
+    return to_device(torch.cat(parts), device)
 
 
 def _times(frames: int, anchors: int, patch_frames: int) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 from sora_engine.config import Limits, ParallelConfig
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.distributed.layout_cost import TransformerCost, VideoCost, layouts_by_cost
+from sora_engine.errors import LayoutError
+from sora_engine.models.family import Checkpoint
 from sora_engine.models.registry import Components, ModelPath, open_checkpoint
 from sora_engine.request import (
     LatentGrid,
@@ -31,7 +33,11 @@ def describe(
     checkpoint, _ = open_checkpoint(path, components)
     request = resolve_request(
         VideoRequest(
-            "", height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale
+            label=None if checkpoint.labels is None else 0,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            guidance_scale=guidance_scale,
         ),
         checkpoint,
         Limits(),
@@ -83,4 +89,17 @@ def auto_layout(
 ) -> ParallelConfig:
     """The layout that `parallel="auto"` stands for: the best for the checkpoint's own defaults."""
     model, video = describe(path, components, None, None, None, None)
-    return layouts_by_cost(num_ranks, model, video)[0].layout
+    shares = open_checkpoint(path, components)[0].shares_tokens
+    found = [predicted.layout for predicted in layouts_by_cost(num_ranks, model, video)]
+    fitting = [layout for layout in found if shares or layout.ulysses * layout.ring == 1]
+    return fitting[0] if fitting else ParallelConfig(data=num_ranks)
+
+
+def check_tokens(parallel: ParallelConfig, checkpoint: Checkpoint) -> None:
+    """LayoutError where ranks would share the tokens of a pass and its attention does not allow
+    it."""
+    if not checkpoint.shares_tokens and parallel.ulysses * parallel.ring > 1:
+        raise LayoutError(
+            f"{parallel}: the attention of {checkpoint.family} goes within frames and along time, "
+            "and ulysses and ring would cut one of them apart; guidance, window or data would work"
+        )

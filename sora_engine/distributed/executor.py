@@ -19,7 +19,7 @@ from torch import Tensor
 from sora_engine.config import ParallelConfig
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.distributed import torchrun
-from sora_engine.distributed.auto_layout import auto_layout
+from sora_engine.distributed.auto_layout import auto_layout, check_tokens
 from sora_engine.distributed.layout import check_devices, check_heads, check_world
 from sora_engine.distributed.message import Message
 from sora_engine.distributed.pool import RankPool
@@ -39,6 +39,7 @@ from sora_engine.models.registry import (
     plain_components,
 )
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
+from sora_engine.request.labels import Labels
 from sora_engine.request.lora import EXPERTS, Lora, LoraRecord, checked_loras
 
 
@@ -71,6 +72,7 @@ class RemoteModel:
     from_timesteps: tuple[float, ...]
     weights_hash: str
     known_mode: KnownMode
+    labels: Labels | None = None
     loras: tuple[LoraRecord, ...] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
     dtype_name: str = ""
@@ -92,6 +94,7 @@ class RemoteModel:
             from_timesteps=tuple(fields["from_timesteps"]),
             weights_hash=fields["weights_hash"],
             known_mode=KnownMode(fields["known_mode"]),
+            labels=Labels.from_json(fields["labels"]),
             loras=tuple(LoraRecord(**record) for record in fields["loras"]),
             chosen=fields["chosen"],
             dtype_name=fields["dtype_name"],
@@ -344,6 +347,7 @@ def start_replicas(
     checkpoint, _ = open_checkpoint(path, components)
     num_heads = checkpoint.shape.num_heads
     check_heads(parallel, num_heads)
+    check_tokens(parallel, checkpoint)
     if torchrun.launched():
         check_world(parallel, int(os.environ["WORLD_SIZE"]))
     elif target.type == "cuda":

@@ -55,6 +55,7 @@ class BatchSharder:
             tokens=video.tokens[mine],
             rows=None if video.rows is None else video.rows[mine],
             coords=video.coords[mine],
+            extents=None if video.extents is None else video.extents[mine],
             attend=ShardedAttention(shard),
             plans=shard.plans,
         )

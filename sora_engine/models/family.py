@@ -20,6 +20,7 @@ from sora_engine.io.weights.merging import Merge
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.labels import Labels
 from sora_engine.request.ladders import Ladder
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -100,6 +101,8 @@ class Checkpoint:
         too; there is none where the transformer reads nothing but the video.
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
+    labels: the classes that it makes, where it reads a class in place of a text.
+    shares_tokens: whether ranks can share the tokens of one pass out (ulysses, ring).
     defaults: of the family's published pipelines; a checkpoint's own go before them.
     """
 
@@ -116,6 +119,8 @@ class Checkpoint:
     image_encoder: ImageSource | None = None
     takes_last_image: bool = False
     learned_variance: bool = False
+    labels: Labels | None = None
+    shares_tokens: bool = True
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
     tiny_vae: Path | None = None
@@ -134,8 +139,31 @@ class Checkpoint:
         return [*own, self.vae.weights_path, *text]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What models of a family can do, for people: `models.overview` makes a table of it.
+
+    known_modes: what their known content is to them, by variant. windows: the schedules of windows,
+    and `sparse` for a `SparsePlan`. ranks: the axes over which a job can be shared out. adapters:
+    those that requests and loading take. page: of the docs.
+    """
+
+    makes: str
+    reads: str
+    known_modes: tuple[KnownMode, ...]
+    windows: tuple[str, ...]
+    ranks: tuple[str, ...]
+    adapters: tuple[str, ...]
+    page: str
+
+
 class Family(Protocol):
     """A kind of checkpoint."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What its models can do."""
+        ...
 
     @property
     def name(self) -> str:

@@ -137,6 +137,7 @@ def load_video_model(
         image_encoder=load_image_encoder(checkpoint, target, weights_dtype, offload),
         takes_last_image=checkpoint.takes_last_image,
         learned_variance=checkpoint.learned_variance,
+        labels=checkpoint.labels,
         sampler_config=_sampler_config(checkpoint),
         known_mode=checkpoint.known_mode,
         grid=checkpoint.grid,
@@ -351,7 +352,8 @@ def load_prompt_encoder(
             dtype=dtype,
             max_tokens=source.max_tokens,
         )
-        if offload in ("text", "blocks"):
+        has_layers = next(encoders[name].model.parameters(), None) is not None
+        if offload in ("text", "blocks") and has_layers:
             offload_encoder(encoders[name], device)
     return PromptEncoder(encoders)
 

@@ -28,6 +28,8 @@ logger = logging.getLogger("sora_engine")
 
 _FAMILIES: list[Family | str] = [
     "sora_engine.models.wan.family:WanFamily",
+    "sora_engine.models.dit.family:DiTFamily",
+    "sora_engine.models.latte.family:LatteFamily",
 ]
 """Each family, or where its class is: a new one is a line here."""
 

@@ -18,6 +18,7 @@ from sora_engine.models.lora import AdapterSet
 from sora_engine.models.quantised import errors_of, formats_of
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.labels import Labels
 from sora_engine.request.lora import LoraRecord
 from sora_engine.samplers import SamplerConfig
 from sora_engine.text import ImageEncoder, PromptEncoder
@@ -49,6 +50,7 @@ class VideoModel:
     experts: by falling noise level, most often one.
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
+    labels: the classes that it makes, where it reads a class in place of a text.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
@@ -73,6 +75,7 @@ class VideoModel:
     weights_hash: str = ""
     family: str = ""
     learned_variance: bool = False
+    labels: Labels | None = None
     preview: Preview | None = None
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from sora_engine.request.labels import Labels
+
 
 class KnownMode(StrEnum):
     """How a checkpoint takes known content."""
@@ -54,13 +56,15 @@ class LatentGrid:
     """How pixels map to latents: the sizes that a model can make.
 
     channels: of a latent. vae_spatial: pixels to a latent, each way. patch: latents to a token, in
-    frames, rows and columns. time: frames to a latent frame.
+    frames, rows and columns. time: frames to a latent frame. images: whether it makes single
+        pictures and nothing else.
     """
 
     channels: int
     vae_spatial: int
     patch: tuple[int, int, int]
     time: int
+    images: bool = False
 
     @property
     def multiple(self) -> tuple[int, int]:
@@ -105,6 +109,10 @@ class ModelFacts(Protocol):
     def defaults(self) -> GenerationDefaults: ...
     @property
     def known_mode(self) -> KnownMode: ...
+    @property
+    def labels(self) -> Labels | None:
+        """Its classes, where it makes pictures of classes in place of texts."""
+        ...
 
 
 def nearest_on_grid(value: int, multiple: int, remainder: int = 0) -> tuple[int, int]:

@@ -74,6 +74,7 @@ _PLAIN = (
     "loop",
     "resample",
     "original_prompt",
+    "label",
 )
 
 

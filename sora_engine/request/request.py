@@ -79,7 +79,7 @@ class VideoRequest:
     checkpoint's schedule can tell is found when the job runs, and raised by `Job.result`.
 
     Args:
-        prompt: what the video shows.
+        prompt: what the video shows; of a checkpoint of classes, one of them (or `label`).
         negative_prompt: what guidance steers away from; "" for nothing, whatever the checkpoint's
             own is.
         height, width: pixels, of any size. The model makes the next larger size on its grid
@@ -124,11 +124,13 @@ class VideoRequest:
             which are loaded as long as jobs have them. Requests in one batch may have different
             ones. Files that change more than linear layers by LoRA are merged on loading:
             `Engine.from_pretrained(loras=...)`.
+        label: the class that a checkpoint of classes makes a picture of, by its number, or by its
+            name where the checkpoint tells names.
         original_prompt: what the prompt was before a prompt upsampler rewrote it; kept with the
             result, and nothing else.
     """
 
-    prompt: str
+    prompt: str = ""
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -155,3 +157,4 @@ class VideoRequest:
     resample: int = 1
     loras: Sequence[Lora] = ()
     original_prompt: str | None = None
+    label: int | str | None = None

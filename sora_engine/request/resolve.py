@@ -19,6 +19,7 @@ from sora_engine.request.facts import (
     nearest_on_grid,
 )
 from sora_engine.request.guidance import Guidance, needs_unconditional
+from sora_engine.request.labels import resolve_label
 from sora_engine.request.ladders import with_ladder
 from sora_engine.request.limits import check_canvas, check_text
 from sora_engine.request.lora import LoraRecord
@@ -76,10 +77,13 @@ class ResolvedRequest:
     original_prompt: str | None = None
     ladder: str = ""
     loras: tuple[LoraRecord, ...] = ()
+    label: int | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The texts that it reads: those of its shots, or its prompt."""
+        """The texts that it reads: those of its shots, or its prompt, or its class's number."""
+        if self.label is not None:
+            return (str(self.label),)
         return tuple(shot.prompt for shot in self.shots) or (self.prompt,)
 
     @property
@@ -106,7 +110,7 @@ class ResolvedRequest:
 
     def memory_key(self) -> tuple[object, ...]:
         """All of the request that its memory depends on: everything but words, seed and pixels."""
-        contents = ("prompt", "negative_prompt", "original_prompt", "seed", "fps")
+        contents = ("prompt", "negative_prompt", "original_prompt", "seed", "fps", "label")
         reduced = {
             "clips": bool(self.clips),
             "init": self.init is not None,
@@ -154,11 +158,18 @@ def resolve_request(
         raise RequestError(f"resample must be from 1 to {MAX_RESAMPLE}, got {resample}")
     if request.latents is not None:
         _check_latents(request.latents, latent_shape)
+    negative_prompt = (
+        defaults.negative_prompt if request.negative_prompt is None else request.negative_prompt
+    )
+    label = resolve_label(
+        request.label, request.prompt, negative_prompt, facts.labels, shots=bool(shots)
+    )
+    if label is not None and facts.labels is not None and negative_prompt.strip():
+        negative_prompt = str(facts.labels.index(negative_prompt))
     return ResolvedRequest(
         prompt=request.prompt,
-        negative_prompt=(
-            defaults.negative_prompt if request.negative_prompt is None else request.negative_prompt
-        ),
+        negative_prompt=negative_prompt,
+        label=label,
         height=height,
         width=width,
         num_frames=num_frames,
@@ -254,6 +265,10 @@ def _resolve_size(
     num_frames = _on_grid(
         "num_frames", request.num_frames, default_frames, grid.time, 0 if loop else 1, request
     )
+    if grid.images and num_frames != 1:
+        raise RequestError(
+            f"num_frames is {num_frames}; this checkpoint makes single pictures, so 1 would work"
+        )
     if shots and sum(shot.num_frames for shot in shots) != num_frames:
         raise RequestError(
             f"the shots have {sum(shot.num_frames for shot in shots)} frames together; "

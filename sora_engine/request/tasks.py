@@ -58,8 +58,8 @@ UPSCALE_STRENGTH = 0.4
 """Enough noise to draw new detail, too little to move what is there."""
 
 
-def image(prompt: str, **settings: Any) -> VideoRequest:
-    """One frame."""
+def image(prompt: str = "", **settings: Any) -> VideoRequest:
+    """One frame, of a prompt or (`label`) of a class."""
     return VideoRequest(prompt, num_frames=1, **settings)
 
 

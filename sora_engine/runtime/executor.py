@@ -20,6 +20,7 @@ from sora_engine.denoise.packing import Packer
 from sora_engine.models.adapter_store import AdapterStore
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid, ResolvedRequest
+from sora_engine.request.labels import Labels
 from sora_engine.request.lora import LoraRecord
 from sora_engine.runtime.saturation import saturation_point
 from sora_engine.vae.decoding import decoding
@@ -58,6 +59,8 @@ class ServedModel(Protocol):
     def defaults(self) -> GenerationDefaults: ...
     @property
     def known_mode(self) -> KnownMode: ...
+    @property
+    def labels(self) -> Labels | None: ...
     @property
     def num_experts(self) -> int: ...
     @property

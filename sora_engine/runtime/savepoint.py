@@ -90,6 +90,7 @@ def save_state(
             **{name: getattr(request, name) for name in _PLAIN},
             "sigmas": request.sigmas,
             "ladder": request.ladder,
+            "label": request.label,
             "shots": [asdict(shot) for shot in request.shots],
             "guidance": asdict(request.guidance),
             "window": None if request.window is None else asdict(request.window),
@@ -188,6 +189,7 @@ def _request_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R
         **{name: plain[name] for name in _PLAIN},
         sigmas=None if plain["sigmas"] is None else tuple(plain["sigmas"]),
         ladder=plain.get("ladder", ""),  # files of version 0.2.0 have none
+        label=plain.get("label"),  # and no label
         shots=tuple(Shot(**shot) for shot in plain["shots"]),
         guidance=Guidance(**plain["guidance"]),
         window=None if plain["window"] is None else plan(**plain["window"]),

@@ -65,6 +65,9 @@ class TextEncoderKind(Protocol):
 
 _KINDS: dict[str, TextEncoderKind | str] = {
     "UMT5EncoderModel": "sora_engine.text.umt5:UMT5Encoder",
+    "ClassLabels": "sora_engine.text.labels:LabelEncoder",
+    "T5EncoderModel": "sora_engine.text.t5:T5Encoder",
+    "T5TokenCounts": "sora_engine.text.t5:T5TokenCounts",
 }
 """By the class that a configuration names the kind, or where it is."""
 

@@ -120,6 +120,38 @@ def test_no_family_is_named_outside_its_folder() -> None:
     assert not elsewhere
 
 
+def test_no_other_family_is_named_outside_its_folder() -> None:
+    """By what is imported or told by name: the registry's line, and nothing else."""
+    root = ROOT / "sora_engine"
+    folders = [path.parent.name for path in root.glob("models/*/family.py")]
+    assert {"wan", "dit", "latte"} <= set(folders)
+    for name in set(folders) - {"wan"}:
+        word = re.compile(rf"\b{name}\b|models\.{name}", re.IGNORECASE)
+        naming = {
+            path.relative_to(root).as_posix(): [line for line in code_of(path) if word.search(line)]
+            for path in root.rglob("*.py")
+            if not path.is_relative_to(root / "models" / name)
+        }
+        assert {file: lines for file, lines in naming.items() if lines} == {
+            "models/registry.py": naming["models/registry.py"]
+        }
+        assert len(naming["models/registry.py"]) == 1
+
+
+def code_of(path: Path) -> list[str]:
+    """Names, imports and strings of a file, its docstrings aside."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    fields = ("id", "attr", "name", "module", "arg", "asname", "value")
+    found = (
+        getattr(node, field, None)
+        for node in ast.walk(tree)
+        if id(node) not in told
+        for field in fields
+    )
+    return [text for text in found if isinstance(text, str)]
+
+
 def test_every_field_of_a_request_is_carried_wherever_a_request_goes() -> None:
     """A plain field by its list, any other by code of its own that names it."""
     carriers = {

@@ -48,7 +48,9 @@ families()  # theirs are known with them
 
 def resolve(own=None, **values):
     defaults = on_ladder(replace(DEFAULTS, ladder=own))
-    facts = SimpleNamespace(grid=GRID, defaults=defaults, known_mode=KnownMode.REPLACEMENT)
+    facts = SimpleNamespace(
+        grid=GRID, defaults=defaults, known_mode=KnownMode.REPLACEMENT, labels=None
+    )
     request = sora.VideoRequest(**{"prompt": "a", **values})
     return resolve_request(request, facts, Limits(), solvers=SOLVERS)
 

@@ -78,6 +78,7 @@ class Facts:
 
     grid = LatentGrid(channels=4, vae_spatial=8, patch=(1, 2, 2), time=4)
     known_mode = KnownMode.REPLACEMENT
+    labels = None
     defaults = GenerationDefaults(
         height=16,
         width=16,

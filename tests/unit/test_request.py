@@ -35,7 +35,7 @@ DEFAULTS = GenerationDefaults(
 )
 GRID = LatentGrid(channels=16, vae_spatial=8, patch=(1, 2, 2), time=4)
 STRICT = {"strict_grid": True}
-FACTS = SimpleNamespace(grid=GRID, defaults=DEFAULTS, known_mode=KnownMode.REPLACEMENT)
+FACTS = SimpleNamespace(grid=GRID, defaults=DEFAULTS, known_mode=KnownMode.REPLACEMENT, labels=None)
 
 
 def resolve(*, limits=None, **values):

@@ -10,6 +10,7 @@ from typing import Any
 
 from sora_engine.errors import CheckpointError
 from sora_engine.models.family import (
+    Capabilities,
     Checkpoint,
     ExpertSource,
     ImageSource,
@@ -54,6 +55,15 @@ class WanFamily:
     name = "wan"
     layout: FolderLayout = LAYOUT
     ladders: Mapping[str, Ladder] = WAN_LADDERS
+    capabilities = Capabilities(
+        makes="videos, pictures",
+        reads="texts, images, control clips",
+        known_modes=tuple(KnownMode),
+        windows=("static", "moving", "chained", "sparse"),
+        ranks=("ulysses", "ring", "guidance", "window", "data"),
+        adapters=("lora", "loha", "lokr", "dora", "difference"),
+        page="wan.md",
+    )
 
     def claims_file(self, shapes: Shapes) -> bool:
         """Whether most of the tensors that every Wan has are there, under diffusers' names or its
