@@ -224,6 +224,7 @@ def test_pages_of_other_sites_may_not_post(origin: str | None, status: int) -> N
         (f"alice {hash_of(ALICE)}\nalice {hash_of(BOB)}", "an owner twice"),
         (f"alice {ALICE}", "line 1: after the owner"),
     ],
+    ids=range(11),  # keys are new in each process, and names of tests the same in all
 )
 def test_a_key_file_that_is_wrong_says_where(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "keys"
