@@ -63,7 +63,7 @@ class Tracing:
             if stage in durations:
                 child = self._tracer.start_span(stage, inside, start_time=_nanoseconds(at))
                 at += durations[stage]
-                child.end(_nanoseconds(at))
+                child.end(_nanoseconds(min(at, ended_s)))  # sums are rounded
         span.end(_nanoseconds(ended_s))
 
     def _context(self, traceparent: str | None) -> Any:
