@@ -234,12 +234,13 @@ def serve(
 
 
 def _make_key(owner: str) -> None:
-    from sora_engine.serve.keys import hash_of
+    from sora_engine.serve.keys import line_of
     from sora_engine.serve.keys import new_key as make
 
     key = make()
+    line = line_of(owner, key)
     say(f"key, for the client: {key}")
-    say(f"line, for --api-keys: {owner} {hash_of(key)}")
+    say(f"line, for --api-keys: {line}")
 
 
 def _read(config: Path) -> dict[str, Any]:
