@@ -17,6 +17,8 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     cores.
 
     long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
+    Groups in `BY_NAME` run where they are asked for: `cpu`, a step and a decode in fp32 and bf16
+    (4 minutes), and `errors`, how far bf16 is from fp32 (1 minute).
     tiny: everything once, at sizes that show no more than that it runs.
     """
     from dataclasses import replace
@@ -25,6 +27,8 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
     from sora_engine.bench.linear import linear
     from sora_engine.bench.ops import block, ops
+    from sora_engine.bench.precision import errors, precision
+    from sora_engine.request import VideoRequest
 
     if tiny:
         shape = WanShape(heads=2, head_dim=12, ffn_dim=32, layers=1, text_dim=32, vae_base_dim=3)
@@ -48,6 +52,10 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
                 polls_s=0.3,
                 clients=5,
             ),
+            "cpu": lambda: precision(shape, (1, 2, 2), (2, 2, 2), rounds=1),
+            "errors": lambda: errors(
+                shape, (VideoRequest("a", num_frames=1, height=16, width=16, seed=1),)
+            ),
         }
     # Decoding is measured at a third of the VAE's width, where it does not take the time of steps.
     four = replace(WAN_1_3B, layers=4, vae_base_dim=32)
@@ -58,10 +66,12 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
         "linear": linear,
         "end-to-end": lambda: end_to_end(four, run),
         "serving": lambda: [
-            *serving.serving(count=60, rounds=1),
+            *serving.serving(count=40, rounds=3),
             serving.burst(rounds=2),
         ],
         "http": http.over_http,
+        "cpu": precision,
+        "errors": errors,
     }
     if long:
         groups["end-to-end"] = lambda: end_to_end(four, replace(run, steps=20))
@@ -83,10 +93,9 @@ def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
     return {"h200": lambda: h200(device=device, dry_run=tiny, say=say)}
 
 
-ON_REQUEST = ("http",)
-"""Groups that run where `only` names them: this one needs an extra, and a server of its own."""
-
 PROFILES = ("cpu", "cpu-long", "h200")
+BY_NAME = ("cpu", "errors", "http")
+"""Groups that run where they are asked for; `http` needs an extra, and a server of its own."""
 
 
 def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say = print) -> Result:
@@ -107,7 +116,7 @@ def run(profile: str, *, only: Sequence[str] = (), tiny: bool = False, say: Say 
     found: list[Measurement] = []
     started = time.monotonic()
     for name, group in groups.items():
-        if name not in (only or groups) or (name in ON_REQUEST and not only):
+        if (name not in only) if only else name in BY_NAME:
             continue
         try:
             measured = group()

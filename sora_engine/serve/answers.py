@@ -8,6 +8,8 @@ from sora_engine.serve.replies import Failure, Video
 from sora_engine.serve.store import ACTIVE
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
     from sora_engine.serve.desk import Desk
     from sora_engine.serve.live import Live
     from sora_engine.serve.store import Row
@@ -15,8 +17,13 @@ if TYPE_CHECKING:
 _STATUS = {"completed": "completed", "failed": "failed", "cancelled": "failed"}
 
 
-def video_of(desk: Desk, row: Row) -> Video:
-    """The answer about a job."""
+def video_for(request: Request, desk: Desk, row: Row) -> Video:
+    """The answer about a job to who asks: with whole addresses, as clients follow them."""
+    return video_of(desk, row, str(request.base_url).rstrip("/"))
+
+
+def video_of(desk: Desk, row: Row, base: str = "") -> Video:
+    """The answer about a job. base: how the client reaches this server."""
     live = desk.live(row.id)
     if live is None and row.state in ACTIVE:  # it has ended since its row was read
         row = desk.store.get(row.id) or row
@@ -48,7 +55,7 @@ def video_of(desk: Desk, row: Row) -> Video:
         inference_time_s=facts.get("inference_time_s"),
         stage_durations=facts.get("stage_durations", {}),
         peak_memory_mb=_promised(row, live),
-        url=f"/v1/videos/{row.id}/content" if done else None,
+        url=f"{base}/v1/videos/{row.id}/content" if done else None,
         receipt=facts.get("receipt"),
         **progress,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from sora_engine.serve.answers import video_of
+from sora_engine.serve.answers import video_for
 from sora_engine.serve.document import FAILURES
 from sora_engine.serve.events import Events
 from sora_engine.serve.failures import ApiError
@@ -48,7 +48,7 @@ async def events(video_id: str, request: Request) -> Response:
     streams.check(client)
 
     def word() -> dict[str, Any]:
-        return video_of(desk, desk.row(owner, video_id, "video")).model_dump(mode="json")
+        return video_for(request, desk, desk.row(owner, video_id, "video")).model_dump(mode="json")
 
     async def lines() -> AsyncIterator[bytes]:
         leave = streams.enter(client)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
-from sora_engine.serve.answers import poll_after_ms, video_of
+from sora_engine.serve.answers import poll_after_ms, video_for
 from sora_engine.serve.content import send_file
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError, bad_value, not_found
@@ -34,7 +34,7 @@ _FILES = {
 async def create(request: Request) -> Video:
     """Queue a video, from words or from a picture or a clip."""
     row = await place(request, Order("create", CreateVideo))
-    return video_of(desk_of(request), row)
+    return video_for(request, desk_of(request), row)
 
 
 @router.get("", operation_id="listVideos")
@@ -53,7 +53,7 @@ async def videos(
             raise bad_value("after: there is no such video", "after")
         number = last.number
     rows = desk.store.page(owner, after=number, limit=limit + 1, newest=order == "desc")
-    data = [video_of(desk, row) for row in rows[:limit]]
+    data = [video_for(request, desk, row) for row in rows[:limit]]
     return VideoList(
         data=data,
         first_id=data[0].id if data else None,
@@ -66,7 +66,7 @@ async def videos(
 async def retrieve(video_id: str, request: Request, response: Response) -> Video:
     """A video, and how far it is."""
     desk = desk_of(request)
-    told = video_of(desk, desk.row(owner_of(request), video_id, "video"))
+    told = video_for(request, desk, desk.row(owner_of(request), video_id, "video"))
     if told.status in ("queued", "in_progress"):
         response.headers["openai-poll-after-ms"] = str(poll_after_ms(told))
     response.headers["Cache-Control"] = "no-store"

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sora_engine.serve.answers import video_of
+from sora_engine.serve.answers import video_for
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.orders import Order, place, propose
@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
 
 
 async def _placed(request: Request, order: Order) -> Video:
-    return video_of(desk_of(request), await place(request, order))
+    return video_for(request, desk_of(request), await place(request, order))
 
 
 @router.post(
@@ -131,7 +131,7 @@ async def cancel(video_id: str, request: Request) -> Video:
     """Stop a video that is queued or being made, within a step. One that is done stays."""
     desk = desk_of(request)
     row = await asyncio.to_thread(desk.cancel, owner_of(request), video_id)
-    return video_of(desk, row)
+    return video_for(request, desk, row)
 
 
 @router.get("/{video_id}/request", operation_id="retrieveRequest")

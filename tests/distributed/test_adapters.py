@@ -58,7 +58,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["tokens and branches", pytest.param("a ring, shared weights", marks=pytest.mark.slow)],
+)
 def test_videos_are_those_of_one_rank(requests, alone, layout):
     parallel = LAYOUTS[layout]
     options = {"device": "cpu", "parallel": parallel, "limits": PACKED}
@@ -103,6 +106,7 @@ def test_names_saved_jobs_and_what_cannot_be(requests, files, alone, tmp_path):
         assert close(engine.resume(saved).result().latents, alone[0])
 
 
+@pytest.mark.slow
 def test_a_clip_and_an_adapter(files):
     clip = Clip(torch.full((1, 32, 48, 3), 200, dtype=torch.uint8).numpy(), at=0)
     request = replace(REQUEST, clips=[clip], loras=[Lora(files[1])])

@@ -238,7 +238,7 @@ def test_previews_pass_beside_checked_frames_where_a_hook_says_so():
     np.testing.assert_array_equal(preview_of(check_previews=darkened), open_ // 2)
     with pytest.raises(sora.RefusedError, match="not this preview"):
         preview_of(13, **checked)
-    with pytest.raises(sora.JobFailedError, match=r"check_previews must return uint8 \[2, 8, 8, 3"):
+    with pytest.raises(sora.JobFailedError, match=r"check_previews must return uint8 \[2, 2, 2, 3"):
         preview_of(check_previews=lambda preview, request: preview[:1])
 
 

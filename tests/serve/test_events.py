@@ -66,6 +66,7 @@ def test_a_stream_tells_what_a_poll_would_and_ends(service: Service) -> None:
     assert len(set(steps)) > 5
     progress = [word["progress"] for word in told]
     assert progress == sorted(progress)
+    assert told[-1]["url"] == f"{service.url}/v1/videos/{name}/content"
     assert streamed(service, name) == events[-1:]  # of a job that is done: its last word
 
 

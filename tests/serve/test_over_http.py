@@ -96,6 +96,18 @@ def test_nothing_of_the_server_is_told(nursery: Nursery, tmp_path):
                 data={"prompt": "b"},
                 files={"video": ("x.mp4", body, "video/mp4")},
             )
+        mask = io.BytesIO()  # of another size, which the engine tells by the mask's path
+        Image.fromarray(moving(1, 16)[0]).save(mask, "PNG")
+        answer = http.post(
+            "/v1/videos/edits",
+            data={"prompt": "b"},
+            files={
+                "video": ("x.mp4", clip, "video/mp4"),
+                "mask": ("m.png", mask.getvalue(), "image/png"),
+            },
+        )
+        assert answer.status_code == 400
+        assert "the mask upload_" in answer.json()["error"]["message"]
         http.get("/v1/videos/nothing")
         http.get("/v1/models")
         http.get("/health")

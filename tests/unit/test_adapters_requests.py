@@ -352,17 +352,6 @@ def test_on_a_device_they_cost_no_wait(tmp_path, monkeypatch):
         assert tally.waits == without.phases[name].waits, name
 
 
-def test_ranks_say_that_they_merge_on_loading(files):
-    parallel = sora.ParallelConfig(ulysses=2)
-    with sora.Engine.from_pretrained("sprites", device="cpu", parallel=parallel) as engine:
-        for attempt in (
-            lambda: engine.load_lora(files[0]),
-            lambda: engine.submit(replace(REQUEST, loras=[Lora(files[0])])),
-        ):
-            with pytest.raises(RequestError, match=r"from_pretrained\(loras=\.\.\.\) merges them"):
-                attempt()
-
-
 def test_a_pass_with_adapters_is_no_cuda_graph():
     """What is recorded has the layers of the moment in it."""
 

@@ -1,0 +1,249 @@
+// @ts-check
+// The form, its state in the address and in local storage, and what holds the page together.
+
+import { api, Refused } from "./api.js";
+import { Gallery, time } from "./gallery.js";
+import { Timeline } from "./timeline.js";
+
+const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
+const FIELDS = ["prompt", "size", "length", "seed", "steps", "guidance", "fps", "solver", "priority", "lora", "negative"];
+const CHECKS = ["loop", "lock"];
+const STATE = "sora_engine.form";
+
+/** @type {any} */
+let model = null;
+let spoken = 0, planned = 0;
+
+function say(/** @type {string} */ words) {
+  // A reader of screens that is told each step hears nothing else.
+  const now = Date.now();
+  if (/^(step|frame|waiting)/.test(words) && now - spoken < 5000) return;
+  spoken = now;
+  $("status").textContent = words;
+}
+
+function fail(/** @type {unknown} */ error) {
+  if (error instanceof Refused && error.status === 401) return void enter();
+  $("problem").textContent = error instanceof Error ? error.message : String(error);
+}
+
+const timeline = new Timeline($("track"), changed);
+const gallery = new Gallery({ say, fail, again });
+
+function shape() {
+  const step = model.grid.time * model.grid.patch[0];
+  timeline.shape({ frames: Number($("length").value), step, fps: fps(), loop: $("loop").checked });
+}
+
+const fps = () => Number($("fps").value) || model.defaults.fps;
+
+/** Sizes and lengths that the model makes, the checkpoint's own first. */
+function presets() {
+  const { defaults, grid, limits } = model;
+  const rows = grid.vae_spatial * grid.patch[1], columns = grid.vae_spatial * grid.patch[2];
+  const near = (/** @type {number} */ side, /** @type {number} */ of) => Math.max(of, Math.round(side / of) * of);
+  const area = defaults.height * defaults.width;
+  const sizes = new Map([[`${defaults.width}x${defaults.height}`, "the model's own"]]);
+  for (const [name, ratio, scale] of /** @type {[string, number, number][]} */ ([
+    ["square", 1, 1], ["wide 16:9", 16 / 9, 1], ["tall 9:16", 9 / 16, 1], ["wide 4:3", 4 / 3, 1],
+    ["small", defaults.width / defaults.height, 0.25], ["large", defaults.width / defaults.height, 2.25],
+  ])) {
+    const height = near(Math.sqrt((area * scale) / ratio), rows), width = near(Math.sqrt(area * scale * ratio), columns);
+    const size = `${width}x${height}`;
+    if (height * width <= limits.max_pixels && !sizes.has(size)) sizes.set(size, name);
+  }
+  options($("size"), [...sizes].map(([size, name]) => [size, `${size} (${name})`]));
+  lengths();
+  options($("lora"), [["", "none"], ...model.loras.map((/** @type {string} */ name) => [name, name])]);
+  $("steps").placeholder = defaults.num_inference_steps;
+  $("guidance").placeholder = defaults.guidance_scale;
+  $("fps").placeholder = defaults.fps;
+  $("negative").placeholder = defaults.negative_prompt || "nothing";
+}
+
+function lengths() {
+  const { defaults, grid, limits } = model;
+  const step = grid.time * grid.patch[0], first = $("loop").checked ? 0 : 1, own = defaults.num_frames;
+  const frames = new Set();
+  for (const scale of [0.25, 0.5, 1, 2, 4]) {
+    const on = Math.max(first ? 1 : step, Math.round((own * scale - first) / step) * step + first);
+    if (on <= limits.max_frames) frames.add(on);
+  }
+  const before = $("length").value, rate = fps();
+  options($("length"), [...frames].map((n) => [String(n), `${n} frames (${(n / rate).toFixed(1)} s)`]));
+  const wanted = Number(before) || own;
+  const best = [...frames].reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
+  $("length").value = String(best);
+}
+
+/** @param {any} select @param {[string, string][]} all */
+function options(select, all) {
+  const before = select.value;
+  select.replaceChildren(...all.map(([value, text]) => new Option(text, value)));
+  if (all.some(([value]) => value === before)) select.value = before;
+}
+
+/** The request as the server takes it. */
+function wire() {
+  const number = (/** @type {string} */ name) => ($(name).value === "" ? undefined : Number($(name).value));
+  const prompt = $("prompt").value.trim() || " ";
+  const { clips, shots } = timeline.wire(prompt);
+  const loop = $("loop").checked;
+  const line = clips.length || (shots.length && loop) ? { timeline: { clips, shots, loop } } : { loop, shots };
+  return {
+    prompt, ...line,
+    size: $("size").value,
+    num_frames: Number($("length").value),
+    seed: $("seed").value === "" ? undefined : Number($("seed").value),
+    num_inference_steps: number("steps"),
+    guidance_scale: number("guidance"),
+    fps: number("fps"),
+    priority: number("priority"),
+    solver: $("solver").value || undefined,
+    negative_prompt: $("negative").value || undefined,
+    loras: $("lora").value ? [{ name: $("lora").value }] : undefined,
+  };
+}
+
+function dice() {
+  $("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+}
+
+function changed() {
+  $("count").textContent = `${$("prompt").value.length} characters`;
+  const state = {
+    ...Object.fromEntries(FIELDS.map((name) => [name, $(name).value])),
+    ...Object.fromEntries(CHECKS.map((name) => [name, $(name).checked])),
+    cards: timeline.cards,
+  };
+  const text = JSON.stringify(state);
+  try { localStorage.setItem(STATE, text); } catch { /* private windows have none */ }
+  history.replaceState(null, "", `#${encodeURIComponent(text)}`);
+  window.clearTimeout(planned);
+  planned = window.setTimeout(plan, 400);
+}
+
+async function plan() {
+  if (!model || !$("prompt").value.trim()) return;
+  try {
+    const told = await api.plan(wire());
+    const memory = told.peak_memory_mb == null ? "" : `${memoryOf(told.peak_memory_mb)} of memory promised`;
+    const eta = told.eta_s == null ? "" : `about ${time(told.eta_s)}`;
+    const ahead = told.queue_position ? `${told.queue_position} before it` : "";
+    $("plan").textContent = [`${told.num_steps} steps`, memory, eta, ahead].filter(Boolean).join(", ");
+    $("problem").textContent = "";
+  } catch (error) {
+    $("plan").textContent = "";
+    fail(error);
+  }
+}
+
+const memoryOf = (/** @type {number} */ mib) => (mib < 1000 ? `${Math.round(mib)} MiB` : `${(mib / 1024).toFixed(1)} GiB`);
+
+function restore() {
+  let saved = null;
+  for (const text of [decodeURIComponent(location.hash.slice(1)), localStorage.getItem(STATE)]) {
+    try { saved ??= text ? JSON.parse(text) : null; } catch { /* an address of something else */ }
+  }
+  for (const name of CHECKS) if (saved) $(name).checked = saved[name] === true;
+  lengths();
+  for (const name of FIELDS) {
+    const value = saved?.[name];
+    if (typeof value !== "string") continue;
+    const field = $(name);
+    if (field instanceof HTMLSelectElement && ![...field.options].some((one) => one.value === value)) {
+      if (name === "lora") continue;
+      field.append(new Option(name === "length" ? `${value} frames` : value, value));
+    }
+    field.value = value;
+  }
+  if (Array.isArray(saved?.cards)) timeline.cards = saved.cards;
+  if (!$("seed").value) dice();
+}
+
+/** The form as a finished video was made. @param {any} video */
+function again(video) {
+  $("prompt").value = video.prompt ?? "";
+  for (const [name, value] of [["size", video.size], ["length", String(video.num_frames)]]) {
+    if (![...$(name).options].some((/** @type {any} */ one) => one.value === value)) $(name).append(new Option(value, value));
+    $(name).value = value;
+  }
+  $("seed").value = String(video.seed);
+  $("steps").value = "";
+  shape();
+  changed();
+  $("prompt").focus();
+  say("the form is as that video was made");
+}
+
+async function make(/** @type {Event} */ event) {
+  event.preventDefault();
+  $("problem").textContent = "";
+  if (!$("prompt").value.trim()) return fail(new Error("there is no prompt; say what the video shows"));
+  $("make").disabled = true;
+  try {
+    gallery.put(await api.create(wire()));
+    say("queued");
+    if (!$("lock").checked) dice();
+    changed();
+  } catch (error) {
+    fail(error);
+  } finally {
+    $("make").disabled = false;
+  }
+}
+
+async function addFile(/** @type {File} */ file) {
+  say("uploading");
+  const found = await api.upload(file, file.name);
+  const clip = found.num_frames > 1;
+  timeline.add({ kind: clip ? "clip" : "picture", at: 0, upload: found.id, frames: found.num_frames ?? 1 });
+  say(`${file.name} is on the time line`);
+}
+
+/** Asks for the key, and opens the page with it. */
+function enter() {
+  if ($("key-dialog").open) return;
+  $("key-dialog").showModal();
+}
+
+async function open() {
+  const told = await api.models();
+  const first = told.data[0];
+  model = first.sora;
+  $("model").textContent = first.id;
+  presets();
+  restore();
+  shape();
+  changed();
+  await gallery.refresh();
+}
+
+$("form").addEventListener("submit", make);
+for (const name of FIELDS) $(name).addEventListener(name === "prompt" || name === "negative" ? "input" : "change", changed);
+for (const name of ["length", "fps"]) $(name).addEventListener("change", shape);
+$("loop").addEventListener("change", () => { lengths(); shape(); changed(); });
+$("lock").addEventListener("change", changed);
+$("dice").addEventListener("click", () => { dice(); changed(); });
+$("add-text").addEventListener("click", () => timeline.add({ kind: "text", at: Math.floor(timeline.frames / 2), words: "" }));
+$("add-file").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", () => {
+  const [file] = $("file").files;
+  if (file) addFile(file).catch(fail);
+  $("file").value = "";
+});
+$("track").addEventListener("dragover", (/** @type {DragEvent} */ event) => event.preventDefault());
+$("track").addEventListener("drop", (/** @type {DragEvent} */ event) => {
+  event.preventDefault();
+  for (const file of event.dataTransfer?.files ?? []) addFile(file).catch(fail);
+});
+$("older").addEventListener("click", () => gallery.older().catch(fail));
+$("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
+  event.preventDefault();
+  api.enter($("key").value)
+    .then(() => { $("key-dialog").close(); return open(); })
+    .catch((error) => { $("key-problem").textContent = error.message; });
+});
+
+open().catch(fail);
+window.setInterval(() => { if (model && !document.hidden) gallery.refresh().catch(() => {}); }, 3000);
