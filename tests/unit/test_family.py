@@ -295,7 +295,7 @@ def test_what_a_family_brings_is_its_alone(folder):
     checkpoint, name = open_checkpoint(folder)
     assert (checkpoint.family, checkpoint.variant, name) == ("toy", "labels", folder.name)
     claimed = [family.claims_file({"by_label.weight": (1, 1)}) for family in families()]
-    assert claimed == [False, True]
+    assert claimed == [*[False] * (len(claimed) - 1), True]
 
 
 def test_the_class_of_an_autoencoder_has_one_kind(folder):
