@@ -33,6 +33,7 @@ ALICE, BOB = new_key(), new_key()
 OPEN = {
     *[("GET", path) for path in ("/health", "/ready", "/metrics", "/v1/models")],
     *[("GET", "/v1/models/{model_id:path}"), ("POST", "/session")],
+    *[("GET", path) for path in ("/", "/favicon.ico", "/page/{name}")],  # the page, without data
 }
 SECRET_WORD = "xylophone"
 
