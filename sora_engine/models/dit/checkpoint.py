@@ -59,8 +59,8 @@ class TransformerSource:
         merge: Merge | None = None,
         keep: Keep | None = None,
     ) -> None:
-        """Fill `module`, a `DiT` of `self.config` built on the meta device; `shard`, `merge` and `keep` as
-        of `load_into`."""
+        """Fill `module`, a `DiT` of `self.config` built on the meta device; `shard`, `merge` and
+        `keep` as of `load_into`."""
         with open_weights(self.path) as weights:
             load_into(
                 module,
