@@ -19,6 +19,7 @@ from sora_engine.errors import SoraError
 MIN_CHARS = 16
 PREFIX = "sk-sora-"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+_NAMED = "must be 1 to 32 of a-z, 0-9, dot, dash and underscore"
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _OPTIONS = {"max_jobs": (1, 100_000), "max_priority": (-8, 8)}
 
@@ -47,6 +48,13 @@ def new_key() -> str:
 def hash_of(key: str) -> str:
     """A key as a key file has it."""
     return "sha256:" + _digest(key).hex()
+
+
+def line_of(owner: str, key: str) -> str:
+    """A key's line in a key file; KeyFileError for a name that no owner may have."""
+    if not _NAME.fullmatch(owner):
+        raise KeyFileError(f"the owner {owner!r} {_NAMED}")
+    return f"{owner} {hash_of(key)}"
 
 
 class Keys:
@@ -111,9 +119,7 @@ class Keys:
 def _parsed(words: Sequence[str], where: str) -> Key:
     name, hashed = (*words, "")[:2]
     if not _NAME.fullmatch(name):
-        raise KeyFileError(
-            f"{where}: the owner must be 1 to 32 of a-z, 0-9, dot, dash and underscore"
-        )
+        raise KeyFileError(f"{where}: the owner {_NAMED}")
     match = _HASH.fullmatch(hashed)
     if match is None:
         raise KeyFileError(

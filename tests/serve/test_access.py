@@ -224,6 +224,7 @@ def test_pages_of_other_sites_may_not_post(origin: str | None, status: int) -> N
         (f"alice {hash_of(ALICE)}\nalice {hash_of(BOB)}", "an owner twice"),
         (f"alice {ALICE}", "line 1: after the owner"),
     ],
+    ids=range(11),  # keys are new in each process, and names of tests the same in all
 )
 def test_a_key_file_that_is_wrong_says_where(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "keys"
@@ -267,6 +268,23 @@ def test_keys_are_hashed_and_compared_in_constant_time(keys: Keys, monkeypatch) 
     with pytest.raises(KeyFileError, match="at least 16"):
         Keys.of_one("short")
     assert Keys.of_one("a-long-enough-key").key_for("a-long-enough-key") is not None
+
+
+def test_the_command_makes_a_key_and_its_line(tmp_path: Path, capsys) -> None:
+    from sora_engine.cli import main
+
+    assert main(["serve", "--new-key", "carol"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    path = tmp_path / "keys"
+    path.write_text(second.partition(": ")[2] + " max_jobs=3\n")
+    path.chmod(0o600)
+    found = Keys.read(path).key_for(first.partition(": ")[2])
+    assert found is not None
+    assert (found.owner, found.max_jobs) == ("carol", 3)
+    assert main(["serve", "--new-key", "Carol Smith"]) == 1
+    told = capsys.readouterr()
+    assert "the owner 'Carol Smith' must be 1 to 32" in told.err
+    assert told.out == ""
 
 
 def test_another_owners_job_is_not_the_callers(keys: Keys) -> None:

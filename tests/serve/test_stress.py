@@ -59,24 +59,22 @@ def upload_to(server: Server) -> str:
 
 
 def got_further(server: Server) -> None:
-    """Wait until each job that is being made has taken a step or more, or has ended."""
-
-    def states() -> dict[str, tuple[str, int, int]]:
-        listed = server.http.get("/v1/videos?limit=100").json()["data"]
-        return {
-            told["id"]: (told["status"], told["steps_done"], told["frames_decoded"])
-            for told in listed
-            if told["status"] in ("queued", "in_progress")
-        }
-
-    first: dict[str, tuple[str, int, int]] = {}
-    until = time.monotonic() + 20
+    """Wait until each job that is being made has taken a step more, which is saved, or has ended.
+    What is decoded counts for nothing before its files are in place."""
+    first: dict[str, int] = {}
+    until = time.monotonic() + 60
     while time.monotonic() < until:
-        now = states()
-        for name, state in now.items():
-            if state[0] == "in_progress":
-                first.setdefault(name, state)
-        if not now or (first and all(now.get(name) != state for name, state in first.items())):
+        listed = server.http.get("/v1/videos?limit=100").json()["data"]
+        active = {told["id"]: told for told in listed if told["status"] == "in_progress"}
+        begun = {name: told for name, told in active.items() if told["stage"] != "encoding"}
+        for name, told in begun.items():
+            first.setdefault(name, told["steps_done"])
+        further = all(
+            name not in active or active[name]["steps_done"] > steps
+            for name, steps in first.items()
+        )
+        waits = any(told["status"] == "queued" for told in listed)
+        if further and len(begun) == len(active) and (first or not waits):
             return
         time.sleep(0.01)
 
