@@ -15,7 +15,7 @@ FIELDS = (
     *("num_inference_steps", "guidance_scale_2", "guidance_scale", "guidance", "shift", "sigmas"),
     *("ladder", "solver", "seed", "strength", "loop", "shots", "window", "latents", "resample"),
     *("loras", "clips", "init", "priority", "deadline_s", "before_s", "after_s", "gap_s", "scale"),
-    *("missing", "mask"),
+    *("missing", "mask", "label"),
 )
 """Names with which the engine's messages about a value begin."""
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 PLAIN = (
     *("height", "width", "fps", "negative_prompt", "original_prompt", "num_inference_steps"),
     *("guidance_scale", "guidance_scale_2", "shift", "sigmas", "ladder", "solver", "seed"),
-    *("round_to_grid", "strict_grid", "resample"),
+    *("round_to_grid", "strict_grid", "resample", "label"),
 )
 """Fields that go into the request as they are."""
 UNSTORED = ("user", "priority", "deadline_s", "model")

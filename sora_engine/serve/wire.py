@@ -144,6 +144,10 @@ class Sampling(Body):
             "[channels, latent_frames, latent_height, latent_width] of the canvas."
         ),
     ] = None
+    label: Annotated[
+        int | Annotated[str, Field(max_length=200)] | None,
+        Field(description="The class, by its number or name, of a checkpoint of classes."),
+    ] = None
     round_to_grid: bool = False
     strict_grid: bool = False
     loras: Annotated[list[LoraBody], Field(max_length=16)] = []
@@ -163,6 +167,12 @@ class Sampling(Body):
         if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", value) is None:
             raise ValueError("it is WIDTHxHEIGHT in pixels, such as 1280x720, or auto")
         return value
+
+    @field_validator("label")
+    @classmethod
+    def _label(cls, value: int | str | None) -> int | str | None:
+        """A form has numbers as texts."""
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
     @model_validator(mode="after")
     def _one_size(self) -> Sampling:
