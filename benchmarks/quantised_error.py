@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT / "examples/sprites"))
 
 import evaluate  # noqa: E402 - the example's own
 
+SETTINGS = ("height", "width", "fps", "solver", "guidance_scale")
 BLOCKS = {"Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "Q4_1": 32, "Q4_0": 32}
 
 
@@ -84,7 +85,9 @@ def forms(folder: Path) -> Iterator[tuple[str, Path, str, float]]:
             yield kind, path, "as-stored:float32", gguf_file(path, kind, tensors)
 
 
-def measure(path: Path | str, dtype: str, count: int) -> tuple[list[sora.Video], dict[str, Any]]:
+def measure(
+    path: Path | str, dtype: str, count: int, options: dict[str, Any]
+) -> tuple[list[sora.Video], dict[str, Any]]:
     """Videos of held-out prompts, and what the reader finds in them."""
     components = None if path == "sprites" else SPRITES
     scenes = evaluate.scenes_of((64, 64), count, seed=1)
@@ -92,7 +95,7 @@ def measure(path: Path | str, dtype: str, count: int) -> tuple[list[sora.Video],
         path, components=components, device="cpu", dtype=dtype
     ) as engine:
         videos = [
-            engine.generate(sora.VideoRequest(scene.caption(size=True), seed=i, fps=8))
+            engine.generate(sora.VideoRequest(scene.caption(size=True), seed=i, **options))
             for i, scene in enumerate(scenes)
         ]
     found = evaluate.table(scenes, [video.frames for video in videos])["right"]
@@ -110,15 +113,15 @@ def compare(videos: list[sora.Video], exact: list[sora.Video]) -> dict[str, floa
     return {"latents": math.sqrt(lost / whole), "psnr_db": psnr}
 
 
-def errors(count: int) -> dict[str, dict[str, Any]]:
-    exact, found = measure("sprites", "float32", count)
+def errors(count: int, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    exact, found = measure("sprites", "float32", count, options)
     rows: dict[str, dict[str, Any]] = {"float32": {"right": found}}
-    videos, found = measure("sprites", "bfloat16", count)
+    videos, found = measure("sprites", "bfloat16", count, options)
     rows["bfloat16"] = {**compare(videos, exact), "right": found}
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(SPRITES / "transformer/config.json", folder)
         for name, path, dtype, weights in forms(Path(folder)):
-            videos, found = measure(path, dtype, count)
+            videos, found = measure(path, dtype, count, options)
             rows[name] = {"weights": weights, **compare(videos, exact), "right": found}
             print(row(name, rows[name]), flush=True)
     return rows
@@ -174,6 +177,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--frames", type=int, help="of a clip; the checkpoint's own by default")
+    parser.add_argument("--steps", type=int, help="likewise")
     parser.add_argument("--memory", type=int, metavar="LAYERS", help="11 are 1 GB in bf16")
     args = parser.parse_args()
     if args.memory:
@@ -183,7 +188,12 @@ def main() -> None:
         return
     print("| form | weights | latents | frames | colour, shape and motion right |")
     print("|---|---|---|---|---|")
-    rows = errors(args.clips)
+    # A file by itself does not bring the folder's defaults.
+    own = json.loads((SPRITES / "generation_config.json").read_text())
+    options = {name: own[name] for name in SETTINGS}
+    options["num_frames"] = args.frames or own["num_frames"]
+    options["num_inference_steps"] = args.steps or own["num_inference_steps"]
+    rows = errors(args.clips, options)
     for name in ("float32", "bfloat16"):
         print(row(name, rows[name]))
     if args.output is not None:

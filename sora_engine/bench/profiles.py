@@ -139,6 +139,8 @@ def describe(measurement: Measurement) -> str:
         text = f"{name} {measurement.spread(name).median:.4g} {measurement.unit}"
         if name in measurement.rivals and len(measurement.samples) > 1:
             ratio = Spread.of(measurement.ratios(name))
-            text += f" ({ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f})"
+            between = f"{ratio.low:.2f} to {ratio.high:.2f}"
+            sure = measurement.figures.get(f"times better than {name}, 90% interval")
+            text += f" ({ratio.median:.2f}x, {between if sure is None else f'90% {sure}'})"
         parts.append(text)
     return f"{measurement.name}: {', '.join(parts)}"

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from sora_engine.bench.intervals import ratio_interval
 from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import interleaved
 from sora_engine.config import Limits
@@ -181,8 +182,9 @@ def serving(
 ) -> list[Measurement]:
     """Latencies of small and of all requests under Poisson arrivals, and the throughput.
 
-    count: requests in each round. With fewer than some 60, how long small ones wait hangs on where
-        the few large ones happen to fall.
+    count: requests in each round. How long small ones wait hangs on where the few large ones fall,
+        so that a ratio has an interval beside it (`intervals.ratio_interval`) over traces and
+        requests; one trace tells little.
     """
     pipe = open_diffusers(model) if with_diffusers else None
     one = Limits(max_running_jobs=1)
@@ -196,7 +198,7 @@ def serving(
         # What a batch may hold is measured when two requests meet for the first time on a machine.
         engine.generate([kinds[0].request(seed) for seed in (1, 2)])
         systems: dict[str, Serve] = {SUBJECT: by_engine(engine), FIFO: by_engine(fifo)}
-        latencies: dict[str, list[tuple[Kind, float]]] = {}
+        latencies: dict[str, list[list[tuple[Kind, float]]]] = {}
         rates: dict[str, list[float]] = {}
         gaps_s: list[float] = []
 
@@ -205,7 +207,7 @@ def serving(
                 served = trace[: -(-len(trace) // 4)] if name == DIFFUSERS else trace
                 took = replay(served, systems[name])
                 pairs = [(a.kind, s) for a, s in zip(served, took, strict=True)]
-                latencies.setdefault(name, []).extend(pairs)
+                latencies.setdefault(name, []).append(pairs)
                 ends = (a.at_s + s for a, s in zip(served, took, strict=True))
                 rates.setdefault(name, []).append(len(served) / max(ends))
 
@@ -219,25 +221,56 @@ def serving(
                 run(names, arrivals(kinds, count, gaps_s[-1], seed=i + 1))
                 names.reverse()
     about = f"Poisson arrivals, one at a time {LOAD:.0%} busy"
+    small = {
+        name: [[s for kind, s in trace if kind.small] for trace in traces]
+        for name, traces in latencies.items()
+    }
+    everyone = {
+        name: [[s for _, s in trace] for trace in traces] for name, traces in latencies.items()
+    }
     found = [
         Measurement(
             f"serving: latency of small requests, {about}",
             "s",
-            {name: [s for kind, s in pairs if kind.small] for name, pairs in latencies.items()},
+            {name: [s for trace in traces for s in trace] for name, traces in small.items()},
             paired=False,
-            figures={"requests a round": count, "mean gap, s": statistics.mean(gaps_s)},
+            figures={
+                "requests a round": count,
+                "mean gap, s": statistics.mean(gaps_s),
+                **intervals(small),
+            },
         ),
         Measurement(
             f"serving: latency of all requests, {about}",
             "s",
-            {name: [s for _, s in pairs] for name, pairs in latencies.items()},
+            {name: [s for trace in traces for s in trace] for name, traces in everyone.items()},
             paired=False,
+            figures=intervals(everyone),
+        ),
+        Measurement(
+            f"serving: small requests, their median by trace, {about}",
+            "s",
+            {
+                name: [statistics.median(trace) for trace in traces]
+                for name, traces in small.items()
+            },
+            figures=intervals(small),
         ),
         Measurement(
             f"serving: throughput, {about}", "videos/s", rates, better="higher", paired=False
         ),
     ]
     return [with_percentiles(m) if m.unit == "s" else m for m in found]
+
+
+def intervals(latencies: dict[str, list[list[float]]]) -> dict[str, float | str]:
+    """For each rival, between which ratios the median is better, 9 times out of 10."""
+    found: dict[str, float | str] = {}
+    for name, traces in latencies.items():
+        if name != SUBJECT and all(traces) and all(latencies[SUBJECT]):
+            low, high = ratio_interval(latencies[SUBJECT], traces)
+            found[f"times better than {name}, 90% interval"] = f"{low:.2f} to {high:.2f}"
+    return found
 
 
 def with_percentiles(measurement: Measurement) -> Measurement:

@@ -26,6 +26,7 @@ from sora_engine.cli.options import (
     named,
     parse_parallel,
 )
+from sora_engine.errors import CredentialsError
 from sora_engine.version import version
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ def serve(
     otel: Annotated[bool | None, typer.Option("--otel", help="Spans to OpenTelemetry.")] = None,
     log_json: Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON.")] = None,
     replica: Annotated[str | None, typer.Option(help="This server's part of job ids; 0.")] = None,
+    sign_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="PEM", help="Sign every result with this certificate."),
+    ] = None,
+    sign_key: Annotated[Path | None, typer.Option(metavar="PEM", help="Its key.")] = None,
+    watermark: Annotated[
+        str | None, typer.Option(help="As of `sora generate`: auto, on or off.")
+    ] = None,
+    watermark_payload: Annotated[
+        int | None, typer.Option(help="What the mark says, 1 to 65535; the engine's own.")
+    ] = None,
     hooks: Annotated[
         str | None,
         typer.Option(metavar="MODULE:FUNCTION", help="What makes the `Hooks` of the engine."),
@@ -147,6 +159,8 @@ def serve(
         **{"min_free": min_free, "drain_timeout_s": drain_timeout, "save_every_s": save_every},
         **{"keep_latents": keep_latents, "loras": lora, "aliases": alias, "hooks": hooks},
         **{"allow_hosts": allow_host, "cors": cors, "forwarded_allow_ips": forwarded_allow_ips},
+        **{"sign_cert": sign_cert, "sign_key": sign_key, "watermark": watermark},
+        **{"watermark_payload": watermark_payload},
         **{"metrics": metrics, "otel": otel, "log_json": log_json, "replica": replica},
     }
     try:
@@ -156,6 +170,7 @@ def serve(
             raise
         raise UsageError(f"sora serve needs {error.name}: {EXTRA} brings it") from error
     from sora_engine.serve.logs import set_up as set_up_logs
+    from sora_engine.serve.marks import Marks
     from sora_engine.serve.settings import settings_from
 
     path = model_path(model)
@@ -181,6 +196,10 @@ def serve(
         )
     except ValueError as error:
         raise UsageError(in_options(error)) from error
+    try:
+        Marks(settings)
+    except CredentialsError as error:
+        raise UsageError(f"--sign-cert: {error}") from error
     set_up_logs(settings.log_json)
 
     def make_engine() -> Engine:

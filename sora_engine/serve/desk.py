@@ -29,6 +29,7 @@ from sora_engine.serve.failures import ApiError, disk_full, not_found
 from sora_engine.serve.files import Files
 from sora_engine.serve.finishing import Finisher
 from sora_engine.serve.live import Live
+from sora_engine.serve.marks import Marks
 from sora_engine.serve.pace import Pace
 from sora_engine.serve.recovery import recover
 from sora_engine.serve.settings import Settings
@@ -56,6 +57,7 @@ class Desk:
     ) -> None:
         self.engine, self.settings = engine, settings
         self.store, self.files, self.clock = store, files, clock
+        self.marks = Marks(settings)
         self.translator = Translator(engine.model, files.upload, settings.loras, engine.resolve)
         self.admission = Admission(engine, self.translator, settings.max_work)
         self.on_change: list[Callable[[Live], None]] = []

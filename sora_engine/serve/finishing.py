@@ -116,11 +116,12 @@ class Finisher:
                         request.fps,
                         request.num_frames,
                         job.provenance,
+                        **self._desk.marks.options(request),
                     )
                 writer.write(frames)
             if job.exception() is not None or writer is None:
                 return
-            video = job.result()
+            video = self._desk.marks.told(job.result(), request)
             writer.close(video, live.row.body)
             if self._desk.settings.keep_latents and job.latents is not None:
                 latents = SavedLatents(job.latents, request.fps, request.loop, "")
@@ -148,7 +149,7 @@ class Finisher:
         now = desk.clock.now()
         if error is None:
             assert live.job is not None
-            video = live.job.result()
+            video = desk.marks.told(live.job.result(), live.job.request)
             receipt = None if video.receipt is None else video.receipt.to_dict()
             facts = finished_facts(video.timings_s, receipt, writing_s)
             desk.pace.learn(live.job.request, facts["inference_time_s"])

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sora_engine.serve.clock import Clock
     from sora_engine.serve.files import Files
     from sora_engine.serve.live import Live
+    from sora_engine.serve.marks import Marks
     from sora_engine.serve.pace import Pace
     from sora_engine.serve.settings import Settings
     from sora_engine.serve.store import Store
@@ -32,6 +33,8 @@ class Jobs(Protocol):
     def pace(self) -> Pace: ...
     @property
     def translator(self) -> Translator: ...
+    @property
+    def marks(self) -> Marks: ...
 
     @property
     def closed(self) -> bool: ...

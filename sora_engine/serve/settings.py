@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_engine.config import Limits
+from sora_engine.io.watermark import MODES
 from sora_engine.runtime.hooks import Hooks
 
 MAX_CLIP_BYTES = 512 << 20
@@ -79,6 +80,10 @@ class Settings:
     Bounds on connections, in seconds and bytes: header_timeout_s, body_timeout_s,
     keep_alive_timeout_s, max_header_bytes, max_connections.
 
+    sign_cert, sign_key: PEM files; every result is signed with them. watermark: `auto` marks signed
+        results of 256 rows and more, `on` all, `off` none. watermark_payload: 1 to 65535, what the
+        mark says; 0 is the engine's own.
+
     hooks: what the service checks of requests and frames.
 
     Raises ValueError, which names the setting, for a value that cannot be.
@@ -132,6 +137,11 @@ class Settings:
     max_header_bytes: int = 16 << 10
     max_connections: int = 1000
 
+    sign_cert: Path | None = None
+    sign_key: Path | None = None
+    watermark: str = "auto"
+    watermark_payload: int = 0
+
     hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:
@@ -144,6 +154,11 @@ class Settings:
             _whole(self, name, 1)
         _whole(self, "max_header_bytes", 1 << 10)
         _whole(self, "max_priority", -8, 8)
+        _whole(self, "watermark_payload", 0, 65535)
+        if (self.sign_cert is None) != (self.sign_key is None):
+            raise ValueError("sign_cert and sign_key go together; give both, or neither")
+        if self.watermark not in MODES:
+            raise ValueError(f"watermark {self.watermark!r}: auto, on or off would work")
         for name in ("disk_limit", "min_free"):
             _whole(self, name, 0)
         if self.max_work is not None:
@@ -255,7 +270,7 @@ def _read(name: str, value: Any) -> Any:
     """A setting as a flag, the environment or a file gives it."""
     if name in PARSERS:
         return PARSERS[name](name, value)
-    if name in ("data_dir", "api_keys"):
+    if name in ("data_dir", "api_keys", "sign_cert", "sign_key"):
         return Path(str(value)).expanduser()
     if name == "loras":
         if isinstance(value, Mapping):

@@ -40,10 +40,14 @@ class ResultWriter:
         fps: float,
         num_frames: int,
         provenance: Provenance | None,
+        **options: Any,
     ) -> None:
+        """options: of `VideoWriter`."""
         self._folder = folder
         name = VIDEO if kind == "video" else IMAGE
-        self._video = VideoWriter(folder / name, fps, num_frames=num_frames, provenance=provenance)
+        self._video = VideoWriter(
+            folder / name, fps, num_frames=num_frames, provenance=provenance, **options
+        )
         count = min(SHEET, num_frames)
         self._chosen = {round(i * (num_frames - 1) / max(1, count - 1)) for i in range(count)}
         self._pictures: list[Image.Image] = []

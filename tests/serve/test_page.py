@@ -75,7 +75,7 @@ class Page:
 
     def fill(self, prompt: str, **fields: str) -> None:
         self.tab.get_by_label("Prompt").first.fill(prompt)
-        self.tab.locator("#size").select_option(index=0)
+        self.tab.locator("#length").select_option("5")
         self.tab.get_by_text("More settings").click()
         for name, value in fields.items():
             self.tab.locator(f"#{name}").fill(value)
@@ -102,6 +102,8 @@ class Page:
     def act(self, card: Any, name: str, path: str) -> str:
         """Presses a button of a card and answers its dialog; the new job's id."""
         card.get_by_role("button", name=name, exact=True).click()
+        if self.tab.locator("#ask [name=seconds]").count():
+            self.tab.locator("#ask [name=seconds]").fill("0.5")
         with self.tab.expect_response(
             lambda r: r.request.method == "POST" and path in r.url
         ) as answer:
@@ -168,6 +170,7 @@ def test_previews_come_a_job_is_cancelled_and_a_reload_comes_back_to_one(page: P
 def test_cards_of_text_and_picture_are_placed_by_keyboard_alone(page: Page, tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "a.png")
     page.fill("a red circle", steps="2")
+    page.tab.locator("#length").select_option("17")
     page.tab.locator("#file").set_input_files(tmp_path / "a.png")
     picture = page.tab.get_by_role("listitem", name="Picture at frame 0")
     picture.wait_for()

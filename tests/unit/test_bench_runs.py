@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 
 import pytest
 
 from sora_engine.bench import h200, serving
+from sora_engine.bench.intervals import ratio_interval
 from sora_engine.bench.profiles import run
 from sora_engine.bench.results import Result, ResultError
 from sora_engine.bench.timing import Turns, interleaved
@@ -91,6 +93,26 @@ def test_latency_counts_from_the_arrival():
     assert took[0] < 5
 
 
+def test_an_interval_covers_the_ratio_nine_times_in_ten():
+    """Traces of known medians, 1 and 2, each trace slower or faster by a factor of its own."""
+    covered = 0
+    for seed in range(30):
+        rng = random.Random(seed)
+        pace = [rng.lognormvariate(0, 0.3) for _ in range(6)]
+        ours, theirs = (
+            [[p * m * rng.lognormvariate(0, 0.5) for _ in range(30)] for p in pace] for m in (1, 2)
+        )
+        low, high = ratio_interval(ours, theirs, seed=seed, draws=200)
+        covered += low <= 2 <= high
+        assert low < high
+    # Of 30, 27 are due; below 21 is a chance of 1 in 1,000 (binomial), were it so.
+    assert covered >= 21
+    one = [[1.0] * 5], [[3.0] * 5]
+    assert ratio_interval(*one) == (3.0, 3.0)
+    with pytest.raises(ValueError, match="1 traces beside 2"):
+        ratio_interval([[1.0]], [[1.0], [2.0]])
+
+
 def test_the_cpu_profile_runs_tiny(tmp_path, capsys):
     pytest.importorskip("diffusers")
     path = tmp_path / "r.json"
@@ -107,6 +129,9 @@ def test_the_cpu_profile_runs_tiny(tmp_path, capsys):
     assert [len(values) for values in step.samples.values()] == [3, 3]
     (small,) = [m for m in found.measurements if "latency of small" in m.name]
     assert set(small.samples) == {"sora", serving.FIFO, serving.DIFFUSERS}
+    assert " to " in small.figures[f"times better than {serving.FIFO}, 90% interval"]
+    (by_trace,) = [m for m in found.measurements if "by trace" in m.name]
+    assert {len(values) for values in by_trace.samples.values()} == {1}
     assert small.figures["p50 of sora"] <= small.figures["p95 of sora"]
     assert "whole run" in capsys.readouterr().out
 

@@ -404,3 +404,14 @@ def test_two_models_are_two_experts(
     command = ["generate", PROMPT, "--model", str(tmp_path), "--model", files[1]]
     assert main([*command, "-o", str(tmp_path / "a.mp4")]) == 2
     assert "two paths are two experts, each a file of weights" in capsys.readouterr().err
+
+
+def test_results_lie_on_huge_pages_unless_the_user_says_otherwise(monkeypatch):
+    """torch reads it once, so it stands before torch is imported."""
+    for given, kept in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        if given is not None:
+            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
+        assert main(["--version"]) == 0
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == kept
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)

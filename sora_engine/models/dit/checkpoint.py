@@ -13,7 +13,7 @@ from torch import nn
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
-from sora_engine.io.loading import load_into
+from sora_engine.io.loading import Keep, load_into
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.dit.config import CLASS_NAMES, DiTConfig
@@ -57,9 +57,10 @@ class TransformerSource:
         dtype: torch.dtype | None = None,
         shard: ShardWeights | None = None,
         merge: Merge | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        """Fill `module`, a `DiT` of `self.config` built on the meta device; `shard` and `merge` as
-        of `load_into`."""
+        """Fill `module`, a `DiT` of `self.config` built on the meta device; `shard`, `merge` and
+        `keep` as of `load_into`."""
         with open_weights(self.path) as weights:
             load_into(
                 module,
@@ -70,6 +71,7 @@ class TransformerSource:
                 loose_ones=True,
                 shard=shard,
                 merge=merge,
+                keep=keep,
             )
 
     @property

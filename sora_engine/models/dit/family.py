@@ -86,6 +86,10 @@ class DiTFamily:
             return module if module in ("proj_out_1", "proj_out_2") else None
         return f"transformer_blocks.{block[1]}.{inside[block[2]]}"
 
+    def published_name(self, name: str) -> str:
+        """diffusers', as the files have them."""
+        return name
+
     def is_further_input(self, name: str) -> bool:
         """All of its transformers take the same."""
         return False

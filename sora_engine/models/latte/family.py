@@ -88,6 +88,10 @@ class LatteFamily:
             return {**outside, "proj_out": "proj_out"}.get(module)
         return f"{block[1]}.{block[2]}.{inside[block[3]]}"
 
+    def published_name(self, name: str) -> str:
+        """diffusers', as the files have them."""
+        return name
+
     def is_further_input(self, name: str) -> bool:
         """All of its transformers take the same."""
         return False

@@ -12,6 +12,7 @@ export function paint(picture, width, height, prompt) {
   canvas.width = width;
   canvas.height = height;
   $("brush-picture").src = picture;
+  $("brush-picture").style.width = `${(45 * width) / height}vh`; // small videos are painted large
   $("brush-prompt").value = prompt;
   pen.fillStyle = "#fff";
   let painted = false;

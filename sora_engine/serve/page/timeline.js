@@ -82,6 +82,12 @@ export class Timeline {
       label.style.left = this.left(second * this.fps);
       this.ruler.append(label);
     }
+    for (const card of this.cards) {
+      const mark = document.createElement("u");
+      mark.className = card.kind;
+      mark.style.left = this.left(card.at);
+      this.ruler.append(mark);
+    }
     this.list.replaceChildren(...this.cards.map((card) => this.item(card)));
   }
 
@@ -95,7 +101,7 @@ export class Timeline {
     const name = card.kind === "text" ? "Text" : card.kind === "picture" ? "Picture" : "Clip";
     item.className = `card ${card.kind}${card.muted ? " muted" : ""}`;
     item.tabIndex = 0;
-    item.style.marginLeft = `min(${this.left(card.at)}, 55%)`;
+    item.style.setProperty("--at", this.left(card.at));
     item.setAttribute("aria-label", `${name} at frame ${card.at}`);
     const kind = document.createElement("span");
     kind.className = "kind";
@@ -179,7 +185,7 @@ export class Timeline {
       const to = this.snap(at + ((move.clientX - from) / width) * this.frames);
       if (to === card.at) return;
       card.at = to;
-      item.style.marginLeft = `min(${this.left(to)}, 55%)`;
+      item.style.setProperty("--at", this.left(to));
     };
     item.onpointerup = item.onpointercancel = () => {
       item.onpointermove = item.onpointerup = item.onpointercancel = null;
