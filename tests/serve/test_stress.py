@@ -146,6 +146,7 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
     return resumed
 
 
+@pytest.mark.slow
 def test_two_kills_under_three_mixed_jobs_lose_nothing(nursery: Nursery, tmp_path) -> None:
     survived(nursery, tmp_path, jobs=3, kills=2, seed=1)
 
