@@ -35,7 +35,7 @@ def candidates(op: str, key: str) -> Iterator[Any]:
             for warps, stages in itertools.product((4, 8), (2, 3, 4)):
                 yield launch.MatmulLaunch(m, n, k, warps, stages)
     elif op in ("lora_linear", "quant_linear"):
-        for m, n, k in itertools.product((32, 64, 128), (64, 128), (32, 64)):
+        for m, n, k in itertools.product((32, 64, 128), (32, 64, 128), (32, 64)):
             for warps, stages in itertools.product((4, 8), (2, 3)):
                 yield launch.MatmulLaunch(m, n, k, warps, stages)
     elif op in ("windowed_attention", "temporal_attention"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sora_engine.denoise.adapting import AdapterRun, Adapters
 from sora_engine.denoise.canvas import Canvas, lay_out_canvas, solver_of
-from sora_engine.denoise.conditioning import Context, Embedding, Prompts
+from sora_engine.denoise.conditioning import NEGATIVE, Context, Embedding, Prompts
 from sora_engine.denoise.guidance import guide
 from sora_engine.denoise.known import encode_known, encode_video
 from sora_engine.denoise.model import DiffusionModel, Transformer
@@ -245,7 +245,8 @@ def _contexts(
 
 
 def _on_device(embedding: Embedding, device: torch.device) -> Embedding:
-    return {name: tensor.to(device) for name, tensor in embedding.items()}
+    """The mark of an unconditional one stays where it is: nothing reads it."""
+    return {name: x if name == NEGATIVE else x.to(device) for name, x in embedding.items()}
 
 
 def advance(

@@ -282,10 +282,15 @@ def lay_out(
 
 
 def _extents(grids: Sequence[Grid], device: torch.device) -> Tensor:
+    """Filled on the device: nothing is copied to it for families that do not read them."""
+
+    def of_each(grid: Grid, tokens: int) -> Tensor:
+        sides = [torch.full((), side, device=device) for side in grid[1:]]
+        return torch.stack(sides).expand(tokens, 2)
+
     if len({grid[1:] for grid in grids}) == 1:  # as in most batches, and then it takes no memory
-        return to_device(torch.tensor(grids[0][1:]), device).expand(sum(map(math.prod, grids)), 2)
-    parts = [torch.tensor(grid[1:]).expand(math.prod(grid), 2) for grid in grids]
-    return to_device(torch.cat(parts), device)
+        return of_each(grids[0], sum(map(math.prod, grids)))
+    return torch.cat([of_each(grid, math.prod(grid)) for grid in grids])
 
 
 def _times(frames: int, anchors: int, patch_frames: int) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sora_engine as sora
+from tests.faults.engines import save_midway
 from tests.faults.processes import descendants, listeners
 
 SMALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3, "seed": 1}
@@ -98,7 +99,7 @@ def test_refused_requests_leave_the_ranks_as_they_were(engine):
 def test_a_job_saved_over_ranks_goes_on_over_others(engine, alone, tmp_path):
     """Each way: its result is that of a job that ran in one go."""
     path = tmp_path / "job.safetensors"
-    engine.submit(REQUESTS[2], save_to=path, save_every=2).result(300)  # after 2 steps of 3
+    save_midway(engine, REQUESTS[2], path, 2)
     for made in (engine.resume(path).result(300), resumed_alone(path)):
         assert made.receipt.resumed_at == 2
         error = (made.latents - alone[2].latents).abs().max() / alone[2].latents.abs().max()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import sora_engine as sora
@@ -43,6 +46,22 @@ def comes_true(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def save_midway(made: sora.Engine, request: sora.VideoRequest, path: Path, steps: int) -> None:
+    """Leave a job's state in `path` after so many of its steps: it is cancelled then."""
+    jobs: list[sora.Job] = []
+    submitted = threading.Event()
+
+    def stop(now: sora.Progress) -> None:
+        if now.steps_done == steps:
+            submitted.wait(60)
+            jobs[0].cancel()
+
+    jobs.append(made.submit(request, save_to=path, save_every=steps, on_progress=stop))
+    submitted.set()
+    with pytest.raises(sora.JobCancelledError):
+        jobs[0].result(300)
 
 
 def difference(video: sora.Video, want: sora.Video | torch.Tensor) -> float:

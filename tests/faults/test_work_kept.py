@@ -23,7 +23,7 @@ from sora_engine.io.video_reader import read_video
 from sora_engine.io.video_writer import VideoWriter, write_video
 from sora_engine.request.recipe import provenance_of
 from sora_engine.runtime.job import Job
-from tests.faults.engines import engine
+from tests.faults.engines import engine, save_midway
 
 SMALL = {"height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 3, "seed": 1}
 QUICK = ["--size", "16x16", "--frames", "5", "--steps", "2", "--seed", "1"]
@@ -147,7 +147,8 @@ def test_a_file_that_changes_after_it_was_read_changes_nothing(tmp_path):
 
     kept = tmp_path / "job"
     with engine() as made:
-        whole = made.submit(request(), save_to=kept, save_every=2).result(300)
+        whole = made.generate(request())
+        save_midway(made, request(), kept, 2)
         with made._workers[0]._wake:
             job = made.resume(kept)
             overwrite(kept)

@@ -226,7 +226,7 @@ def test_a_label_goes_wherever_a_request_goes(engine, tmp_path):
     made_by = provenance_of(resolved, engine.loaded_model)
     saved = tmp_path / "job.safetensors"
     save_state(saved, resolved, CanvasState.of(canvas), engine.loaded_model, made_by)
-    assert load_state(saved, engine.loaded_model).request.label == 7
+    assert load_state(saved, engine.loaded_model, engine.limits).request.label == 7
 
 
 BAD_FOLDERS = [

@@ -31,7 +31,9 @@ def pair(tmp_path_factory):
             pipe = tiny_pipeline(kind, seed, scheduler)
             folder = tmp_path_factory.mktemp(f"{kind}-{seed}-{scheduler}")
             pipe.save_pretrained(folder)
-            made[key] = pipe, sora.Engine.from_pretrained(folder, device="cpu")
+            # What a test takes out of the model must not come from an earlier request's texts.
+            limits = sora.Limits(text_cache_bytes=0)
+            made[key] = pipe, sora.Engine.from_pretrained(folder, device="cpu", limits=limits)
         return made[key]
 
     yield build

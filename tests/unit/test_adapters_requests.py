@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -40,6 +41,7 @@ from tests.unit.test_adapters_engine import REQUEST, close, make_adapter
 from tests.unit.test_offload import Absent
 
 MARGIN = 1e-5
+OF_OTHERS: weakref.WeakSet[LoadedAdapter] = weakref.WeakSet()
 PACKED = sora.Limits(pack_tokens=1 << 15)  # not measured: what shares a batch is settled
 
 
@@ -61,9 +63,15 @@ def engine():
         yield made
 
 
+@pytest.fixture(scope="module", autouse=True)
+def of_others():
+    """Adapters that other modules of tests left: a traceback may hold some."""
+    OF_OTHERS.update(x for x in gc.get_objects() if isinstance(x, LoadedAdapter))
+
+
 def state_of(engine):
     gc.collect()
-    alive = sum(isinstance(x, LoadedAdapter) for x in gc.get_objects())
+    alive = sum(isinstance(x, LoadedAdapter) and x not in OF_OTHERS for x in gc.get_objects())
     return engine.loaded_model.adapters.nbytes, engine._planner.limit, alive
 
 

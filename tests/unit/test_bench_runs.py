@@ -120,7 +120,7 @@ def test_the_cpu_profile_runs_tiny(tmp_path, capsys):
     found = Result.read(path)
     assert found.profile == "cpu-tiny"
     groups = {m.name.partition(":")[0] for m in found.measurements}
-    assert groups == {"op", "block", "end to end", "serving"}
+    assert groups == {"op", "block", "linear", "end to end", "serving"}
     (whole,) = [m for m in found.measurements if "whole run" in m.name]
     assert 0 < whole.figures["relative difference of latents"] < 1e-4
     (block,) = [m for m in found.measurements if m.name.startswith("block")]

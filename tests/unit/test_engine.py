@@ -201,7 +201,7 @@ def test_result_times_out_and_callbacks_are_called(engine):
         ({"device": "cuda:9"}, "'cuda:9' is not there"),
         ({"device": "gpu"}, "'gpu' is not one; use auto, cpu, cuda"),
         ({"device": "mps"}, "'mps' is not supported"),
-        ({"dtype": "int8"}, "'int8' is not supported; use auto, float32"),
+        ({"dtype": "int4"}, "'int4' is not supported; use auto, float32"),
         ({"attention_backend": "fast"}, "must be auto, reference, .*, got 'fast'"),
     ],
 )
