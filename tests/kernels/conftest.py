@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -26,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not asks_for_gpu(config.option.markexpr):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        # Its own functions are decorated on import, which a test with another environment may do.
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
 
 
 hypothesis.settings.register_profile(
