@@ -15,8 +15,10 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -138,15 +140,25 @@ def row(name: str, told: dict[str, Any]) -> str:
     )
 
 
-def memory(layers: int) -> dict[str, int]:
+def read_once(path: Path) -> None:
+    """All of a file, into memory that is used again."""
+    piece = bytearray(1 << 24)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(piece):
+            pass
+
+
+def memory(layers: int) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
     """Live bytes of a transformer of Wan 1.3B's width, after loading it from a GGUF file of random
-    bytes; by form, and in bf16."""
+    bytes; by form, and in bf16. And the seconds of loading it, and of reading its file once:
+    medians of five in turns, the file in the page cache."""
     import gguf
 
     config = WanConfig(**replace(WanShape(), layers=layers).transformer_config())
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in WanTransformer(config).state_dict().items()}
     held = {"bf16": 2 * sum(math.prod(shape) for shape in shapes.values())}
+    seconds: dict[str, tuple[float, float]] = {}
     rng = np.random.default_rng(0)
     for kind in ("Q8_0", "Q4_K"):
         form = gguf.GGMLQuantizationType[kind]
@@ -164,13 +176,21 @@ def memory(layers: int) -> dict[str, int]:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            with torch.device("meta"):
-                transformer = WanTransformer(config)
-            transformer = transformer.to(torch.bfloat16).eval().requires_grad_(False)
-            keep = Keeper("as-stored", transformer.block_lists)
-            TransformerSource(path, config).load(transformer, dtype=torch.bfloat16, keep=keep)
+            times: list[tuple[float, float]] = []
+            for _ in range(5):
+                with torch.device("meta"):
+                    transformer = WanTransformer(config)
+                transformer = transformer.to(torch.bfloat16).eval().requires_grad_(False)
+                keep = Keeper("as-stored", transformer.block_lists)
+                begun = time.perf_counter()
+                TransformerSource(path, config).load(transformer, dtype=torch.bfloat16, keep=keep)
+                loaded = time.perf_counter()
+                read_once(path)
+                times.append((loaded - begun, time.perf_counter() - loaded))
             held[kind] = held_bytes(transformer)
-    return held
+            load_s, read_s = (statistics.median(side) for side in zip(*times, strict=True))
+            seconds[kind] = load_s, read_s
+    return held, seconds
 
 
 def main() -> None:
@@ -182,9 +202,11 @@ def main() -> None:
     parser.add_argument("--memory", type=int, metavar="LAYERS", help="11 are 1 GB in bf16")
     args = parser.parse_args()
     if args.memory:
-        held = memory(args.memory)
+        held, seconds = memory(args.memory)
         for name, size in held.items():
             print(f"{name}: {size / 1e9:.3f} GB, {size / held['bf16']:.3f} of bf16")
+        for name, (load_s, read_s) in seconds.items():
+            print(f"{name}: loaded in {load_s:.2f} s, its file read once in {read_s:.2f} s")
         return
     print("| form | weights | latents | frames | colour, shape and motion right |")
     print("|---|---|---|---|---|")

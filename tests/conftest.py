@@ -7,6 +7,7 @@ import os
 import pytest
 from hypothesis import settings
 
+from tests.kernels.gpu_runs import asks_for_gpu
 from tests.slow_parts import parse_part, part_of
 
 # Workers (`-n 2`) share the cores out. This stands before torch is imported, which reads it once.
@@ -29,6 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Triton reads whether to interpret when a kernel is decorated, its own on import, so it is
+    settled before any test is imported.
+
+    A run that asks for the GPU's tests compiles its kernels; any other interprets them, and tests
+    that compile some do so in processes of their own.
+    """
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if config.option.slow_part is not None:
         try:
             parse_part(config.option.slow_part)

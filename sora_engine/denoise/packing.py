@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
 from sora_engine.denoise.conditioning import Context, KeyValues
+from sora_engine.denoise.extents import extents_of
 from sora_kernels import AttentionPlan, BlockPlan
 from sora_kernels.transfer import to_device
 
@@ -75,8 +76,7 @@ class Stream:
     coords: int64 `[N, 3]`, (frame, row, column) of each token for RoPE: its place in its window's
         patch grid, and behind anchors `ANCHOR_GAP` frames later; of a context's stream (place in
         the text, 0, 0).
-    extents: int64 `[N, 2]`, rows and columns of patches of each token's segment, for positions that
-        are relative to the picture's size; None of a context's stream.
+    extents: int64 `[N, 2]`, rows and columns of each token's segment; None of a context's stream.
     cu_seqlens: int32 `[segments + 1]`.
     max_seqlen: tokens of the longest segment.
     grids: of each segment; of a context's stream (tokens of the text, 1, 1).
@@ -273,24 +273,12 @@ def lay_out(
         spans += [(context, n // patch_size[0] * H * W) for context, n in stretches]
     return PackLayout(
         coords=to_device(coords, device),
-        extents=_extents(grids, device),
+        extents=extents_of(grids, device),
         cu_seqlens=_cumulative(lengths, device),
         max_seqlen=max(lengths),
         grids=tuple(grids),
         contexts={name: _joined(name, spans, device) for name in spans[0][0].sources},
     )
-
-
-def _extents(grids: Sequence[Grid], device: torch.device) -> Tensor:
-    """Filled on the device: nothing is copied to it for families that do not read them."""
-
-    def of_each(grid: Grid, tokens: int) -> Tensor:
-        sides = [torch.full((), side, device=device) for side in grid[1:]]
-        return torch.stack(sides).expand(tokens, 2)
-
-    if len({grid[1:] for grid in grids}) == 1:  # as in most batches, and then it takes no memory
-        return of_each(grids[0], sum(map(math.prod, grids)))
-    return torch.cat([of_each(grid, math.prod(grid)) for grid in grids])
 
 
 def _times(frames: int, anchors: int, patch_frames: int) -> Tensor:

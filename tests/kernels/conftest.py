@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -14,22 +13,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from gpu_runs import asks_for_gpu
 
 ROOT = Path(__file__).parents[2]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Triton reads this when a kernel is decorated, so it is settled before a kernel is imported.
-
-    A run that asks for the GPU's tests compiles its kernels; any other interprets them, and tests
-    that compile some do so in processes of their own.
-    """
-    if not asks_for_gpu(config.option.markexpr):
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-        # Its own functions are decorated on import, which a test with another environment may do.
-        with contextlib.suppress(ImportError):
-            import triton  # noqa: F401
 
 
 hypothesis.settings.register_profile(
