@@ -3,7 +3,6 @@ bfloat16 is from float32."""
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -101,6 +100,8 @@ def step(shape: WanShape, grid: tuple[int, int, int], names: list[str], rounds: 
 
 def _faults(step: Callable[[], Any]) -> int:
     """Pages that the system had to find for the last of three steps in a row."""
+    import resource  # not on Windows
+
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         step()

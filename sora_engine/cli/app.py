@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from sora_engine.errors import SoraError
+from sora_engine.io.system import keep_memory
 from sora_engine.version import version
 
 INTERRUPTED = 130
