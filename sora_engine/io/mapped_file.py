@@ -1,0 +1,101 @@
+"""A file of weights: its bytes in a map, and copied out of it at the rate of memory.
+
+What is kept as the file has it is read straight into the memory that keeps it, on huge pages: of
+600 MB in the page cache that takes 0.06 s, where copying out of a map, whose every page is faulted
+in on both sides, takes 0.3 s. What is decoded or converted is read out of the map, a piece at a
+time, and the pages are handed back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sora_engine.errors import CheckpointError
+
+HUGE_BYTES = 4 << 20
+"""Tensors from here on lie on huge pages; a page is 2 MiB."""
+PIECE_BYTES = 16 << 20
+"""What a device, or another dtype, is given at a time."""
+
+
+class MappedFile:
+    """One open file, whose bytes never change what was read of it. Raises OSError and ValueError
+    where it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - `close` closes it
+        try:
+            self.data = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def view(self, start: int, end: int) -> Tensor:
+        """Bytes of the map itself, uint8: to be read, and not after the file changes."""
+        with warnings.catch_warnings():
+            # The map is read-only and torch has no such tensors; nobody here writes to it.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self.data, dtype=torch.uint8, count=end - start, offset=start)
+
+    def release(self, start: int, end: int) -> None:
+        """Hand back the pages that a view has touched, and no others but the first."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = start - start % mmap.PAGESIZE
+            self.data.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+    def fill(self, start: int, target: Tensor) -> None:
+        """Fill a dense tensor with the bytes from `start` on. Raises CheckpointError."""
+        if target.is_meta or not target.numel():
+            return
+        flat = target.view(-1).view(torch.uint8)
+        if target.device.type == "cpu":
+            self._read_into(memoryview(flat.numpy()), start)
+            return
+        for first in range(0, len(flat), PIECE_BYTES):
+            piece = flat[first : first + PIECE_BYTES]
+            at, end = start + first, start + first + len(piece)
+            piece.copy_(self.view(at, end))
+            self.release(at, end)
+
+    def _read_into(self, memory: memoryview, start: int) -> None:
+        done = 0
+        while done < len(memory):
+            if hasattr(os, "preadv"):  # the kernel copies 2 GiB at a time at most
+                count = os.preadv(self._file.fileno(), [memory[done:]], start + done)
+            else:
+                self._file.seek(start + done)
+                count = self._file.readinto(memory[done:]) or 0
+            if not count:
+                raise CheckpointError(
+                    f"truncated while it was read: nothing is left at byte {start + done}",
+                    path=self.path,
+                )
+            done += count
+
+    def close(self) -> None:
+        """Unmap it; views that are still held keep it mapped until they go."""
+        self._file.close()
+        with contextlib.suppress(BufferError):
+            self.data.close()
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An empty tensor; of a CPU on huge pages where it is large and the system has them."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    large = torch.device(device).type == "cpu" and size >= HUGE_BYTES
+    if not large or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel that was built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
