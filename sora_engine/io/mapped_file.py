@@ -13,7 +13,12 @@ import math
 import mmap
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +29,52 @@ HUGE_BYTES = 4 << 20
 """Tensors from here on lie on huge pages; a page is 2 MiB."""
 PIECE_BYTES = 16 << 20
 """What a device, or another dtype, is given at a time."""
+BEHIND_BYTES = 1 << 18
+"""From here on a copy takes longer than handing it to another thread."""
+THREADS = 4
+"""Of `Copies`, at most: more wait for memory alone."""
+
+
+class Copies:
+    """Threads that copy out of files while the one that asks goes on. At its end all is there.
+
+    Copying into fresh memory waits for its pages: with two threads 1 GB takes half the time that it
+    takes with one. The asking one allocates: allocations of several would wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "copies")
+        self._running: list[Future[None]] = []
+
+    @contextlib.contextmanager
+    def behind(self) -> Iterator[None]:
+        """Within it `MappedFile.fill` comes back at once, on this thread."""
+        token = _BEHIND.set(self)
+        try:
+            yield
+        finally:
+            _BEHIND.reset(token)
+
+    def submit(self, read: Callable[[memoryview, int], None], memory: memoryview, at: int) -> None:
+        self._running.append(self._pool.submit(read, memory, at))
+
+    def __enter__(self) -> Copies:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Waits for what runs, before its file is closed. Raises what went wrong."""
+        self._pool.shutdown(cancel_futures=error is not None)
+        if error is None:
+            for each in self._running:
+                each.result()
+
+
+_BEHIND: ContextVar[Copies | None] = ContextVar("copies", default=None)
 
 
 class MappedFile:
@@ -53,12 +104,18 @@ class MappedFile:
             self.data.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def fill(self, start: int, target: Tensor) -> None:
-        """Fill a dense tensor with the bytes from `start` on. Raises CheckpointError."""
+        """Fill a dense tensor with the bytes from `start` on; within `Copies.behind`, some time
+        later. Raises CheckpointError."""
         if target.is_meta or not target.numel():
             return
         flat = target.view(-1).view(torch.uint8)
         if target.device.type == "cpu":
-            self._read_into(memoryview(flat.numpy()), start)
+            values: Any = flat.numpy()
+            memory, copies = memoryview(values), _BEHIND.get()
+            if copies is None or len(memory) < BEHIND_BYTES:
+                self._read_into(memory, start)
+            else:
+                copies.submit(self._read_into, memory, start)
             return
         for first in range(0, len(flat), PIECE_BYTES):
             piece = flat[first : first + PIECE_BYTES]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 
@@ -60,6 +61,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    is_plain: ClassVar[bool] = True
 
 
 def refuse_pickle(path: Path) -> None:

@@ -23,6 +23,7 @@ class Decoded:
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    is_plain: bool = False
 
 
 class DequantisedWeights:

@@ -54,6 +54,10 @@ class GGUFTensor:
         return PLAIN.get(self.format.name, torch.float32)
 
     @property
+    def is_plain(self) -> bool:
+        return self.format.name in PLAIN
+
+    @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) // self.format.values * self.format.size_bytes
 

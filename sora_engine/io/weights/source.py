@@ -23,7 +23,8 @@ Self = TypeVar("Self")
 class Stored(Protocol):
     """What is known of a tensor before it is read.
 
-    dtype: of its values; of quantised weights float32, in which they are decoded.
+    dtype: of its values; of quantised weights float32, in which they are decoded. is_plain: the
+    file's bytes are the values, in that dtype.
     """
 
     @property
@@ -31,6 +32,9 @@ class Stored(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def is_plain(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
