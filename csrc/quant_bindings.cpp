@@ -70,7 +70,7 @@ Tensor unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format,
   return out;
 }
 
-bool quant_linear_serves() { return sora::kernels().quant_linear_scratch(32, 1) > 0; }
+bool quant_linear_serves() { return sora::kernels().quant_linear_scratch(32) > 0; }
 
 // x @ weight.T + bias of bf16, gelu behind it. Rows of x may be strided; `ins` is a multiple of 32.
 Tensor quant_linear(const Tensor& x_in, const Tensor& weight, const MaybeTensor& scale_in,
@@ -96,7 +96,7 @@ Tensor quant_linear(const Tensor& x_in, const Tensor& weight, const MaybeTensor&
   const int64_t parts = std::clamp<int64_t>(4 * threads / panels, 1, most);
   const int64_t each = (args.rows + parts - 1) / parts;
   const auto& kernels = sora::kernels();
-  const int64_t scratch = kernels.quant_linear_scratch(x.size(1), each);
+  const int64_t scratch = kernels.quant_linear_scratch(x.size(1));
   at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<char> memory(scratch + 64);
     const auto at = reinterpret_cast<std::uintptr_t>(memory.data());

@@ -14,7 +14,7 @@
             float*);                                                                        \
   void unpack(const sora::UnpackArgs&, int64_t, int64_t, float*);                           \
   void quant_linear(const sora::QuantLinearArgs&, int64_t, int64_t, int64_t, void*);        \
-  int64_t quant_linear_scratch(int64_t, int64_t);                                           \
+  int64_t quant_linear_scratch(int64_t);                                                    \
   void quantise(const sora::QuantiseArgs&, int64_t, int64_t);                               \
   void finish(const sora::FinishArgs&, int64_t, int64_t);                                   \
   int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \

@@ -156,7 +156,7 @@ struct Kernels {
   // line of the cache, which is 0 where the instruction set has no such product.
   void (*quant_linear)(const QuantLinearArgs&, int64_t panel, int64_t begin, int64_t end,
                        void* scratch);
-  int64_t (*quant_linear_scratch)(int64_t ins, int64_t rows);
+  int64_t (*quant_linear_scratch)(int64_t ins);
   void (*quantise)(const QuantiseArgs&, int64_t begin, int64_t end);
   void (*finish)(const FinishArgs&, int64_t begin, int64_t end);
   int64_t (*attention_scratch)(int64_t queries, int64_t keys, int64_t head_dim);

@@ -2,15 +2,19 @@
 // are in the second cache (AVX512-BF16).
 //
 // A panel is laid out as VDPBF16PS takes it: for each pair of inputs 64 pairs of weights. All rows of
-// x go through it, six at a time: 24 accumulators, four loads of the panel for 24 products. A row's
-// sums are taken over its pairs in one order, whatever rows are beside it. Denormals count as zero.
+// x go through it, six at a time: 24 accumulators, four loads of the panel for 24 products. Longer
+// panels are taken a stretch of inputs at a time, whose sums over 96 rows stay in the first caches.
+// A row's sums are taken over its pairs in one order, whatever rows are beside it. Denormals count as
+// zero.
 #include "quant_pairs.h"
 
 namespace SORA_ISA {
 namespace {
 
 constexpr int64_t kPanel = 64;
-constexpr int64_t kStretch = 1024;  // inputs of a panel at a time, 128 KiB: of longer weights
+constexpr int64_t kStretch = 1024;  // inputs at a time, 128 KiB of a panel: of longer weights
+constexpr int64_t kBlock = 96;      // rows whose sums wait for the next stretch
+constexpr int64_t kWide = 256;      // inputs that are decoded at a time
 
 // Of equal parts, in multiples of 256, which no block of any format crosses.
 SORA_INLINE int64_t stretch_of(int64_t ins) {
@@ -73,10 +77,10 @@ SORA_INLINE void rows_of_panel(const uint16_t* x, int64_t x_stride, const uint32
 }
 
 // Inputs `from` to `to` of 64 rows of the weight from `first` on; rows past the last are zero.
+// values: of 16 rows.
 void decode_panel(const sora::QuantLinearArgs& a, int64_t first, int64_t from, int64_t to,
                   uint16_t* values, uint32_t* panel) {
   const sora::UnpackArgs& w = a.weight;
-  constexpr int64_t kWide = 256;
   for (int j = 0; j < kVectors; ++j)
     for (int64_t begin = from; begin < to; begin += kWide) {
       const int64_t end = begin + kWide < to ? begin + kWide : to;
@@ -93,11 +97,33 @@ void decode_panel(const sora::QuantLinearArgs& a, int64_t first, int64_t from, i
         Vec block[kLanes];
         for (int r = 0; r < kLanes; ++r) memcpy(&block[r], values + r * kWide + i, 64);
         transpose(block);
-        uint32_t* to_pairs = panel + ((begin - from + i) / 2 * kVectors + j) * kLanes;
-        for (int r = 0; r < kLanes; ++r) memcpy(to_pairs + r * kPanel, &block[r], 64);
+        uint32_t* pairs = panel + ((begin + i) / 2 * kVectors + j) * kLanes;
+        for (int r = 0; r < kLanes; ++r) memcpy(pairs + r * kPanel, &block[r], 64);
       }
     }
 }
+
+// Bytes of the weight that will be decoded next, fetched a few lines at a time while others are
+// multiplied: its rows lie too far apart for the processor to see them coming.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  int64_t row_bytes = 0, lines = 1, left = 0, done = 0;
+
+  SORA_INLINE void plan(const sora::QuantLinearArgs& a, int64_t first, int64_t from, int64_t to) {
+    if (first >= a.outs) return;
+    // Bytes are in proportion to values, whichever the format.
+    row_bytes = a.weight.row_bytes;
+    const int64_t begin = row_bytes * from / a.weight.ins, end = row_bytes * to / a.weight.ins;
+    at = a.weight.weight + first * row_bytes + begin;
+    lines = (end - begin) / 64 + 1;
+    left = lines * (a.outs - first < kPanel ? a.outs - first : kPanel);
+  }
+
+  SORA_INLINE void fetch(int64_t count) {
+    for (; count > 0 && left > 0; --count, --left, ++done)
+      __builtin_prefetch(at + done / lines * row_bytes + done % lines * 64, 0, 2);
+  }
+};
 
 #endif
 
@@ -105,38 +131,47 @@ void decode_panel(const sora::QuantLinearArgs& a, int64_t first, int64_t from, i
 
 #if defined(__AVX512BF16__)
 
-int64_t quant_linear_scratch(int64_t ins, int64_t rows) {
-  const int64_t stretch = stretch_of(ins), sums = stretch < ins ? rows * kPanel : 0;
-  return 4 * (kPanel * stretch / 2 + kLanes * 256 / 2 + kPanel + sums);
+int64_t quant_linear_scratch(int64_t ins) {
+  return 4 * (kPanel * ins / 2 + kLanes * kWide / 2 + kPanel + kBlock * kPanel);
 }
 
 void quant_linear(const sora::QuantLinearArgs& a, int64_t index, int64_t begin, int64_t end,
                   void* scratch) {
   const int64_t ins = a.weight.ins, stretch = stretch_of(ins), first = index * kPanel;
   uint32_t* panel = (uint32_t*)scratch;
-  uint16_t* values = (uint16_t*)(panel + kPanel * stretch / 2);  // of 16 rows
-  float* bias = (float*)(values + kLanes * 256);
+  uint16_t* values = (uint16_t*)(panel + kPanel * ins / 2);
+  float* bias = (float*)(values + kLanes * kWide);
   float* sums = bias + kPanel;
   Ending ending = {a.bias ? bias : nullptr, a.gelu, a.outs - first, nullptr, a.outs};
   for (int64_t i = 0; a.bias && i < kPanel; ++i) bias[i] = i < ending.columns ? a.bias[first + i] : 0;
-  for (int64_t from = 0; from < ins; from += stretch) {
-    const int64_t to = from + stretch < ins ? from + stretch : ins;
-    decode_panel(a, first, from, to, values, panel);
-    for (int64_t row = begin; row < end; row += kRows) {
-      const uint16_t* x = (const uint16_t*)a.x + row * a.x_stride + from;
-      float* own = stretch < ins ? sums + (row - begin) * kPanel : nullptr;
-      ending.out = (uint16_t*)a.out + row * a.outs + first;
-      const Ending* last = to == ins ? &ending : nullptr;
-      const auto run = [&]<int kCount>() {
-        rows_of_panel<kCount>(x, a.x_stride, panel, (to - from) / 2, own, from == 0, last);
-      };
-      switch (end - row) {
-        case 1: run.template operator()<1>(); break;
-        case 2: run.template operator()<2>(); break;
-        case 3: run.template operator()<3>(); break;
-        case 4: run.template operator()<4>(); break;
-        case 5: run.template operator()<5>(); break;
-        default: run.template operator()<kRows>();
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t last = block + kBlock < end ? block + kBlock : end;
+    for (int64_t from = 0; from < ins; from += stretch) {
+      const int64_t to = from + stretch < ins ? from + stretch : ins;
+      if (block == begin) decode_panel(a, first, from, to, values, panel);
+      Ahead ahead;
+      if (block == begin && to < ins)
+        ahead.plan(a, first, to, to + stretch < ins ? to + stretch : ins);
+      else if (last == end && to == ins)
+        ahead.plan(a, first + kPanel, 0, stretch < ins ? stretch : ins);
+      const int64_t each = ahead.left / ((last - block + kRows - 1) / kRows) + 1;
+      for (int64_t row = block; row < last; row += kRows) {
+        ahead.fetch(each);
+        const uint16_t* x = (const uint16_t*)a.x + row * a.x_stride + from;
+        ending.out = (uint16_t*)a.out + row * a.outs + first;
+        const auto run = [&]<int kCount>() {
+          rows_of_panel<kCount>(x, a.x_stride, panel + kPanel * from / 2, (to - from) / 2,
+                                sums + (row - block) * kPanel, from == 0,
+                                to == ins ? &ending : nullptr);
+        };
+        switch (last - row) {
+          case 1: run.template operator()<1>(); break;
+          case 2: run.template operator()<2>(); break;
+          case 3: run.template operator()<3>(); break;
+          case 4: run.template operator()<4>(); break;
+          case 5: run.template operator()<5>(); break;
+          default: run.template operator()<kRows>();
+        }
       }
     }
   }
@@ -144,7 +179,7 @@ void quant_linear(const sora::QuantLinearArgs& a, int64_t index, int64_t begin, 
 
 #else
 
-int64_t quant_linear_scratch(int64_t, int64_t) { return 0; }
+int64_t quant_linear_scratch(int64_t) { return 0; }
 
 void quant_linear(const sora::QuantLinearArgs&, int64_t, int64_t, int64_t, void*) {}
 

@@ -1,8 +1,8 @@
 """Weights unpacked by csrc/cpu, some rows at a time, and multiplied.
 
 In bf16, on processors with AVX512-BF16, csrc/cpu multiplies too: 64 rows of the weight are unpacked
-into the second cache, and all rows of x go through them. Else a tile is unpacked into memory, and
-goes through PyTorch's product. It is dense in x's dtype, so the product runs at the rate that it has for dense weights; one
+into the second cache, and all rows of x go through them. Else a tile is unpacked into memory, dense
+in x's dtype, and goes through PyTorch's product, at the rate that it has for dense weights; one
 tile at a time is in memory. Unpacking is in proportion to the weight, the product to the weight
 times the rows: of a video it is a few per cent.
 """
