@@ -27,6 +27,8 @@ from sora_engine.errors import CheckpointError
 
 HUGE_BYTES = 4 << 20
 """Tensors from here on lie on huge pages; a page is 2 MiB."""
+SHARED_BYTES = 32 << 20
+"""Of huge pages that smaller tensors share."""
 PIECE_BYTES = 16 << 20
 """What a device, or another dtype, is given at a time."""
 BEHIND_BYTES = 1 << 18
@@ -45,6 +47,8 @@ class Copies:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "copies")
         self._running: list[Future[None]] = []
+        self._shared: mmap.mmap | None = None
+        self._used = 0
 
     @contextlib.contextmanager
     def behind(self) -> Iterator[None]:
@@ -54,6 +58,15 @@ class Copies:
             yield
         finally:
             _BEHIND.reset(token)
+
+    def room(self, size: int) -> tuple[mmap.mmap, int]:
+        """Memory that several tensors share, and where in it `size` bytes are free. It is given
+        back when the last of them goes."""
+        if self._shared is None or self._used + size > len(self._shared):
+            self._shared, self._used = _huge_pages(max(size, SHARED_BYTES)), 0
+        at = self._used
+        self._used += (size + 63) // 64 * 64
+        return self._shared, at
 
     def submit(self, read: Callable[[memoryview, int], None], memory: memoryview, at: int) -> None:
         self._running.append(self._pool.submit(read, memory, at))
@@ -145,14 +158,34 @@ class MappedFile:
             self.data.close()
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """An empty tensor; of a CPU on huge pages where it is large and the system has them."""
+def room(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    kept: bool = False,
+) -> Tensor:
+    """An empty tensor; of a CPU on huge pages where it is large and the system has them.
+
+    kept: it stays where it is for as long as the model does. Within `Copies.behind` small ones of
+    that kind share their pages: the system would take longer over their memory than they take to
+    read.
+    """
     count = math.prod(shape)
     size = count * dtype.itemsize
-    large = torch.device(device).type == "cpu" and size >= HUGE_BYTES
-    if not large or not hasattr(mmap, "MADV_HUGEPAGE"):
+    copies = _BEHIND.get() if kept and size >= BEHIND_BYTES else None
+    here = torch.device(device).type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
+    if not here or (size < HUGE_BYTES and copies is None):
         return torch.empty(shape, dtype=dtype, device=device)
+    if copies is not None and size < HUGE_BYTES:
+        memory, at = copies.room(size)
+    else:
+        memory, at = _huge_pages(size), 0
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=at).view(shape)
+
+
+def _huge_pages(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+    return memory

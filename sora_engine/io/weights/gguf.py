@@ -149,7 +149,7 @@ class GGUFWeights:
         """See `WeightSource`."""
         info, form = self.info(name), kept_format_of(self, name)
         row_bytes = info.size_bytes // info.shape[0]
-        weight = room((info.shape[0], row_bytes), torch.uint8, device)
+        weight = room((info.shape[0], row_bytes), torch.uint8, device, kept=True)
         self.bytes.fill(info.start, weight)
         return Kept(form, weight)
 
