@@ -90,6 +90,16 @@ class Copies:
 _BEHIND: ContextVar[Copies | None] = ContextVar("copies", default=None)
 
 
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Within it `MappedFile.fill` waits for its bytes after all: for what is looked at."""
+    token = _BEHIND.set(None)
+    try:
+        yield
+    finally:
+        _BEHIND.reset(token)
+
+
 class MappedFile:
     """One open file, whose bytes never change what was read of it. Raises OSError and ValueError
     where it cannot be opened."""

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sora_engine.cli.app import main
+from sora_engine.errors import CheckpointError
 from sora_engine.io.safetensors import SafetensorsFile
 from sora_engine.models.inspection import inspect_file
 from sora_engine.vae.wan import WanVAE
@@ -63,6 +64,15 @@ def test_a_format_is_named(tmp_path, kind):
 def test_a_variant_is_named(tmp_path, changes, says):
     save_file({n: v.contiguous() for n, v in tensors(**changes).items()}, tmp_path / "wan")
     assert says in inspect_file(tmp_path / "wan").kinds[0]
+
+
+def test_a_folder_is_told_by_its_files(tmp_path):
+    with pytest.raises(CheckpointError, match=r"a folder; .*this one holds none"):
+        inspect_file(tmp_path)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "wan_2.1_vae.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"it holds vae.wan_2\.1_vae\.safetensors$"):
+        inspect_file(tmp_path)
 
 
 def test_a_vae_and_a_stranger_on_the_command_line(tmp_path, capsys, monkeypatch):
