@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io import mapped_file
+from sora_engine.io.loading import load_into
 from sora_engine.io.mapped_file import Copies, MappedFile, room
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.models.quantised import Keeper, QuantLinear
+from sora_kernels.quant.formats import dequantise
+from tests.unit.weight_recipes import write_gguf, write_safetensors
 
 SIZES = (1, 300, (1 << 18) + 7, (1 << 20) + 1, 0, (4 << 20) + 3, 1 << 19)
 
@@ -96,6 +103,39 @@ def test_a_file_that_becomes_shorter_while_others_copy_behind(path):
     with pytest.raises(CheckpointError, match="truncated"):
         copies.__exit__(None, None, None)
     file.close()
+
+
+@pytest.mark.parametrize("kind", ["fp8_scaled, legacy", "int8 by row", "Q8_0", "mxfp8"])
+def test_nobody_looks_at_what_is_not_there_yet(tmp_path, monkeypatch, kind):
+    """A matrix that is kept, and beside it what is decoded: where every copy takes its time."""
+    write = write_gguf if kind.startswith("Q") else write_safetensors
+    torch.manual_seed(0)
+    names = ("blocks.0.weight", "head.weight", "blocks.1.weight")
+    path = tmp_path / ("w.gguf" if kind.startswith("Q") else "w.safetensors")
+    write(path, kind, {n: torch.randn(640, 512) for n in names}, chosen=lambda name, _: True)
+    with open_weights(path) as weights:
+        values = {name: weights.read(name) for name in names}
+    read_into = MappedFile._read_into
+
+    def slowly(self, memory, start):
+        time.sleep(0.02)
+        read_into(self, memory, start)
+
+    monkeypatch.setattr(MappedFile, "_read_into", slowly)
+    with torch.device("meta"):
+        module = nn.Module()
+        module.blocks = nn.ModuleList(nn.Linear(512, 640, bias=False) for _ in range(2))
+        module.head = nn.Linear(512, 640, bias=False)
+    with open_weights(path) as weights:
+        load_into(module, weights, dtype=torch.float32, keep=Keeper("as-stored", ["blocks"]))
+    assert torch.equal(module.head.weight, values["head.weight"])
+    for i in range(2):
+        layer, expected = module.blocks[i], values[f"blocks.{i}.weight"]
+        assert isinstance(layer, QuantLinear) == (kind != "mxfp8")
+        own = layer.weight
+        if kind != "mxfp8":
+            own = dequantise(layer.weight, layer.scale, layer.format)
+        torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_two_loads_at_once_do_not_meet(path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.mapped_file import at_once
 
 PIECE_VALUES = 1 << 18
 """Values that are decoded at a time: 1 MiB in float32."""
@@ -147,9 +148,10 @@ def read_by_pieces(
     )
     if target.is_meta:
         return target
-    decode = decoder()
-    step = max(1, PIECE_VALUES // max(1, math.prod(shape[1:])))
-    for first in range(0, len(wanted), step):
-        piece = wanted[first : first + step]
-        target[first : first + len(piece)].copy_(decode(piece))
+    with at_once():
+        decode = decoder()
+        step = max(1, PIECE_VALUES // max(1, math.prod(shape[1:])))
+        for first in range(0, len(wanted), step):
+            piece = wanted[first : first + step]
+            target[first : first + len(piece)].copy_(decode(piece))
     return target
