@@ -149,14 +149,16 @@ class MappedFile:
     def _read_into(self, memory: memoryview, start: int) -> None:
         done = 0
         while done < len(memory):
+            at = start + done
             if hasattr(os, "preadv"):  # the kernel copies 2 GiB at a time at most
-                count = os.preadv(self._file.fileno(), [memory[done:]], start + done)
+                count = os.preadv(self._file.fileno(), [memory[done:]], at)
             else:
-                self._file.seek(start + done)
-                count = self._file.readinto(memory[done:]) or 0
+                piece = self.data[at : at + min(PIECE_BYTES, len(memory) - done)]
+                count = len(piece)
+                memory[done : done + count] = piece
             if not count:
                 raise CheckpointError(
-                    f"truncated while it was read: nothing is left at byte {start + done}",
+                    f"truncated while it was read: nothing is left at byte {at}",
                     path=self.path,
                 )
             done += count

@@ -78,7 +78,11 @@ def test_what_is_copied_behind_is_there_at_the_end(path, monkeypatch, shared, ke
     check(made, path)
 
 
-def test_at_once_it_is_there_at_once(path):
+@pytest.mark.parametrize("system", ["preadv", "none"])
+def test_at_once_it_is_there_at_once(path, monkeypatch, system):
+    if system == "none":  # as on Windows
+        monkeypatch.delattr(os, "preadv", raising=False)
+        monkeypatch.setattr(mapped_file, "PIECE_BYTES", 1 << 20)
     made, file = read_all(path)
     check(made, path)
     file.close()
