@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -206,13 +207,26 @@ class Clerk:
                 raise bad_value(f"{name}: there is no such video", name) from None
         else:
             assert media.image_url is not None
-            sha256 = self._kept(io.BytesIO(_data_of(media.image_url, name)), name)
+            sha256 = self._named(media.image_url, name)
         kept: dict[str, Any] = {"upload": sha256}
         if media.start:
             kept["start"] = media.start
         if media.stop is not None:
             kept["stop"] = media.stop
         return kept
+
+    def _named(self, url: str, name: str) -> str:
+        """What an address holds, kept: a data URL, or another where the operator allows that."""
+        fetcher = self._service.fetcher
+        if fetcher is None or url.startswith("data:"):
+            return self._kept(io.BytesIO(_data_of(url, name)), name)
+        with tempfile.TemporaryFile(dir=self._files.tmp) as file:
+            try:
+                fetcher.fetch(url, file)
+            except MediaError as error:
+                raise ApiError(400, "unreadable_media", f"{name}: {error}", param=name) from error
+            file.seek(0)
+            return self._kept(file, name)
 
     def _completed(self, name: str, param: str | None = None) -> Row:
         row = self._desk.row(self._owner, name, "video")

@@ -18,7 +18,8 @@ class Body(BaseModel):
 
 
 class Media(Body):
-    """A picture or a clip: an upload, one of the caller's videos, or a data URL.
+    """A picture or a clip: an upload, one of the caller's videos, or a data URL (where the operator
+    allows it, another URL).
 
     start, stop: the frames of it that count, at the request's frame rate.
     """
@@ -27,7 +28,7 @@ class Media(Body):
     video_id: Annotated[
         str | None, Field(max_length=64, validation_alias=AliasChoices("video_id", "id"))
     ] = None
-    image_url: Annotated[str | None, Field(description="A data URL.")] = None
+    image_url: Annotated[str | None, Field(description="A data URL; http(s) with --allow-urls.")] = None
     start: Annotated[int, Field(ge=0)] = 0
     stop: Annotated[int | None, Field(ge=1)] = None
 
