@@ -1,4 +1,4 @@
-"""Pictures and clips by their addresses, where the operator allows it: of the public Internet alone.
+"""Pictures and clips by their addresses, where the operator allows that: of the Internet alone.
 
 A server that fetches what strangers name can be made to ask what only it can reach (server-side
 request forgery). So a name is resolved once, each of its addresses must be a public one, and the

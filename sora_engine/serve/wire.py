@@ -28,7 +28,9 @@ class Media(Body):
     video_id: Annotated[
         str | None, Field(max_length=64, validation_alias=AliasChoices("video_id", "id"))
     ] = None
-    image_url: Annotated[str | None, Field(description="A data URL; http(s) with --allow-urls.")] = None
+    image_url: Annotated[
+        str | None, Field(description="A data URL, or what --allow-urls allows.")
+    ] = None
     start: Annotated[int, Field(ge=0)] = 0
     stop: Annotated[int | None, Field(ge=1)] = None
 
