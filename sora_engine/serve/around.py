@@ -68,6 +68,7 @@ def lay_around(app: FastAPI, service: Service) -> None:
         open_metrics=settings.loopback,
     )
     # The last one added is the first that a request meets.
+    app.add_middleware(Heads)
     app.add_middleware(Access, rules=rules, sessions=state.sessions)
     if settings.cors:  # before keys: a browser asks whether it may ask, and sends none with that
         app.add_middleware(
@@ -79,6 +80,23 @@ def lay_around(app: FastAPI, service: Service) -> None:
         )
     app.add_middleware(Guard, bounds=bounds)
     app.add_middleware(Counted, metrics=state.metrics)
+
+
+class Heads:
+    """Answers HEAD as GET, whose body the connection leaves out (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        own = ("/events", "/content")  # the one does not end; the other reads no file for it
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "HEAD"
+            and not scope["path"].endswith(own)
+        ):
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 def _verify(path: Path, intake: Intake, metrics: Metrics) -> None:

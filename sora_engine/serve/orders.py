@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -88,6 +88,10 @@ async def read(request: Request, model: type[B]) -> B:
 
 def checked(model: type[B], fields: dict[str, Any]) -> B:
     """The body that has these fields; ApiError 400 names the first that is wrong."""
+    for name, value in fields.items():
+        known = model.model_fields.get(name)
+        if isinstance(value, bool) and known is not None and not _may_be_bool(known.annotation):
+            raise bad_value(f"{name}: {str(value).lower()} is neither a number nor a text", name)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -98,6 +102,13 @@ def checked(model: type[B], fields: dict[str, Any]) -> B:
         if first["type"] == "extra_forbidden":
             said = "there is no such parameter"
         raise bad_value(f"{where}: {said}" if where else said, param) from error
+
+
+def _may_be_bool(annotation: Any) -> bool:
+    """Whether a field takes true or false; pydantic takes them for 1 and 0 elsewhere."""
+    return annotation is bool or any(
+        isinstance(part, bool) or _may_be_bool(part) for part in get_args(annotation)
+    )
 
 
 class Clerk:

@@ -14,7 +14,7 @@ from sora_engine.serve.failures import ApiError, bad_value, not_found
 from sora_engine.serve.orders import Order, place
 from sora_engine.serve.pictures import picture_of
 from sora_engine.serve.replies import DeletedVideo, Video, VideoList
-from sora_engine.serve.service import desk_of, owner_of
+from sora_engine.serve.service import desk_of, owner_of, service_of
 from sora_engine.serve.wire import CreateVideo
 from sora_engine.serve.writer import VIDEO
 
@@ -42,15 +42,18 @@ async def videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:
     """The caller's videos, page by page: `after` is the last id of the page before."""
-    desk, owner = desk_of(request), owner_of(request)
+    desk, owner, cursors = desk_of(request), owner_of(request), service_of(request).cursors
     number = None
     if after is not None:
         last = desk.store.get(after)
-        if last is None or last.owner != owner:
+        known = last is not None and last.owner == owner
+        number = last.number if last is not None and known else cursors.number(owner, after)
+        if number is None:
             raise bad_value("after: there is no such video", "after")
-        number = last.number
     rows = desk.store.page(owner, after=number, limit=limit + 1, newest=order == "desc")
     data = [video_for(request, desk, row) for row in rows[:limit]]
+    if data:
+        cursors.gave(owner, data[-1].id, rows[len(data) - 1].number)
     return VideoList(
         data=data,
         first_id=data[0].id if data else None,
