@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,10 @@ def lay_around(app: FastAPI, service: Service) -> None:
     app.add_middleware(Counted, metrics=state.metrics)
 
 
+_OWN = re.compile(r"/v1/videos/[^/]+/(events|content)")
+"""Paths whose HEAD is not their GET: the one does not end, the other reads a file for nothing."""
+
+
 class Heads:
     """Answers HEAD as GET, whose body the connection leaves out (RFC 9110, 9.3.2)."""
 
@@ -89,12 +94,7 @@ class Heads:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        own = ("/events", "/content")  # the one does not end; the other reads no file for it
-        if (
-            scope["type"] == "http"
-            and scope["method"] == "HEAD"
-            and not scope["path"].endswith(own)
-        ):
+        if scope["type"] == "http" and scope["method"] == "HEAD" and not _OWN.match(scope["path"]):
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 

@@ -141,6 +141,8 @@ def test_a_picture_is_no_video(service: Service) -> None:
     assert len(set(pictures)) == 3
     assert [service.desk.store.get(name).facts["seed"] for name in pictures] == [5, 6, 7]
     name = pictures[0]
+    head = service.http.head(f"/v1/images/{name}/content")
+    assert (head.status_code, head.headers["content-type"]) == (200, "image/png")
     for path in ("remix", "upscale", "cancel"):
         answer = service.http.post(f"{VIDEOS}/{name}/{path}", json={"prompt": "b"})
         if path == "cancel":  # it is done, and stays
