@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora_engine.serve import session, streams, telling, uploads
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sora_engine.serve.requests")
 
+GONE = 499
+"""For the log and the metrics: the client went away within its body."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -178,6 +181,9 @@ class Counted:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            status = status or GONE
+            raise
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.requests.labels(method, str(status or 500)).inc()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from tests.serve.raw import asked, status_of
 from tests.serve.serving import SMALL, Service, served
 
 KEY = "a-key-of-sixteen-chars"
@@ -91,11 +95,49 @@ def test_head_needs_the_key_that_get_needs(tmp_path) -> None:
         assert service.http.head(VIDEOS, headers=own).status_code == 200
 
 
+BODY = json.dumps(SMALL).encode()
+HEAD = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def test_a_body_of_two_lengths_is_refused(service: Service) -> None:
+    """Else what follows would be a request of its own to one of two that read it."""
+    lengths = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
+    smuggled = b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    said = asked(service.server.port, HEAD + lengths + smuggled)
+    assert status_of(said) == 400
+    assert b"two_lengths" in said
+    assert said.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+        b"Content-Length: 500\r\n\r\n" + BODY,
+    ],
+)
+def test_a_client_that_goes_within_its_body_is_no_fault(
+    service: Service, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="sora_engine.serve")
+    with socket.create_connection(("127.0.0.1", service.server.port)) as sock:
+        sock.sendall(HEAD + sent)
+        time.sleep(0.1)
+    until = time.monotonic() + 10
+    while not (lines := [r for r in caplog.records if "POST /v1/videos" in r.getMessage()]):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert [record.getMessage() for record in lines] == ["POST /v1/videos 499"]
+    ours = [record for record in caplog.records if record.name.startswith("sora_engine")]
+    assert [record for record in ours if record.levelno >= logging.WARNING] == []
+
+
 def test_ranges_and_tags(service: Service, video: dict[str, Any]) -> None:
     path = f"{VIDEOS}/{video['id']}/content"
     whole = service.http.get(path)
     size, etag = len(whole.content), whole.headers["etag"]
-    for asked, part in {
+    for part_of, part in {
         "bytes=0-0": whole.content[:1],
         "bytes=-1": whole.content[-1:],
         "bytes=5-": whole.content[5:],
@@ -103,15 +145,15 @@ def test_ranges_and_tags(service: Service, video: dict[str, Any]) -> None:
         f"bytes=-{10**17}": whole.content,
         f"bytes=0-{10**17}": whole.content,
     }.items():
-        answer = service.http.get(path, headers={"Range": asked})
-        assert (answer.status_code, answer.content) == (206, part), asked
-    for asked in ("bytes=-0", "bytes=5-2", f"bytes={size}-"):
-        answer = service.http.get(path, headers={"Range": asked})
-        assert answer.status_code == 416, asked
+        answer = service.http.get(path, headers={"Range": part_of})
+        assert (answer.status_code, answer.content) == (206, part), part_of
+    for part_of in ("bytes=-0", "bytes=5-2", f"bytes={size}-"):
+        answer = service.http.get(path, headers={"Range": part_of})
+        assert answer.status_code == 416, part_of
         assert answer.headers["content-range"] == f"bytes */{size}"
-    for asked in ("bytes=0-1,3-4", "items=0-1", "bytes=a-b", "bytes=1", "bytes=0x0-1"):
-        answer = service.http.get(path, headers={"Range": asked})
-        assert (answer.status_code, len(answer.content)) == (200, size), asked
+    for part_of in ("bytes=0-1,3-4", "items=0-1", "bytes=a-b", "bytes=1", "bytes=0x0-1"):
+        answer = service.http.get(path, headers={"Range": part_of})
+        assert (answer.status_code, len(answer.content)) == (200, size), part_of
     for tags in (etag, f'"other", {etag}', f"W/{etag}", "*"):
         answer = service.http.get(path, headers={"If-None-Match": tags})
         assert (answer.status_code, answer.content) == (304, b""), tags
