@@ -340,7 +340,10 @@ class Desk:
             watcher(live)
 
     def _new_id(self) -> str:
-        random = "".join(secrets.choice(_LETTERS) for _ in range(26))
+        number, random = secrets.randbelow(len(_LETTERS) ** 26), ""
+        for _ in range(26):
+            number, letter = divmod(number, len(_LETTERS))
+            random += _LETTERS[letter]
         return f"video_{self.settings.replica}_{random}"
 
     # The end.

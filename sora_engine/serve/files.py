@@ -3,8 +3,8 @@
 lock                            held while a server runs
 jobs.sqlite                     the rows (`store`)
 uploads/<sha256>                what clients sent
-videos/<id>/                    video.mp4 or image.png, thumbnail.webp, spritesheet.webp,
-                                receipt.json, request.json
+videos/<id>/                    video.mp4 or image.png, and receipt.json; thumbnail.webp and
+                                spritesheet.webp once somebody asks for them
 saved/<id>.safetensors          a job between two steps
 tmp/                            emptied at the start
 """
@@ -82,8 +82,11 @@ class Files:
     def begin(self, name: str) -> Path:
         """An empty folder in which a job's results are made."""
         folder = self.tmp / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
         return folder
 
     def place(self, name: str) -> None:
@@ -92,7 +95,8 @@ class Files:
         for file in folder.iterdir():
             _flush(file)
         _flush(folder)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(target, ignore_errors=True)
         os.replace(folder, target)
         _flush(self.videos)
 
@@ -103,7 +107,8 @@ class Files:
     def remove(self, name: str, *, results: bool = True) -> None:
         """Remove a job's savepoint and what is under way of it, and its results."""
         self.savepoint(name).unlink(missing_ok=True)
-        shutil.rmtree(self.tmp / name, ignore_errors=True)
+        if (self.tmp / name).exists():
+            shutil.rmtree(self.tmp / name, ignore_errors=True)
         if results and self.video(name).exists():
             # Out of sight at once, however long it takes.
             aside = self.tmp / f"{name}.{secrets.token_hex(4)}"
