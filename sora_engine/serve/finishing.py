@@ -13,6 +13,7 @@ from sora_engine.errors import (
     EngineClosedError,
     EngineDeadError,
     JobCancelledError,
+    RankFailedError,
 )
 from sora_engine.io.latents import SavedLatents
 from sora_engine.runtime.job import JobState
@@ -25,6 +26,8 @@ from sora_engine.serve.writer import ResultWriter
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_BROKEN = (DeviceError, RankFailedError, EngineDeadError)
+"""What may be the fault of any job that was at the engine."""
 SAVE_S = 20.0
 """How long a job that is put off may take to its next step, after which it is saved."""
 LATENTS = "latents.safetensors"
@@ -135,16 +138,15 @@ class Finisher:
         """Bring the row to where the job is, however long the disk keeps it from that."""
         desk, name = self._desk, live.row.id
         if error is not None and self._goes_on(live, error):
-            full = is_disk_full(error)
-            kept = live.keeping or full or isinstance(error, EngineDeadError)
-            attempts = 0 if kept else live.row.attempts + 1
+            # Where the engine dies of it, the next start counts it as one that was in flight.
+            lost = {"lost": isinstance(error, _BROKEN)}
             before = self._insist(
-                lambda: desk.store.change(name, "queued", when={"running"}, attempts=attempts)
+                lambda: desk.store.change(name, "queued", when={"running"}, facts=lost)
             )
             if before is None:
                 desk.gone(live)
             else:
-                desk.again(live, attempts=attempts, pause=full)
+                desk.again(live, pause=is_disk_full(error))
             return
         now = desk.clock.now()
         if error is None:
@@ -176,8 +178,8 @@ class Finisher:
             return live.keeping
         if isinstance(error, EngineClosedError) or is_disk_full(error):
             return True
-        if isinstance(error, DeviceError) and not live.retried:
-            live.retried = True
+        if isinstance(error, _BROKEN) and not live.retried:
+            live.retried = True  # and alone: what fails it then is its own
             return True
         return False
 

@@ -23,18 +23,15 @@ logger = logging.getLogger(__name__)
 def begin(desk: Jobs, live: Live, finisher: Finisher) -> None:
     """Hand a job over to the engine; what that raises ends the job."""
     row = live.row
-    # The attempt is in the store before it is made: a job that kills the process is counted.
+    # It is in the store before the engine has it: under a job that kills the process, the next
+    # start finds it in flight.
     before = desk.store.change(
-        row.id,
-        "running",
-        when={"queued"},
-        attempts=row.attempts + 1,
-        facts={"mark": mark_of(desk, row.id)},
+        row.id, "running", when={"queued"}, facts={"mark": desk.files.mark(row.id), "lost": False}
     )
     if before is None:
         desk.gone(live)
         return
-    live.spool = Spool(desk.files.tmp / f"{row.id}.frames")
+    live.spool = Spool(desk.files.spool(row.id))
     try:
         job = _submitted(desk, live, finisher)
     except Exception as error:
@@ -46,14 +43,6 @@ def begin(desk: Jobs, live: Live, finisher: Finisher) -> None:
     if live.stopping or live.keeping:
         job.cancel()
     desk.tell(live)
-
-
-def mark_of(desk: Jobs, name: str) -> int:
-    """What tells one savepoint of a job from the next; 0 where there is none."""
-    try:
-        return desk.files.savepoint(name).stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
 
 
 def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
@@ -69,13 +58,17 @@ def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
         live.spool.put(frames)
         finisher.start(live)
 
+    # What was lost once is saved after each step: if it was not what killed the server, the next
+    # loss finds it further.
+    lost = row.attempts > 0 or live.retried
+    save_every_s = None if lost else settings.save_every_s or None
     options: dict[str, Any] = {
         "priority": row.facts.get("priority", 0),
         "deadline_s": _left_s(desk, live),
         "on_frames": take,
         "on_progress": lambda _progress: desk.tell(live),
         "save_to": saved,
-        "save_every_s": settings.save_every_s or None,
+        "save_every_s": save_every_s,
         "keep_frames": False,
     }
     if saved.exists():

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -166,27 +167,26 @@ def device_dies_at_step(step: int) -> None:
 
 
 def kill_at_step(step: int) -> None:
-    """A job that kills its process."""
-    plain = Job.tell_progress
+    """A job that kills its process in the step behind this one."""
+    _kill_before(lambda job: job.progress.steps_done == step)
 
-    def told(self: Job) -> None:
-        plain(self)
-        if self.progress.steps_done == step:
+
+def _kill_before(meets: Callable[[Job], bool]) -> None:
+    from sora_engine.runtime.worker import Worker
+
+    plain = Worker._step
+
+    def stepped(self: Worker, jobs: list[Job]) -> None:
+        if any(map(meets, jobs)):
             os.kill(os.getpid(), signal.SIGKILL)
+        plain(self, jobs)
 
-    Job.tell_progress = told  # type: ignore[method-assign]
+    Worker._step = stepped  # type: ignore[method-assign]
 
 
 def kill_by_seed(seed: int) -> None:
-    """One job that kills its process, at its second step."""
-    plain = Job.tell_progress
-
-    def told(self: Job) -> None:
-        plain(self)
-        if self.request.seed == seed and self.progress.steps_done == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Job.tell_progress = told  # type: ignore[method-assign]
+    """One job that kills its process, in its third step."""
+    _kill_before(lambda job: job.request.seed == seed and job.progress.steps_done == 2)
 
 
 def quick_linger(_: int) -> None:

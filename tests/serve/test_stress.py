@@ -162,7 +162,7 @@ def test_a_job_that_kills_its_server_takes_no_other_along(nursery: Nursery, tmp_
     names: list[str] = []
     videos: dict[str, dict[str, Any]] = {}
     faults = {"kill_by_seed": 666, "slow_steps": 10}
-    for life in range(6):
+    for life in range(8):
         with Server(nursery, data, faults=faults, ready=False) as server:
             try:
                 server.url = server.said("LISTENING")
@@ -181,7 +181,7 @@ def test_a_job_that_kills_its_server_takes_no_other_along(nursery: Nursery, tmp_
                 names = [name for (name,) in found]
                 continue
             break
-    assert life == 3, "three attempts, and then a server that lives"
+    assert life == 6, "three times in company, three alone, and then a server that lives"
     codes = [(video["error"] or {}).get("code") for video in videos.values()]
     assert codes == [None, None, None, "crashed"]
 

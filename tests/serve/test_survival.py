@@ -71,13 +71,16 @@ def test_a_job_is_done_after_a_kill_at_each_stage(
     assert leftovers(data) == []
 
 
-def test_a_job_that_kills_its_server_fails_after_three_attempts(nursery: Nursery, tmp_path):
+@pytest.mark.parametrize(("step", "lives"), [(0, 3), (2, 5)])
+def test_a_job_that_kills_its_server_is_given_up(nursery: Nursery, tmp_path, step, lives):
+    """After three times at one point: in its first step, or in one that it comes to once it is
+    saved after each."""
     data = tmp_path / "data"
     name = None
-    for attempt in range(3):
-        faults = {"kill_at_step": 2, "slow_steps": 20}
+    for life in range(lives):
+        faults = {"kill_at_step": step}
         with Server(nursery, data, faults=faults, ready=False) as server:
-            if attempt == 0:
+            if life == 0:
                 server.url = server.said("LISTENING")
                 server.said("READY")
                 server.http = httpx.Client(base_url=server.url)
