@@ -61,7 +61,7 @@ class Server:
         nursery: Nursery,
         data: Path,
         *,
-        faults: dict[str, int] | None = None,
+        faults: dict[str, Any] | None = None,
         ready: bool = True,
         log: Path | None = None,
         **settings: Any,

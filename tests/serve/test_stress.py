@@ -123,10 +123,10 @@ def others(server: Server, rng: random.Random) -> None:
 def one_life(server: Server, orders: Orders, rng: random.Random) -> None:
     """Order this and that until the server is gone."""
     with contextlib.suppress(AssertionError):  # it is gone before it is ready
-        server.url = server.said("LISTENING")
+        url = server.said("LISTENING")
+        server.http, server.url = httpx.Client(base_url=url, timeout=60), url
         server.said("READY")
-        server.http = httpx.Client(base_url=server.url, timeout=60)
-    if server.code() is not None or not hasattr(server, "http"):
+    if server.code() is not None:
         return
     aside = threading.Thread(target=others, args=(server, random.Random(rng.random())))
     aside.start()

@@ -1,0 +1,207 @@
+"""What a start makes of each thing that a kill can leave, on rows and files that are laid out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sora_engine.serve.clock import Clock
+from sora_engine.serve.files import Files
+from sora_engine.serve.live import Live
+from sora_engine.serve.recovery import STOPPING, recover
+from sora_engine.serve.spool import Spool
+from sora_engine.serve.store import Row, Store
+
+RECEIPT = {"timings_s": {"denoising": 1.0, "decoding": 0.5}, "receipt": None, "seed": 1}
+
+
+class Folder:
+    """A data folder without a server."""
+
+    def __init__(self, files: Files) -> None:
+        self.files, self.store = files, Store(files.rows)
+
+    def add(self, name: str, state: str = "running", **columns: Any) -> None:
+        self.store.add(Row(id=name, owner="local", created=1.0, body={}, **columns))
+        if state != "queued":
+            self.store.change(name, state, when={"queued"}, completed=2.0)
+
+    def save(self, name: str) -> None:
+        path = self.files.savepoint(name)
+        path.write_bytes(path.read_bytes() + b"x" if path.exists() else b"x")
+
+    def place(self, name: str, receipt: str = json.dumps(RECEIPT)) -> None:
+        (self.files.begin(name) / "receipt.json").write_text(receipt)
+        self.files.place(name)
+
+    def begin(self, *names: str) -> None:
+        """As a server does with jobs that it hands to the engine."""
+        for name in names:
+            mark = self.files.mark(name)
+            facts = {"mark": mark, "lost": False}
+            assert self.store.change(name, "running", when={"queued"}, facts=facts)
+
+    def recover(self) -> list[Live]:
+        return recover(self.store, self.files, Clock())
+
+    def states(self) -> dict[str, str]:
+        return {row.id: row.state for row in self.store.all()}
+
+    def tree(self) -> set[str]:
+        found = (*self.files.videos.iterdir(), *self.files.saved.iterdir())
+        return {f"{path.parent.name}/{path.name.split('.')[0]}" for path in found}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Iterator[Folder]:
+    made = Folder(Files(tmp_path / "data"))
+    yield made
+    made.store.close()
+    made.files.close()
+
+
+def lives(going_on: list[Live]) -> list[str]:
+    return [live.row.id for live in going_on]
+
+
+def test_no_file_outlives_the_row_that_has_it(folder: Folder) -> None:
+    """A kill between a row's last state and the removal of what it no longer needs."""
+    for state in ("completed", "expired", "failed", "cancelled", "deleting"):
+        folder.add(state, state)
+        folder.save(state)
+        folder.place(state)
+    folder.add("going")
+    folder.save("going")
+    folder.place("nobody")
+    folder.save("nobody")
+    (folder.files.saved / ".going.1234.tmp").write_bytes(b"half a savepoint")
+    assert lives(folder.recover()) == ["going"]
+    assert folder.tree() == {"videos/completed", "saved/going"}
+    assert set(folder.states()) == {"completed", "expired", "failed", "cancelled", "going"}
+
+
+def test_results_in_place_complete_their_job_unless_they_are_damaged(folder: Folder) -> None:
+    for name, receipt in (
+        ("whole", json.dumps(RECEIPT)),
+        ("half", json.dumps(RECEIPT)[:20]),
+        ("other", "[]"),
+        ("bytes", "\ufffd{"),
+        ("empty", "{}"),
+    ):
+        folder.add(name)
+        folder.place(name, receipt)
+    assert lives(folder.recover()) == ["half", "other", "bytes", "empty"]
+    assert folder.tree() == {"videos/whole"}
+    row = folder.store.get("whole")
+    assert (row.state, row.facts["inference_time_s"]) == ("completed", 1.5)
+
+
+def test_pictures_that_nobody_waits_for_are_gone(folder: Folder) -> None:
+    """Their client waited on a connection of the server that is gone."""
+    for name, state in (("a", "queued"), ("b", "running"), ("c", "running"), ("d", "completed")):
+        folder.add(name, state, kind="image")
+    for name in "cd":
+        folder.place(name)
+    folder.save("b")
+    assert folder.recover() == []
+    assert folder.states() == {"d": "completed"}
+    assert folder.tree() == {"videos/d"}
+
+
+def lost(folder: Folder, *names: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """One more life of a server that is lost with these jobs in flight: those that go on, and of
+    each how often it was lost, and how often alone at one point."""
+    folder.begin(*names)
+    going_on = lives(folder.recover())
+    rows = folder.store.all()
+    return going_on, {row.id: (row.attempts, row.facts.get("alone", 0)) for row in rows}
+
+
+def test_losses_alone_at_one_point_end_a_job(folder: Folder) -> None:
+    folder.add("a", "queued")
+    assert lost(folder, "a") == (["a"], {"a": (1, 1)})
+    assert lost(folder, "a") == (["a"], {"a": (2, 2)})
+    assert lost(folder, "a") == ([], {"a": (3, 3)})
+    row = folder.store.get("a")
+    assert (row.state, row.facts["error"]["code"]) == ("failed", "crashed")
+
+
+def test_losses_in_company_end_none_and_make_suspects(folder: Folder) -> None:
+    for name in "ab":
+        folder.add(name, "queued")
+    for count in range(1, 8):
+        assert lost(folder, "a", "b") == (["a", "b"], dict.fromkeys("ab", (count, 0)))
+    assert all(live.is_suspect for live in folder.recover())
+
+
+def test_a_job_that_ends_as_the_server_is_lost_is_company(folder: Folder) -> None:
+    for name in "ab":
+        folder.add(name, "queued")
+    folder.place("b")
+    assert lost(folder, "a", "b") == (["a"], {"a": (1, 0), "b": (0, 0)})
+
+
+def test_one_that_got_further_is_not_given_up(folder: Folder) -> None:
+    """However often an operator kills the server."""
+    folder.add("a", "queued")
+    for _ in range(5):
+        lost(folder, "a")
+        assert lost(folder, "a")[0] == ["a"]
+        folder.begin("a")
+        folder.save("a")
+        assert lives(folder.recover()) == ["a"]
+        assert folder.store.get("a").facts["alone"] == 0
+
+
+def test_losses_while_the_server_is_being_stopped_are_held_against_nobody(folder: Folder) -> None:
+    folder.add("a", "queued")
+    for _ in range(5):
+        folder.store.note(STOPPING, "asked")
+        assert lost(folder, "a") == (["a"], {"a": (0, 0)})
+    assert lost(folder, "a")[1] == {"a": (1, 1)}, "the word holds for one end"
+
+
+def test_a_job_that_kills_the_device_is_given_up_too(folder: Folder) -> None:
+    """Its row is queued again as the engine dies, and its supervisor starts a new process."""
+    folder.add("a", "queued")
+    for count in range(1, 4):
+        folder.begin("a")
+        folder.store.change("a", "queued", when={"running"}, facts={"lost": True})
+        assert lives(folder.recover()) == (["a"] if count < 3 else [])
+    assert folder.store.get("a").facts["error"]["code"] == "crashed"
+
+
+def test_a_kill_within_the_recovery_changes_nothing(folder: Folder, monkeypatch) -> None:
+    """Wherever it falls: what the next start finds says the same of who was in flight together."""
+    for name in "abc":
+        folder.add(name, "queued")
+    folder.begin("a", "b", "c")
+    folder.place("c")
+    for method in ("change", "requeue"):
+        with monkeypatch.context() as patch:
+
+            def killed(*_arguments: object, **_options: object) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(folder.store, method, killed)
+            with pytest.raises(KeyboardInterrupt):
+                folder.recover()
+    assert lives(folder.recover()) == ["a", "b"]
+    rows = {row.id: (row.attempts, row.facts.get("alone", 0)) for row in folder.store.all()}
+    assert rows == {"a": (1, 0), "b": (1, 0), "c": (0, 0)}
+
+
+def test_what_an_attempt_left_in_a_spool_is_no_frame_of_the_next(tmp_path) -> None:
+    """A disk that was full as frames were put there leaves a part of them."""
+    (tmp_path / "overflow").write_bytes(b"\xff" * 7)
+    frames = np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
+    spool = Spool(tmp_path / "overflow", memory=0)
+    for frame in frames:
+        spool.put(frame[None])
+    spool.end()
+    assert np.array_equal(np.concatenate([spool.get() for _ in frames]), frames)
+    assert spool.get() is None
