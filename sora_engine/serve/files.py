@@ -6,6 +6,7 @@ uploads/<sha256>                what clients sent
 videos/<id>/                    video.mp4 or image.png, thumbnail.webp, spritesheet.webp,
                                 receipt.json, request.json
 saved/<id>.safetensors          a job between two steps
+saved/<id>.at                   how far it is, for the next start after a kill (`trail`)
 tmp/                            emptied at the start
 """
 
@@ -77,6 +78,10 @@ class Files:
         except FileNotFoundError:
             return 0
 
+    def trail(self, name: str) -> Path:
+        """Where it is noted how far a job is (`trail`)."""
+        return self.saved / f"{name}.at"
+
     def spool(self, name: str) -> Path:
         """Where frames of a job wait that memory has no room for."""
         return self.tmp / f"{name}.frames"
@@ -114,6 +119,7 @@ class Files:
     def remove(self, name: str, *, results: bool = True) -> None:
         """Remove a job's savepoint and what is under way of it, and its results."""
         self.savepoint(name).unlink(missing_ok=True)
+        self.trail(name).unlink(missing_ok=True)
         self.spool(name).unlink(missing_ok=True)
         shutil.rmtree(self.tmp / name, ignore_errors=True)
         if results and self.video(name).exists():
@@ -172,7 +178,7 @@ class Files:
                 self.remove(folder.name)
                 found += 1
         for file in self.saved.iterdir():
-            if file.name.removesuffix(".safetensors") not in going_on:
+            if file.name.partition(".")[0] not in going_on:
                 file.unlink(missing_ok=True)
                 found += 1
         return found

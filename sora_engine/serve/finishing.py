@@ -105,9 +105,10 @@ class Finisher:
 
     def _write(self, live: Live) -> None:
         """Frames as they come, up to the results in place; nothing for a job that fails."""
-        job, spool, files = live.job, live.spool, self._desk.files
+        job, spool, trail, files = live.job, live.spool, live.trail, self._desk.files
         assert job is not None
         assert spool is not None
+        assert trail is not None
         name, request = live.row.id, job.request
         writer = None
         try:
@@ -122,13 +123,16 @@ class Finisher:
                         **self._desk.marks.options(request),
                     )
                 writer.write(frames)
+                trail.writes(writer.count)
             if job.exception() is not None or writer is None:
                 return
+            trail.writes("end")
             video = self._desk.marks.told(job.result(), request)
             writer.close(video, live.row.body)
             if self._desk.settings.keep_latents and job.latents is not None:
                 latents = SavedLatents(job.latents, request.fps, request.loop, "")
                 latents.write(files.tmp / name / LATENTS)
+            trail.writes("place")
             files.place(name)
         finally:
             if writer is not None:
@@ -137,6 +141,8 @@ class Finisher:
     def _close(self, live: Live, error: BaseException | None, writing_s: float) -> None:
         """Bring the row to where the job is, however long the disk keeps it from that."""
         desk, name = self._desk, live.row.id
+        if live.trail is not None:
+            live.trail.close()
         if error is not None and self._goes_on(live, error):
             # Where the engine dies of it, the next start counts it as one that was in flight.
             lost = {"lost": isinstance(error, _BROKEN)}

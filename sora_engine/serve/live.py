@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from sora_engine.runtime.job import Job
     from sora_engine.serve.spool import Spool
     from sora_engine.serve.store import Row
+    from sora_engine.serve.trail import Trail
 
 
 MOST_ALONE = 3
-"""A job under which the server was lost so often, with nothing else in flight and no step between,
-is not begun again: it is what kills the server, as far as anybody can tell."""
+"""A job under which the server was lost so often at one and the same point, with nothing else in
+flight, is not begun again: it is what kills the server, as far as anybody can tell."""
+MOST_STUCK = 10
+"""Likewise, wherever it was between two savepoints."""
 SUSPECT = 2
 """After so many attempts that got it nowhere, in whatever company, a job has the engine for itself:
 then it takes no other along, and is no other's victim."""
@@ -37,6 +40,7 @@ class Live:
     request: VideoRequest | None = None
     job: Job | None = None
     spool: Spool | None = None
+    trail: Trail | None = None
     handed_over: threading.Event = field(default_factory=threading.Event)
     done: Future[None] = field(default_factory=Future)
     stopping: bool = False

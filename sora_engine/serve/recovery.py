@@ -1,17 +1,20 @@
 """What a server finds at its start, and what becomes of it.
 
 Which job failed a server nobody can tell: a kill, the kernel's own for want of memory and a crash
-look alike from the next process. So a loss is held against a job where all of this is so:
+look alike from the next process. What tells a job that kills its server from one that was in flight
+whenever an operator killed it is where it was (`trail`): the first is lost at the same point each
+time, be it a step, a frame that is decoded or one that is written. So:
 
-- nobody had told the server to stop (`STOPPING`): a supervisor kills what takes it too long to;
-- the job got no step further than where it was begun, as its savepoint shows;
-- and only losses with nothing else in flight can end it (`MOST_ALONE`). Those in company make it a
-  suspect, which goes alone (`SUSPECT`).
+- Losses count where nothing else was in flight, at the point where the job was lost the time
+  before. After three of them (`MOST_ALONE`) it is given up.
+- Losses in company, and at ever other points, make it a suspect, which goes alone (`SUSPECT`).
+- Losses alone without a new savepoint have a bound too (`MOST_STUCK`), for what kills a server
+  now here, now there. From its first loss on a job is saved after each step.
+- Losses of a server that was told to stop (`STOPPING`) count for nothing: a supervisor kills what
+  takes it too long to.
 
-From its first such loss on a job is saved after each step. So one that kills its server comes to
-the place where it does, and is given up after it was lost there three times, alone. One that was in
-flight whenever an operator killed the server gets further between. To be given up by mistake it
-must have been lost, alone, three times in a row within one and the same step.
+To be given up by mistake a job must be killed three times in a row within the same step or frame,
+alone.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from typing import Any
 
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.files import Files
-from sora_engine.serve.live import MOST_ALONE, Live
+from sora_engine.serve.live import MOST_ALONE, MOST_STUCK, Live
 from sora_engine.serve.store import Row, Store
+from sora_engine.serve.trail import last_word
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +54,15 @@ def recover(store: Store, files: Files, clock: Clock) -> list[Live]:
     going_on = []
     for row in store.all("queued", "running"):
         facts = told[row.id]
-        alone = row.facts.get("alone", 0)
+        alone, stuck = row.facts.get("alone", 0), row.facts.get("stuck", 0)
         if row.kind == "image":
             store.change(row.id, "deleting", when={row.state})
         elif facts is not None:  # it was killed between its results and its row
             when, now = {row.state}, clock.now()
             store.change(row.id, "completed", when=when, completed=now, facts=facts)
-        elif alone >= MOST_ALONE:
-            said = f"the server stopped {alone} times while it made this video, at one point"
+        elif alone >= MOST_ALONE or stuck >= MOST_STUCK:
+            where = "at one point" if alone >= MOST_ALONE else "without getting further"
+            said = f"the server stopped {max(alone, stuck)} times while it made this video, {where}"
             _fail(store, clock, row, "crashed", said)
         else:
             going_on.append(Live(row))
@@ -89,17 +94,21 @@ def _count_losses(
     """Queue the jobs that were in flight, with the losses that are held against them. In one
     transaction: who was in flight together is known only as long as all of them say so."""
     in_flight = [row for row in waiting if row.state == "running" or row.facts.get("lost")]
-    asked = bool(store.noted(STOPPING))
+    counts, only = not store.noted(STOPPING), len(in_flight) == 1
     queued = []
     for row in in_flight:
         if row.id in placed:
             continue
-        attempts, alone = row.attempts, row.facts.get("alone", 0)
-        if files.mark(row.id) != row.facts.get("mark", 0):
-            alone = 0
-        elif not asked:
-            attempts, alone = attempts + 1, alone + (len(in_flight) == 1)
-        facts = {**row.facts, "alone": alone, "lost": False}
+        attempts, facts = row.attempts, {**row.facts, "lost": False}
+        if counts:
+            point = last_word(files.trail(row.id))
+            # A first loss counts, and one before there was a word of where it is.
+            same = point in ("", facts.get("point") or point)
+            saved = files.mark(row.id) != facts.get("mark", 0)
+            attempts += same or not saved
+            facts["point"] = point or facts.get("point")
+            facts["alone"] = (facts.get("alone", 0) if same else 0) + (only and same)
+            facts["stuck"] = 0 if saved else facts.get("stuck", 0) + only
         queued.append(replace(row, state="queued", attempts=attempts, facts=facts))
     store.requeue(queued, STOPPING)
 

@@ -10,11 +10,12 @@ from sora_engine.serve.failures import ApiError
 from sora_engine.serve.jobs import Jobs
 from sora_engine.serve.live import Live
 from sora_engine.serve.spool import Spool
+from sora_engine.serve.trail import Trail
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sora_engine.runtime.job import Job
+    from sora_engine.runtime.job import Job, Progress
     from sora_engine.serve.finishing import Finisher
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ def begin(desk: Jobs, live: Live, finisher: Finisher) -> None:
         desk.gone(live)
         return
     live.spool = Spool(desk.files.spool(row.id))
+    live.trail = Trail(desk.files.trail(row.id))
     try:
         job = _submitted(desk, live, finisher)
     except Exception as error:
         finisher.end(live, error)
         return
     live.job = job
+    live.trail.starts(job.resumed_at or 0)
     live.handed_over.set()
     job.add_done_callback(lambda _job: finisher.engine_done(live))
     if live.stopping or live.keeping:
@@ -62,11 +65,17 @@ def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
     # loss finds it further.
     lost = row.attempts > 0 or live.retried
     save_every_s = None if lost else settings.save_every_s or None
+
+    def tell(progress: Progress) -> None:
+        assert live.trail is not None
+        live.trail.goes(progress.steps_done, progress.frames_decoded)
+        desk.tell(live)
+
     options: dict[str, Any] = {
         "priority": row.facts.get("priority", 0),
         "deadline_s": _left_s(desk, live),
         "on_frames": take,
-        "on_progress": lambda _progress: desk.tell(live),
+        "on_progress": tell,
         "save_to": saved,
         "save_every_s": save_every_s,
         "keep_frames": False,

@@ -51,18 +51,19 @@ class ResultWriter:
         count = min(SHEET, num_frames)
         self._chosen = {round(i * (num_frames - 1) / max(1, count - 1)) for i in range(count)}
         self._pictures: list[Image.Image] = []
-        self._count = 0
+        self.count = 0
+        """Frames that were written."""
 
     def write(self, frames: np.ndarray) -> None:
         """Adds frames, uint8 `[n, height, width, 3]`."""
         for frame in frames:
             self._video.write(frame)
-            if self._count == 0:
+            if self.count == 0:
                 picture = _fitted(frame, THUMBNAIL)
                 picture.save(self._folder / "thumbnail.webp", quality=85)
-            if self._count in self._chosen:
+            if self.count in self._chosen:
                 self._pictures.append(_fitted(frame, SHEET_PICTURE))
-            self._count += 1
+            self.count += 1
 
     def close(self, video: Video, request: dict[str, Any]) -> None:
         """Finishes the files, the receipt last. request: what would make it again."""

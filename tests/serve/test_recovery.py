@@ -15,6 +15,7 @@ from sora_engine.serve.live import Live
 from sora_engine.serve.recovery import STOPPING, recover
 from sora_engine.serve.spool import Spool
 from sora_engine.serve.store import Row, Store
+from sora_engine.serve.trail import Trail, last_word
 
 RECEIPT = {"timings_s": {"denoising": 1.0, "decoding": 0.5}, "receipt": None, "seed": 1}
 
@@ -38,9 +39,12 @@ class Folder:
         (self.files.begin(name) / "receipt.json").write_text(receipt)
         self.files.place(name)
 
-    def begin(self, *names: str) -> None:
-        """As a server does with jobs that it hands to the engine."""
+    def begin(self, *names: str, point: int = 0) -> None:
+        """As a server does with jobs that it hands to the engine. point: where they are then."""
         for name in names:
+            trail = Trail(self.files.trail(name))
+            trail.goes(point, 0)
+            trail.close()
             mark = self.files.mark(name)
             facts = {"mark": mark, "lost": False}
             assert self.store.change(name, "running", when={"queued"}, facts=facts)
@@ -112,10 +116,12 @@ def test_pictures_that_nobody_waits_for_are_gone(folder: Folder) -> None:
     assert folder.tree() == {"videos/d"}
 
 
-def lost(folder: Folder, *names: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
+def lost(
+    folder: Folder, *names: str, point: int = 0
+) -> tuple[list[str], dict[str, tuple[int, int]]]:
     """One more life of a server that is lost with these jobs in flight: those that go on, and of
     each how often it was lost, and how often alone at one point."""
-    folder.begin(*names)
+    folder.begin(*names, point=point)
     going_on = lives(folder.recover())
     rows = folder.store.all()
     return going_on, {row.id: (row.attempts, row.facts.get("alone", 0)) for row in rows}
@@ -145,16 +151,35 @@ def test_a_job_that_ends_as_the_server_is_lost_is_company(folder: Folder) -> Non
     assert lost(folder, "a", "b") == (["a"], {"a": (1, 0), "b": (0, 0)})
 
 
-def test_one_that_got_further_is_not_given_up(folder: Folder) -> None:
-    """However often an operator kills the server."""
+def test_one_that_is_lost_here_and_there_is_not_given_up(folder: Folder) -> None:
+    """However often an operator kills the server, as long as it gets further at times."""
     folder.add("a", "queued")
-    for _ in range(5):
-        lost(folder, "a")
-        assert lost(folder, "a")[0] == ["a"]
-        folder.begin("a")
+    for point in range(1, 20, 2):
+        for at in (point, point + 1, point + 1, point):
+            assert lost(folder, "a", point=at)[0] == ["a"]
+        folder.begin("a", point=point)
         folder.save("a")
         assert lives(folder.recover()) == ["a"]
-        assert folder.store.get("a").facts["alone"] == 0
+
+
+def test_one_that_never_gets_further_is_given_up_at_last(folder: Folder) -> None:
+    folder.add("a", "queued")
+    for life in range(1, 11):
+        assert lost(folder, "a", point=life % 3)[0] == (["a"] if life < 10 else [])
+    error = folder.store.get("a").facts["error"]
+    assert error["code"] == "crashed"
+    assert "10 times" in error["message"]
+
+
+def test_a_loss_at_another_point_begins_the_count_anew(folder: Folder) -> None:
+    folder.add("a", "queued")
+    told = [lost(folder, "a", point=point)[1]["a"][1] for point in (1, 1, 2, 2)]
+    assert told == [1, 2, 0, 1]
+    folder.begin("a")
+    folder.files.trail("a").unlink()  # so early that there is no word, it counts as the same
+    folder.recover()
+    assert folder.store.get("a").facts["alone"] == 2
+    assert lost(folder, "a", point=2)[0] == []
 
 
 def test_losses_while_the_server_is_being_stopped_are_held_against_nobody(folder: Folder) -> None:
@@ -205,3 +230,24 @@ def test_what_an_attempt_left_in_a_spool_is_no_frame_of_the_next(tmp_path) -> No
     spool.end()
     assert np.array_equal(np.concatenate([spool.get() for _ in frames]), frames)
     assert spool.get() is None
+
+
+def test_a_trail_tells_the_last_word_and_no_earlier_attempts(tmp_path) -> None:
+    path = tmp_path / "a.at"
+    trail = Trail(path)
+    assert last_word(path) == ""
+    trail.starts(3)
+    assert last_word(path) == "3 0"
+    trail.goes(1000, 81)
+    trail.starts(3)  # the engine was quicker than who handed the job over
+    trail.writes(80)
+    assert last_word(path) == "1000 81 80"
+    trail.goes(4, 0)
+    assert last_word(path) == "4 0 80"
+    trail.close()
+    trail.goes(5, 0)
+    assert last_word(path) == "4 0 80"
+    Trail(path).close()
+    assert last_word(path) == ""
+    assert last_word(tmp_path / "none") == ""
+    Trail(tmp_path / "none" / "a.at").goes(1, 0)  # a folder that is gone, a disk that is full
