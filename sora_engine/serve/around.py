@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora_engine.serve import session, streams, telling, uploads
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sora_engine.serve.requests")
 
+GONE = 499
+"""The status that is counted where a client went away before it was answered."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -167,6 +170,9 @@ class Counted:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            status = status or GONE
+            raise
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.requests.labels(method, str(status or 500)).inc()

@@ -102,12 +102,12 @@ def _count_losses(
         attempts, facts = row.attempts, {**row.facts, "lost": False}
         if counts:
             point = last_word(files.trail(row.id))
-            # A first loss counts, and one before there was a word of where it is.
-            same = point in ("", facts.get("point") or point)
             saved = files.mark(row.id) != facts.get("mark", 0)
+            same = point == (facts.get("point") or point)  # a first loss counts
             attempts += same or not saved
-            facts["point"] = point or facts.get("point")
-            facts["alone"] = (facts.get("alone", 0) if same else 0) + (only and same)
+            if point:  # without, it was lost before the engine had it
+                facts["point"] = point
+                facts["alone"] = (facts.get("alone", 0) if same else 0) + (only and same)
             facts["stuck"] = 0 if saved else facts.get("stuck", 0) + only
         queued.append(replace(row, state="queued", attempts=attempts, facts=facts))
     store.requeue(queued, STOPPING)

@@ -30,10 +30,15 @@ GAUGES = ("sora_jobs_running", "sora_jobs_waiting", "sora_event_streams")
 OPTIONS: dict[str, Any] = {"max_running": 4, "save_every_s": "0.05", "keep_latents": False}
 
 
-def metric(server: Server, name: str) -> float:
-    """The sum of a metric over its labels."""
+def metric(server: Server, name: str, **labels: str) -> float:
+    """The sum of a metric over its labels. labels: how the values of those begin that count."""
     families = text_string_to_metric_families(server.http.get("/metrics").text)
-    return sum(s.value for family in families for s in family.samples if s.name == name)
+    samples = [s for family in families for s in family.samples if s.name == name]
+    return sum(
+        s.value
+        for s in samples
+        if all(s.labels[key].startswith(value) for key, value in labels.items())
+    )
 
 
 def at_rest(server: Server) -> None:
@@ -47,6 +52,7 @@ def at_rest(server: Server) -> None:
         found = {name for (name,) in rows.execute("SELECT id FROM jobs WHERE state='completed'")}
     assert {path.name for path in (server.data / "videos").iterdir()} == found
     assert "Traceback" not in server.text(), server.text()[-4000:]
+    assert metric(server, "sora_http_requests_total", status="5") == 0
 
 
 class Usage:

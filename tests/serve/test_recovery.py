@@ -176,10 +176,12 @@ def test_a_loss_at_another_point_begins_the_count_anew(folder: Folder) -> None:
     told = [lost(folder, "a", point=point)[1]["a"][1] for point in (1, 1, 2, 2)]
     assert told == [1, 2, 0, 1]
     folder.begin("a")
-    folder.files.trail("a").unlink()  # so early that there is no word, it counts as the same
+    folder.files.trail("a").unlink()  # so early that there is no word, it counts as neither
     folder.recover()
-    assert folder.store.get("a").facts["alone"] == 2
-    assert lost(folder, "a", point=2)[0] == []
+    assert folder.store.get("a").facts["alone"] == 1
+    told = [lost(folder, "a", point=2)[1]["a"][1] for _ in range(2)]
+    assert told == [2, 3]
+    assert folder.states() == {"a": "failed"}
 
 
 def test_losses_while_the_server_is_being_stopped_are_held_against_nobody(folder: Folder) -> None:

@@ -76,7 +76,11 @@ class Orders:
         source = body.pop("source", None)
         path = "/v1/videos"
         if source is not None:
-            if source not in self.names or server.get(self.names[source])["status"] != "completed":
+            if source not in self.names:
+                return False
+            video = server.get(self.names[source])
+            assert video["status"] != "failed", video
+            if video["status"] != "completed":
                 return False
             path = f"{path}/{self.names[source]}/remix"
         answer = server.http.post(path, json=body, headers={"Idempotency-Key": f"job-{i}"})
@@ -103,6 +107,7 @@ class Orders:
             assert time.monotonic() < until
             for i in self.rest():
                 self.place(server, i)
+            time.sleep(0.1)
 
 
 def others(server: Server, rng: random.Random) -> None:
@@ -146,7 +151,10 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
     """How many of the jobs were taken up from a savepoint, after so many kills and no loss."""
     rng = random.Random(seed)
     options = {"save_every_s": "0.000001", "max_queue": 64, "max_running": 4}
+    began = time.monotonic()
     with Server(nursery, folder / "undisturbed", **options) as server:
+        server.completed(server.create()["id"])
+        span_s = 5 * (time.monotonic() - began)  # lives that may or may not be long enough
         upload = upload_to(server)
         bodies = [mixed(rng, upload) for _ in range(jobs)]
         for i in range(4, jobs, 5):
@@ -159,12 +167,13 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
         want = [latents(server.data, calm.names[i]) for i in range(jobs)]
 
     data = folder / "killed"
+    lives = []
     with Server(nursery, data, **options) as server:
         assert upload_to(server) == upload
     orders = Orders(bodies)
     for _ in range(kills):
         with Server(nursery, data, ready=False, faults={"slow_steps": 8}, **options) as server:
-            killer = threading.Timer(rng.uniform(0, 2.5), server.signal, [signal.SIGKILL])
+            killer = threading.Timer(rng.uniform(0, span_s), server.signal, [signal.SIGKILL])
             killer.start()
             try:
                 one_life(server, orders, rng)
@@ -172,12 +181,14 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
                 killer.join()
             assert server.ended() == -signal.SIGKILL
             assert "Traceback" not in server.text(), server.text()
+            lives.append("READY" in server.text())
         with contextlib.closing(sqlite3.connect(data / "jobs.sqlite")) as rows:
             assert rows.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             known = {name for (name,) in rows.execute("SELECT id FROM jobs")}
         accepted = {name for i, name in orders.names.items() if i not in orders.gone}
         assert accepted <= known, "what was accepted is lost"
 
+    print(f"{sum(lives)} of {kills} lives within {span_s:.1f} s were ready", flush=True)
     resumed = 0
     with Server(nursery, data, **options) as server:
         orders.all(server)
@@ -231,7 +242,7 @@ def test_a_job_that_kills_its_server_takes_no_other_along(nursery: Nursery, tmp_
     names: list[str] = []
     videos: dict[str, dict[str, Any]] = {}
     faults = {"kill_by_seed": 666, "slow_steps": 10}
-    for life in range(8):
+    for life in range(12):
         with Server(nursery, data, faults=faults, ready=False) as server:
             try:
                 server.url = server.said("LISTENING")
@@ -250,7 +261,9 @@ def test_a_job_that_kills_its_server_takes_no_other_along(nursery: Nursery, tmp_
                 names = [name for (name,) in found]
                 continue
             break
-    assert life == 5, "twice in company, three times alone, and then a server that lives"
+    # Twice in company and three times alone. A loss before there is a word of where it was lost
+    # counts for less.
+    assert 5 <= life <= 9
     codes = [(video["error"] or {}).get("code") for video in videos.values()]
     assert codes == [None, None, None, "crashed"]
 
