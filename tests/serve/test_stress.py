@@ -171,8 +171,11 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
     with Server(nursery, data, **options) as server:
         assert upload_to(server) == upload
     orders = Orders(bodies)
+    turns = sum(b["num_inference_steps"] + b.get("num_frames", 8) for b in bodies)
+    slow_ms = max(8, int(1000 * 0.4 * kills * span_s / turns))  # work for most of the lives
+    faults = {"slow_steps": slow_ms}
     for _ in range(kills):
-        with Server(nursery, data, ready=False, faults={"slow_steps": 8}, **options) as server:
+        with Server(nursery, data, ready=False, faults=faults, **options) as server:
             killer = threading.Timer(rng.uniform(0, span_s), server.signal, [signal.SIGKILL])
             killer.start()
             try:
@@ -188,7 +191,10 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
         accepted = {name for i, name in orders.names.items() if i not in orders.gone}
         assert accepted <= known, "what was accepted is lost"
 
-    print(f"{sum(lives)} of {kills} lives within {span_s:.1f} s were ready", flush=True)
+    with contextlib.closing(sqlite3.connect(data / "jobs.sqlite")) as rows:
+        found = rows.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
+    told = f"{sum(lives)} of {kills} lives within {span_s:.1f} s were ready; steps of {slow_ms} ms"
+    print(f"{told}; left: {dict(found)}", flush=True)
     resumed = 0
     with Server(nursery, data, **options) as server:
         orders.all(server)
