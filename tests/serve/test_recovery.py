@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from sora_engine.errors import MediaError
+from sora_engine.runtime.job import Job
+from sora_engine.runtime.worker import Worker
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.files import Files
+from sora_engine.serve.intake import Caps
 from sora_engine.serve.live import Live
 from sora_engine.serve.recovery import STOPPING, recover
 from sora_engine.serve.spool import Spool
 from sora_engine.serve.store import Row, Store
 from sora_engine.serve.trail import Trail, last_word
+from tests.serve.serving import served
 
 RECEIPT = {"timings_s": {"denoising": 1.0, "decoding": 0.5}, "receipt": None, "seed": 1}
 
@@ -253,3 +266,56 @@ def test_a_trail_tells_the_last_word_and_no_earlier_attempts(tmp_path) -> None:
     assert last_word(path) == ""
     assert last_word(tmp_path / "none") == ""
     Trail(tmp_path / "none" / "a.at").goes(1, 0)  # a folder that is gone, a disk that is full
+
+
+def test_an_upload_is_there_once_it_was_checked(folder: Folder) -> None:
+    """Not before, for another request or after a kill; and one that is there already stays, though
+    a later check of the same bytes fails."""
+    files = folder.files
+    sha256 = hashlib.sha256(b"bytes").hexdigest()
+
+    def refuse(path: Path) -> None:
+        assert path.read_bytes() == b"bytes"
+        assert not files.upload(sha256).exists()
+        raise MediaError("no picture")
+
+    with pytest.raises(MediaError):
+        files.keep_upload(io.BytesIO(b"bytes"), refuse)
+    assert list(files.uploads.iterdir()) == list(files.tmp.iterdir()) == []
+    assert files.keep_upload(io.BytesIO(b"bytes"), lambda path: None) == sha256
+
+    def out_of_time(path: Path) -> None:
+        raise MediaError("the machine is busy")
+
+    with pytest.raises(MediaError):
+        files.keep_upload(io.BytesIO(b"bytes"), out_of_time)
+    assert files.upload(sha256).read_bytes() == b"bytes"
+
+
+def test_an_examiner_ends_though_nobody_waits_for_it(tmp_path) -> None:
+    """One that hangs, and whose server was killed."""
+    code = (
+        "import sys, threading; from sora_engine.serve import examiner as e; "
+        "e._found = lambda *_: threading.Event().wait(); sys.exit(e.main(sys.argv[1:]))"
+    )
+    caps = json.dumps({**asdict(Caps()), "wall_s": -0.8})  # it has a second more
+    done = subprocess.run([sys.executable, "-c", code, "0", "image/png", caps], timeout=30)
+    assert done.returncode == -signal.SIGALRM
+
+
+def test_a_device_that_fails_under_one_job_fails_no_other(tmp_path, monkeypatch) -> None:
+    """All that were at it go again, each alone: then it is known whose fault it is."""
+    plain = Worker._step
+
+    def stepped(self: Worker, jobs: list[Job]) -> None:
+        if any(job.request.seed == 666 for job in jobs):
+            self._device_failed(torch.AcceleratorError("CUDA error: an illegal memory access"))
+        else:
+            plain(self, jobs)
+
+    monkeypatch.setattr(Worker, "_step", stepped)
+    with served(tmp_path / "data") as service:
+        names = [service.create(seed=seed, num_inference_steps=6)["id"] for seed in (1, 2, 3, 666)]
+        videos = [service.ended(name) for name in names]
+    codes = [(video["error"] or {}).get("code") for video in videos]
+    assert codes == [None, None, None, "device_error"]
