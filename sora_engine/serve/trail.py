@@ -22,7 +22,7 @@ class Trail:
         self._lock = threading.Lock()
         self._file: int | None = None
         with contextlib.suppress(OSError):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._put()
 
     def starts(self, step: int) -> None:

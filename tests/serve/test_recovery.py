@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -216,23 +220,33 @@ def test_a_job_that_kills_the_device_is_given_up_too(folder: Folder) -> None:
 
 
 def test_a_kill_within_the_recovery_changes_nothing(folder: Folder, monkeypatch) -> None:
-    """Wherever it falls: what the next start finds says the same of who was in flight together."""
-    for name in "abc":
+    """At each of its commits: what the next start finds says the same of who was in flight."""
+    folder.add("gone", "completed")
+    folder.add("old", "deleting")
+    for name in "ab":
         folder.add(name, "queued")
-    folder.begin("a", "b", "c")
-    folder.place("c")
-    for method in ("change", "requeue"):
-        with monkeypatch.context() as patch:
+    folder.begin("a", "b")
+    plain = folder.store.later
 
-            def killed(*_arguments: object, **_options: object) -> None:
+    def killed_at(number: int) -> None:
+        left = itertools.count(1)
+
+        def later(work: Callable[[sqlite3.Connection], object]) -> Future[object]:
+            if next(left) == number:
                 raise KeyboardInterrupt
+            return plain(work)
 
-            patch.setattr(folder.store, method, killed)
-            with pytest.raises(KeyboardInterrupt):
-                folder.recover()
+        with monkeypatch.context() as patch:
+            patch.setattr(folder.store, "later", later)
+            folder.recover()
+
+    for number in (1, 2, 2, 3):
+        with contextlib.suppress(KeyboardInterrupt):
+            killed_at(number)
     assert lives(folder.recover()) == ["a", "b"]
-    rows = {row.id: (row.attempts, row.facts.get("alone", 0)) for row in folder.store.all()}
-    assert rows == {"a": (1, 0), "b": (1, 0), "c": (0, 0)}
+    assert folder.states() == {"gone": "failed", "a": "queued", "b": "queued"}
+    rows = {name: folder.store.get(name) for name in "ab"}
+    assert [(row.attempts, row.facts["alone"]) for row in rows.values()] == [(1, 0), (1, 0)]
 
 
 def test_what_an_attempt_left_in_a_spool_is_no_frame_of_the_next(tmp_path) -> None:
