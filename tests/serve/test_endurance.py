@@ -230,7 +230,7 @@ def deleted(server: Server, count: int, seed: int) -> None:
 
 def test_deletes_at_random_moments_leave_nothing(nursery: Nursery, tmp_path) -> None:
     with Server(nursery, tmp_path / "data", **OPTIONS) as server:
-        deleted(server, 24, SEED)
+        deleted(server, 12, SEED)
 
 
 @pytest.mark.slow

@@ -290,7 +290,13 @@ def test_pictures_of_a_server_that_was_killed_leave_nothing(nursery: Nursery, tm
         assert server.http.post("/v1/images/generations", json=body).status_code == 200
 
 
-@pytest.mark.parametrize("at", ["savepoint", "video", "end of video", "sheet", "spool", "place"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        *("savepoint", "video", "spool"),
+        *(pytest.param(at, marks=pytest.mark.slow) for at in ("end of video", "sheet", "place")),
+    ],
+)
 def test_a_disk_that_is_full_at_any_moment_loses_no_job(
     nursery: Nursery, tmp_path, undisturbed, at
 ):
