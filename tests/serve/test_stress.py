@@ -154,9 +154,8 @@ def survived(nursery: Nursery, folder: Path, jobs: int, kills: int, seed: int) -
     began = time.monotonic()
     with Server(nursery, folder / "undisturbed", **options) as server:
         server.completed(server.create()["id"])
-        span_s = min(
-            20.0, 5 * (time.monotonic() - began)
-        )  # long enough for some, and not for others
+        # Lives that are long enough for a step, or not.
+        span_s = min(20.0, 5 * (time.monotonic() - began))
         upload = upload_to(server)
         bodies = [mixed(rng, upload) for _ in range(jobs)]
         for i in range(4, jobs, 5):
