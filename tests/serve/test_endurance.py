@@ -1,4 +1,8 @@
-"""Deletes, disconnects and mixed use at length: no 5xx, no orphan, and nothing that grows."""
+"""Deletes, disconnects and mixed use at length: no 5xx, no orphan, and nothing that grows.
+
+`SORA_TEST_MINUTES=60 SORA_TEST_SEED=7 pytest -s -m slow tests/serve/test_endurance.py -k mixed` is
+one of an hour.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Many kills and many cancels at random moments: nothing is lost, and nothing goes on."""
+"""Many kills and many cancels at random moments: nothing is lost, and nothing goes on.
+
+`SORA_TEST_KILLS=100 SORA_TEST_SEED=7 pytest -s -m slow tests/serve/test_stress.py -k thirty` tries
+others.
+"""
 
 from __future__ import annotations
 
