@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -127,9 +128,15 @@ def _watch(desk: Desk, metrics: Metrics, events: Events, tracing: Tracing | None
     desk.choose, desk.order = turns.choose, turns.order
     metrics.serves(desk.engine.model.name)
 
+    lock = threading.Lock()
+
     def changed(live: Live) -> None:
-        metrics.saw(live)
-        if live.done.done():
+        with lock:  # a word on how far it is may come late, behind the one on its end
+            ended = live.done.done() and not live.counted
+            live.counted = live.counted or ended
+            if ended or not live.done.done():
+                metrics.saw(live)
+        if ended:
             row = desk.store.get(live.row.id)
             metrics.ended(live, row)
             if tracing is not None:

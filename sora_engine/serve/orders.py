@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, get_args
 
 from pydantic import ValidationError
@@ -249,15 +250,15 @@ class Clerk:
 
     def _kept(self, source: BinaryIO, name: str) -> str:
         """A client's file, kept under its hash once it is known to be a picture or a clip."""
-        sha256 = self._files.keep_upload(source)
-        path = self._files.upload(sha256)
-        try:
-            self._service.verify(path)
-        except MediaError as error:
-            path.unlink(missing_ok=True)
-            told = message_of(error, {str(path): "the file", **self._service.hidden})
-            raise ApiError(400, "unreadable_media", f"{name}: {told}", param=name) from error
-        return sha256
+
+        def check(path: Path) -> None:
+            try:
+                self._service.verify(path)
+            except MediaError as error:
+                told = message_of(error, {str(path): "the file", **self._service.hidden})
+                raise ApiError(400, "unreadable_media", f"{name}: {told}", param=name) from error
+
+        return self._files.keep_upload(source, check)
 
 
 def _undrafted(stored: Stored) -> None:

@@ -38,11 +38,14 @@ class ResultWriter:
         self._video = VideoWriter(
             folder / name, fps, num_frames=num_frames, provenance=provenance, **options
         )
+        self.count = 0
+        """Frames that were written."""
 
     def write(self, frames: np.ndarray) -> None:
         """Adds frames, uint8 `[n, height, width, 3]`."""
         for frame in frames:
             self._video.write(frame)
+            self.count += 1
 
     def close(self, video: Video, request: dict[str, Any]) -> None:
         """Finishes the files, the receipt last. request: what would make it again."""
