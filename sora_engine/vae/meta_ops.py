@@ -43,15 +43,15 @@ def elementwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Te
         return args[0] if args[0].is_meta and len(func._schema.returns) == 1 else None
     shape = torch.broadcast_shapes(*(t.shape for t in wide))
     # The first operand whose strides tell axes apart decides their order; one of one axis does not.
-    telling = next((t for t in wide if sum(size > 1 for size in t.shape) > 1), wide[0])
-    decides = telling.shape == shape and _ordered(telling)
-    if not decides and not all(t.is_contiguous() for t in wide):
+    telling = [t for t in wide if sum(size > 1 for size in t.shape) > 1]
+    decides = bool(telling) and telling[0].shape == shape and _ordered(telling[0])
+    if not decides and not all(t.is_contiguous() for t in telling):
         return None
     sample = func(*(_sample(a) if isinstance(a, Tensor) else a for a in args), **kwargs)
     if not isinstance(sample, Tensor):
         return None
     if decides:
-        return torch.empty_like(telling, dtype=sample.dtype)
+        return torch.empty_like(telling[0], dtype=sample.dtype)
     return torch.empty(shape, dtype=sample.dtype, device=META)
 
 
