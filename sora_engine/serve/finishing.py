@@ -122,7 +122,7 @@ class Finisher:
             if job.exception() is not None or writer is None:
                 return
             video = self._desk.marks.told(job.result(), request)
-            writer.close(video, live.row.body)
+            writer.close(video, live.row)
             if self._desk.settings.keep_latents and job.latents is not None:
                 latents = SavedLatents(job.latents, request.fps, request.loop, "")
                 latents.write(files.tmp / name / LATENTS)

@@ -18,6 +18,7 @@ from sora_engine.serve.failures import ApiError
 from sora_engine.serve.files import Files
 from sora_engine.serve.keeping import Keeper, last_seen
 from sora_engine.serve.keys import Keys
+from sora_engine.serve.neighbours import Neighbours
 from sora_engine.serve.settings import Settings
 from sora_engine.serve.store import Store
 
@@ -56,6 +57,7 @@ class Service:
         self._desk: Desk | None = None
         self._files: Files | None = None
         self._store: Store | None = None
+        self.neighbours = Neighbours(settings.data_dir.expanduser(), shared=settings.shared)
         self._keeper: Keeper | None = None
         self._loading: asyncio.Task[None] | None = None
 

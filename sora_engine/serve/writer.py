@@ -14,6 +14,7 @@ from sora_engine.io.video_writer import VideoWriter
 
 if TYPE_CHECKING:
     from sora_engine.io.provenance import Provenance
+    from sora_engine.serve.store import Row
     from sora_engine.video import Video
 
 THUMBNAIL = 512
@@ -64,13 +65,19 @@ class ResultWriter:
                 self._pictures.append(_fitted(frame, SHEET_PICTURE))
             self._count += 1
 
-    def close(self, video: Video, request: dict[str, Any]) -> None:
-        """Finishes the files, the receipt last. request: what would make it again."""
+    def close(self, video: Video, row: Row) -> None:
+        """Finishes the files, the receipt last, which says whose they are: other replicas read it
+        (`neighbours`). request.json: what would make it again."""
         self._video.close()
         _sheet(self._pictures).save(self._folder / "spritesheet.webp", quality=80)
         receipt = None if video.receipt is None else video.receipt.to_dict()
-        told = {"receipt": receipt, "timings_s": video.timings_s, "seed": video.seed}
-        (self._folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        told: dict[str, Any] = {
+            "receipt": receipt,
+            "timings_s": video.timings_s,
+            "seed": video.seed,
+        }
+        told |= {"owner": row.owner, "prompt": row.facts.get("prompt")}
+        (self._folder / "request.json").write_text(json.dumps(row.body), encoding="utf-8")
         (self._folder / "receipt.json").write_text(json.dumps(told), encoding="utf-8")
 
     def abort(self) -> None:
