@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,38 +21,38 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from sora_engine.bench.environment import environment_of
 
-JOB = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 17}
+from sora_engine.bench.results import Measurement, Result
+from sora_engine.bench.tables import table
+
+JOB = {"prompt": "a red circle moves right", "size": "96x64", "num_frames": 33}
 """What each job asks for; its steps and seed beside that."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--jobs", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
-    rates: dict[int, list[float]] = {count: [] for count in given.replicas}
+    sides: dict[str, list[float]] = {"sora": [], "one server": []}
     for _ in range(given.rounds):
-        for count in given.replicas:
-            rates[count].append(measured(count, given.jobs, given.steps))
-            print(f"{count} replicas: {rates[count][-1]:.1f} jobs a minute", flush=True)
-    medians = {count: statistics.median(values) for count, values in rates.items()}
-    first = medians[given.replicas[0]]
-    told = {
-        "job": {**JOB, "num_inference_steps": given.steps},
-        "jobs": given.jobs,
-        "jobs_a_minute": {str(count): values for count, values in rates.items()},
-        "speedup": {str(count): value / first for count, value in medians.items()},
-        "environment": environment_of(),
+        for side, count in (("one server", 1), ("sora", given.replicas)):
+            sides[side].append(measured(count, given.jobs, given.steps))
+            print(f"{count} of one thread: {sides[side][-1]:.1f} jobs a minute", flush=True)
+    figures = {
+        "replicas": float(given.replicas),
+        "jobs": float(given.jobs),
+        "job": f"{JOB['size']}, {JOB['num_frames']} frames, {given.steps} steps",
     }
-    for count, value in medians.items():
-        print(f"{count} replicas: {value:.1f} jobs a minute, {value / first:.2f}x")
+    name = f"replicas/{given.replicas} servers of one thread"
+    found = Measurement(name, "jobs a minute", sides, better="higher", figures=figures)
+    result = Result.here("replicas", [found])
+    print(table(result))
     if given.output is not None:
-        given.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        result.write(given.output)
 
 
 def measured(count: int, jobs: int, steps: int) -> float:
@@ -94,7 +92,7 @@ def _seconds(address: str, jobs: int, steps: int) -> float:
             answer.raise_for_status()
             return str(answer.json()["id"])
 
-        for name in [create(seed) for seed in range(2 * jobs // 8 or 2)]:  # caches and kernels
+        for name in [create(seed) for seed in range(4)]:  # caches and kernels
             _wait(http, name)
         begun = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
