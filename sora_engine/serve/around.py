@@ -144,8 +144,10 @@ def _read_gauges(metrics: Metrics, service: Service) -> None:
 
 
 def _count_refusal(metrics: Metrics, told: ApiError) -> None:
-    if told.status in (429, 503):
+    if told.status in (429, 503) or told.code == "refused":
         metrics.refused(told.code)
+    if told.code == "refused":
+        logger.info("a hook refused a request")  # and no word of what it asked for
 
 
 class Counted:

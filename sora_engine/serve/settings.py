@@ -327,9 +327,13 @@ def _hooks(where: str) -> Hooks:
     if not colon:
         raise ValueError(f"hooks: {where!r} is not MODULE:FUNCTION")
     try:
-        made = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"hooks: {where} cannot be imported: {error}") from error
+    try:
+        made = make()
+    except Exception as error:  # it is the operator's own code
+        raise ValueError(f"hooks: {where} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, Hooks):
         raise ValueError(f"hooks: {where} made no Hooks, but {type(made).__name__}")
     return made
