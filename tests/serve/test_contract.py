@@ -16,17 +16,26 @@ import pytest
 from PIL import Image
 
 from tests.serve.clusters import Cluster
+from tests.serve.ray_cluster import RayCluster
 from tests.serve.servers import SMALL, Nursery, Server
 
 BODY: dict[str, Any] = {"size": "32x32", "seconds": "1"}
 EXTRA = {"num_inference_steps": 2, "seed": 3}
 
 
-@pytest.fixture(scope="module", params=["one", "replicas"])
+@pytest.fixture(
+    scope="module", params=["one", "replicas", pytest.param("ray", marks=pytest.mark.slow)]
+)
 def server(request, nursery: Nursery, tmp_path_factory) -> Iterator[Server | Cluster]:
-    """One server, and two behind a proxy: clients see no difference."""
+    """One server, two behind a proxy, and two of Ray Serve: clients see no difference."""
     data = tmp_path_factory.mktemp("serve") / "data"
-    made = Server(nursery, data) if request.param == "one" else Cluster(nursery, data, 2)
+    if request.param == "ray":
+        pytest.importorskip("ray")
+    made = {
+        "one": lambda: Server(nursery, data),
+        "replicas": lambda: Cluster(nursery, data, 2),
+        "ray": lambda: RayCluster(data, 2),
+    }[request.param]()
     with made:
         yield made
 
