@@ -118,7 +118,8 @@ class RayHome:
     async def ask(
         self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes
     ) -> Answer:
-        """A request's answer: its status and headers, and then its body, piece by piece."""
+        """A request's answer: its status, headers and first piece, and then the others. A short
+        answer is one message, so that a home that dies sends all of it or nothing."""
         path, _, query = target.partition(b"?")
         known = dict(headers)
         scope = {
@@ -154,9 +155,13 @@ class RayHome:
 
         task = asyncio.create_task(run())
         try:
+            start: dict[str, Any] | None = None
             while (message := await sent.get()) is not None:
                 if message["type"] == "http.response.start":
-                    yield message["status"], list(message["headers"])
+                    start = message
+                elif start is not None:
+                    yield start["status"], list(start["headers"]), message.get("body", b"")
+                    start = None
                 elif message.get("body"):
                     yield message["body"]
             await task
@@ -178,21 +183,24 @@ class RayTransport(httpx.AsyncBaseTransport):
             request.method, request.url.raw_path, [(n, v) for n, v in request.headers.raw], body
         )
         try:
-            status, headers = await anext(answer)
+            status, headers, piece = await anext(answer)
         except asyncio.CancelledError:
             answer.cancel()
             raise
         except (RayError, RayServeException, StopAsyncIteration) as error:
             raise httpx.ReadError(str(error), request=request) from error
-        return httpx.Response(status, headers=headers, stream=_Pieces(answer), request=request)
+        return httpx.Response(
+            status, headers=headers, stream=_Pieces(piece, answer), request=request
+        )
 
 
 class _Pieces(httpx.AsyncByteStream):
-    def __init__(self, answer: Any) -> None:
-        self._answer = answer
+    def __init__(self, first: bytes, answer: Any) -> None:
+        self._first, self._answer = first, answer
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
+            yield self._first
             async for piece in self._answer:
                 yield piece
         except (RayError, RayServeException) as error:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 THREADS = 64
 """For what takes a while of requests; most of them wait for a disk or another process."""
+STATE = "x-sora-state"
+"""The header by which a proxy sees that a server could not answer yet."""
 OWNER = "local"
 """Who has the jobs of a server without keys."""
 
@@ -66,7 +68,10 @@ class Service:
         """The desk; ApiError 503 while there is none."""
         if self._desk is None:
             raise ApiError(
-                503, "loading", "the model is being loaded", headers={"Retry-After": "5"}
+                503,
+                "loading",
+                "the model is being loaded",
+                headers={"Retry-After": "5", STATE: "loading"},
             )
         return self._desk
 

@@ -18,9 +18,11 @@ from sora_engine.errors import ServeError
 from sora_engine.serve.ids import moment, new_id, read_id
 from sora_engine.serve.load import Load
 from sora_engine.serve.replicas import children as children_module
+from sora_engine.serve.replicas import homes as homes_module
 from sora_engine.serve.replicas.children import Children, Place, places_in, share_of
 from sora_engine.serve.replicas.homes import Home, Homes, shortest
 from sora_engine.serve.replicas.merging import merged_list, merged_metrics
+from sora_engine.serve.replicas.proxy import Proxy
 from tests.serve.clusters import Cluster, home_of
 from tests.serve.servers import SMALL, Nursery
 
@@ -183,6 +185,61 @@ def test_a_server_is_down_by_thresholds():
     assert after(refused) == "down"  # nobody listens
     assert after(200, slow, 200) == "down"
     assert after(200) == "ready"
+
+
+def asked_of_one(*answers: httpx.Response | Exception, method: str = "GET", **options):
+    """What a client is told where its server gives these answers, one after the other."""
+    left = list(answers)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/ready":
+            return httpx.Response(200, json={"status": "ready"})
+        given = left.pop(0)
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    async def ask() -> httpx.Response:
+        home = Home("0", httpx.MockTransport(answer), "ready")
+        homes = Homes([home])
+        await homes.start()
+        try:
+            transport = httpx.ASGITransport(app=Proxy(homes))
+            async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
+                return await client.request(method, "/v1/videos/video_0_" + "a" * 26, **options)
+        finally:
+            await homes.stop()
+
+    told = asyncio.run(ask())
+    assert not left
+    return told
+
+
+def test_what_only_reads_is_asked_again():
+    done = httpx.Response(200, json={"id": "x"})
+    loading = httpx.Response(503, headers={"x-sora-state": "loading"})
+    assert asked_of_one(loading, done).json() == {"id": "x"}
+    assert asked_of_one(httpx.ReadError("ended"), done).status_code == 200
+    assert asked_of_one(httpx.ConnectError("none"), loading, done).status_code == 200
+    full = asked_of_one(httpx.Response(503, json={"error": {"code": "disk_full"}}))
+    assert full.json()["error"]["code"] == "disk_full"
+
+
+def test_what_may_have_been_done_is_not():
+    ended = httpx.ReadError("ended")
+    told = asked_of_one(ended, method="DELETE")
+    assert (told.status_code, told.json()["error"]["code"]) == (503, "replica_lost")
+    assert told.headers["x-should-retry"] == "false"
+    loading = httpx.Response(503, headers={"x-sora-state": "loading"}, json={})
+    assert asked_of_one(loading, httpx.Response(200), method="DELETE").status_code == 200
+
+
+def test_a_server_that_stays_away_is_told_of(monkeypatch):
+    monkeypatch.setattr(homes_module, "HOLD_S", 0.2)
+    monkeypatch.setattr(homes_module, "POLL_S", 5.0)
+    told = asked_of_one(httpx.ConnectError("none"))
+    assert (told.status_code, told.json()["error"]["code"]) == (503, "replica_down")
+    assert told.headers["retry-after"] == "2"
 
 
 # The processes.

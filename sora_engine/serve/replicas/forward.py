@@ -13,6 +13,7 @@ import httpx
 from starlette.types import Receive, Scope, Send
 
 from sora_engine.serve.replicas.homes import Home, request_to
+from sora_engine.serve.service import STATE
 
 # RFC 9110, 7.6.1: of this connection alone. A date is the proxy's own.
 _HOP = frozenset(
@@ -114,12 +115,15 @@ async def forward(home: Home, scope: Scope, body: Body, send: Send) -> None:
 async def _exchange(home: Home, request: httpx.Request, body: Body, send: Send) -> None:
     try:
         response = await home.transport.handle_async_request(request)
-    except httpx.ConnectError as error:
-        home.lost()
-        raise (Lost if body.begun else Unreachable) from error
     except httpx.HTTPError as error:
-        raise Lost from error
+        home.lost()
+        nothing = isinstance(error, httpx.ConnectError) and not body.begun
+        raise (Unreachable if nothing else Lost) from error
     try:
+        if _is_loading(response):
+            home.loads()
+            if not body.begun:
+                raise Unreachable
         start = {
             "type": "http.response.start",
             "status": response.status_code,
@@ -146,12 +150,17 @@ async def fetch(home: Home, target: bytes, headers: list[tuple[bytes, bytes]]) -
             await response.aread()
         finally:
             await response.aclose()
-    except httpx.ConnectError as error:
+    except httpx.HTTPError as error:
         home.lost()
         raise Lost from error
-    except httpx.HTTPError as error:
-        raise Lost from error
+    if _is_loading(response):
+        home.loads()
+        raise Lost
     return response
+
+
+def _is_loading(response: httpx.Response) -> bool:
+    return response.status_code == 503 and response.headers.get(STATE) == "loading"
 
 
 def _own(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -71,6 +71,10 @@ class Home:
         self.answers = 0
         self._enter(DOWN)
 
+    def loads(self) -> None:
+        """It was started anew, and does not answer for its jobs yet."""
+        self._enter(LOADING)
+
     def _enter(self, state: str) -> None:
         if self.reachable:
             self.lost_at = time.monotonic()

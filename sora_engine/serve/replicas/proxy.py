@@ -118,7 +118,6 @@ class Proxy:
             except Unreachable:
                 continue
             except Lost as error:
-                home.lost()
                 if scope["method"] not in _SAFE or body.given or attempt == 2:
                     raise _lost() from error
         raise _down()
@@ -142,7 +141,6 @@ class Proxy:
             except Unreachable:
                 continue
             except Lost as error:
-                home.lost()
                 raise _lost(again=key is not None) from error
             finally:
                 # What was sent counts until the server's own count has it.
@@ -208,7 +206,7 @@ class Proxy:
             try:
                 return await fetch(home, target_of(scope), headers_for(scope))
             except Lost:
-                home.lost()
+                continue
         return None
 
 
