@@ -55,6 +55,8 @@ def build(arguments: Mapping[str, str]) -> Any:
     engine.setdefault("model", os.environ.get("SORA_MODEL", "sprites"))
     machine = {name: float(arguments[name]) for name in ACTOR if name in arguments}
     homes = []
+    home: Any = RayHome  # what the decorators make of them
+    door: Any = Door
     for i in range(settings.replicas):
         place = {
             "data_dir": str(settings.data_dir.expanduser().absolute() / str(i)),
@@ -62,9 +64,9 @@ def build(arguments: Mapping[str, str]) -> Any:
             "shared": True,
             "replicas": 1,
         }
-        deployment = RayHome.options(name=f"home-{i}", ray_actor_options=machine or None)
+        deployment = home.options(name=f"home-{i}", ray_actor_options=machine or None)
         homes.append(deployment.bind(environment, given, place, engine))
-    return Door.bind(homes)
+    return door.bind(homes)
 
 
 def _short(name: str) -> str:
@@ -87,7 +89,7 @@ def __getattr__(name: str) -> Any:
 class RayHome:
     """One server: its engine, its folder, and its application."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # as Ray has it
         self,
         environment: dict[str, str],
         given: dict[str, str],
@@ -98,7 +100,7 @@ class RayHome:
         from sora_engine.serve.app import make_app
 
         settings = settings_from(place, environment, given)
-        kinds = dict(engine)
+        kinds: dict[str, Any] = dict(engine)
         model = kinds.pop("model")
 
         def make_engine() -> Engine:
