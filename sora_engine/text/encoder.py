@@ -68,8 +68,9 @@ _KINDS: dict[str, TextEncoderKind | str] = {
     "ClassLabels": "sora_engine.text.labels:LabelEncoder",
     "T5EncoderModel": "sora_engine.text.t5:T5Encoder",
     "T5TokenCounts": "sora_engine.text.t5:T5TokenCounts",
-    "T5PaddedEncoder": "sora_engine.text.t5_padded:T5PaddedEncoder",
-    "T5PaddedTokenCounts": "sora_engine.text.t5_padded:T5PaddedTokenCounts",
+    "T5WrittenEncoder": "sora_engine.text.t5_written:T5WrittenEncoder",
+    "T5PaddedEncoder": "sora_engine.text.t5_written:T5PaddedEncoder",
+    "T5WrittenTokenCounts": "sora_engine.text.t5_written:T5WrittenTokenCounts",
 }
 """By the class that a configuration names the kind, or where it is."""
 

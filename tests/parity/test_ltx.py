@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, LTXPipeline
@@ -11,8 +14,10 @@ from PIL import Image
 import sora_engine as sora
 from sora_engine import tasks
 from sora_engine.denoise.packing import Packer, Segment
+from sora_engine.errors import CheckpointError
 from sora_engine.models.ltx.config import LTXConfig
 from sora_engine.models.ltx.model import LTXTransformer
+from sora_engine.vae.decoding import decoding
 from tests.parity.ltx_models import packed, tiny_ltx, tiny_ltx_pipeline
 from tests.parity.vae_models import relative
 
@@ -64,12 +69,9 @@ def engine(engines):
     return engines[LTXPipeline]
 
 
-def ours_of(oracle, **settings) -> LTXTransformer:
+def ours_of(oracle) -> LTXTransformer:
     config = {name: value for name, value in oracle.config.items() if name[0] != "_"}
-    config = LTXConfig(**{**LTXConfig.from_dict(config).__dict__, **settings}) if settings else (
-        LTXConfig.from_dict(config)
-    )
-    ours = LTXTransformer(config)
+    ours = LTXTransformer(LTXConfig.from_dict(config))
     ours.load_state_dict(oracle.state_dict())
     return ours.eval().requires_grad_(False)
 
@@ -125,15 +127,17 @@ def test_the_transformer_equals_diffusers(heads):
         assert relative(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, "", "a " * 140])
-def test_texts_equal_diffusers(pipelines, engine, prompt):
-    want, mask, _, _ = pipelines[LTXPipeline].encode_prompt(
-        prompt, do_classifier_free_guidance=False
-    )
-    (text,) = engine.loaded_model.prompt_encoder.encode([prompt])
+@pytest.mark.parametrize("kind", [LTXPipeline, LTXConditionPipeline])
+@pytest.mark.parametrize("prompt", [PROMPT, "", "a " * 300])
+def test_texts_equal_diffusers(pipelines, engines, kind, prompt):
+    want, mask, _, _ = pipelines[kind].encode_prompt(
+        prompt, do_classifier_free_guidance=False,
+        max_sequence_length=256 if kind is LTXConditionPipeline else 128,
+    )  # fmt: skip
+    (text,) = engines[kind].loaded_model.prompt_encoder.encode([prompt])
     count = int(text["count"])
     assert count == int(mask.sum())
-    assert relative(text["text"][:count], want[0][:count]) < 1e-5
+    assert relative(text["text"][:count], want[0][:count].detach()) < 1e-5
 
 
 def want_of(pipeline, noise, **arguments) -> torch.Tensor:
@@ -185,7 +189,7 @@ def picture(seed: int = 0) -> Image.Image:
 def test_a_picture_as_the_first_frame_equals_diffusers(pipelines, engines, noise, monkeypatch):
     """As its pipeline for that has it: the picture's latents are the posterior's mean here."""
     pipeline = pipelines[LTXImageToVideoPipeline]
-    pixels = torch.from_numpy(__import__("numpy").array(picture())).permute(2, 0, 1)[None, :, None]
+    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None, :, None]
     mean = pipeline.vae.encode(pixels.float() / 127.5 - 1).latent_dist.mean
     first = pipeline._normalize_latents(mean, pipeline.vae.latents_mean, pipeline.vae.latents_std)
     start = torch.cat([first, noise[:, :, 1:]], dim=2)
@@ -201,11 +205,125 @@ def test_a_picture_as_the_first_frame_equals_diffusers(pipelines, engines, noise
         "guidance_scale": SCALE,
     }  # fmt: skip
     want = want_of(pipeline, noise, image=picture(), **arguments)
+    engine = engines[LTXImageToVideoPipeline]
     made = tasks.animate(
-        picture(), PROMPT, negative_prompt=NEGATIVE_PROMPT, num_inference_steps=STEPS,
+        engine.model, picture(), PROMPT, negative_prompt=NEGATIVE_PROMPT, num_inference_steps=STEPS,
         guidance_scale=SCALE, latents=noise[0], **SIZE,
     )  # fmt: skip
-    got = engines[LTXImageToVideoPipeline].generate(made)
-    assert relative(got.latents, want) < TOLERANCE
-    plain = engines[LTXImageToVideoPipeline].generate(request(latents=noise[0]))
+    assert relative(engine.generate(made).latents, want) < TOLERANCE
+    plain = engine.generate(request(latents=noise[0]))
     assert relative(plain.latents, want) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("known", [0, 1, 9])
+def test_frames_that_are_given_equal_diffusers(pipelines, engines, noise, known, monkeypatch):
+    """Of the pipeline of 0.9.5 and later: none, a picture, or nine frames to begin with."""
+    pipeline = pipelines[LTXConditionPipeline]
+    module = "diffusers.pipelines.ltx.pipeline_ltx_condition"
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: noise.clone())
+    monkeypatch.setattr(f"{module}.retrieve_latents", lambda out, **_: out.latent_dist.mean)
+    arguments = {
+        "prompt": PROMPT, "negative_prompt": NEGATIVE_PROMPT, "num_inference_steps": STEPS,
+        "guidance_scale": SCALE, "image_cond_noise_scale": 0.0,
+    }  # fmt: skip
+    clips = []
+    if known:
+        frames = [picture(i) for i in range(known)]
+        arguments["conditions"] = [LTXVideoCondition(video=frames, frame_index=0)]
+        clips = [sora.Clip(np.stack([np.array(frame) for frame in frames]))]
+    want = want_of(pipeline, noise, **arguments)
+    engine = engines[LTXConditionPipeline]
+    got = engine.generate(request(latents=noise[0], clips=clips))
+    assert relative(got.latents, want) < TOLERANCE
+    others = [request(latents=noise[0], clips=clips, sigmas=[1.0, 0.66, 0.33])]
+    others += [request(latents=noise[0])] if known else []
+    for other in others:
+        assert relative(engine.generate(other).latents, want) > 100 * TOLERANCE
+
+
+def test_company_changes_nothing(engine):
+    requests = [
+        request(),
+        request("a blue cube", height=16, width=24, num_frames=9, seed=4, fps=12),
+        request("waves", num_frames=1, num_inference_steps=5, seed=5),
+        request("a dog", clips=[sora.Clip(picture())], guidance_scale=1.0, seed=6),
+    ]
+    alone = [engine.generate(one) for one in requests]
+    together = engine.generate(requests)
+    assert together[0].receipt.most_in_company == 4
+    for one, other in zip(alone, together, strict=True):
+        assert relative(other.latents, one.latents) < 1e-5
+    shots = request(shots=[sora.Shot("a red cube", 8), sora.Shot("the sea at night", 9)])
+    assert relative(engine.generate(shots).latents, alone[0].latents) > 100 * TOLERANCE
+
+
+def test_a_job_goes_on_from_its_savepoint(engine, folders, tmp_path):
+    want = engine.generate(request())
+    place = tmp_path / "job"
+    with sora.Engine.from_pretrained(folders[LTXPipeline], device="cpu") as other:
+        job = other.submit(request(), save_to=place, save_every=1)
+        job.result(60)
+    assert relative(job.result(1).latents, want.latents) < 1e-5
+
+
+def test_loops_are_decoded_round_their_seam(engine):
+    """The decoder sees ahead: what it sees behind a loop's end is its beginning. Turned by a latent
+    frame, a loop's latents give the same frames, turned by eight."""
+    made = engine.generate(request(num_frames=24, loop=True))
+    vae = engine.loaded_model.vae
+    latents = vae.normalise(made.latents[None])[0]
+    frames = [
+        torch.cat([part for part in decoding(
+            turned, vae, dtype=torch.float32, device=torch.device("cpu"), wraps=True
+        ) if part is not None])
+        for turned in (latents, latents.roll(1, 1))
+    ]  # fmt: skip
+    assert frames[0].shape == (24, 32, 64, 3)
+    difference = frames[0].roll(8, 0).int() - frames[1].int()
+    assert difference.abs().max() <= 1
+
+
+CONFIG, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+BAD_FOLDERS = [
+    (CONFIG, {"norm_elementwise_affine": True}, "norm_elementwise_affine is True; an LTX-Video"),
+    (CONFIG, {"patch_size": 2}, "patch_size is 2; an LTX-Video transformer has 1"),
+    (CONFIG, {"num_layers": 0}, "num_layers is 0; it must be a positive integer"),
+    (CONFIG, {"num_layers": 3}, r"missing tensors: transformer_blocks\.2\."),
+    (CONFIG, {"cross_attention_dim": 64}, "cross_attention_dim is 64; texts are projected to 32"),
+    (CONFIG, {"out_channels": 16}, "out_channels is 16; a flow has as many as in_channels, 8"),
+    (CONFIG, {"caption_channels": 16}, "reads texts of 16 channels and the encoder gives 32"),
+    (CONFIG, {"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
+    (CONFIG, {"pixel_times": True}, r"unknown configuration keys \['pixel_times'\]"),
+    (CONFIG, {"_class_name": "LTX2VideoTransformer3DModel"}, "class is 'LTX2VideoTransformer3D"),
+    (INDEX, {"text_encoder": ["transformers", "UMT5EncoderModel"]}, "transformers.UMT5Encoder"),
+    (INDEX, {"vae": [None, None]}, "the model has no vae"),
+    (VAE, {"latent_channels": 16}, "latents_mean has 8 values; 16 numbers are wanted"),
+    (VAE, {"encoder_causal": False}, "encoder_causal False; 1 and true are supported"),
+    (VAE, {"layers_per_block": [1, 1]}, "layers_per_block has 2 entries; 5 would go with"),
+    (VAE, {"spatial_compression_ratio": 32}, "spatial_compression_ratio is 32; .* compress by 8"),
+    (VAE, {"down_block_types": ["CogVideoXDownBlock3D"] * 4}, "all LTXVideoDownBlock3D or all"),
+    (SCHEDULER, {"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
+    (SCHEDULER, {"shift_terminal": 2.0}, "shift_terminal = 2.0.*must be under 1"),
+]
+
+
+@pytest.mark.parametrize(("path", "values", "message"), BAD_FOLDERS)
+def test_bad_folders_are_refused(folders, tmp_path, path, values, message):
+    bad, folder = tmp_path / "bad", folders[LTXPipeline]
+    bad.mkdir()
+    for part in folder.iterdir():  # links to what stays, copies of what changes
+        (bad / part.name).symlink_to(part)
+    place = bad / path
+    name = path.partition("/")[0]
+    (bad / name).unlink()
+    if "/" in path:
+        place.parent.mkdir()
+        for file in (folder / name).iterdir():
+            (place.parent / file.name).symlink_to(file)
+        place.unlink()
+    place.write_text(json.dumps({**json.loads((folder / path).read_text()), **values}))
+    with pytest.raises(CheckpointError, match=message) as raised:
+        sora.Engine.from_pretrained(bad, device="cpu").close()
+    assert "\n" not in str(raised.value)
+    assert str(bad) in str(raised.value)

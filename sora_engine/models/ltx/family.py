@@ -31,7 +31,7 @@ from sora_engine.models.ltx.ladders import LTX_LADDERS
 from sora_engine.models.ltx.model import TEXT_TOKENS, LTXTransformer, transformer_shape
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.ladders import Ladder
-from sora_engine.text.t5_padded import PADDED, PADDED_COUNTS
+from sora_engine.text.t5_written import PADDED, WRITTEN, WRITTEN_COUNTS
 from sora_engine.vae.registry import read_vae_config
 
 CONDITION = "LTXConditionPipeline"
@@ -172,8 +172,8 @@ def _describe(
     tokens = int(settings.get("text_tokens", tokens))
     tokenizer = parts["tokenizer"]
     encoders = {
-        "text": replace(text, class_name=PADDED),
-        "count": replace(text, class_name=PADDED_COUNTS),
+        "text": replace(text, class_name=WRITTEN if config.pixel_times else PADDED),
+        "count": replace(text, class_name=WRITTEN_COUNTS),
     }
     return Checkpoint(
         family=LTXFamily.name,

@@ -1,12 +1,14 @@
-"""T5 as LTX-Video's pipelines use it: texts as they are written, and padding that is not masked.
+"""T5 as LTX-Video's pipelines use it: texts as they are written, padding masked or not.
 
-The encoder reads a text at a full length, and its own tokens attend to the padding behind them.
-Transformers then read the text's own tokens alone, so a second encoder counts them.
+Texts are encoded at a full length, and transformers read their own tokens alone: a second encoder
+counts them. In diffusers the pipeline of 0.9.5 and later masks the padding, and those before let
+a text's tokens attend to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,17 +16,23 @@ from torch import Tensor
 from sora_engine.text.t5 import T5Encoder, T5TokenCounts
 from sora_kernels.transfer import to_device
 
-PADDED = "T5PaddedEncoder"
-PADDED_COUNTS = "T5PaddedTokenCounts"
+WRITTEN, PADDED = "T5WrittenEncoder", "T5PaddedEncoder"
+WRITTEN_COUNTS = "T5WrittenTokenCounts"
 
 
-class T5PaddedEncoder(T5Encoder):
-    """Turns prompts into embeddings of `max_tokens` tokens each, padding seen."""
+def _count(tokenizer: Any, prompt: str, most: int, *, whole: bool) -> int:
+    own = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    return own if whole else min(own, most)
+
+
+class T5WrittenEncoder(T5Encoder):
+    """Turns prompts into embeddings of `max_tokens` tokens each."""
+
+    masked: ClassVar[bool] = True
 
     def count(self, prompt: str, *, whole: bool = False) -> int:
         """Tokens of a prompt, as `encode` cuts it, or of the whole of it; its end mark counts."""
-        own = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        return own if whole else min(own, self.max_tokens)
+        return _count(self.tokenizer, prompt, self.max_tokens, whole=whole)
 
     def ids(self, prompt: str) -> tuple[int, ...]:
         """The tokens of a prompt that are encoded, its end mark the last."""
@@ -40,15 +48,23 @@ class T5PaddedEncoder(T5Encoder):
             if ids not in done:
                 row = torch.full((1, self.max_tokens), int(self.tokenizer.pad_token_id))
                 row[0, : len(ids)] = torch.tensor(ids)
-                made = self.model(input_ids=to_device(row, self.device))
+                seen = len(ids) if self.masked else self.max_tokens
+                mask = (torch.arange(self.max_tokens) < seen).long()[None]
+                inputs = to_device(row, self.device), to_device(mask, self.device)
+                made = self.model(input_ids=inputs[0], attention_mask=inputs[1])
                 done[ids] = made.last_hidden_state[0]
         return [done[ids] for ids in each]
 
 
-class T5PaddedTokenCounts(T5TokenCounts):
+class T5PaddedEncoder(T5WrittenEncoder):
+    """The same, and padding is seen."""
+
+    masked = False
+
+
+class T5WrittenTokenCounts(T5TokenCounts):
     """How many tokens are a prompt's own: the same tokenizer, and no layers."""
 
     def count(self, prompt: str, *, whole: bool = False) -> int:
         """Tokens of a prompt, cut or whole."""
-        own = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        return own if whole else min(own, self.max_tokens)
+        return _count(self.tokenizer, prompt, self.max_tokens, whole=whole)
