@@ -12,12 +12,17 @@ import sora_engine as sora
 from sora_engine.runtime import worker as worker_module
 from sora_engine.vae.meter import StorageMeter
 from tests.parity.latent_models import tiny_dit_pipeline, tiny_latte_pipeline
+from tests.parity.ltx_models import tiny_ltx_pipeline
 from tests.parity.vae_models import relative
 
 SMALL = {"num_inference_steps": 2, "seed": 1}
 MODELS = {
     "classes": (tiny_dit_pipeline, {"label": 3, "height": 96, "width": 64}),
     "texts": (tiny_latte_pipeline, {"prompt": "a red panda", "height": 48, "width": 32}),
+    "flows": (
+        tiny_ltx_pipeline,
+        {"prompt": "a red panda", "height": 48, "width": 32, "num_frames": 33},
+    ),
 }
 
 
@@ -53,6 +58,10 @@ TARGETS = {
     "classes": ["transformer_blocks.1.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"],
     "texts": [
         "transformer_blocks.1.attn2.to_k", "temporal_transformer_blocks.0.attn1.to_v",
+        "caption_projection.linear_1",
+    ],
+    "flows": [
+        "transformer_blocks.1.attn2.to_k", "transformer_blocks.0.attn1.to_q", "proj_in",
         "caption_projection.linear_1",
     ],
 }  # fmt: skip

@@ -199,7 +199,7 @@ class LTXTransformer(DiffusionTransformer):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that activations flow in."""
-        return self.proj_in.weight.dtype
+        return self.time_embed.linear.weight.dtype
 
     def rebuild(self) -> LTXTransformer:
         """Another transformer of the same configuration and backends."""
