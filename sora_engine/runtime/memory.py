@@ -344,8 +344,11 @@ class MemoryPlanner:
         frames = request.num_frames * request.height * request.width * 3
         shape = canvas.latents.shape
         preview = 0 if self.model.preview is None else self.model.preview.nbytes(shape)
-        # The canvas's own latents, the caller's copy, and the one that is decoded.
+        # The canvas's own latents, the caller's copy, and the one that is decoded: in the
+        # autoencoder's dtype once more, where that is another.
         rest = 3 * canvas.latents.nbytes + texts + frames + preview
+        if self.model.vae_dtype != canvas.latents.dtype:
+            rest += canvas.latents.numel() * self.model.vae_dtype.itemsize
         return rest + coder.peak, rest + coder.cache
 
     def _coding(
