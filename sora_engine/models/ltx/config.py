@@ -3,52 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sora_engine.errors import CheckpointError
 from sora_engine.models.layers import GELUS
+from sora_engine.models.transformer_config import MAX_LAYERS, TransformerConfig
 
-CLASS_NAME = "LTXVideoTransformer3DModel"
-MAX_LAYERS = 1000
-_OWN = frozenset({"pixel_times", "time_factor", "space_factor"})
-"""What no `config.json` says: it follows from the pipeline and the autoencoder."""
-
-_BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
-_POSITIVE = (
-    "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "caption_channels",
-)  # fmt: skip
-_ONLY: dict[str, Any] = {
-    "qk_norm": "rms_norm_across_heads", "norm_elementwise_affine": False,
-    "patch_size": 1, "patch_size_t": 1,
-}  # fmt: skip
-"""Keys that are carried out at one value alone."""
-_AUTHORS = {
+_DERIVED = ("pixel_times", "time_factor", "space_factor")
+_AUTHORS: dict[str, Any] = {
     "qk_norm": "rms_norm", "standardization_norm": "rms_norm",
-    "adaptive_norm": "single_scale_shift",
-    "positional_embedding_type": "rope", "positional_embedding_theta": 10000.0,
-    "positional_embedding_max_pos": [20, 2048, 2048], "norm_elementwise_affine": False,
-    "only_cross_attention": False, "double_self_attention": False, "use_linear_projection": False,
+    "adaptive_norm": "single_scale_shift", "positional_embedding_type": "rope",
+    "positional_embedding_theta": 10000.0, "positional_embedding_max_pos": [20, 2048, 2048],
+    "norm_elementwise_affine": False, "only_cross_attention": False,
+    "double_self_attention": False, "timestep_scale_multiplier": 1000,
 }  # fmt: skip
-"""What the authors' files say beside that, at the values that all published ones have."""
-_AUTHORS_UNREAD = frozenset({
+"""What the authors' files say beside diffusers' keys, at the values that published ones have."""
+_UNREAD = frozenset({
     "_class_name", "_diffusers_version", "_name_or_path", "dropout", "norm_num_groups",
-    "num_vector_embeds", "num_embeds_ada_norm", "upcast_attention", "timestep_scale_multiplier",
-    "project_to_2d_pos", "attention_type", "use_tpu_flash_attention", "cross_attention_dim",
+    "num_vector_embeds", "num_embeds_ada_norm", "upcast_attention", "project_to_2d_pos",
+    "attention_type", "use_tpu_flash_attention", "use_linear_projection", "cross_attention_dim",
+    "caption_projection", "skip_final_inner_dim_calculation",
 })  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class LTXConfig:
+@dataclass(frozen=True)
+class LTXConfig(TransformerConfig):
     """The configuration of an LTX-Video transformer, with the names of diffusers'
     `LTXVideoTransformer3DModel` and the values of LTX-Video 0.9 (2B); one that no such transformer
     can have raises `CheckpointError`.
 
     pixel_times: whether positions in time are those of frames, of which the first latent frame
-        holds one: 0.9.5 and later. Before, latent frames lie evenly.
-    time_factor, space_factor: frames and pixels that a latent stands for, of its autoencoder.
+        holds one: 0.9.5 and later. Before, latent frames lie evenly. time_factor, space_factor:
+        frames and pixels that a latent stands for. These follow from the pipeline and the
+        autoencoder, and are in no `config.json`.
     """
+
+    class_names = ("LTXVideoTransformer3DModel",)
+    model = "an LTX-Video transformer"
+    only: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "qk_norm": ("rms_norm_across_heads",),
+        "norm_elementwise_affine": (False,),
+        "patch_size": (1,),
+        "patch_size_t": (1,),
+        "attention_bias": (True,),
+        "attention_out_bias": (True,),
+    }
 
     num_attention_heads: int = 32
     attention_head_dim: int = 64
@@ -56,8 +57,6 @@ class LTXConfig:
     out_channels: int = 128
     num_layers: int = 28
     cross_attention_dim: int = 2048
-    attention_bias: bool = True
-    attention_out_bias: bool = True
     activation_fn: str = "gelu-approximate"
     norm_eps: float = 1e-6
     caption_channels: int = 4096
@@ -65,26 +64,15 @@ class LTXConfig:
     time_factor: int = 8
     space_factor: int = 32
 
-    def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if not _positive(value):
-                raise CheckpointError(f"{name} is {value!r}; it must be a positive integer")
-        if not _positive(self.num_layers) or self.num_layers > MAX_LAYERS:
-            raise CheckpointError(
-                f"num_layers is {self.num_layers!r}; it must be a positive integer up to "
-                f"{MAX_LAYERS}"
-            )
-        for name in ("attention_bias", "attention_out_bias"):
-            if getattr(self, name) is not True:
-                raise CheckpointError(f"{name} is {getattr(self, name)!r}; true is supported")
-        if self.activation_fn not in GELUS:
-            raise CheckpointError(
-                f"activation_fn is {self.activation_fn!r}; {' and '.join(GELUS)} are supported"
-            )
-        eps = self.norm_eps
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-            raise CheckpointError(f"norm_eps is {eps!r}; it must lie between 0 and 1")
+    def check(self) -> None:
+        """Sizes, and that texts and positions fit them."""
+        self.must_be_positive(
+            "num_attention_heads", "attention_head_dim", "in_channels", "out_channels",
+            "caption_channels",
+        )  # fmt: skip
+        self.must_be_positive("num_layers", most=MAX_LAYERS)
+        self.must_be_one_of("activation_fn", GELUS)
+        self.must_be_fraction("norm_eps")
         if self.inner_dim % 2 or self.inner_dim < 6:
             raise CheckpointError(
                 f"tokens are {self.inner_dim} wide; rotary positions need an even width, 6 or more"
@@ -105,71 +93,46 @@ class LTXConfig:
         """Width of a token: heads x head_dim."""
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def text_tokens(self) -> int:
+        """Where its pipeline cuts a text."""
+        return 256 if self.pixel_times else 128
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, path: str | Path | None = None) -> LTXConfig:
-        """Read a diffusers `config.json`. `path` is the file that errors name.
-
-        Raises `CheckpointError` for a key that is not on the list, another class's name, and a
-        value that is not carried out.
-        """
-        name = values.get("_class_name", CLASS_NAME)
-        if name != CLASS_NAME:
-            raise CheckpointError(
-                f"_class_name is {name!r}; this loader reads {CLASS_NAME}", path=path
-            )
-        allowed = {field.name for field in fields(cls)} - _OWN
-        unknown = sorted(set(values) - {*allowed, *_ONLY, *_BOOKKEEPING})
-        if unknown:
-            raise CheckpointError(
-                f"unknown configuration keys {unknown}; known are "
-                f"{sorted({*allowed, *_ONLY, *_BOOKKEEPING})}",
-                path=path,
-            )
-        _check_fixed(values, _ONLY, path)
-        return _made(cls, {k: v for k, v in values.items() if k in allowed}, path)
+        """As of every transformer; what is derived is no key. Raises `CheckpointError`."""
+        derived = sorted(set(values) & set(_DERIVED))
+        if derived:
+            raise CheckpointError(f"unknown configuration keys {derived}", path=path)
+        return super().from_dict(values, path=path)
 
     @classmethod
     def from_header(cls, values: Mapping[str, Any], *, path: str | Path | None = None) -> LTXConfig:
         """Read what the authors' files say under `transformer` in their header's `config`. Raises
-        `CheckpointError` as `from_dict`."""
-        own = {field.name for field in fields(cls)} - _OWN
+        `CheckpointError` for keys and values that are not carried out."""
+        own = {field.name for field in fields(cls)} - set(_DERIVED)
         times = "causal_temporal_positioning"
-        unknown = sorted(set(values) - {*own, *_AUTHORS, *_AUTHORS_UNREAD, times})
+        fixed = {**{key: wanted[0] for key, wanted in cls.only.items()}, **_AUTHORS}
+        unknown = sorted(set(values) - {*own, *fixed, *_UNREAD, times})
         if unknown:
             raise CheckpointError(
                 f"unknown keys {unknown} of the transformer in the header's config", path=path
             )
-        _check_fixed(values, _AUTHORS, path)
+        for key, wanted in fixed.items():
+            if values.get(key, wanted) not in (wanted, None):
+                raise CheckpointError(
+                    f"{key} is {values[key]!r}; {cls.model} has {wanted!r}", path=path
+                )
         read = {key: values[key] for key in own & values.keys() if values[key] is not None}
+        read.pop("cross_attention_dim", None)  # texts are projected to the width of tokens
         heads, dim = read.get("num_attention_heads"), read.get("attention_head_dim")
-        if _positive(heads) and _positive(dim):
+        if isinstance(heads, int) and isinstance(dim, int) and heads * dim:
             read["cross_attention_dim"] = heads * dim
-        return _made(cls, {**read, "pixel_times": bool(values.get(times, False))}, path)
+        try:
+            return cls(**read, pixel_times=bool(values.get(times, False)))
+        except CheckpointError as error:
+            raise CheckpointError(str(error), path=path) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The keys and values of a diffusers `config.json`."""
-        own = asdict(self)
-        for name in _OWN:
-            del own[name]
-        return {"_class_name": CLASS_NAME, **_ONLY, **own}
-
-
-def _check_fixed(
-    values: Mapping[str, Any], fixed: Mapping[str, Any], path: str | Path | None
-) -> None:
-    for key, wanted in fixed.items():
-        if key in values and values[key] not in (wanted, None):
-            raise CheckpointError(
-                f"{key} is {values[key]!r}; an LTX-Video transformer has {wanted!r}", path=path
-            )
-
-
-def _made(cls: type[LTXConfig], values: dict[str, Any], path: str | Path | None) -> LTXConfig:
-    try:
-        return cls(**values)
-    except CheckpointError as error:
-        raise CheckpointError(str(error), path=path) from None
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return {key: v for key, v in super().to_dict().items() if key not in _DERIVED}

@@ -18,20 +18,16 @@ from torch import Tensor, nn
 from sora_engine.denoise.conditioning import Context, Embedding, KeyValues
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import ContextRuns, PackedBatch, Stream
+from sora_engine.models.adaln_single import LAST_EPS, LevelEmbedder, TextProjection
 from sora_engine.models.attention import cross_attention, self_attention
 from sora_engine.models.backends import Backends
-from sora_engine.models.layers import Attention, FeedForward, TimestepEmbedder, timestep_sinusoids
+from sora_engine.models.layers import Attention, FeedForward
 from sora_engine.models.linear import steady
 from sora_engine.models.ltx.config import LTXConfig
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_kernels import gate_residual_norm_modulate, norm_modulate, qk_norm_rope
 
-TEXT_TOKENS = 128
-"""Where `LTXPipeline` cuts a text."""
-FREQUENCIES = 256
 QK_EPS = 1e-5
-LAST_EPS = 1e-6
-"""Of the norm before the output, which is a LayerNorm."""
 THETA = 10_000.0
 REACH = (20.0, 2048.0, 2048.0)
 """Seconds, rows and columns of pixels that positions are fractions of."""
@@ -131,34 +127,6 @@ class LTXBlock(nn.Module):
         return keys, attention.split(attention.to_v(embedded))
 
 
-class LevelEmbedder(nn.Module):
-    """What all blocks know of the noise level: adaLN-single (arXiv 2310.00426)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(FREQUENCIES, dim)})
-        self.linear = nn.Linear(dim, 6 * dim)
-
-    def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps `[rows]` to the embedding `[rows, dim]` and its projection `[rows, 6, dim]`."""
-        sinusoids = timestep_sinusoids(timesteps, FREQUENCIES, ends_at_lowest=False)
-        level = self.emb["timestep_embedder"](sinusoids)
-        return level, steady(self.linear, F.silu(level)).unflatten(-1, (6, -1))
-
-
-class TextProjection(nn.Module):
-    """The text encoder's channels to the model's."""
-
-    def __init__(self, channels: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, text: Tensor) -> Tensor:
-        hidden = F.gelu(steady(self.linear_1, text), approximate="tanh")
-        return steady(self.linear_2, hidden)
-
-
 class LTXTransformer(DiffusionTransformer):
     """A text-conditional LTX-Video (0.9.x, 2B and 13B)."""
 
@@ -175,12 +143,11 @@ class LTXTransformer(DiffusionTransformer):
         self,
         config: LTXConfig,
         *,
-        text_tokens: int = TEXT_TOKENS,
         backend: str = "auto",
         attention_backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.text_tokens = config, text_tokens
+        self.config = config
         self.backends = Backends(backend, attention_backend or backend)
         dim = config.inner_dim
         self.proj_in = nn.Linear(config.in_channels, dim)
@@ -194,7 +161,7 @@ class LTXTransformer(DiffusionTransformer):
     @property
     def shape(self) -> TransformerShape:
         """Its sizes."""
-        return transformer_shape(self.config, self.text_tokens)
+        return transformer_shape(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,14 +172,13 @@ class LTXTransformer(DiffusionTransformer):
         """Another transformer of the same configuration and backends."""
         return LTXTransformer(
             self.config,
-            text_tokens=self.text_tokens,
             backend=self.backends.fused,
             attention_backend=self.backends.attention,
         )
 
     def example_embedding(self, num_tokens: int, device: torch.device) -> Embedding:
         """A text of so many tokens, which `encode_contexts` takes padded."""
-        size = (self.text_tokens, self.config.caption_channels)
+        size = (self.config.text_tokens, self.config.caption_channels)
         return {
             "text": torch.zeros(size, dtype=self.dtype, device=device),
             "count": torch.tensor(num_tokens),
@@ -225,7 +191,8 @@ class LTXTransformer(DiffusionTransformer):
         `"count"`, int64 `[]`, its own tokens: a text is read without its padding.
         """
         # Where memory is rehearsed, texts have no lengths: then they are as long as they get.
-        counts = [self.text_tokens if e["count"].is_meta else int(e["count"]) for e in embeddings]
+        most = self.config.text_tokens
+        counts = [most if e["count"].is_meta else int(e["count"]) for e in embeddings]
         texts = [e["text"][:count] for e, count in zip(embeddings, counts, strict=True)]
         rows = self.caption_projection(torch.cat(texts).to(self.dtype))
         pairs = [block.keys_values(rows, self.backends) for block in self.transformer_blocks]
@@ -291,7 +258,7 @@ def rope_tables(stream: Stream, config: LTXConfig) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def transformer_shape(config: LTXConfig, text_tokens: int = TEXT_TOKENS) -> TransformerShape:
+def transformer_shape(config: LTXConfig) -> TransformerShape:
     """The sizes of the transformer that a configuration describes."""
     return TransformerShape(
         num_layers=config.num_layers,
@@ -300,5 +267,5 @@ def transformer_shape(config: LTXConfig, text_tokens: int = TEXT_TOKENS) -> Tran
         ffn_dim=4 * config.inner_dim,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
-        text_tokens=text_tokens,
+        text_tokens=config.text_tokens,
     )
