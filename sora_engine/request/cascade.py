@@ -66,6 +66,12 @@ class Stage:
         if self.upsampler is not None and not isinstance(self.upsampler, str | PathLike):
             raise RequestError(f"upsampler {shown(self.upsampler)} of a stage must be a path")
 
+    @property
+    def noise_level(self) -> float:
+        """Its strength, or the usual one for its kind."""
+        usual = TEMPORAL_STRENGTH if self.frames > 1 else SPATIAL_STRENGTH
+        return usual if self.strength is None else self.strength
+
     @classmethod
     def parse(cls, text: str) -> Stage:
         """A stage as the command line has it: `scale=2,strength=0.4`. Raises RequestError."""
@@ -159,12 +165,12 @@ def staged(
         KnownMode.REPLACEMENT, KnownMode.NOISE_LEVEL,
     )  # fmt: skip
     if stage.frames > 1 and stage.scale == 1 and stage.strength is None and exact:
-        return replace(base, **settings, clips=(Clip(frames, at=0, mask=known),))
-    usual = TEMPORAL_STRENGTH if stage.frames > 1 else SPATIAL_STRENGTH
-    strength = usual if stage.strength is None else stage.strength
+        settings["clips"] = (Clip(frames, at=0, mask=known),)
+        return replace(base, **settings)
     # A video brings its own history, by which a file's recipe makes it again.
     start = made if made is not None and stage.frames == 1 else frames
-    return replace(base, **settings, init=start, strength=1.0 if stage.sigmas else strength)
+    strength = 1.0 if stage.sigmas else stage.noise_level
+    return replace(base, **settings, init=start, strength=strength)
 
 
 def spread(frames: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:

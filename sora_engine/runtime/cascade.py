@@ -13,8 +13,6 @@ from sora_engine.denoise.canvas import solver_of
 from sora_engine.errors import JobCancelledError, RequestError, SoraError
 from sora_engine.request import VideoRequest
 from sora_engine.request.cascade import (
-    SPATIAL_STRENGTH,
-    TEMPORAL_STRENGTH,
     Cascade,
     Stage,
     staged,
@@ -157,8 +155,11 @@ class CascadeJob:
             )
             try:
                 self._add(engine, request)
+                if stage.upsampler is not None and not stage.sigmas:
+                    self._steps[-1] = int(self._steps[-1] * stage.noise_level)
             except SoraError as error:
-                raise type(error)(f"stage {number} of the cascade: {error}") from error
+                error.args = (f"stage {number} of the cascade: {error}", *error.args[1:])
+                raise
 
     def _add(self, engine: Engine, request: VideoRequest) -> None:
         resolved = engine.resolve(request)
@@ -230,8 +231,7 @@ class CascadeJob:
         if schedule.space != "flow":
             raise RequestError("a stage with an upsampler needs a model of a rectified flow")
         if not stage.sigmas:
-            usual = TEMPORAL_STRENGTH if stage.frames > 1 else SPATIAL_STRENGTH
-            schedule = schedule.from_strength(stage.strength or usual)
+            schedule = schedule.from_strength(stage.noise_level)
         noise = initial_noise(resolved.seed, tuple(clean.shape))
         start = schedule.add_noise(clean, noise, 0).to(torch.float32)
         return replace(
