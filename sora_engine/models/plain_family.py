@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import read_json_object
+from sora_engine.models.authors_names import AuthorsNames, Names
 from sora_engine.models.family import (
     Capabilities,
     Checkpoint,
@@ -24,7 +25,6 @@ from sora_engine.models.folder import Component, FolderLayout, ModelFolder, conf
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.transformer_files import (
     ConfigT,
-    Names,
     TransformerSource,
     companions,
     shapes_in,
@@ -45,9 +45,10 @@ class PlainFamily(ABC, Generic[ConfigT]):
     """A family whose models have one transformer each, with diffusers' names; a `Family`.
 
     config: of the transformer. transformer: its class. marks: tensors that every file of one has,
-    the first of them no other family's. layers: those that adapters name with underscores in the
-    place of dots; `#` is a number. ignored, keep_fp32: as of `TransformerSource`.
-    default_scheduler: for files without one; None: files need one. adapted: the attention that
+    of which the first must be there. foreign: tensors that none has, and another family's do.
+    layers: those that adapters name with underscores in the place of dots; `#` is a number.
+    ignored, keep_fp32: as of `TransformerSource`. default_scheduler: for files without one; None:
+    files need one. authors: the names that their authors' files have. adapted: the attention that
     tells an adapter's width and, as its group, the layer. adapted_elsewhere: names that no adapter
     of this family has.
     """
@@ -59,10 +60,12 @@ class PlainFamily(ABC, Generic[ConfigT]):
     capabilities: ClassVar[Capabilities]
     transformer: ClassVar[BuildsTransformer]
     marks: ClassVar[tuple[str, ...]]
+    foreign: ClassVar[tuple[str, ...]] = ()
     layers: ClassVar[tuple[str, ...]]
     ignored: ClassVar[tuple[str, ...]] = ()
     keep_fp32: ClassVar[tuple[str, ...]] = ()
     default_scheduler: ClassVar[Mapping[str, Any] | None] = None
+    authors: ClassVar[AuthorsNames | None] = None
     adapted: ClassVar[str]
     adapted_elsewhere: ClassVar[str] = r"(?!)"
 
@@ -91,7 +94,7 @@ class PlainFamily(ABC, Generic[ConfigT]):
     def translate(self, shapes: Shapes) -> Names | None:
         """The file's names for the engine's, where they are its authors'; None where they are the
         engine's."""
-        return None
+        return None if self.authors is None else self.authors.names(shapes)
 
     def told_by(self, shapes: Shapes) -> ConfigT | None:
         """The configuration of a file that has none beside it, where its shapes tell it."""
@@ -109,7 +112,8 @@ class PlainFamily(ABC, Generic[ConfigT]):
         bare = without_prefix(shapes)
         names = self.translate(bare)
         has = [mark in (bare if names is None else names) for mark in self.marks]
-        return has[0] and sum(has) > len(has) // 2
+        others = any(name in bare for name in self.foreign)
+        return has[0] and sum(has) > len(has) // 2 and not others
 
     def describe_file(self, path: Path) -> str:
         """Its sizes, and what goes with it."""

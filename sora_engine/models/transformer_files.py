@@ -15,16 +15,15 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.loading import Keep, load_into
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.opening import open_weights
-from sora_engine.io.weights.selected import Part, SelectedWeights, under_prefix
+from sora_engine.io.weights.selected import SelectedWeights, under_prefix
 from sora_engine.io.weights.source import WeightSource
+from sora_engine.models.authors_names import Names
 from sora_engine.models.family import Shapes, ShardWeights
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer_config import TransformerConfig
 from sora_engine.vae.registry import vae_in_file
 
 ConfigT = TypeVar("ConfigT", bound=TransformerConfig)
-Names = Mapping[str, str | Part]
-"""By the engine's name of a tensor the file's, or a part of one."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Under which other programs' files have a transformer."""
 
