@@ -57,6 +57,7 @@ class BatchSharder:
             coords=video.coords[mine],
             extents=None if video.extents is None else video.extents[mine],
             rates=None if video.rates is None else video.rates[mine],
+            places=None if video.places is None else video.places[mine],
             attend=ShardedAttention(shard),
             plans=shard.plans,
         )
