@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sora_engine.errors import RequestError
 from sora_engine.request.checks import finite, integer, shown
 from sora_engine.request.facts import KnownMode, ModelFacts, nearest_on_grid
 from sora_engine.request.request import Clip, VideoRequest
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sora_engine.video import Video
 
 SPATIAL_STRENGTH = 0.4
@@ -176,6 +176,8 @@ def staged(
 def spread(frames: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:
     """Frames uint8 `[n, H, W, 3]` with `times - 1` between each two, which go over from the one to
     the other evenly; and which are the given ones, bool `[m]`."""
+    import numpy as np
+
     count = (len(frames) - 1) * times + 1
     known = np.arange(count) % times == 0
     out = np.empty((count, *frames.shape[1:]), np.uint8)
@@ -188,6 +190,8 @@ def spread(frames: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nothing(size: tuple[int, int, int]) -> np.ndarray:
+    import numpy as np
+
     height, width, frames = size
     return np.broadcast_to(np.uint8(0), (frames, height, width, 3))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sora_engine.request.ladders import Ladder
 
 LTX_LADDERS: Mapping[str, Ladder] = {
-    "ltxv-distilled-7": Ladder(
+    "ltxv-7": Ladder(
         (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725),
         "euler",
         r"ltx.*distilled",
