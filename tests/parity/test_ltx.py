@@ -10,13 +10,16 @@ import torch
 from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, LTXPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
+from safetensors.torch import save_file
 
 import sora_engine as sora
 from sora_engine import tasks
 from sora_engine.denoise.packing import Packer, Segment
 from sora_engine.errors import CheckpointError
+from sora_engine.models.inspection import inspect_file
 from sora_engine.models.ltx.config import LTXConfig
 from sora_engine.models.ltx.model import LTXTransformer
+from sora_engine.models.registry import open_checkpoint
 from sora_engine.vae.decoding import decoding
 from tests.parity.ltx_models import packed, tiny_ltx, tiny_ltx_pipeline
 from tests.parity.vae_models import relative
@@ -327,3 +330,61 @@ def test_bad_folders_are_refused(folders, tmp_path, path, values, message):
         sora.Engine.from_pretrained(bad, device="cpu").close()
     assert "\n" not in str(raised.value)
     assert str(bad) in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["ulysses", "ring", "guidance", "window"])
+def test_two_ranks_equal_one(folders, engines, axis):
+    """Positions in seconds, given frames and decoders that look ahead among them."""
+    folder, engine = folders[LTXConditionPipeline], engines[LTXConditionPipeline]
+    requests = [
+        request(clips=[sora.Clip(picture())]),
+        request("a blue cube", height=16, width=24, num_frames=9, seed=4, fps=12),
+        request("waves", window=sora.WindowPlan(2, 1), seed=5),
+    ]
+    alone = engine.generate(requests)
+    parallel = sora.ParallelConfig(**{axis: 2})
+    with sora.Engine.from_pretrained(folder, device="cpu", parallel=parallel) as ranks:
+        for one, other in zip(alone, ranks.generate(requests), strict=True):
+            assert relative(other.latents, one.latents) < 1e-5
+            assert np.abs(one.frames.astype(int) - other.frames).max() <= 1
+
+
+def authors_names(oracle) -> dict[str, torch.Tensor]:
+    """A transformer's weights as its authors' files name them."""
+    back = {"proj_in": "patchify_proj", "time_embed": "adaln_single"}
+    names = {}
+    for name, value in oracle.state_dict().items():
+        first, _, rest = name.partition(".")
+        name = f"{back.get(first, first)}.{rest}" if rest else name
+        name = name.replace(".norm_q", ".q_norm").replace(".norm_k", ".k_norm")
+        names[f"model.diffusion_model.{name}"] = value.contiguous()
+    return names
+
+
+def test_a_file_under_the_authors_names_loads(pipelines, folders, engine, noise, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    folder = folders[LTXPipeline]
+    file = tmp_path / "transformer" / "ltx-video.safetensors"
+    save_file(authors_names(pipelines[LTXPipeline].transformer), file)
+    (tmp_path / "transformer" / "config.json").symlink_to(folder / CONFIG)
+    report = inspect_file(file)
+    assert report.kinds == (
+        "ltx transformer, ti2v: 2 layers, 32 wide, 8 latent channels; goes with an "
+        "AutoencoderKLLTXVideo and a T5 encoder",
+    )
+    want = engine.generate(request(latents=noise[0]))
+    with sora.Engine.from_pretrained(file, components=folder, device="cpu") as other:
+        got = other.generate(request(latents=noise[0]))
+    assert torch.equal(got.latents, want.latents)
+
+
+def test_a_distilled_file_is_on_its_ladder(pipelines, folders, tmp_path):
+    folder = folders[LTXPipeline]
+    file = tmp_path / "ltxv-2b-0.9.8-distilled.safetensors"
+    save_file(authors_names(pipelines[LTXPipeline].transformer), file)
+    (tmp_path / "config.json").symlink_to(folder / CONFIG)
+    found, _ = open_checkpoint(file, folder)
+    assert found.defaults.ladder == "ltxv-7"
+    assert found.defaults.num_inference_steps == 7
+    assert found.defaults.guidance_scale == 1.0
