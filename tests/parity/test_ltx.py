@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, LTXPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
-from safetensors.torch import save_file
 
 import sora_engine as sora
 from sora_engine import tasks
 from sora_engine.denoise.packing import Packer, Segment
-from sora_engine.errors import CheckpointError
-from sora_engine.models.inspection import inspect_file
 from sora_engine.models.ltx.config import LTXConfig
 from sora_engine.models.ltx.model import LTXTransformer
-from sora_engine.models.registry import open_checkpoint
 from sora_engine.vae.decoding import decoding
 from tests.parity.ltx_models import packed, tiny_ltx, tiny_ltx_pipeline
 from tests.parity.vae_models import relative
@@ -286,52 +280,6 @@ def test_loops_are_decoded_round_their_seam(engine):
     assert difference.abs().max() <= 1
 
 
-CONFIG, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/config.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-BAD_FOLDERS = [
-    (CONFIG, {"norm_elementwise_affine": True}, "norm_elementwise_affine is True; an LTX-Video"),
-    (CONFIG, {"patch_size": 2}, "patch_size is 2; an LTX-Video transformer has 1"),
-    (CONFIG, {"num_layers": 0}, "num_layers is 0; it must be a positive integer"),
-    (CONFIG, {"num_layers": 3}, r"missing tensors: transformer_blocks\.2\."),
-    (CONFIG, {"cross_attention_dim": 64}, "cross_attention_dim is 64; texts are projected to 32"),
-    (CONFIG, {"out_channels": 16}, "out_channels is 16; a flow has as many as in_channels, 8"),
-    (CONFIG, {"caption_channels": 16}, "reads texts of 16 channels and the encoder gives 32"),
-    (CONFIG, {"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
-    (CONFIG, {"pixel_times": True}, r"unknown configuration keys \['pixel_times'\]"),
-    (CONFIG, {"_class_name": "LTX2VideoTransformer3DModel"}, "class is 'LTX2VideoTransformer3D"),
-    (INDEX, {"text_encoder": ["transformers", "UMT5EncoderModel"]}, "transformers.UMT5Encoder"),
-    (INDEX, {"vae": [None, None]}, "the model has no vae"),
-    (VAE, {"latent_channels": 16}, "latents_mean has 8 values; 16 numbers are wanted"),
-    (VAE, {"encoder_causal": False}, "encoder_causal False; 1 and true are supported"),
-    (VAE, {"layers_per_block": [1, 1]}, "layers_per_block has 2 entries; 5 would go with"),
-    (VAE, {"spatial_compression_ratio": 32}, "spatial_compression_ratio is 32; .* compress by 8"),
-    (VAE, {"down_block_types": ["CogVideoXDownBlock3D"] * 4}, "all LTXVideoDownBlock3D or all"),
-    (SCHEDULER, {"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
-    (SCHEDULER, {"shift_terminal": 2.0}, "shift_terminal = 2.0.*must be under 1"),
-]
-
-
-@pytest.mark.parametrize(("path", "values", "message"), BAD_FOLDERS)
-def test_bad_folders_are_refused(folders, tmp_path, path, values, message):
-    bad, folder = tmp_path / "bad", folders[LTXPipeline]
-    bad.mkdir()
-    for part in folder.iterdir():  # links to what stays, copies of what changes
-        (bad / part.name).symlink_to(part)
-    place = bad / path
-    name = path.partition("/")[0]
-    (bad / name).unlink()
-    if "/" in path:
-        place.parent.mkdir()
-        for file in (folder / name).iterdir():
-            (place.parent / file.name).symlink_to(file)
-        place.unlink()
-    place.write_text(json.dumps({**json.loads((folder / path).read_text()), **values}))
-    with pytest.raises(CheckpointError, match=message) as raised:
-        sora.Engine.from_pretrained(bad, device="cpu").close()
-    assert "\n" not in str(raised.value)
-    assert str(bad) in str(raised.value)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["ulysses", "ring", "guidance", "window"])
 def test_two_ranks_equal_one(folders, engines, axis):
@@ -348,43 +296,3 @@ def test_two_ranks_equal_one(folders, engines, axis):
         for one, other in zip(alone, ranks.generate(requests), strict=True):
             assert relative(other.latents, one.latents) < 1e-5
             assert np.abs(one.frames.astype(int) - other.frames).max() <= 1
-
-
-def authors_names(oracle) -> dict[str, torch.Tensor]:
-    """A transformer's weights as its authors' files name them."""
-    back = {"proj_in": "patchify_proj", "time_embed": "adaln_single"}
-    names = {}
-    for name, value in oracle.state_dict().items():
-        first, _, rest = name.partition(".")
-        name = f"{back.get(first, first)}.{rest}" if rest else name
-        name = name.replace(".norm_q", ".q_norm").replace(".norm_k", ".k_norm")
-        names[f"model.diffusion_model.{name}"] = value.contiguous()
-    return names
-
-
-def test_a_file_under_the_authors_names_loads(pipelines, folders, engine, noise, tmp_path):
-    (tmp_path / "transformer").mkdir()
-    folder = folders[LTXPipeline]
-    file = tmp_path / "transformer" / "ltx-video.safetensors"
-    save_file(authors_names(pipelines[LTXPipeline].transformer), file)
-    (tmp_path / "transformer" / "config.json").symlink_to(folder / CONFIG)
-    report = inspect_file(file)
-    assert report.kinds == (
-        "ltx transformer, ti2v: 2 layers, 32 wide, 8 latent channels; goes with an "
-        "AutoencoderKLLTXVideo and a T5 encoder",
-    )
-    want = engine.generate(request(latents=noise[0]))
-    with sora.Engine.from_pretrained(file, components=folder, device="cpu") as other:
-        got = other.generate(request(latents=noise[0]))
-    assert torch.equal(got.latents, want.latents)
-
-
-def test_a_distilled_file_is_on_its_ladder(pipelines, folders, tmp_path):
-    folder = folders[LTXPipeline]
-    file = tmp_path / "ltxv-2b-0.9.8-distilled.safetensors"
-    save_file(authors_names(pipelines[LTXPipeline].transformer), file)
-    (tmp_path / "config.json").symlink_to(folder / CONFIG)
-    found, _ = open_checkpoint(file, folder)
-    assert found.defaults.ladder == "ltxv-7"
-    assert found.defaults.num_inference_steps == 7
-    assert found.defaults.guidance_scale == 1.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.errors import CheckpointError
@@ -17,8 +17,19 @@ from sora_engine.models.ltx.model import LTXTransformer, transformer_shape
 from sora_engine.models.plain_family import PlainFamily, check_texts, vae_of
 from sora_engine.models.transformer_files import Names, TransformerSource
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.samplers.config import Spread
 from sora_engine.text.t5_written import PADDED, WRITTEN, WRITTEN_COUNTS
+from sora_engine.vae.ltx_header import MEAN, PREFIXES, STD, header_config
 
+_BESIDE = ("vae", "text_encoder", "tokenizer", "scheduler")
+_SHIFTED = {
+    "use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05,
+    "base_image_seq_len": 1024, "max_image_seq_len": 4096,
+}  # fmt: skip
+"""What the authors' code makes of `"shifting": "SD3"`."""
+_SAMPLERS: dict[object, Spread] = {
+    "Uniform": "even", None: "even", "LinearQuadratic": "linear-quadratic",
+}  # fmt: skip
 CONDITION = "LTXConditionPipeline"
 """The pipeline of 0.9.5 and later: positions in time are those of frames, padding of texts is
 masked, and levels are linear-quadratic."""
@@ -58,6 +69,9 @@ class LTXFamily(PlainFamily[LTXConfig]):
         "scale_shift_table",
     )
     keep_fp32 = ("scale_shift_table",)
+    default_scheduler: ClassVar[Mapping[str, Any]] = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler"
+    }
     layers = (
         *(
             f"transformer_blocks.#.{layer}"
@@ -85,11 +99,49 @@ class LTXFamily(PlainFamily[LTXConfig]):
     def translate(self, shapes: Shapes) -> Names | None:
         """The authors' files name four things otherwise than diffusers does."""
         names = {_from_authors(name): name for name in shapes if not name.startswith("vae.")}
-        return names if any(own != name for own, name in names.items()) else None
+        same = len(names) == len(shapes) and all(own == name for own, name in names.items())
+        return None if same else names
 
     def own_name(self, module: str) -> str | None:
         """diffusers' names, which are the engine's, and the authors'."""
         return super().own_name(_from_authors(module))
+
+    def source_in_file(self, path: Path) -> TransformerSource[LTXConfig]:
+        """A transformer file and its configuration, which lies beside it or in its header."""
+        header = header_config(path)
+        own = None if header is None else header.get("transformer")
+        if not isinstance(own, Mapping):
+            return super().source_in_file(path)
+        return self._source(path, LTXConfig.from_header(own, path=path))
+
+    def open_files(
+        self,
+        paths: Sequence[Path],
+        components: Path | Mapping[str, Path] | None,
+        settings: Mapping[str, Any],
+    ) -> Checkpoint:
+        """A transformer file, and the other parts; of the authors' files the autoencoder and the
+        scheduler are in them."""
+        header = header_config(paths[0]) if len(paths) == 1 else None
+        if header is None:
+            found = super().open_files(paths, components, settings)
+            if found.scheduler_path is None:
+                raise CheckpointError(
+                    "no scheduler for a file whose header has none; the scheduler/ of a diffusers "
+                    "folder would work",
+                    path=paths[0],
+                )
+            return found
+        given = dict(components) if isinstance(components, Mapping) else {}
+        if isinstance(components, Path):
+            given = {n: components / n for n in _BESIDE if (components / n).exists()}
+        if isinstance(header.get("vae"), Mapping):
+            given.setdefault("vae", paths[0])
+        found = super().open_files(paths, given, settings)
+        told = header.get("scheduler")
+        if "scheduler" in given or not isinstance(told, Mapping):
+            return found
+        return replace(found, **scheduler_in(told, paths[0]))
 
     def of_pipeline(self, config: LTXConfig, pipeline: str) -> LTXConfig:
         """Later versions have a pipeline of their own."""
@@ -147,12 +199,32 @@ class LTXFamily(PlainFamily[LTXConfig]):
         )
 
 
+def scheduler_in(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a `Checkpoint` from the `scheduler` of a header's config. Raises
+    CheckpointError."""
+    sampler, shifting = values.get("sampler"), values.get("shifting")
+    if sampler not in _SAMPLERS or shifting not in (None, "SD3"):
+        raise CheckpointError(
+            f"a scheduler with sampler {sampler!r} and shifting {shifting!r}; Uniform or "
+            "LinearQuadratic, and null or SD3, are supported",
+            path=path,
+        )
+    config = {**LTXFamily.default_scheduler, **(_SHIFTED if shifting else {})}
+    if values.get("target_shift_terminal") is not None:
+        config["shift_terminal"] = values["target_shift_terminal"]
+    return {"scheduler_config": config, "scheduler_path": path, "spread": _SAMPLERS[sampler]}
+
+
 def with_statistics(vae: Component) -> Component:
-    """An autoencoder with the statistics of its latents in its configuration. diffusers keeps them
-    beside the weights, as `latents_mean` and `latents_std`. Raises CheckpointError."""
+    """An autoencoder with the statistics of its latents in its configuration. They lie among the
+    weights. Raises CheckpointError."""
     found = {}
     with vae.open_weights() as weights:
-        for name in ("latents_mean", "latents_std"):
+        prefix = next((p for p in PREFIXES if p + MEAN in weights), "")
+        theirs = prefix + MEAN in weights
+        names = {"latents_mean": prefix + MEAN, "latents_std": prefix + STD}
+        for own, stored in names.items():
+            name = stored if theirs else own
             if name not in weights:
                 raise CheckpointError(
                     f"tensor {name} is missing: an LTX-Video autoencoder has it", path=vae.folder
@@ -163,7 +235,7 @@ def with_statistics(vae: Component) -> Component:
                     "channel is wanted",
                     path=vae.folder,
                 )
-            found[name] = weights.read(name).float().tolist()
+            found[own] = weights.read(name).float().tolist()
     return replace(vae, config={**vae.config, **found})
 
 
