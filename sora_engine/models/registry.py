@@ -31,6 +31,7 @@ _FAMILIES: list[Family | str] = [
     "sora_engine.models.dit.family:DiTFamily",
     "sora_engine.models.latte.family:LatteFamily",
     "sora_engine.models.pixart.family:PixArtFamily",
+    "sora_engine.models.uvit.family:UViTFamily",
 ]
 """Each family, or where its class is: a new one is a line here."""
 
