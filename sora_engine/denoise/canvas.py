@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sora_engine.denoise.adapting import Adapters
 from sora_engine.denoise.conditioning import Context, Prompts
+from sora_engine.denoise.drive import Drive
 from sora_engine.denoise.model import DiffusionModel
 from sora_engine.denoise.packing import Segment
 from sora_engine.denoise.windows import Window, chain_of, frames_seen, plan_windows
@@ -58,6 +59,7 @@ class Canvas:
     preview: what the last step makes of the video, uint8 `[T, H, W, 3]`, where the model can tell.
     contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
     adapters: for each expert those of the request; empty where it has none.
+    drive: of a canvas that is driven while it is made; it is denoised in one window.
     chain: with chained windows all of them, in the order in which they are denoised; windows_done:
         how many of them are. Every one is taken through the whole schedule: `step` and `num_steps`
         count over all.
@@ -80,6 +82,7 @@ class Canvas:
     preview: np.ndarray | None = None
     windows_done: int = 0
     adapters: tuple[Adapters | None, ...] = ()
+    drive: Drive | None = None
     chain: tuple[Window, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -166,7 +169,9 @@ class Canvas:
 
     @property
     def num_anchors(self) -> int:
-        """How many latent frames those are."""
+        """How many latent frames those are, or are recalled."""
+        if self.drive is not None:
+            return self.drive.num_recalled
         return 0 if self.anchors is None else self.anchors.length
 
     def part(self, whole: Tensor) -> Tensor:
@@ -229,10 +234,14 @@ class Canvas:
             contexts=self._contexts(window, expert, conditional=conditional),
             sees=self._sees(window),
             num_anchors=self.num_anchors,
+            actions=None if self.drive is None else self.drive.actions,
+            places=None if self.drive is None else self.drive.places,
         )
 
     def _sees(self, window: Window) -> Tensor | None:
         plan = self.window_plan
+        if self.drive is not None:
+            return self.drive.sees
         if not isinstance(plan, SparsePlan) or plan.holds(window.total):
             return None
         order = window.indices()
@@ -243,6 +252,8 @@ class Canvas:
         sample = window.of(self.latents, 1)
         if self.anchors is not None:
             sample = torch.cat([self.anchors.of(self.latents, 1), sample], dim=1)
+        if self.drive is not None:
+            sample = torch.cat([self.drive.recalled.to(sample), sample], dim=1)
         if self.known is None or self.known.channels is None:
             return sample
         return torch.cat([sample, window.of(self.known.channels, 1).to(sample)])
@@ -251,7 +262,7 @@ class Canvas:
         timesteps = torch.full((window.length,), self.timestep, dtype=torch.float32)
         known = None if self.known is None else self.known.levels
         if known is None and not self.windows_done:
-            return timesteps
+            return torch.cat([timesteps.new_zeros(self.num_anchors), timesteps])
         mask = window.of(self.settled, 0)[:, None, None]
         if known is not None:
             # Masks cover whole patches (see `denoise.known`): a patch's first latent speaks for it.
@@ -270,8 +281,11 @@ class Canvas:
         seen = [window] if self.anchors is None else [self.anchors, window]
         frames = torch.cat([each.indices() for each in seen]).tolist()
         if not conditional:
-            return ((contexts[-1], len(frames)),)
+            recalled = 0 if self.drive is None else self.drive.num_recalled
+            return ((contexts[-1], recalled + len(frames)),)
         texts = [self.prompts.frame_texts[i] for i in frames]
+        if self.drive is not None:  # what is recalled reads what the first frame does
+            texts = texts[:1] * self.drive.num_recalled + texts
         return tuple((contexts[text], len(list(group))) for text, group in itertools.groupby(texts))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
 from sora_engine.denoise.conditioning import Context, KeyValues
 from sora_engine.denoise.extents import extents_of
+from sora_engine.denoise.rows import Conditions, modulation_rows, token_rows
 from sora_kernels import AttentionPlan, BlockPlan
 from sora_kernels.transfer import to_device
 
@@ -48,6 +49,10 @@ class Segment:
     num_anchors: how many latent frames at the beginning are of another time: they show what the
         others are to look like, and stand `ANCHOR_GAP` before them, whenever they were. Whole
         patches.
+    actions: float32 `[T, action_dim]` on the host, what was done to make each latent frame, for
+        models that are driven; None: nothing.
+    places: float32 `[T, 2]` on the host, in latents: how far down and right of the newest frame's
+        view each frame's lies, for models that know where their camera is; None: nowhere else.
     """
 
     latents: Tensor
@@ -55,6 +60,8 @@ class Segment:
     contexts: tuple[tuple[Context, int], ...]
     sees: Tensor | None = None
     num_anchors: int = 0
+    actions: Tensor | None = None
+    places: Tensor | None = None
 
 
 class SelfAttention(Protocol):
@@ -88,6 +95,8 @@ class Stream:
     sees: for each segment bool `[T, T]`, which frames of tokens each one attends to; None: all, in
         every segment. It changes with each step.
     sparse_plans: what attention planned for `sees`. They are this batch's, for all of its layers.
+    places: float32 `[N, 2]`, how far down and right, in latents, the view that each token is of
+        lies from its segment's newest; None: none lies elsewhere.
     """
 
     tokens: Tensor
@@ -101,6 +110,7 @@ class Stream:
     plans: Plans = field(default_factory=dict)
     sees: tuple[Tensor, ...] | None = None
     sparse_plans: dict[tuple[int, torch.dtype], BlockPlan] = field(default_factory=dict)
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +148,8 @@ class PackedBatch:
     layout: what of it is the same object in batches of other steps; None where that is not said.
     pooled: `[rows, dim]`, what each row of the modulation table is of beside its timestep; None
         where contexts have nothing pooled.
+    actions: float32 `[rows, action_dim]`, what each row of the modulation table is of beside its
+        timestep; None where no segment has any.
     adapters: the tokens of the video that have any, in order.
     """
 
@@ -147,6 +159,7 @@ class PackedBatch:
     pooled: Tensor | None = None
     layout: PackLayout | None = None
     adapters: tuple[AdapterRun, ...] = ()
+    actions: Tensor | None = None
 
     @property
     def video(self) -> Stream:
@@ -185,26 +198,38 @@ class Packer:
             raise ValueError("pack needs at least one segment, got none")
         layout = self._layout(segments)
         tokens = torch.cat([patchify(s.latents, self.patch_size) for s in segments])
-        timesteps, rows, pooled = _modulation_rows(segments, layout.grids, self.patch_size[0])
+        frames = self.patch_size[0]
+        rows = modulation_rows(
+            [_conditions(s, grid, frames) for s, grid in zip(segments, layout.grids, strict=True)]
+        )
+        alone = len(rows.timesteps) == 1
         video = Stream(
             tokens=tokens,
-            rows=None if len(timesteps) == 1 else _token_rows(rows, layout.grids, self.device),
+            rows=None if alone else token_rows(rows.read, layout.grids, self.device),
             coords=layout.coords,
             extents=layout.extents,
             cu_seqlens=layout.cu_seqlens,
             max_seqlen=layout.max_seqlen,
             grids=layout.grids,
             plans=layout.plans,
-            sees=_sight(segments, layout.grids, self.patch_size[0]),
+            sees=_sight(segments, layout.grids, frames),
+            places=_token_places(segments, layout.grids, frames, self.device),
         )
         streams = {VIDEO: video}
         for name in segments[0].contexts[0][0].tokens:
-            streams[name] = _context_stream(name, segments, rows, self.device)
+            streams[name] = _context_stream(name, segments, rows.read, self.device)
         lengths = map(math.prod, layout.grids)
         own = (segment.contexts[0][0].adapters for segment in segments)
         runs = adapter_runs(zip(own, lengths, strict=True))
-        levels = to_device(timesteps, self.device)
-        return PackedBatch(streams, levels, layout.contexts, pooled, layout, runs)
+        return PackedBatch(
+            streams,
+            timesteps=to_device(rows.timesteps, self.device),
+            contexts=layout.contexts,
+            pooled=rows.pooled,
+            layout=layout,
+            adapters=runs,
+            actions=None if rows.actions is None else to_device(rows.actions, self.device),
+        )
 
     def unpack(self, predictions: Tensor, batch: PackedBatch, channels: int) -> list[Tensor]:
         """Split `predictions [N, patch volume * channels]` into one `[C, T, H, W]` a segment."""
@@ -335,50 +360,32 @@ def _context_runs(spans: Sequence[tuple[KeyValues, int]], device: torch.device) 
     )
 
 
-def _modulation_rows(
-    segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """The distinct rows of the modulation table: timesteps `[rows]`, for each segment the rows that
-    it reads, and what is pooled of the context of each row.
-
-    A segment's rows are int64 `[T]`, one for each frame of tokens, or `[T * H * W]` where the level
-    differs within a frame. They are worked out on the host at each step, so not for every token. A
-    token of several latent frames has the first one's noise level. Where contexts have something
-    pooled, tokens of one level that read different contexts have rows of their own.
-    """
-    levels = []
-    for segment, (T, H, W) in zip(segments, grids, strict=True):
-        level = segment.timesteps[::patch_frames].to(torch.float32)
-        assert level.shape in ((T,), (T, H, W)), (level.shape, (T, H, W))
-        levels.append(level.flatten())
-    every, sizes = torch.cat(levels), [len(level) for level in levels]
-    read = {id(context): context for s in segments for context, _ in s.contexts}
-    if all(context.pooled is None for context in read.values()):
-        timesteps, rows = torch.unique(every, return_inverse=True)
-        return timesteps, list(rows.split(sizes)), None
-    numbers = {key: float(i) for i, key in enumerate(read)}
-    spans = []
-    for segment, size, (T, _, _) in zip(segments, sizes, grids, strict=True):
-        for context, frames in segment.contexts:
-            count = frames // patch_frames * (size // T)
-            spans.append(torch.full((count,), numbers[id(context)], dtype=torch.float32))
-    pairs, rows = torch.unique(torch.stack([every, torch.cat(spans)]), dim=1, return_inverse=True)
-    contexts = list(read.values())
-    pooled = []
-    for number in pairs[1].tolist():
-        vector = contexts[int(number)].pooled
-        if vector is None:
-            raise ValueError("of the contexts of one batch some have a pooled text and some do not")
-        pooled.append(vector)
-    return pairs[0], list(rows.split(sizes)), torch.stack(pooled)
+def _conditions(segment: Segment, grid: Grid, patch_frames: int) -> Conditions:
+    """What its tokens are under. One of several latent frames has the first one's noise level."""
+    T, H, W = grid
+    level = segment.timesteps[::patch_frames].to(torch.float32)
+    assert level.shape in ((T,), (T, H, W)), (level.shape, (T, H, W))
+    levels = level.flatten()
+    spans = [(own, n // patch_frames * (len(levels) // T)) for own, n in segment.contexts]
+    actions = None if segment.actions is None else segment.actions[::patch_frames].float()
+    assert actions is None or len(actions) == T, (actions.shape, T)
+    return Conditions(levels, spans, actions, T)
 
 
-def _token_rows(rows: Sequence[Tensor], grids: Sequence[Grid], device: torch.device) -> Tensor:
-    """For each token its row, int64 `[N]`: what `_modulation_rows` found, spread on the device."""
-    numbers = to_device(torch.cat(list(rows)), device)
-    parts = zip(numbers.split([len(own) for own in rows]), grids, strict=True)
+def _token_places(
+    segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int, device: torch.device
+) -> Tensor | None:
+    """For each token how far its view lies from the newest one, float32 `[N, 2]`, spread on the
+    device."""
+    if all(segment.places is None for segment in segments):
+        return None
+    own = [
+        torch.zeros(T, 2) if s.places is None else s.places[::patch_frames].to(torch.float32)
+        for s, (T, _, _) in zip(segments, grids, strict=True)
+    ]
+    parts = zip(to_device(torch.cat(own), device).split([len(p) for p in own]), grids, strict=True)
     return torch.cat(
-        [own[:, None].expand(-1, math.prod(grid) // len(own)).flatten() for own, grid in parts]
+        [part[:, None].expand(-1, H * W, 2).flatten(0, 1) for part, (_, H, W) in parts]
     )
 
 

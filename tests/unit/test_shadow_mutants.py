@@ -164,9 +164,9 @@ def constants_from_the_host(patch):
     """Numbers that are made on the host at each step."""
 
     def change(tables):
-        def changed(coords, config):
+        def changed(coords, config, places):
             scale = torch.tensor([1.0, 1.0, 1.0], device=coords.device)
-            return tables((coords * scale).long(), config)
+            return tables((coords * scale).long(), config, places)
 
         return changed
 
@@ -217,7 +217,7 @@ def repeated_by_the_device(patch):
         counts = torch.tensor([n for n, own in zip(sizes, rows, strict=True) for _ in own])
         return numbers.repeat_interleave(packing.to_device(counts, device))
 
-    patch.setattr(packing, "_token_rows", changed)
+    patch.setattr(packing, "token_rows", changed)
 
 
 def whole_mask_from_the_host(patch):

@@ -77,7 +77,15 @@ LAYOUT = FolderLayout(
 fraction of the noise levels; `expand_timesteps`, whether each token has its own timestep (Wan 2.2
 TI2V-5B)."""
 
-KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+KEEP_FP32 = (
+    "rope",
+    "time_embedder",
+    "action_embedder",
+    "scale_shift_table",
+    "norm1",
+    "norm2",
+    "norm3",
+)
 """Parts of names whose weights stay float32 in any dtype, as diffusers keeps them."""
 IGNORED = ("norm_added_q",)
 """Left over in some converted I2V checkpoints; no model reads it."""

@@ -12,7 +12,10 @@ from sora_engine.errors import CheckpointError
 
 CLASS_NAME = "WanTransformer3DModel"
 VACE_CLASS_NAME = "WanVACETransformer3DModel"
-CLASS_NAMES = (CLASS_NAME, VACE_CLASS_NAME)
+WORLD_CLASS_NAME = "WanWorldTransformer3DModel"
+"""Of the engine's own: Wan that is driven by actions and knows where its camera is. diffusers has
+no such class, and a model of another name would be taken for one without them there."""
+CLASS_NAMES = (CLASS_NAME, VACE_CLASS_NAME, WORLD_CLASS_NAME)
 
 MAX_LAYERS = 1000  # a configuration must not keep the engine busy building a model for hours
 
@@ -28,14 +31,26 @@ _POSITIVE = (
     "ffn_dim",
     "rope_max_seq_len",
 )
-_POSITIVE_OR_NONE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "vace_in_channels")
+_POSITIVE_OR_NONE = (
+    "image_dim",
+    "added_kv_proj_dim",
+    "pos_embed_seq_len",
+    "vace_in_channels",
+    "action_dim",
+)
+_OF_CLASS = {
+    VACE_CLASS_NAME: ("vace_layers", "vace_in_channels"),
+    WORLD_CLASS_NAME: ("action_dim", "rope_pairs", "rope_theta"),
+}
+"""Keys that one class alone has."""
 
 
 @dataclass(frozen=True, slots=True)
 class WanConfig:
     """The configuration of a Wan 2.1 or 2.2 transformer. Fields and defaults are those of
-    diffusers' `WanTransformer3DModel`, and with `vace_layers` of its `WanVACETransformer3DModel`; a
-    value that no Wan can have raises `CheckpointError`."""
+    diffusers' `WanTransformer3DModel`, and with `vace_layers` of its `WanVACETransformer3DModel`;
+    the last three are of a model that is driven. A value that no Wan can have raises
+    `CheckpointError`."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -60,6 +75,14 @@ class WanConfig:
     """The layers that a VACE control block adds to; None for a model without control."""
     vace_in_channels: int | None = None
     """Channels of VACE's control latents: known, unknown and mask."""
+    action_dim: int | None = None
+    """Numbers that say what was done to make a latent frame; None for a model that is not driven.
+    """
+    rope_pairs: tuple[int, ...] | None = None
+    """How many pairs of a head's channels read each of five coordinates: time, row and column in
+    the view, row and column in the world. None: Wan's shares of time, row and column."""
+    rope_theta: float = 10_000.0
+    """Of the pairs' frequencies, the base."""
 
     def __post_init__(self) -> None:
         patch = self.patch_size
@@ -127,6 +150,29 @@ class WanConfig:
                     f"{self.num_layers - 1}"
                 )
 
+        self._check_world()
+
+    def _check_world(self) -> None:
+        """What a model that is driven has of its own."""
+        pairs, half = self.rope_pairs, self.attention_head_dim // 2
+        if pairs is not None:
+            five = isinstance(pairs, tuple) and len(pairs) == 5 and all(map(_positive, pairs))
+            if not five or sum(pairs) != half:
+                raise CheckpointError(
+                    f"rope_pairs is {pairs!r}; it must be five positive integers that add up to "
+                    f"{half}, half of attention_head_dim"
+                )
+        theta = self.rope_theta
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 1:
+            raise CheckpointError(f"rope_theta is {theta!r}; it must be a number above 1")
+        if (self.action_dim is None) != (pairs is None):
+            raise CheckpointError(
+                f"action_dim is {self.action_dim} and rope_pairs is {pairs}; a model that is "
+                "driven needs both, any other neither"
+            )
+        if self.action_dim is not None and self.vace_layers is not None:
+            raise CheckpointError("action_dim and vace_layers are both given; one of them can be")
+
     @property
     def input_channels(self) -> int:
         """Channels of the model's input: the sample's, and behind them VACE's control."""
@@ -150,16 +196,20 @@ class WanConfig:
                 f"_class_name is {name!r}; this loader reads {' and '.join(CLASS_NAMES)}", path=path
             )
         allowed = {field.name for field in fields(cls)}
-        if name != VACE_CLASS_NAME:
-            allowed -= {"vace_layers", "vace_in_channels"}
+        for other, own in _OF_CLASS.items():
+            if name != other:
+                allowed -= set(own)
         unknown = sorted(set(values) - allowed - _BOOKKEEPING)
         if unknown:
             raise CheckpointError(
                 f"unknown configuration keys {unknown}; known are {sorted(allowed)}", path=path
             )
         known = {key: value for key, value in values.items() if key in allowed}
-        if isinstance(known.get("patch_size"), list):
-            known["patch_size"] = tuple(known["patch_size"])
+        for key in ("patch_size", "rope_pairs"):
+            if isinstance(known.get(key), list):
+                known[key] = tuple(known[key])
+        if name == WORLD_CLASS_NAME and known.get("action_dim") is None:
+            raise CheckpointError("action_dim is missing; a world's transformer has it", path=path)
         if name == VACE_CLASS_NAME:
             layers = known.setdefault("vace_layers", [0, 5, 10, 15, 20, 25, 30, 35])
             if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
@@ -172,15 +222,19 @@ class WanConfig:
             config = cls(**known)
         except CheckpointError as error:
             raise CheckpointError(str(error), path=path) from None
-        return replace(config, eps=float(config.eps))
+        return replace(config, eps=float(config.eps), rope_theta=float(config.rope_theta))
 
     def to_dict(self) -> dict[str, Any]:
         """The keys and values of a diffusers `config.json`."""
-        values = {"_class_name": CLASS_NAME, **asdict(self), "patch_size": list(self.patch_size)}
-        if self.vace_layers is None:
-            del values["vace_layers"], values["vace_in_channels"]
-            return values
-        return {**values, "_class_name": VACE_CLASS_NAME, "vace_layers": list(self.vace_layers)}
+        name = CLASS_NAME
+        if self.vace_layers is not None:
+            name = VACE_CLASS_NAME
+        elif self.action_dim is not None:
+            name = WORLD_CLASS_NAME
+        others = {key for of, keys in _OF_CLASS.items() if of != name for key in keys}
+        values = {key: value for key, value in asdict(self).items() if key not in others}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"_class_name": name, **values}
 
 
 def _positive(value: object) -> bool:

@@ -176,9 +176,9 @@ class WanTransformer(DiffusionTransformer):
         tokens = stream.tokens.to(self.dtype)
         sample_size = self.config.in_channels * math.prod(self.config.patch_size)
         x = embed_patches(tokens[:, :sample_size], self.patch_embedding)
-        rope = rope_tables(stream.coords, self.config)
+        rope = rope_tables(stream.coords, self.config, stream.places)
         level, level_projection = self.condition_embedder.embed_timesteps(
-            batch.timesteps, self.dtype
+            batch.timesteps, self.dtype, batch.actions
         )
         # [rows, 6, dim] and [rows, 2, dim], kept in fp32 as diffusers keeps them.
         tables = modulation_tables(self.blocks, level_projection)

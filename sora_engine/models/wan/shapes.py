@@ -56,6 +56,13 @@ def infer_config(
             path=path,
             tensor="proj_out.weight",
         )
+    if embedder + "action_embedder.linear_1.weight" in shapes:
+        raise CheckpointError(
+            "the transformer is driven by actions, and shapes do not tell which coordinates its "
+            "rotary embedding reads; a folder with transformer/config.json would work",
+            path=path,
+            tensor=embedder + "action_embedder.linear_1.weight",
+        )
     image = embedder + "image_embedder.norm1.weight" in shapes
     positions = embedder + "image_embedder.pos_embed"
     vace = {int(m[1]) for name in shapes if (m := re.match(r"vace_blocks\.(\d{1,6})\.", name))}
