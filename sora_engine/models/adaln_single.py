@@ -29,6 +29,8 @@ FREQUENCIES = 256
 """Channels of the sinusoids of a noise level."""
 LAST_EPS = 1e-6
 """Of the norm before the output."""
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, float32 `[N, head_dim / 2]`."""
 
 
 class SingleBlock(nn.Module):
@@ -44,10 +46,10 @@ class SingleBlock(nn.Module):
         self.attn2 = Attention(dim, heads, bias=bias) if reads else None
         self.ff = FeedForward(dim, 4 * dim, config.activation_fn)
 
-    def attend(self, y: Tensor, stream: Stream, backend: str) -> Tensor:
-        """Self-attention of y `[N, dim]`: `[N, heads, head_dim]`."""
+    def attend(self, y: Tensor, stream: Stream, backends: Backends, rope: Rope | None) -> Tensor:
+        """Self-attention of y `[N, dim]`: `[N, heads, head_dim]`. rope: as of `rotations`."""
         q, k, v = self.attn1.of_itself(y)
-        return self_attention(q, k, v, stream, backend=backend)
+        return self_attention(q, k, v, stream, backend=backends.attention)
 
     def forward(
         self,
@@ -60,14 +62,16 @@ class SingleBlock(nn.Module):
         table: Tensor,
         following: Modulation,
         backends: Backends,
+        rope: Rope | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Residual stream x (float32) and normalised input y, both `[N, dim]`, to those of the next
         block. layer: of the text's keys and values."""
         _, _, gate, ff_shift, ff_scale, ff_gate = table.unbind(1)
         scale, shift = ff_scale, ff_shift
+        attended = self.attend(y, stream, backends, rope)
         x, y = gate_residual_norm_modulate(
-            self.attn1.out(self.attend(y, stream, backends.attention)), x, gate, scale, shift,
-            stream.rows, kind="layer", eps=self.eps, backend=backends.fused,
+            self.attn1.out(attended), x, gate, scale, shift, stream.rows,
+            kind="layer", eps=self.eps, backend=backends.fused,
         )  # fmt: skip
         if self.attn2 is not None:
             # It reads the residual stream as it is, without a norm.
@@ -118,15 +122,13 @@ class TextProjection(nn.Module):
 
 
 class SingleTransformer(PatchTransformer):
-    """A transformer of such blocks. A subclass has the blocks that read texts in
-    `transformer_blocks`.
+    """A transformer of such blocks, which a subclass makes.
 
     text_tokens: where its texts are cut, and how long `T5Encoder` makes them.
     """
 
     block_methods = ("forward", "keys_values")
     text_tokens: int
-    transformer_blocks: Sequence[SingleBlock]
 
     def __init__(
         self,
@@ -164,11 +166,24 @@ class SingleTransformer(PatchTransformer):
         `"count"`, int64 `[]`, its own tokens.
         """
         counts = self.num_read(embeddings)
-        texts = [e["text"][:count] for e, count in zip(embeddings, counts, strict=True)]
+        texts = [self.read(e)[:count] for e, count in zip(embeddings, counts, strict=True)]
         rows = self.caption_projection(torch.cat(texts).to(self.dtype))
-        pairs = [block.keys_values(rows) for block in self.transformer_blocks]
+        blocks = cast("Sequence[SingleBlock]", self.blocks_in_order)
+        pairs = [block.keys_values(rows) for block in blocks if block.attn2 is not None]
         keys, values = (torch.stack(each).split(counts, dim=1) for each in zip(*pairs, strict=True))
         return [Context({"text": KeyValues(k, v)}) for k, v in zip(keys, values, strict=True)]
+
+    def read(self, embedding: Embedding) -> Tensor:
+        """What of an embedding is projected, `[text_tokens, caption_channels]`."""
+        return embedding["text"]
+
+    def conditions(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the table's rows the embedding `[rows, dim]` and its projection `[rows, 6, dim]`."""
+        return self.adaln_single(timesteps)  # type: ignore[no-any-return]
+
+    def rotations(self, stream: Stream) -> Rope | None:
+        """By what queries and keys are turned, of blocks that do so."""
+        return None
 
     def before(self, layer: int, x: Tensor, stream: Stream) -> Tensor | None:
         """What the residual stream becomes before the block `layer`; None where it stays."""
@@ -178,7 +193,8 @@ class SingleTransformer(PatchTransformer):
         """Predictions for all tokens, `[N, patch_size^2 * out_channels]`, channel last."""
         stream, eps = batch.video, self.config.norm_eps
         x = self.embedded(stream)
-        level, projection = self.adaln_single(batch.timesteps)
+        level, projection = self.conditions(batch.timesteps)
+        rope = self.rotations(stream)
         blocks = cast("Sequence[SingleBlock]", self.blocks_in_order)
         tables = [block.scale_shift_table.float() + projection.float() for block in blocks]
         entries = [Modulation(t[:, 1], t[:, 0], eps) for t in tables]
@@ -200,5 +216,6 @@ class SingleTransformer(PatchTransformer):
                 table=tables[i],
                 following=entries[i + 1],
                 backends=self.backends,
+                rope=rope,
             )
         return steady(self.proj_out, y)

@@ -17,7 +17,8 @@ from sora_engine.denoise.conditioning import NEGATIVE, Embedding
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import PackedBatch, Stream
 from sora_engine.errors import LayoutError, RequestError
-from sora_engine.models.adaln_single import SingleBlock, SingleTransformer
+from sora_engine.models.adaln_single import Rope, SingleBlock, SingleTransformer
+from sora_engine.models.backends import Backends
 from sora_engine.models.latte.config import LatteConfig
 from sora_engine.models.layers import sincos
 from sora_engine.models.patch_transformer import patch_shape
@@ -31,15 +32,16 @@ TEXT_TOKENS = 120
 class FrameBlock(SingleBlock):
     """Attends within each frame, and to the text."""
 
-    def attend(self, y: Tensor, stream: Stream, backend: str) -> Tensor:
+    def attend(self, y: Tensor, stream: Stream, backends: Backends, rope: Rope | None) -> Tensor:
         """Tokens of one frame see each other."""
-        return spatial_attention(*self.attn1.of_itself(y), stream.grids, backend=backend)
+        qkv = self.attn1.of_itself(y)
+        return spatial_attention(*qkv, stream.grids, backend=backends.attention)
 
 
 class TimeBlock(SingleBlock):
     """Attends along time."""
 
-    def attend(self, y: Tensor, stream: Stream, backend: str) -> Tensor:
+    def attend(self, y: Tensor, stream: Stream, backends: Backends, rope: Rope | None) -> Tensor:
         """Tokens of one place see each other."""
         return temporal_attention(*self.attn1.of_itself(y), stream.grids)
 

@@ -64,7 +64,7 @@ class PixArtFamily(PlainFamily[PixArtConfig]):
     """Fixed positions, which some files hold: they are made for each picture's size here."""
     keep_fp32 = ("scale_shift_table",)
     authors = AuthorsNames(
-        mark="t_block.1.weight",
+        mark="blocks.0.cross_attn.kv_linear.weight",
         table={
             "x_embedder.proj": "pos_embed.proj",
             "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",

@@ -1,0 +1,31 @@
+"""What a request really holds at its peak, beside what it was promised."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+import sora_engine as sora
+from sora_engine.runtime import worker as worker_module
+from sora_engine.vae.meter import StorageMeter
+
+
+def measured(monkeypatch, path, first, request, dtype, **options):
+    """`request` after `first`, which lays out the weights: its video and its peak in bytes."""
+    turn, meters = worker_module.Worker.turn, []
+
+    def metered_turn(worker):
+        if not meters:
+            return turn(worker)
+        with meters[0]:
+            return turn(worker)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker_module.Worker, "turn", metered_turn)
+        with sora.Engine.from_pretrained(path, device="cpu", dtype=dtype, **options) as engine:
+            engine.generate(first)
+            before = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+            meters[:] = [StorageMeter(x for x in before if x.device.type == "cpu")]
+            video = engine.submit(request).result(60)
+            return video, meters.pop().peak
