@@ -38,3 +38,17 @@ def test_one_family_claims_a_file(kind, prefix):
 def test_none_claims_another_file():
     shapes = {"conv.weight": torch.Size((4, 4, 3, 3)), "pos_embed.proj.weight": (8, 4, 2, 2)}
     assert not [family.name for family in families() if family.claims_file(shapes)]
+
+
+def test_names_with_underscores_are_told():
+    """Of every layer that a family says adapters name: back to its own, and nothing else."""
+    seen = 0
+    for family in families():
+        for layer in getattr(family, "layers", ()):
+            own = layer.replace("#", "12")
+            assert family.own_name(own.replace(".", "_")) == own
+            assert family.own_name(own) == own
+            seen += 1
+        if hasattr(family, "layers"):
+            assert family.own_name("no_layer_of_any") is None
+    assert seen > 30
