@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import string
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -317,3 +319,16 @@ def test_a_saved_job_goes_on_where_it_was(model, engine, tmp_path):
     whole, again = saved_midway(engine, picture(kind), tmp_path / "job.safetensors")
     assert 0 < again.receipt.resumed_at < 4
     assert torch.equal(again.latents, whole.latents)
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_picture(model, tmp_path):
+    kind, _, file, folder, _ = model
+    asked = ["--label", "3"] if kind == "classes" else [PROMPTS[0]]
+    command = [sys.executable, "-m", "sora_engine", "image", *asked, "--model", str(file)]
+    done = subprocess.run(
+        [*command, "--components", str(folder), "--steps", "2", "--device", "cpu", "-o", "a.png"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").exists()
