@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
     DiTTransformer2DModel,
     LatteTransformer3DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
 )
 from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UTransformer2DModel
@@ -34,6 +36,8 @@ from sora_engine.models.dit.config import DiTConfig
 from sora_engine.models.dit.model import DiT
 from sora_engine.models.latte.config import LatteConfig
 from sora_engine.models.latte.model import LatteTransformer
+from sora_engine.models.ltx.config import LTXConfig
+from sora_engine.models.ltx.model import LTXTransformer
 from sora_engine.models.pixart.config import PixArtConfig
 from sora_engine.models.pixart.model import PixArt
 from sora_engine.models.transformer import DiffusionTransformer
@@ -42,6 +46,9 @@ from sora_engine.models.uvit.family import UViTFamily
 from sora_engine.models.uvit.model import UViT
 from sora_engine.vae.kl import KLVAE
 from sora_engine.vae.kl_config import KLConfig
+from sora_engine.vae.ltx import LTXVAE
+from sora_engine.vae.ltx_checkpoint import to_own_name
+from sora_engine.vae.ltx_config import LTXVAEConfig
 
 LEVEL, TEXT, WORDS = 500, 300, 40
 """Of texts the padded length of PixArt's pipeline (Latte's is 120), and of them a prompt's own."""
@@ -224,7 +231,44 @@ def uvit(size: Size) -> Pair:
     return lambda: ours(batch), step
 
 
-FAMILIES = {"dit": dit, "pixart": pixart, UViTFamily.name: uvit, "latte": latte}
+def ltx(size: Size) -> Pair:
+    """At the width of the 2B: 32 heads of 64. 1,024 tokens are 4 latent frames of 16 x 16."""
+    small = size is TINY
+    heads, head_dim = (2, 8) if small else (32, 64)
+    frames, side = 4, 2 if small else 16
+    oracle = LTXVideoTransformer3DModel(
+        num_attention_heads=heads, attention_head_dim=head_dim, num_layers=size.layers,
+        cross_attention_dim=heads * head_dim, caption_channels=size.text_dim,
+    ).eval().requires_grad_(False)  # fmt: skip
+    ours = LTXTransformer(LTXConfig.from_dict(config_of(oracle)))
+    ours.load_state_dict(oracle.state_dict())
+    ours.eval().requires_grad_(False).prepare()
+    x = torch.randn(128, frames, side, side)
+    padded, embeddings = texts(size, 128)
+    contexts = ours.encode_contexts(embeddings)
+    levels = torch.full((frames,), float(LEVEL))
+    segments = [Segment(x, levels, ((context, frames),), fps=25.0) for context in contexts]
+    batch = Packer((1, 1, 1), torch.device("cpu")).pack(segments)
+    both = x.flatten(1).T.expand(2, -1, -1)
+    mask = (torch.arange(128) < WORDS).long().expand(2, -1)
+    return (
+        lambda: ours(batch),
+        lambda: (
+            oracle(
+                both,
+                encoder_hidden_states=padded,
+                timestep=torch.full((2,), float(LEVEL)),
+                encoder_attention_mask=mask,
+                num_frames=frames,
+                height=side,
+                width=side,
+                rope_interpolation_scale=(8 / 25, 32, 32),
+            ).sample
+        ),
+    )
+
+
+FAMILIES = {"dit": dit, "pixart": pixart, UViTFamily.name: uvit, "latte": latte, "ltx": ltx}
 
 
 def decode(size: Size) -> Pair:
@@ -248,6 +292,20 @@ def decode(size: Size) -> Pair:
     )
 
 
+def decode_ltx(size: Size) -> Pair:
+    """Of 0.9.0's layout: 9 frames, as large as the pictures of the other."""
+    widths = (8, 8, 8, 8) if size is TINY else (128, 256, 512, 512)
+    oracle = AutoencoderKLLTXVideo(
+        block_out_channels=widths, decoder_block_out_channels=widths
+    ).eval().requires_grad_(False)  # fmt: skip
+    ours = LTXVAE(LTXVAEConfig.from_dict(config_of(oracle)))
+    ours.load_state_dict({to_own_name(k): v for k, v in oracle.state_dict().items()})
+    ours.eval().requires_grad_(False).prepare()
+    side = size.decoded // 4
+    latents = torch.randn(1, 128, 2, side, side)
+    return lambda: ours.decode(latents), lambda: oracle.decode(latents).sample
+
+
 def checked(name: str, pair: Pair) -> Pair:
     """That both sides give one result, in whichever shape: of sorted values."""
     with torch.inference_mode():
@@ -263,6 +321,8 @@ def measurements(names: list[str], size: Size, rounds: int) -> Iterator[Measurem
     tokens = (size.side // 2) ** 2
     kinds = {f"step of {name}": FAMILIES[name] for name in names}
     kinds["decode by AutoencoderKL"] = decode
+    if "ltx" in names:
+        kinds["decode by AutoencoderKLLTXVideo"] = decode_ltx
     for name, make in kinds.items():
         ours, theirs = checked(name, make(size))
         with torch.inference_mode():

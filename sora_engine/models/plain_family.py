@@ -100,6 +100,10 @@ class PlainFamily(ABC, Generic[ConfigT]):
         """The configuration of a file that has none beside it, where its shapes tell it."""
         return None
 
+    def of_pipeline(self, config: ConfigT, pipeline: str) -> ConfigT:
+        """The configuration, with what the class of a folder's pipeline says."""
+        return config
+
     # The seam.
 
     def claims_file(self, shapes: Shapes) -> bool:
@@ -153,7 +157,7 @@ class PlainFamily(ABC, Generic[ConfigT]):
         folder = ModelFolder.open(path, self.layout)
         part = folder["transformer"]
         config: ConfigT = self.config.from_dict(part.config, path=part.config_path)
-        source = self._source(part.weights_path, config)
+        source = self._source(part.weights_path, self.of_pipeline(config, folder.pipeline))
         return self.assemble(path, source, folder.components, folder.settings)
 
     def open_files(

@@ -7,6 +7,7 @@ import torch
 
 from sora_engine.models.registry import families
 from tests.parity.latent_models import tiny_dit, tiny_latte, tiny_pixart
+from tests.parity.ltx_models import tiny_ltx
 from tests.parity.oracles import tiny_transformer
 from tests.parity.stdit_reference import STDiT3
 from tests.parity.test_pixart import in_the_authors_names
@@ -18,6 +19,7 @@ FILES = {
     "latte": lambda: tiny_latte().state_dict(),
     "pixart": lambda: tiny_pixart().state_dict(),
     "pixart, its authors' names": lambda: in_the_authors_names(tiny_pixart().state_dict()),
+    "ltx": lambda: tiny_ltx().state_dict(),
     "uvit of classes": lambda: Oracle("classes").in_the_authors_names(),
     "uvit of texts": lambda: Oracle("texts").in_the_authors_names(),
     "stdit": lambda: STDiT3().state_dict(),

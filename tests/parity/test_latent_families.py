@@ -12,6 +12,7 @@ from tests.parity.latent_models import (
     tiny_latte_pipeline,
     tiny_pixart_pipeline,
 )
+from tests.parity.ltx_models import tiny_ltx_pipeline
 from tests.parity.metering import measured, saved_midway
 from tests.parity.vae_models import relative
 
@@ -23,6 +24,10 @@ MODELS = {
         {"prompt": "a red panda", "height": 96, "width": 64, "num_frames": 1},
     ),
     "texts": (tiny_latte_pipeline, {"prompt": "a red panda", "height": 48, "width": 32}),
+    "flows": (
+        tiny_ltx_pipeline,
+        {"prompt": "a red panda", "height": 48, "width": 32, "num_frames": 33},
+    ),
 }
 
 
@@ -50,6 +55,10 @@ TARGETS = {
     "classes": ["transformer_blocks.1.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"],
     "texts": [
         "transformer_blocks.1.attn2.to_k", "temporal_transformer_blocks.0.attn1.to_v",
+        "caption_projection.linear_1",
+    ],
+    "flows": [
+        "transformer_blocks.1.attn2.to_k", "transformer_blocks.0.attn1.to_q", "proj_in",
         "caption_projection.linear_1",
     ],
 }  # fmt: skip
