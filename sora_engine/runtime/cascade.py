@@ -272,4 +272,6 @@ def submit_cascade(
     on the engines' threads.
     Raises, before any work begins, RequestError and MemoryLimitError for a pass that cannot be.
     """
-    return CascadeJob(cascade, {None: engine, **(engines or {})}, on_progress=on_progress)
+    every: dict[str | None, Engine] = {None: engine}
+    every.update(engines or {})
+    return CascadeJob(cascade, every, on_progress=on_progress)

@@ -102,8 +102,7 @@ class LevelEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=level.device)
         angles = level.float() * torch.exp(-math.log(10_000.0) * steps / half)
         first, second = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
-        weight: Tensor = first.weight
-        sinusoids = torch.cat([angles.cos(), angles.sin()]).to(weight.dtype)
+        sinusoids = torch.cat([angles.cos(), angles.sin()]).to(next(self.parameters()).dtype)
         return second(F.silu(first(sinusoids)))  # type: ignore[no-any-return]
 
 

@@ -55,9 +55,9 @@ class LTXAttention(Attention):
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys `[N, heads, head_dim]`, normalised and turned as one head of all
         channels."""
-        wide = (x.view(x.shape[0], 1, -1) for x in (q, k))
         turned = qk_norm_rope(
-            *wide, self.norm_q.weight, self.norm_k.weight, *rope,
+            q.view(q.shape[0], 1, -1), k.view(k.shape[0], 1, -1),
+            self.norm_q.weight, self.norm_k.weight, *rope,
             across_heads=True, eps=QK_EPS, backend=backends.fused,
         )  # fmt: skip
         q, k = cast("tuple[Tensor, Tensor]", turned)
