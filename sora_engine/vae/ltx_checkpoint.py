@@ -35,7 +35,7 @@ class LTXVAEFiles:
         vae = None if values is None else values.get("vae")
         if path is None or not isinstance(vae, Mapping):
             raise CheckpointError(
-                "an LTX-Video autoencoder whose header does not tell its blocks; a folder of "
+                "an AutoencoderKLLTXVideo whose header does not tell its blocks; a folder of "
                 "diffusers with a config.json would work",
                 path=path,
             )

@@ -29,3 +29,15 @@ def measured(monkeypatch, path, first, request, dtype, **options):
             meters[:] = [StorageMeter(x for x in before if x.device.type == "cpu")]
             video = engine.submit(request).result(60)
             return video, meters.pop().peak
+
+
+def saved_midway(engine, request, path):
+    """A video, and the one of the job's savepoint after its first step, taken up again."""
+    copy = path.with_name("midway.safetensors")
+
+    def keep(progress):
+        if path.exists() and not copy.exists():
+            copy.write_bytes(path.read_bytes())
+
+    whole = engine.submit(request, save_to=path, on_progress=keep).result(60)
+    return whole, engine.resume(copy).result(60)

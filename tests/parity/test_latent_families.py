@@ -13,7 +13,7 @@ from tests.parity.latent_models import (
     tiny_pixart_pipeline,
 )
 from tests.parity.ltx_models import tiny_ltx_pipeline
-from tests.parity.metering import measured
+from tests.parity.metering import measured, saved_midway
 from tests.parity.vae_models import relative
 
 SMALL = {"num_inference_steps": 2, "seed": 1}
@@ -110,3 +110,14 @@ def test_it_runs_as_the_engine_runs_others(kind, option, tmp_path):
                 others = [request, sora.VideoRequest(**{**values, "height": 32}, **SMALL)]
                 assert torch.equal(engine.generate(others)[0].latents, made[-1])
     assert relative(made[1], made[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_saved_job_goes_on_where_it_was(kind, tmp_path):
+    make, values = MODELS[kind]
+    make().save_pretrained(tmp_path / "model")
+    request = sora.VideoRequest(**values, num_inference_steps=4, seed=1)
+    with sora.Engine.from_pretrained(tmp_path / "model", device="cpu") as engine:
+        whole, again = saved_midway(engine, request, tmp_path / "job.safetensors")
+    assert 0 < again.receipt.resumed_at < 4
+    assert torch.equal(again.latents, whole.latents)

@@ -20,7 +20,7 @@ from sora_engine.models.stdit.config import STDiTConfig
 from sora_engine.models.stdit.family import STDiTFamily
 from sora_engine.models.stdit.model import FPS
 from tests.parity.latent_models import tiny_kl, tiny_t5
-from tests.parity.metering import measured
+from tests.parity.metering import measured, saved_midway
 from tests.parity.stdit_reference import STDiT3
 from tests.parity.vae_models import relative
 
@@ -265,3 +265,26 @@ def test_two_ranks_equal_one(file, engine):
         got = ranks.generate(video())
     assert relative(got.latents, want.latents) < 1e-5
     assert np.abs(got.frames.astype(int) - want.frames).max() <= 1
+
+
+def test_a_saved_job_goes_on_where_it_was(engine, tmp_path):
+    whole, again = saved_midway(engine, video(), tmp_path / "job.safetensors")
+    assert 0 < again.receipt.resumed_at < 4
+    assert torch.equal(again.latents, whole.latents)
+
+
+def test_an_adapter_is_merged_and_of_a_request(file, engine, tmp_path):
+    tensors = {}
+    for i, (name, rows, columns) in enumerate(
+        [("spatial_blocks.1.attn1.to_k", 24, 24), ("temporal_blocks.0.attn2.to_v", 24, 24)]
+    ):
+        generator = torch.Generator().manual_seed(i)
+        down, up = (torch.randn(n, generator=generator) for n in ((2, columns), (rows, 2)))
+        tensors[f"transformer.{name}.lora_A.weight"] = down
+        tensors[f"transformer.{name}.lora_B.weight"] = up
+    save_file(tensors, tmp_path / "lora.safetensors")
+    lora = sora.Lora(tmp_path / "lora.safetensors", 0.5)
+    with sora.Engine.from_pretrained(file, device="cpu", loras=[lora]) as changed:
+        merged = changed.generate(video()).latents
+    assert relative(engine.generate(video(loras=[lora])).latents, merged) < 1e-5
+    assert relative(engine.generate(video()).latents, merged) > 1e-2

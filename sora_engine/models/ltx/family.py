@@ -62,8 +62,8 @@ class LTXFamily(PlainFamily[LTXConfig]):
         page="ltx.md",
     )
     marks = (
-        "time_embed.linear.weight",
         "proj_in.weight",
+        "time_embed.linear.weight",
         "transformer_blocks.0.attn1.norm_q.weight",
         "caption_projection.linear_1.weight",
         "scale_shift_table",
