@@ -11,6 +11,7 @@ import torch
 
 import sora_engine as sora
 from sora_engine import tasks
+from sora_engine.cli import main
 from sora_engine.errors import JobCancelledError, MemoryLimitError, RequestError
 from sora_engine.request.cascade import Stage, spread
 from tests.parity.latent_models import tiny_latte_pipeline
@@ -164,6 +165,16 @@ def test_the_command_makes_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "64x64, 9 frames at 16 fps" in done.stderr + done.stdout
-    bad = subprocess.run([*command, "--draft"], capture_output=True, text=True, timeout=120)
-    assert bad.returncode == 2
-    assert "--cascade says which passes there are" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cascade", "scale=2", "--draft"], "--cascade says which passes there are"),
+        (["--cascade", "scale=two"], "scale 'two' is no number"),
+        (["--cascade", "scale=2", "--loop"], "a cascade carries none from stage to stage"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be(options, message, capsys):
+    assert main(["generate", "a ball", *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
