@@ -129,8 +129,8 @@ class Named:
 
         try:
             await self._app(scope, receive, named)
-        except ClientDisconnect:  # within its body: there is nobody to tell
-            return
+        except ClientDisconnect:  # in the midst of its body: nobody waits for an answer
+            logger.info("the client of request %s has gone", name)
         except Exception as error:
             logger.exception("request %s failed: %s", name, type(error).__name__)
             if begun:  # the client sees that the answer is cut

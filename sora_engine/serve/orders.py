@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, get_args
 
 from pydantic import ValidationError
@@ -205,15 +206,23 @@ class Clerk:
         if media.upload is not None:
             sha256 = media.upload.removeprefix("upload_")
             path = self._files.upload(sha256)
-            if not path.is_file():
+            if path.is_file():
+                path.touch()  # it is kept for as long again
+            elif (elsewhere := self._service.neighbours.upload(sha256)) is not None:
+                self._files.keep_file(elsewhere)
+            else:
                 raise bad_value(f"{name}: there is no such upload", name)
-            path.touch()  # it is kept for as long again
         elif media.video_id is not None:
-            row = self._completed(media.video_id, name)
+            found = self._service.neighbours.result(self._owner, media.video_id)
+            if found is None:
+                row = self._completed(media.video_id, name)
+                folder, prompt = self._files.video(row.id), row.facts.get("prompt")
+            else:
+                folder, prompt = found.folder, found.prompt
             if self._prompt is None:
-                self._prompt = row.facts.get("prompt")
+                self._prompt = prompt
             try:
-                sha256 = self._files.keep_result(row.id)
+                sha256 = self._files.keep_file(folder / "video.mp4")
             except FileNotFoundError:
                 raise bad_value(f"{name}: there is no such video", name) from None
         else:
@@ -249,15 +258,15 @@ class Clerk:
 
     def _kept(self, source: BinaryIO, name: str) -> str:
         """A client's file, kept under its hash once it is known to be a picture or a clip."""
-        sha256 = self._files.keep_upload(source)
-        path = self._files.upload(sha256)
-        try:
-            self._service.verify(path)
-        except MediaError as error:
-            path.unlink(missing_ok=True)
-            told = message_of(error, {str(path): "the file", **self._service.hidden})
-            raise ApiError(400, "unreadable_media", f"{name}: {told}", param=name) from error
-        return sha256
+
+        def check(path: Path) -> None:
+            try:
+                self._service.verify(path)
+            except MediaError as error:
+                told = message_of(error, {str(path): "the file", **self._service.hidden})
+                raise ApiError(400, "unreadable_media", f"{name}: {told}", param=name) from error
+
+        return self._files.keep_upload(source, check)
 
 
 def _undrafted(stored: Stored) -> None:

@@ -26,6 +26,7 @@ from sora_engine.models.layers import (
     FeedForward,
     TimestepEmbedder,
     picture_positions,
+    scale_shift_table,
     sincos,
     timestep_sinusoids,
 )
@@ -62,7 +63,7 @@ class LatteBlock(nn.Module):
         super().__init__()
         dim, heads, bias = config.inner_dim, config.num_attention_heads, config.attention_bias
         self.eps, self.temporal = config.norm_eps, temporal
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(6, dim)
         self.attn1 = Attention(dim, heads, bias=bias)
         self.attn2 = None if temporal else Attention(dim, heads, bias=bias)
         self.ff = FeedForward(dim, 4 * dim, config.activation_fn)
@@ -166,7 +167,7 @@ class LatteTransformer(DiffusionTransformer):
         )
         self.transformer_blocks = cast("Sequence[LatteBlock]", spatial)
         self.temporal_transformer_blocks = cast("Sequence[LatteBlock]", temporal)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(2, dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
         self.adaln_single = LevelEmbedder(dim)
         self.caption_projection = TextProjection(config.caption_channels, dim)
