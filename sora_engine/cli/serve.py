@@ -74,6 +74,10 @@ def serve(
     max_priority: Annotated[
         int | None, typer.Option(help="The highest priority that a request may have; 0.")
     ] = None,
+    allow_urls: Annotated[
+        bool | None,
+        typer.Option("--allow-urls", help="Fetch pictures and clips that requests name by URL."),
+    ] = None,
     keep: Annotated[str | None, typer.Option(help="How long videos are kept; 7d.")] = None,
     keep_jobs: Annotated[str | None, typer.Option(help="How long rows are; 30d.")] = None,
     disk_limit: Annotated[str | None, typer.Option(help="Bytes of all videos; 20G.")] = None,
@@ -159,6 +163,7 @@ def serve(
         **{"max_running": max_running, "max_jobs_per_key": max_jobs_per_key},
         **{"max_pixels": max_pixels, "max_frames": max_frames, "max_steps": max_steps},
         **{"max_work": max_work, "max_upload": max_upload, "max_priority": max_priority},
+        **{"allow_urls": allow_urls},
         **{"keep_s": keep, "keep_jobs_s": keep_jobs, "disk_limit": disk_limit},
         **{"min_free": min_free, "drain_timeout_s": drain_timeout, "save_every_s": save_every},
         **{"keep_latents": keep_latents, "loras": lora, "aliases": alias, "hooks": hooks},

@@ -161,6 +161,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def param_of(message: str) -> str | None:
     """The parameter that an engine's message begins with."""
+    if re.match(r"\d+x\d+ is ", message):
+        return "size"
     for name in FIELDS:
         if re.match(rf"(?:a |the )?{name}\b", message):
             return name

@@ -15,6 +15,7 @@ from fastapi import Request
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.desk import Desk
 from sora_engine.serve.failures import ApiError
+from sora_engine.serve.fetching import Fetcher
 from sora_engine.serve.files import Files
 from sora_engine.serve.keeping import Keeper, last_seen
 from sora_engine.serve.keys import Keys
@@ -45,6 +46,8 @@ class Service:
         """Why the engine could not be made."""
         self.verify: Callable[[Path], object] = first_frame
         """Checks a file that a client sent, and raises MediaError."""
+        self.fetcher = Fetcher(settings.max_upload) if settings.allow_urls else None
+        """Asks addresses that clients name; None where they name none."""
         self.keys: Keys | None = None
         """Who may ask, and for how much."""
         self.on_failure: list[Callable[[ApiError], None]] = []

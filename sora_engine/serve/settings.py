@@ -51,7 +51,8 @@ class Settings:
     max_pixels, max_frames, max_steps: as `Limits` has them. max_work: tokens of a step
         times steps; None, no bound. max_upload: bytes of a body. max_upload_pixels,
         max_upload_frames: of a picture or a clip that a client sends. max_priority: the highest
-        `priority` that a request may give itself.
+        `priority` that a request may give itself. allow_urls: pictures and clips may be given by
+        addresses of the public Internet, which the server then asks.
     loras: adapters by the names that requests give, and their files.
     aliases: further names under which the model answers, such as `sora-2`.
 
@@ -117,6 +118,7 @@ class Settings:
     max_upload_pixels: int = 4096 * 4096
     max_upload_frames: int = 2000
     max_priority: int = 0
+    allow_urls: bool = False
     loras: Mapping[str, Path] = field(default_factory=dict)
     aliases: tuple[str, ...] = ("sora-2", "sora-2-pro")
 

@@ -59,8 +59,8 @@ class Row:
 
     kind: `video` or `image`. state: `queued`, `running`, `completed`, `failed`, `cancelled`,
     `deleting` or `expired`. body: the request as it is stored (`translate`). facts: what the answer
-    tells of it. attempts: how often it was begun without getting any further. Times are seconds
-    since 1970.
+    tells of it. attempts: how often the server was lost under it without its getting any further.
+    Times are seconds since 1970.
     """
 
     id: str
@@ -191,7 +191,6 @@ class Store:
         *,
         when: Collection[str],
         completed: float | None = None,
-        attempts: int | None = None,
         facts: dict[str, Any] | None = None,
     ) -> str | None:
         """Bring a job to a state if it is in one of `when`; its state before, or None where it was
@@ -203,13 +202,23 @@ class Store:
                 return None
             told = json.dumps({**json.loads(row[1]), **(facts or {})})
             db.execute(
-                "UPDATE jobs SET state=?, facts=?, completed=COALESCE(?, completed),"
-                " attempts=COALESCE(?, attempts) WHERE id=?",
-                (state, told, completed, attempts, name),
+                "UPDATE jobs SET state=?, facts=?, completed=COALESCE(?, completed) WHERE id=?",
+                (state, told, completed, name),
             )
             return str(row[0])
 
         return self.later(work).result()
+
+    def requeue(self, rows: Collection[Row], forget: str) -> None:
+        """Bring jobs to `queued`, with the attempts and facts of these rows, and forget a fact of
+        the service: all of it or nothing."""
+        told = [(row.attempts, json.dumps(row.facts), row.id) for row in rows]
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE jobs SET state='queued', attempts=?, facts=? WHERE id=?", told)
+            db.execute("DELETE FROM facts WHERE name=?", (forget,))
+
+        self.later(work).result()
 
     def remove(self, name: str) -> None:
         """Forget a job, and the idempotency key that made it."""

@@ -14,18 +14,15 @@ from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError, bad_value, not_found
 from sora_engine.serve.ids import read_id
 from sora_engine.serve.orders import Order, place
+from sora_engine.serve.pictures import picture_of
 from sora_engine.serve.replies import DeletedVideo, Video, VideoList
 from sora_engine.serve.service import desk_of, owner_of
 from sora_engine.serve.wire import CreateVideo
-from sora_engine.serve.writer import MEDIA_TYPES
+from sora_engine.serve.writer import VIDEO
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
 
-_FILES = {
-    "video": "video.mp4",
-    "thumbnail": "thumbnail.webp",
-    "spritesheet": "spritesheet.webp",
-}
+_MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/webp"}
 
 
 @router.post(
@@ -95,7 +92,7 @@ _CONTENT: dict[int | str, dict[str, Any]] = {
         "description": "The file.",
         "content": {
             kind: {"schema": {"type": "string", "format": "binary"}}
-            for kind in sorted(set(MEDIA_TYPES.values()))
+            for kind in sorted(set(_MEDIA_TYPES.values()))
         },
     },
     206: {"description": "The part that `Range` asks for."},
@@ -121,9 +118,11 @@ async def content(
     row = desk.row(owner_of(request), video_id, "video")
     if row.state != "completed":
         raise ApiError(400, "video_not_completed", f"the video is {row.state}, not completed")
-    file = _FILES[variant]
+    path = desk.files.video(row.id) / VIDEO
     try:
-        path = desk.files.video(row.id) / file
-        return send_file(request, path, MEDIA_TYPES[variant], f"{row.id}.{file}")
+        if variant != "video":
+            frames = row.facts["num_frames"]
+            path = await asyncio.to_thread(picture_of, desk.files, row.id, variant, frames)
+        return send_file(request, path, _MEDIA_TYPES[variant], f"{row.id}.{path.name}")
     except FileNotFoundError:  # it was removed in between
         raise not_found() from None

@@ -22,9 +22,10 @@ SMALL = {"size": "32x32", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 class Nursery:
     """The process from which servers are forked."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         environment = {
             **os.environ,
+            **environment,
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
             "OMP_NUM_THREADS": "1",
         }
@@ -93,7 +94,7 @@ class Server(Asked):
         nursery: Nursery,
         data: Path,
         *,
-        faults: dict[str, int] | None = None,
+        faults: dict[str, Any] | None = None,
         ready: bool = True,
         log: Path | None = None,
         **settings: Any,

@@ -246,8 +246,7 @@ def test_results_are_whole_files(server, tmp_path: Path):
     data = server.data_of(video["id"])
     folder = data / "videos" / video["id"]
     assert {path.name for path in folder.iterdir()} == {
-        *("video.mp4", "thumbnail.webp", "spritesheet.webp", "receipt.json", "request.json"),
-        "latents.safetensors",
+        *("video.mp4", "receipt.json", "latents.safetensors"),
     }
     assert not (data / "saved" / f"{video['id']}.safetensors").exists()
     assert not any((data / "tmp").iterdir())
