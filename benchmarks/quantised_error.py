@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import sora_engine as sora
 from sora_engine.bench.models import WanShape
@@ -140,57 +141,81 @@ def row(name: str, told: dict[str, Any]) -> str:
     )
 
 
-def read_once(path: Path) -> None:
-    """All of a file, into memory that is used again."""
-    piece = bytearray(1 << 24)
+def read_once(path: Path) -> np.ndarray:
+    """All of a file, into memory that it takes for that."""
+    held = np.empty(path.stat().st_size, np.uint8)
+    view, done = memoryview(held), 0
     with path.open("rb", buffering=0) as file:
-        while file.readinto(piece):
-            pass
+        while count := file.readinto(view[done:]):
+            done += count
+    return held
 
 
-def memory(layers: int) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
-    """Live bytes of a transformer of Wan 1.3B's width, after loading it from a GGUF file of random
-    bytes; by form, and in bf16. And the seconds of loading it, and of reading its file once:
-    medians of five in turns, the file in the page cache."""
+def wan_file(folder: Path, form: str, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A file of random bytes whose blocks' matrices have that form, and all else is bf16."""
+    rng = np.random.default_rng(0)
+
+    def is_chosen(name: str) -> bool:
+        return name.startswith("blocks.") and name.endswith(".weight") and len(shapes[name]) == 2
+
+    if form in ("bf16", "int8", "fp8"):
+        tensors: dict[str, torch.Tensor] = {}
+        stored = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[form]
+        for name, shape in shapes.items():
+            own = stored if is_chosen(name) else torch.bfloat16
+            raw = rng.integers(0, 60, (*shape[:-1], own.itemsize * shape[-1]), dtype=np.uint8)
+            tensors[to_wan_name(name)] = torch.from_numpy(raw).view(own)
+            if own != torch.bfloat16:
+                scale = torch.full((shape[0], 1) if form == "int8" else (), 1e-3)
+                tensors[to_wan_name(name) + "_scale"] = scale
+        save_file(tensors, folder / "wan.safetensors")
+        return folder / "wan.safetensors"
     import gguf
 
+    kind = gguf.GGMLQuantizationType[form]
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(folder / "wan.gguf", arch="wan", use_temp_file=True)
+    for name, shape in shapes.items():
+        own = kind if is_chosen(name) else gguf.GGMLQuantizationType.BF16
+        width = shape[-1] // values * size if is_chosen(name) else 2 * shape[-1]
+        raw = rng.integers(0, 60, (*shape[:-1], width), dtype=np.uint8)
+        writer.add_tensor(to_wan_name(name), raw, raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "wan.gguf"
+
+
+def memory(layers: int) -> Iterator[tuple[str, int, float, float]]:
+    """Of a transformer of Wan 1.3B's width, by the form of its file: live bytes after loading it,
+    the seconds which that takes, and those of reading the file once into fresh memory. Medians of
+    seven in turns, the file in the page cache."""
     config = WanConfig(**replace(WanShape(), layers=layers).transformer_config())
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in WanTransformer(config).state_dict().items()}
-    held = {"bf16": 2 * sum(math.prod(shape) for shape in shapes.values())}
-    seconds: dict[str, tuple[float, float]] = {}
-    rng = np.random.default_rng(0)
-    for kind in ("Q8_0", "Q4_K"):
-        form = gguf.GGMLQuantizationType[kind]
-        values, size = gguf.GGML_QUANT_SIZES[form]
+    for form in ("bf16", "int8", "fp8", "Q8_0", "Q4_K"):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "wan.gguf"
-            writer = gguf.GGUFWriter(path, arch="wan", use_temp_file=True)
-            for name, shape in shapes.items():
-                chosen = name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
-                own = form if chosen else gguf.GGMLQuantizationType.BF16
-                width = shape[-1] // values * size if chosen else 2 * shape[-1]
-                raw = rng.integers(0, 60, (*shape[:-1], width), dtype=np.uint8)
-                writer.add_tensor(to_wan_name(name), raw, raw_dtype=own)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+            path = wan_file(Path(folder), form, shapes)
             times: list[tuple[float, float]] = []
-            for _ in range(5):
+            for turn in range(8):
                 with torch.device("meta"):
                     transformer = WanTransformer(config)
                 transformer = transformer.to(torch.bfloat16).eval().requires_grad_(False)
                 keep = Keeper("as-stored", transformer.block_lists)
+                source = TransformerSource(path, config)
                 begun = time.perf_counter()
-                TransformerSource(path, config).load(transformer, dtype=torch.bfloat16, keep=keep)
+                source.load(transformer, dtype=torch.bfloat16, keep=keep)
                 loaded = time.perf_counter()
-                read_once(path)
-                times.append((loaded - begun, time.perf_counter() - loaded))
-            held[kind] = held_bytes(transformer)
+                held = held_bytes(transformer)
+                del transformer
+                again = time.perf_counter()
+                whole = read_once(path)
+                if turn:  # the first brings the file into the page cache
+                    times.append((loaded - begun, time.perf_counter() - again))
+                del whole
             load_s, read_s = (statistics.median(side) for side in zip(*times, strict=True))
-            seconds[kind] = load_s, read_s
-    return held, seconds
+            yield form, held, load_s, read_s
 
 
 def main() -> None:
@@ -202,11 +227,13 @@ def main() -> None:
     parser.add_argument("--memory", type=int, metavar="LAYERS", help="11 are 1 GB in bf16")
     args = parser.parse_args()
     if args.memory:
-        held, seconds = memory(args.memory)
-        for name, size in held.items():
-            print(f"{name}: {size / 1e9:.3f} GB, {size / held['bf16']:.3f} of bf16")
-        for name, (load_s, read_s) in seconds.items():
-            print(f"{name}: loaded in {load_s:.2f} s, its file read once in {read_s:.2f} s")
+        dense = 0
+        for form, held, load_s, read_s in memory(args.memory):
+            dense = dense or held
+            print(
+                f"{form}: {held / 1e9:.3f} GB, {held / dense:.3f} of bf16; loaded in "
+                f"{load_s:.3f} s, its file read once in {read_s:.3f} s"
+            )
         return
     print("| form | weights | latents | frames | colour, shape and motion right |")
     print("|---|---|---|---|---|")

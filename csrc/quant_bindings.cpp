@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -22,15 +23,12 @@ using sora::MaybeTensor;
 using sora::result;
 using sora::type_of;
 
-// `count` rows of a quantised weight from `first` on, `ins` values each, as `dtype`.
-Tensor unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format, int64_t ins,
-              int64_t first, int64_t count, at::ScalarType dtype) {
-  const Tensor scale = as_float(scale_in);
+// What the kernels are told of a quantised weight.
+sora::UnpackArgs weight_args(const Tensor& weight, const Tensor& scale, int64_t format,
+                             int64_t ins) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.element_size() == 1 &&
-                  ins > 0 && format >= 0 && format <= static_cast<int64_t>(sora::Format::q6_k) &&
-                  first >= 0 && count >= 0 && first + count <= weight.size(0),
-              "sora: unpack ", weight.sizes(), " from ", first, ", ", count, " rows");
-  Tensor out = result({count, ins}, weight.options().dtype(dtype));
+                  ins > 0 && format >= 0 && format <= static_cast<int64_t>(sora::Format::q6_k),
+              "sora: a weight of ", weight.sizes(), " for rows of ", ins);
   static constexpr int64_t kValues[] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256};
   static constexpr int64_t kBytes[] = {1, 1, 1, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210};
   sora::UnpackArgs args;
@@ -50,6 +48,17 @@ Tensor unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format,
     args.scale_stride = scale.numel() == 1 ? 0 : scale.size(1);
     args.stretches = scale.size(1);
   }
+  return args;
+}
+
+// `count` rows of a quantised weight from `first` on, `ins` values each, as `dtype`.
+Tensor unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format, int64_t ins,
+              int64_t first, int64_t count, at::ScalarType dtype) {
+  const Tensor scale = as_float(scale_in);
+  TORCH_CHECK(first >= 0 && count >= 0 && first + count <= weight.size(0), "sora: unpack ",
+              weight.sizes(), " from ", first, ", ", count, " rows");
+  sora::UnpackArgs args = weight_args(weight, scale, format, ins);
+  Tensor out = result({count, ins}, weight.options().dtype(dtype));
   args.first = first;
   args.type = type_of(out);
   args.out = out.mutable_data_ptr();
@@ -57,6 +66,45 @@ Tensor unpack(const Tensor& weight, const MaybeTensor& scale_in, int64_t format,
   at::parallel_for(first, first + count, grain(ins), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(ins);
     kernels.unpack(args, begin, end, scratch.data());
+  });
+  return out;
+}
+
+bool quant_linear_serves() { return sora::kernels().quant_linear_scratch(32) > 0; }
+
+// x @ weight.T + bias of bf16, gelu behind it. Rows of x may be strided; `ins` is a multiple of 32.
+Tensor quant_linear(const Tensor& x_in, const Tensor& weight, const MaybeTensor& scale_in,
+                    const MaybeTensor& bias_in, int64_t format, int64_t gelu) {
+  const Tensor x = dense_rows(x_in), scale = as_float(scale_in), bias = as_float(bias_in);
+  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16 && x.size(1) % 32 == 0 &&
+                  (!bias.defined() || bias.numel() == weight.size(0)) && quant_linear_serves(),
+              "sora: quant_linear ", x.sizes(), " by ", weight.sizes());
+  sora::QuantLinearArgs args;
+  args.weight = weight_args(weight, scale, format, x.size(1));
+  args.outs = weight.size(0);
+  args.x = x.const_data_ptr();
+  args.x_stride = x.stride(0);
+  args.rows = x.size(0);
+  args.bias = data_of(bias);
+  args.gelu = gelu;
+  Tensor out = result({args.rows, args.outs}, x.options());
+  args.out = out.mutable_data_ptr();
+  // A panel of columns is decoded once for all rows; for more threads than panels, rows are halved.
+  constexpr int64_t kPanel = 64, kLeastRows = 256;
+  const int64_t panels = (args.outs + kPanel - 1) / kPanel, threads = at::get_num_threads();
+  const int64_t most = std::max<int64_t>(1, args.rows / kLeastRows);
+  const int64_t parts = std::clamp<int64_t>(4 * threads / panels, 1, most);
+  const int64_t each = (args.rows + parts - 1) / parts;
+  const auto& kernels = sora::kernels();
+  const int64_t scratch = kernels.quant_linear_scratch(x.size(1));
+  at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<char> memory(scratch + 64);
+    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
+    void* aligned = memory.data() + ((at + 63) / 64 * 64 - at);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % parts * each;
+      kernels.quant_linear(args, i / parts, first, std::min(first + each, args.rows), aligned);
+    }
   });
   return out;
 }
@@ -128,6 +176,9 @@ void gelu_rows(Tensor out, int64_t gelu) {
 TORCH_LIBRARY_FRAGMENT(sora, m) {
   m.def("native_unpack(Tensor weight, Tensor? scale, int format, int ins, int first, "
         "int count, ScalarType dtype) -> Tensor");
+  m.def("native_quant_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int format, "
+        "int gelu) -> Tensor");
+  m.def("native_quant_linear_serves() -> bool", quant_linear_serves);
   m.def("native_quantise_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("native_finish_rows(Tensor sums, Tensor scale, Tensor? bias, int gelu, ScalarType dtype) "
         "-> Tensor");
@@ -136,6 +187,7 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
 
 TORCH_LIBRARY_IMPL(sora, CPU, m) {
   m.impl("native_unpack", unpack);
+  m.impl("native_quant_linear", quant_linear);
   m.impl("native_quantise_rows", quantise_rows);
   m.impl("native_finish_rows", finish_rows);
   m.impl("native_gelu_rows", gelu_rows);

@@ -24,39 +24,6 @@ SORA_INLINE void tile(const float* a, int64_t row, int64_t step, const float* b,
   for (int r = 0; r < kRows; ++r) c[r] = acc[r];
 }
 
-template <int kStep>
-SORA_INLINE void transpose_step(Vec* rows) {
-  // Swaps the off-diagonal kStep x kStep blocks of every 2 kStep x 2 kStep block.
-  VecI low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = (i & kStep) ? kLanes + i - kStep : i;
-    high[i] = (i & kStep) ? kLanes + i : i + kStep;
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & kStep) continue;
-    const Vec a = rows[i], b = rows[i + kStep];
-#if defined(__clang__)
-    Vec top, bottom;
-    for (int j = 0; j < kLanes; ++j) {
-      top[j] = low[j] < kLanes ? a[low[j]] : b[low[j] - kLanes];
-      bottom[j] = high[j] < kLanes ? a[high[j]] : b[high[j] - kLanes];
-    }
-    rows[i] = top;
-    rows[i + kStep] = bottom;
-#else
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStep] = __builtin_shuffle(a, b, high);
-#endif
-  }
-}
-
-SORA_INLINE void transpose(Vec* rows) {
-  if constexpr (kLanes > 8) transpose_step<8>(rows);
-  if constexpr (kLanes > 4) transpose_step<4>(rows);
-  transpose_step<2>(rows);
-  transpose_step<1>(rows);
-}
-
 // Rows of a sequence into the second-level cache: they lie whole frames apart, which no hardware
 // prefetcher follows.
 template <bool kToWrite, typename T>

@@ -13,13 +13,16 @@
   void lora(const sora::LoraArgs&, const sora::LoraGroup*, int64_t, int64_t, int64_t,       \
             float*);                                                                        \
   void unpack(const sora::UnpackArgs&, int64_t, int64_t, float*);                           \
+  void quant_linear(const sora::QuantLinearArgs&, int64_t, int64_t, int64_t, void*);        \
+  int64_t quant_linear_scratch(int64_t);                                                    \
   void quantise(const sora::QuantiseArgs&, int64_t, int64_t);                               \
   void finish(const sora::FinishArgs&, int64_t, int64_t);                                   \
   int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \
   }                                                                                         \
   static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
-                                              isa::causal, isa::lora, isa::unpack, isa::quantise,   \
-                                              isa::finish, isa::attention_scratch};
+                                              isa::causal, isa::lora, isa::unpack,                  \
+                                              isa::quant_linear, isa::quant_linear_scratch,     \
+                                              isa::quantise, isa::finish, isa::attention_scratch};
 
 SORA_DECLARE(baseline)
 #ifdef SORA_X86

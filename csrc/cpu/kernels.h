@@ -106,6 +106,17 @@ struct UnpackArgs {
   void* out;                     // [.., ins], dense
 };
 
+// x @ weight.T + bias, and gelu, of bf16: the weight is decoded by panels.
+struct QuantLinearArgs {
+  UnpackArgs weight;            // without `out`
+  int64_t outs;                 // rows of the weight
+  const void* x;                // [rows, ins], bf16
+  int64_t x_stride, rows;
+  const float* bias = nullptr;  // [outs]
+  int64_t gelu = 0;             // 1 by erf, 2 by tanh
+  void* out;                    // [rows, outs], bf16, dense
+};
+
 struct QuantiseArgs {
   Type type;       // of x
   const void* x;   // [rows, ins]
@@ -141,6 +152,11 @@ struct Kernels {
   void (*lora)(const LoraArgs&, const LoraGroup* groups, int64_t count, int64_t begin,
                int64_t end, float* scratch);  // rows that all of the groups change
   void (*unpack)(const UnpackArgs&, int64_t begin, int64_t end, float* scratch);  // [ins]
+  // Columns of the result by panels of 64, and rows of it. Scratch: `quant_linear_scratch` bytes on a
+  // line of the cache, which is 0 where the instruction set has no such product.
+  void (*quant_linear)(const QuantLinearArgs&, int64_t panel, int64_t begin, int64_t end,
+                       void* scratch);
+  int64_t (*quant_linear_scratch)(int64_t ins);
   void (*quantise)(const QuantiseArgs&, int64_t begin, int64_t end);
   void (*finish)(const FinishArgs&, int64_t begin, int64_t end);
   int64_t (*attention_scratch)(int64_t queries, int64_t keys, int64_t head_dim);

@@ -218,6 +218,62 @@ SORA_INLINE Vec exp_nonpositive(Vec x) {
   return select(tiny, Vec{}, p * (Vec)exponent);
 }
 
+// 0.5 * (1 + tanh(u / 2)) is 1 / (1 + e^-u).
+SORA_INLINE Vec gelu_tanh(Vec v) {
+  const Vec u = 1.5957691216057308f * (v + 0.044715f * v * v * v);
+  const VecI negative = u < Vec{};
+  const Vec e = exp_nonpositive(select(negative, u, -u));
+  return v * select(negative, e, splat(1.0f)) / (e + 1.0f);
+}
+
+// erf by Abramowitz and Stegun 7.1.26: 1.5e-7 off at most, an ulp of what gelu gives.
+SORA_INLINE Vec gelu_erf(Vec v) {
+  const VecI negative = v < Vec{};
+  const Vec x = select(negative, -v, v) * 0.7071067811865476f;
+  const Vec t = 1.0f / (1.0f + 0.3275911f * x);
+  Vec p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vec rest = p * t * exp_nonpositive(-x * x);  // 1 - erf(x)
+  return 0.5f * v * select(negative, rest, 2.0f - rest);
+}
+
+// Rows and columns of kLanes vectors exchanged.
+template <int kStep>
+SORA_INLINE void transpose_step(Vec* rows) {
+  // Swaps the off-diagonal kStep x kStep blocks of every 2 kStep x 2 kStep block.
+  VecI low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i & kStep) ? kLanes + i - kStep : i;
+    high[i] = (i & kStep) ? kLanes + i : i + kStep;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const Vec a = rows[i], b = rows[i + kStep];
+#if defined(__clang__)
+    Vec top, bottom;
+    for (int j = 0; j < kLanes; ++j) {
+      top[j] = low[j] < kLanes ? a[low[j]] : b[low[j] - kLanes];
+      bottom[j] = high[j] < kLanes ? a[high[j]] : b[high[j] - kLanes];
+    }
+    rows[i] = top;
+    rows[i + kStep] = bottom;
+#else
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kStep] = __builtin_shuffle(a, b, high);
+#endif
+  }
+}
+
+SORA_INLINE void transpose(Vec* rows) {
+  if constexpr (kLanes > 8) transpose_step<8>(rows);
+  if constexpr (kLanes > 4) transpose_step<4>(rows);
+  transpose_step<2>(rows);
+  transpose_step<1>(rows);
+}
+
 SORA_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sora_kernels as sk
 from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import interleaved
+from sora_engine.io.weights.opening import open_weights
+from sora_engine.io.weights.quantising import quantise
 from sora_engine.models.linear import BlockedLinear, can_block
 from sora_engine.models.lora import AdaptedLinear, LayerChange, Stretch
-from sora_engine.models.quantised import Int8Linear, QuantLinear
+from sora_engine.models.quantised import Int8Linear, Keeper, QuantLinear
 from sora_kernels.quant import int8
 
 ADAPTERS = 5
@@ -63,7 +68,9 @@ def _forms(tokens: int, ins: int, outs: int) -> dict[str, Callable[[], Tensor]]:
         "bf16": (_prepacked(low), half),
         "int8 kept": (QuantLinear(codes, scale, dense.bias, "int8", in_features=ins), x),
     }
-    for form, size, values in (("Q8_0", 34, 32), ("Q4_K", 144, 256)):
+    kept = QuantLinear(codes, scale, low.bias, "int8", in_features=ins)
+    layers["int8 kept, bf16"] = (kept, half)
+    for form, size, values in (("Q8_0", 34, 32), ("Q4_K", 144, 256), ("Q6_K", 210, 256)):
         if ins % values:
             continue
         raw = torch.randint(0, 60, (outs, ins // values, size), dtype=torch.uint8).flatten(1)
@@ -72,7 +79,27 @@ def _forms(tokens: int, ins: int, outs: int) -> dict[str, Callable[[], Tensor]]:
     if int8.problem() is None:
         layers["int8 products"] = (Int8Linear(codes, scale, dense.bias), x)
         layers["int8 products, bf16"] = (Int8Linear(codes, scale, low.bias), half)
+        for to in ("int8", "q8_0"):
+            layers[f"int8 products, {to} file"] = (_of_file(dense, to), x)
     return {name: _call(layer, given) for name, (layer, given) in layers.items()}
+
+
+def _of_file(dense: nn.Linear, to: str) -> nn.Module:
+    """The layer that `dtype="int8"` makes of a file in which the weight is int8 or Q8_0."""
+    module = nn.Module()
+    module.blocks = nn.ModuleList([nn.Linear(dense.in_features, dense.out_features, device="meta")])
+    name = "blocks.0.weight"
+    with tempfile.TemporaryDirectory() as folder:
+        plain, made = Path(folder) / "plain.safetensors", Path(folder) / "made"
+        save_file({name: dense.weight}, plain)
+        with open_weights(plain) as source:
+            quantise(source, made, to, rename=lambda own: own, architecture="bench")
+        with open_weights(made) as source:
+            keep = Keeper("int8", ["blocks"])
+            keep(module, name, source, name, device="cpu", merge=None)
+    layer = module.blocks[0]
+    layer.bias = dense.bias
+    return layer
 
 
 def _prepacked(layer: nn.Linear) -> nn.Module:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from sora_engine.errors import SoraError
 from sora_engine.version import version
@@ -55,7 +55,27 @@ class OnceCommand(TyperCommand):
         return super().invoke(ctx)
 
 
+class _FailedError(Exception):
+    """A command failed with what typer has a meaning of its own for."""
+
+
+class Commands(TyperGroup):
+    """All commands, each of whose failures is told.
+
+    typer takes a broken pipe for a reader of standard output that went away, and ends the process
+    with 1 and without a word; it takes an end of file for a Ctrl-C. Here `say` looks after standard
+    output, and what is left are connections and files.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (BrokenPipeError, EOFError) as error:
+            raise _FailedError from error
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Inference for Sora-class video diffusion transformers.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -93,20 +113,32 @@ def _run(arguments: list[str] | None) -> int:
     except typer.Abort:  # how typer passes on a Ctrl-C that came before a command ran
         return _complain("interrupted", INTERRUPTED)
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 1
+        return _ended(error)
     except UsageError as error:
         return _complain(str(error), 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
             return _complain(error.format_message(), 2)
+        if isinstance(error, _FailedError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         if os.environ.get("SORA_DEBUG") == "1":
-            raise
+            raise error
         if isinstance(error, SoraError):
             return _complain(str(error), 1)
         what = f"{type(error).__name__}: {error}"
         if isinstance(error, MemoryError) and not str(error):
             what = "memory ran out; a smaller model, size or length would take less"
         return _complain(f"{what} (SORA_DEBUG=1 shows where)", 1)
+
+
+def _ended(error: SystemExit) -> int:
+    """The exit code of a command that a signal, or some library, ended."""
+    if error.code is None or error.code == 0:
+        return 0
+    if not isinstance(error.code, int):
+        return _complain(str(error.code), 1)
+    names = {TERMINATED: "ended by SIGTERM", HUNG_UP: "ended by SIGHUP"}
+    return _complain(names.get(error.code, f"ended with {error.code}"), error.code)
 
 
 class _Told(logging.Handler):

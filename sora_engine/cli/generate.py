@@ -156,7 +156,7 @@ def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common
         raise UsageError(f"--like: {path} does not say how it was made; only files of `sora` do")
     if prompt is not None:
         changes = {**changes, "prompt": prompt, "original_prompt": None}
-    if common.model is None:
+    if not common.models():
         if provenance.model != DEFAULT_MODEL:
             raise UsageError(f"--like: {path} was made by {provenance.model!r}; name it by --model")
         common = replace(common, model=[DEFAULT_MODEL])

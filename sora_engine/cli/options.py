@@ -124,6 +124,13 @@ class Common:
             show_default=False,
         ),
     ] = None
+    model_2: Annotated[
+        str | None,
+        typer.Option(
+            "--model-2",
+            help="The expert for low noise, beside the one for high noise: a second --model.",
+        ),
+    ] = None
     components: Components = None
     vae: Annotated[str | None, typer.Option(help="Its VAE: a file or a folder.")] = None
     text_encoder: Annotated[str | None, typer.Option(help="Its text encoder, likewise.")] = None
@@ -246,9 +253,21 @@ class Common:
         """What `signing.credentials_of` takes."""
         return self.sign, self.sign_cert, self.sign_key
 
+    def models(self) -> list[str]:
+        """What was given as the model: nothing, one path, or two experts."""
+        given = list(self.model or ())
+        if self.model_2 is None:
+            return given
+        if len(given) != 1:
+            raise UsageError(
+                "--model-2: it goes beside one --model, the expert for high noise; "
+                f"{len(given) or 'none'} are given"
+            )
+        return [*given, self.model_2]
+
     def loras(self) -> tuple[Lora, ...]:
         """The adapters, as `Engine.from_pretrained` takes them."""
-        folders = [folder for path in self.model or () for folder in lora_folders(Path(path))]
+        folders = [folder for path in self.models() for folder in lora_folders(Path(path))]
         return tuple(parse_lora(text, folders) for text in self.lora or ())
 
     def settings(self) -> dict[str, Any]:

@@ -107,18 +107,18 @@ def run(command: Command) -> None:
         raise UsageError("--upsample-model: it names the model at an --upsample, and there is none")
     output = common.output if common.output is not None else command.output
     check_before_loading(command, output)
-    if not common.model:
+    if not common.models():
         say(
             f"sora_engine {version()}: loading sprites, the bundled checkpoint of plain shapes "
             "that move (--model for others)"
         )
     else:
-        for path in common.model:
+        for path in common.models():
             if path != DEFAULT_MODEL and not Path(path).exists():
                 raise UsageError(
                     f"--model: {path} does not exist; {DEFAULT_MODEL!r} is the bundled one"
                 )
-        say(f"sora_engine {version()}: loading {named(model_path(common.model))}")
+        say(f"sora_engine {version()}: loading {named(model_path(common.models()))}")
     started = time.monotonic()
     engine = load_engine(common)
     load_s = time.monotonic() - started
@@ -201,7 +201,7 @@ def load_engine(common: Common) -> Engine:
 
     try:
         return Engine.from_pretrained(
-            model_path(common.model),
+            model_path(common.models()),
             parallel=None if common.parallel is None else parse_parallel(common.parallel),
             components=common.parts(),
             device=common.device,
@@ -283,7 +283,7 @@ def make(
             latents,
             resolved.fps,
             resolved.loop,
-            absolute(model_path(common.model)),
+            absolute(model_path(common.models())),
             provenance,
             absolute_parts(common.parts()),
             size=None

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.mapped_file import Copies
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.source import WeightSource
 
 
 class Keep(Protocol):
-    """Takes weights that stay as they are stored."""
+    """Takes weights that stay as they are stored.
+
+    copies: what it takes it puts in place untouched.
+    """
+
+    copies: bool
 
     def __call__(
         self,
@@ -49,8 +56,8 @@ def load_into(
 ) -> None:
     """Give `module`, built on the meta device, its parameters and persistent buffers.
 
-    Each tensor goes straight to `device` as `dtype` (None: as stored), one at a time, and replaces
-    what the module had under its name. Integers keep their dtype.
+    Each tensor goes straight to `device` as `dtype` (None: as stored), a few at a time, and
+    replaces what the module had under its name. Integers keep their dtype.
 
     `rename` maps a name in the file to one in the module. `keep_fp32` lists parts of names (between
     dots) whose tensors become float32 whatever `dtype` is, as diffusers' `_keep_in_fp32_modules`.
@@ -80,15 +87,16 @@ def load_into(
         rows = shard(module)
         wanted = dict(module.state_dict(keep_vars=True))
     order = {name: position for position, name in enumerate(weights)}
-    for name, source in sorted(sources.items(), key=lambda item: order[item[1]]):
+
+    def give(name: str, source: str) -> None:
         stored = weights.info(source).dtype
         target = _target(name, stored, dtype, keep_fp32)
         own = rows.get(name)
         changes = merge if merge is not None and name in merge else None
         if keep is not None and keep(module, name, weights, source, device=device, merge=changes):
-            continue
-        if merge is not None and name in merge:
-            value = merge.read(name, weights, source, device=device, dtype=target, rows=own)
+            return
+        if changes is not None:
+            value = changes.read(name, weights, source, device=device, dtype=target, rows=own)
         else:
             value = weights.read(source, device=device, dtype=target, rows=own)
         if own is None:
@@ -98,6 +106,23 @@ def load_into(
         else:
             sharded: Any = wanted[name]
             sharded.to_local().copy_(value)
+
+    def is_copied(name: str, source: str) -> bool:
+        """Whether the file's bytes are put in place as they are, and nobody looks at them yet."""
+        if rows or (merge is not None and name in merge):
+            return False
+        if keep is not None and keep.copies and weights.kept_format(source) is not None:
+            return True
+        stored = weights.info(source)
+        return stored.is_plain and _target(name, stored.dtype, dtype, keep_fp32) in (
+            None,
+            stored.dtype,
+        )
+
+    with Copies() as copies:
+        for name, source in sorted(sources.items(), key=lambda item: order[item[1]]):
+            with copies.behind() if is_copied(name, source) else nullcontext():
+                give(name, source)
     for alias, name in tied.items():
         owner, leaf = _owner(module, alias)
         setattr(owner, leaf, module.get_parameter(name))

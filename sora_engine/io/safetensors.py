@@ -3,24 +3,23 @@
 The format (https://github.com/huggingface/safetensors#format): eight bytes of header length,
 little-endian; a JSON header that gives each tensor's dtype, shape and range of bytes; the bytes.
 
-Tensors are copied out of the map in pieces, straight to their device and dtype, and the pages that
-were read are handed back. So loading a model peaks at its own size and one piece, whatever dtype
-the file has, and a file that is replaced later can neither crash nor change a running model.
+Tensors are read straight into the memory that keeps them, or, where they change their dtype or
+device, copied out of the map in pieces whose pages are handed back. So loading a model peaks at its
+own size and one piece, whatever dtype the file has, and a file that is replaced later can neither
+crash nor change a running model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import mmap
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 
@@ -28,11 +27,11 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import parse_json_object, read_json_object
 from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.links import refuse_stray_link
+from sora_engine.io.mapped_file import PIECE_BYTES, MappedFile, room
 from sora_engine.io.weights.source import Kept, kept_format_of
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 FP8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
-PIECE_BYTES = 16 * 2**20
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 VARIANTS = ("bf16", "fp16")
 """Suffixes of half-precision files, tried in this order where there is no plain file."""
@@ -62,6 +61,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    is_plain: ClassVar[bool] = True
 
 
 def refuse_pickle(path: Path) -> None:
@@ -89,7 +89,7 @@ class SafetensorsFile:
             with open(self.path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
                 self.tensors, self.metadata = _read_header(file.read, self._size, self.path)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.bytes = MappedFile(self.path)
         except FileNotFoundError:
             raise CheckpointError("no such file", path=self.path) from None
         except (OSError, ValueError) as error:
@@ -104,7 +104,7 @@ class SafetensorsFile:
         info = self._info(name)
         if info.start == info.end:
             return torch.empty(info.shape, dtype=info.dtype)
-        flat = self._flat(info.start, info.end)
+        flat = self.bytes.view(info.start, info.end)
         if info.start % info.dtype.itemsize:
             flat = flat.clone()
         return flat.view(info.dtype).view(info.shape)
@@ -126,23 +126,25 @@ class SafetensorsFile:
         if rows is not None:
             start += rows.start * math.prod(shape[1:]) * info.dtype.itemsize
             shape = (len(rows), *shape[1:])
-        target = torch.empty(shape, dtype=dtype or info.dtype, device=device)
+        target = room(shape, dtype or info.dtype, device)
+        if target.dtype == info.dtype or target.is_meta:
+            self.bytes.fill(start, target)
+            return target
         flat = target.view(-1)
         size = info.dtype.itemsize
         step = PIECE_BYTES // size
         for first in range(0, flat.numel(), step):
             last = min(first + step, flat.numel())
-            piece = self._flat(start + first * size, start + last * size)
+            piece = self.bytes.view(start + first * size, start + last * size)
             if start % size:
                 piece = piece.clone()
             flat[first:last].copy_(piece.view(info.dtype))
-            self._release(start + first * size, start + last * size)
+            self.bytes.release(start + first * size, start + last * size)
         return target
 
     def close(self) -> None:
         """Unmap the file; views that are still held keep it mapped until they go."""
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        self.bytes.close()
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -159,18 +161,6 @@ class SafetensorsFile:
         if name not in self.tensors:
             raise CheckpointError(f"no tensor {name!r}", path=self.path, tensor=name)
         return self.tensors[name]
-
-    def _flat(self, start: int, end: int) -> torch.Tensor:
-        with warnings.catch_warnings():
-            # The map is read-only and torch has no such tensors; nobody here writes to it.
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(self._map, dtype=torch.uint8, count=end - start, offset=start)
-
-    def _release(self, start: int, end: int) -> None:
-        """Hand back the pages that lie wholly in [start, end) and those before it on its page."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = start - start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 class Weights:

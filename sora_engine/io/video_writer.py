@@ -29,6 +29,7 @@ from typing import BinaryIO, Protocol
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from sora_engine.errors import MediaError
 from sora_engine.io.animation import GifWriter, WebpWriter
@@ -44,6 +45,8 @@ H264_CRF = 14
 _ANY_MAY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _BT709 = 1
 _TV_RANGE = 1
+_SMALL = 256 * 256
+"""Pixels up to which threads of x264 wait for each other longer than they work."""
 
 
 class VideoWriter:
@@ -365,6 +368,7 @@ class _Mp4Writer:
         # x264's fast code for macroblock trees reads memory that nobody wrote, and the same frames
         # would become other bytes from run to run.
         self._stream.options = {"crf": str(H264_CRF), "preset": "medium", "mbtree": "0"}
+        self._converter = VideoReformatter()  # kept, as each sets up tables of its own
         codec = self._stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _TV_RANGE
@@ -376,9 +380,15 @@ class _Mp4Writer:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if not self._started:
             self._stream.height, self._stream.width = frame.shape[:2]
+            if height * width <= _SMALL:
+                self._stream.codec_context.thread_count = 1
             self._started = True
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace="itu709", interpolation="BICUBIC"
+        picture = self._converter.reformat(
+            av.VideoFrame.from_ndarray(frame, format="rgb24"),
+            format="yuv420p",
+            dst_colorspace="itu709",
+            interpolation="BICUBIC",
+            threads=1,
         )
         self._container.mux(self._stream.encode(picture))
         self._file.check()

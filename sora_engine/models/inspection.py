@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora_engine.errors import CheckpointError
 from sora_engine.io.weights.adapters import read_adapter
 from sora_engine.io.weights.dequantised import DequantisedWeights
 from sora_engine.io.weights.gguf import GGUFWeights
@@ -57,6 +58,11 @@ class FileReport:
 def inspect_file(path: str | Path) -> FileReport:
     """Read the headers of a file, or of an index's shards. Raises CheckpointError."""
     path = Path(path)
+    if path.is_dir():
+        near = sorted((*path.glob("*"), *path.glob("*/*")))
+        found = [str(p.relative_to(path)) for p in near if p.suffix in (".safetensors", ".gguf")]
+        held = f"it holds {', '.join(found[:8])}" if found else "this one holds none"
+        raise CheckpointError(f"a folder; give files of weights: {held}", path=path)
     with open_weights(path) as weights:
         shapes = {name: weights.info(name).shape for name in weights}
         formats: Counter[str] = Counter()

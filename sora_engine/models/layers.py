@@ -112,3 +112,13 @@ def picture_positions(
         places = coords[:, 1 + axis].double() * (base / extents[:, axis].double()) / scale
         halves.append(sincos(places, dim // 2))
     return torch.cat(halves, dim=1)
+
+
+def scale_shift_table(*shape: int) -> nn.Parameter:
+    """Learned shifts, scales and gates, `[..., width]`, random as diffusers has them before they
+    are trained: normal values over the root of the width.
+
+    Without storage nothing is divided: torch would import its compiler for that.
+    """
+    values = torch.randn(shape)
+    return nn.Parameter(values if values.is_meta else values / shape[-1] ** 0.5)

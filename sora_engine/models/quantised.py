@@ -188,6 +188,11 @@ class Keeper:
     kind: str
     block_lists: Sequence[str]
 
+    @property
+    def copies(self) -> bool:
+        """int8 packs what it reads."""
+        return self.kind != "int8"
+
     def __call__(
         self,
         module: nn.Module,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -99,6 +100,9 @@ class Job:
     def __init__(self, request: ResolvedRequest, options: JobOptions | None = None) -> None:
         self.request = request
         self.options = options or JobOptions()
+        save_to = self.options.save_to
+        self.kept_in = None if save_to is None else os.path.realpath(save_to)
+        """The file of `save_to`, by the one name that all its names lead to."""
         self.latents: Tensor | None = None
         """The finished latents, as `Video.latents`, from the end of denoising on: also where
         decoding fails or is cancelled. A service that checks frames withholds them."""

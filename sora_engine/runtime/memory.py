@@ -102,6 +102,9 @@ class Rehearsal(NamedTuple):
         return Rehearsal(*(low + math.ceil(share * (high - low)) for low, high in pairs))
 
 
+_KNOWN_TEXTS = 64
+
+
 class MemoryPlanner:
     """Plans requests for one model. Safe to use from several threads.
 
@@ -121,6 +124,7 @@ class MemoryPlanner:
         self.max_batch_tokens = max_batch_tokens
         self.window_tokens = min(window_tokens or max_batch_tokens, max_batch_tokens)
         self._rehearsals: dict[tuple[object, ...], Rehearsal] = {}
+        self._lengths: dict[str, int] = {}
         self._lock = threading.Lock()
         self._reserving = threading.RLock()  # the garbage collector gives back, anywhere
         self._hollow: VideoModel | None = None
@@ -230,8 +234,18 @@ class MemoryPlanner:
 
     def _text_lengths(self, request: ResolvedRequest) -> list[int]:
         """Tokens of each text that is encoded."""
-        encoder = self.model.prompt_encoder
-        return [min(encoder.max_tokens, encoder.count(text)) for text in prompts_of(request)]
+        return [self._text_length(text) for text in prompts_of(request)]
+
+    def _text_length(self, text: str) -> int:
+        """As tokenizers take a while, and texts come again, the last ones are remembered."""
+        length = self._lengths.get(text)
+        if length is None:
+            encoder = self.model.prompt_encoder
+            length = min(encoder.max_tokens, encoder.count(text))
+            if len(self._lengths) >= _KNOWN_TEXTS:
+                self._lengths.clear()
+            self._lengths[text] = length
+        return length
 
     # The rehearsal.
 

@@ -19,8 +19,7 @@ logger = logging.getLogger(__name__)
 
 def check_unshared(path: Path | None, jobs: Iterable[Job]) -> None:
     """RequestError where one of `jobs` keeps its state in `path`: the last to write would win."""
-    taken = [job.options.save_to for job in jobs]
-    if path is not None and any(p and os.path.realpath(p) == os.path.realpath(path) for p in taken):
+    if path is not None and os.path.realpath(path) in {job.kept_in for job in jobs}:
         raise RequestError(
             f"save_to: another job that is not done keeps its state in {path}; each job needs "
             "a file of its own"

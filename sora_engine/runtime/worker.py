@@ -328,10 +328,9 @@ class Worker:
     def _decode(self, job: Job) -> None:
         assert job.decoding is not None
         started = time.monotonic()
-        try:
-            frames = next(job.decoding)
-        except StopIteration:
-            return
+        frames = next(job.decoding, 0)
+        # The last turn's too: what a job was entered with and is never served would stay, and slow
+        # the virtual time down for all that come, the more the longer the engine lives.
         self._scheduler_serve(
             DECODE_STEPS * job.tokens / max(1, -(-job.request.num_frames // self.model.grid.time))
         )

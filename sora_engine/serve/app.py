@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora_engine.errors import SoraError
@@ -128,6 +129,8 @@ class Named:
 
         try:
             await self._app(scope, receive, named)
+        except ClientDisconnect:  # in the midst of its body: nobody waits for an answer
+            logger.info("the client of request %s has gone", name)
         except Exception as error:
             logger.exception("request %s failed: %s", name, type(error).__name__)
             if begun:  # the client sees that the answer is cut

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora_engine.serve import session, streams, telling, uploads
@@ -20,6 +23,7 @@ from sora_engine.serve.guard import Bounds, Guard
 from sora_engine.serve.intake import Caps, Intake
 from sora_engine.serve.keys import Keys
 from sora_engine.serve.metrics import Metrics
+from sora_engine.serve.session_files import SharedSessions
 from sora_engine.serve.settings import Settings
 from sora_engine.serve.tracing import Tracing
 from sora_engine.serve.turns import Turn, Turns
@@ -31,6 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sora_engine.serve.requests")
 
+GONE = 499
+"""For the log and the metrics: the client went away within its body."""
+SESSIONS = "sessions"
+"""The folder of cookies, beside the folders of replicas that share it."""
+PROBES = ("/health", "/ready")
+"""What is asked twice a second fills no log."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -41,6 +51,9 @@ def lay_around(app: FastAPI, service: Service) -> None:
     state = app.state
     state.keys = keys_of(settings)
     state.sessions = Sessions()
+    if settings.shared and state.keys is not None:
+        folder = settings.data_dir.expanduser().parent / SESSIONS
+        state.sessions = SharedSessions(folder, state.keys)
     state.metrics = Metrics()
     state.events = Events(watch=state.metrics.streams)
     state.intake = Intake(
@@ -68,6 +81,7 @@ def lay_around(app: FastAPI, service: Service) -> None:
         open_metrics=settings.loopback,
     )
     # The last one added is the first that a request meets.
+    app.add_middleware(Heads)
     app.add_middleware(Access, rules=rules, sessions=state.sessions)
     if settings.cors:  # before keys: a browser asks whether it may ask, and sends none with that
         app.add_middleware(
@@ -79,6 +93,22 @@ def lay_around(app: FastAPI, service: Service) -> None:
         )
     app.add_middleware(Guard, bounds=bounds)
     app.add_middleware(Counted, metrics=state.metrics)
+
+
+_OWN = re.compile(r"/v1/videos/[^/]+/(events|content)")
+"""Paths whose HEAD is not their GET: the one does not end, the other reads a file for nothing."""
+
+
+class Heads:
+    """Answers HEAD as GET, whose body the connection leaves out (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD" and not _OWN.match(scope["path"]):
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 def _verify(path: Path, intake: Intake, metrics: Metrics) -> None:
@@ -106,9 +136,15 @@ def _watch(desk: Desk, metrics: Metrics, events: Events, tracing: Tracing | None
     desk.choose, desk.order = turns.choose, turns.order
     metrics.serves(desk.engine.model.name)
 
+    lock = threading.Lock()
+
     def changed(live: Live) -> None:
-        metrics.saw(live)
-        if live.done.done():
+        with lock:  # a word on how far it is may come late, behind the one on its end
+            ended = live.done.done() and not live.counted
+            live.counted = live.counted or ended
+            if ended or not live.done.done():
+                metrics.saw(live)
+        if ended:
             row = desk.store.get(live.row.id)
             metrics.ended(live, row)
             if tracing is not None:
@@ -136,8 +172,10 @@ def _read_gauges(metrics: Metrics, service: Service) -> None:
 
 
 def _count_refusal(metrics: Metrics, told: ApiError) -> None:
-    if told.status in (429, 503):
+    if told.status in (429, 503) or told.code == "refused":
         metrics.refused(told.code)
+    if told.code == "refused":
+        logger.info("a hook refused a request")  # and no word of what it asked for
 
 
 class Counted:
@@ -160,10 +198,15 @@ class Counted:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            status = status or GONE
+            raise
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.requests.labels(method, str(status or 500)).inc()
-            logger.info(
+            probe = method in ("GET", "HEAD") and scope["path"] in PROBES
+            logger.log(
+                logging.DEBUG if probe else logging.INFO,
                 "%s %s %d",
                 method,
                 scope["path"][:200].encode("unicode_escape").decode(),

@@ -31,7 +31,7 @@ def send_file(request: Request, path: Path, media_type: str, name: str) -> Respo
         "Cache-Control": "private, max-age=3600, immutable",
         "Content-Disposition": f'inline; filename="{name}"',
     }
-    if request.headers.get("if-none-match") == etag:
+    if _has(request.headers.get("if-none-match", ""), etag):
         os.close(descriptor)
         return Response(status_code=304, headers=headers)
     start, stop, status = 0, size, 200
@@ -51,6 +51,12 @@ def send_file(request: Request, path: Path, media_type: str, name: str) -> Respo
         return Response(status_code=status, headers=headers, media_type=media_type)
     body = _read(descriptor, start, stop)
     return StreamingResponse(body, status, headers, media_type)
+
+
+def _has(tags: str, etag: str) -> bool:
+    """Whether `If-None-Match` names what there is; a weak tag means the same bytes here."""
+    named = [tag.strip().removeprefix("W/") for tag in tags.split(",")]
+    return etag in named or named == ["*"]
 
 
 def _part(asked: str, size: int) -> tuple[int, int] | None:

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-import string
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sora_engine.errors import QueueFullError
@@ -28,10 +26,11 @@ from sora_engine.serve.clock import Clock
 from sora_engine.serve.failures import ApiError, disk_full, not_found
 from sora_engine.serve.files import Files
 from sora_engine.serve.finishing import Finisher
+from sora_engine.serve.ids import moment, new_id
 from sora_engine.serve.live import Live
 from sora_engine.serve.marks import Marks
 from sora_engine.serve.pace import Pace
-from sora_engine.serve.recovery import recover
+from sora_engine.serve.recovery import STOPPING, recover
 from sora_engine.serve.settings import Settings
 from sora_engine.serve.starting import begin
 from sora_engine.serve.store import ACTIVE, DONE, Row, Store, Taken
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LETTERS = string.ascii_lowercase + string.digits
 END_S = 30.0
 """How long jobs that were stopped may take to let go."""
 FULL_PAUSE_S = 5.0
@@ -101,6 +99,11 @@ class Desk:
             raise ApiError(404, "expired", "the video was kept for its time, and is gone")
         return row
 
+    def lives(self) -> list[Live]:
+        """All jobs that are not done."""
+        with self._wake:
+            return list(self._lives.values())
+
     def position(self, name: str) -> int | None:
         """How many jobs are to be begun before this one; None for one that was begun."""
         with self._wake:
@@ -150,11 +153,12 @@ class Desk:
         self._refuse_where_closed()
         stored["fields"].setdefault("seed", secrets.randbelow(1 << 32))
         request, resolved = self.admission.admit(stored)
+        created = moment(self.clock.now())
         made = Row(
-            id=self._new_id(),
+            id=new_id(self.settings.replica, created),
             owner=owner,
             kind=kind,
-            created=self.clock.now(),
+            created=created,
             body=stored,
             facts={
                 "weights": self.engine.model.weights_hash,
@@ -288,8 +292,8 @@ class Desk:
         return time.monotonic() >= self._paused_until and not self.is_full()
 
     def _candidates(self) -> Sequence[Live]:
-        """Those that may be next. A job whose server was lost twice goes alone, and before the
-        others: where it is what kills the server, it takes none of them along."""
+        """Those that may be next. A suspect goes alone, and before the others: where it is what
+        kills the server, it takes none of them along."""
         return [live for live in self._waiting if live.is_suspect][:1] or self._waiting
 
     def left_engine(self, live: Live) -> None:
@@ -298,14 +302,13 @@ class Desk:
             self._at_engine.discard(live)
             self._wake.notify_all()
 
-    def again(self, live: Live, *, attempts: int | None = None, pause: bool = False) -> None:
+    def again(self, live: Live, *, pause: bool = False) -> None:
         """A job whose row is queued waits anew. pause: nothing is begun for a moment."""
-        row = live.row if attempts is None else replace(live.row, attempts=attempts)
-        fresh = Live(row, live.request, done=live.done, retried=live.retried)
+        fresh = Live(live.row, live.request, done=live.done, retried=live.retried)
         fresh.stopping = live.stopping and not live.keeping
         with self._wake:
             self._at_engine.discard(live)
-            self._lives[row.id] = fresh
+            self._lives[live.row.id] = fresh
             self._waiting.append(fresh)
             if pause:
                 self._paused_until = time.monotonic() + FULL_PAUSE_S
@@ -339,10 +342,6 @@ class Desk:
         for watcher in self.on_change:
             watcher(live)
 
-    def _new_id(self) -> str:
-        random = "".join(secrets.choice(_LETTERS) for _ in range(26))
-        return f"video_{self.settings.replica}_{random}"
-
     # The end.
 
     def drain(self, timeout_s: float) -> None:
@@ -350,11 +349,24 @@ class Desk:
         queued for the next start."""
         with self._wake:
             self.draining = True
+        if self.engine.error is None:
+            self._note_stopping(True)
+        with self._wake:
             self._wake.wait_for(lambda: not self._at_work(), timeout_s)
             left = self._at_work()
         self._finisher.put_off(left)
         with self._wake:
-            self._wake.wait_for(lambda: not self._at_work(), END_S)
+            ended = self._wake.wait_for(lambda: not self._at_work(), END_S)
+        if not ended:  # one of them hangs, and that does count
+            self._note_stopping(False)
+
+    def _note_stopping(self, stopping: bool) -> None:
+        """Jobs that are in flight when the server is gone had no part in it, if it was told to
+        stop: a supervisor kills what takes it too long."""
+        try:
+            self.store.note(STOPPING, "asked" if stopping else "")
+        except Exception as error:  # a full disk: their attempts are counted, and no more
+            logger.warning("the store does not take a note: %s", error)
 
     def _at_work(self) -> list[Live]:
         return [live for live in self._lives.values() if live not in self._waiting]

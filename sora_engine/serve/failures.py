@@ -128,7 +128,7 @@ def api_error(error: Exception, hidden: Mapping[str, str] | None = None) -> ApiE
         wait = str(max(1, round(error.retry_after_s)))
         return ApiError(429, code, message, headers={"Retry-After": wait})
     if isinstance(error, errors.RefusedError):
-        return ApiError(403, code, message)
+        return ApiError(400, code, message)  # as OpenAI's moderation answers
     if isinstance(error, errors.EngineDeadError):
         return ApiError(503, code, message, retry=False)
     if isinstance(error, errors.EngineClosedError):
@@ -161,6 +161,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def param_of(message: str) -> str | None:
     """The parameter that an engine's message begins with."""
+    if re.match(r"\d+x\d+ is ", message):
+        return "size"
     for name in FIELDS:
         if re.match(rf"(?:a |the )?{name}\b", message):
             return name

@@ -3,9 +3,10 @@
 lock                            held while a server runs
 jobs.sqlite                     the rows (`store`)
 uploads/<sha256>                what clients sent
-videos/<id>/                    video.mp4 or image.png, thumbnail.webp, spritesheet.webp,
-                                receipt.json, request.json
+videos/<id>/                    video.mp4 or image.png, and receipt.json; thumbnail.webp and
+                                spritesheet.webp once somebody asks for them
 saved/<id>.safetensors          a job between two steps
+saved/<id>.at                   how far it is, for the next start after a kill (`trail`)
 tmp/                            emptied at the start
 """
 
@@ -16,7 +17,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,6 +71,21 @@ class Files:
         """Where a job's state is kept between two steps."""
         return self.saved / f"{name}.safetensors"
 
+    def mark(self, name: str) -> int:
+        """What tells one savepoint of a job from the next; 0 where there is none."""
+        try:
+            return self.savepoint(name).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def trail(self, name: str) -> Path:
+        """Where it is noted how far a job is (`trail`)."""
+        return self.saved / f"{name}.at"
+
+    def spool(self, name: str) -> Path:
+        """Where frames of a job wait that memory has no room for."""
+        return self.tmp / f"{name}.frames"
+
     def upload(self, sha256: str) -> Path:
         """What a client sent, by its hash."""
         return self.uploads / sha256
@@ -82,8 +98,11 @@ class Files:
     def begin(self, name: str) -> Path:
         """An empty folder in which a job's results are made."""
         folder = self.tmp / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
         return folder
 
     def place(self, name: str) -> None:
@@ -92,7 +111,8 @@ class Files:
         for file in folder.iterdir():
             _flush(file)
         _flush(folder)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(target, ignore_errors=True)
         os.replace(folder, target)
         _flush(self.videos)
 
@@ -103,15 +123,19 @@ class Files:
     def remove(self, name: str, *, results: bool = True) -> None:
         """Remove a job's savepoint and what is under way of it, and its results."""
         self.savepoint(name).unlink(missing_ok=True)
-        shutil.rmtree(self.tmp / name, ignore_errors=True)
+        self.trail(name).unlink(missing_ok=True)
+        self.spool(name).unlink(missing_ok=True)
+        if (self.tmp / name).exists():
+            shutil.rmtree(self.tmp / name, ignore_errors=True)
         if results and self.video(name).exists():
             # Out of sight at once, however long it takes.
             aside = self.tmp / f"{name}.{secrets.token_hex(4)}"
             os.replace(self.video(name), aside)
             shutil.rmtree(aside, ignore_errors=True)
 
-    def keep_upload(self, source: BinaryIO) -> str:
-        """Keep a client's file under its hash, which is returned; raises OSError."""
+    def keep_upload(self, source: BinaryIO, check: Callable[[Path], object] | None = None) -> str:
+        """Keep a client's file under its hash, which is returned; raises OSError, and what `check`
+        raises of it. Nobody finds it under its hash before it was checked, nor after a kill."""
         temporary = self.tmp / f"upload.{secrets.token_hex(8)}"
         digest = hashlib.sha256()
         try:
@@ -121,42 +145,44 @@ class Files:
                     out.write(chunk)
                 out.flush()
                 os.fsync(out.fileno())
+            if check is not None:
+                check(temporary)
             os.replace(temporary, self.upload(digest.hexdigest()))
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _flush(self.uploads)
         return digest.hexdigest()
 
-    def keep_result(self, name: str) -> str:
-        """Keep a job's result beside the uploads, so that a job which starts from it has it as long
-        as it needs it; the hash is returned. Raises OSError where it is not there."""
-        video = self.video(name) / "video.mp4"
-        with video.open("rb") as file:
+    def keep_file(self, path: Path) -> str:
+        """Keep a file that never changes, such as a result, as an upload; its hash is returned.
+        Raises OSError."""
+        with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         target = self.upload(sha256)
         if not target.exists():
             try:
-                os.link(video, target)
+                os.link(path, target)
             except FileExistsError:
                 pass
             except OSError:  # a file system without links
-                with video.open("rb") as file:
+                with path.open("rb") as file:
                     return self.keep_upload(file)
             _flush(self.uploads)
         os.utime(target)
         return sha256
 
-    def sweep_jobs(self, jobs: Collection[str]) -> int:
-        """Remove the results and savepoints of jobs that no row knows, and tell how many there
-        were. For the start: a job that comes while this runs would lose its own."""
+    def sweep_jobs(self, completed: Collection[str], going_on: Collection[str]) -> int:
+        """Remove all results but those of completed jobs, and all savepoints but those of jobs that
+        go on; tells how many there were. For the start: a job that comes while this runs would lose
+        its own."""
         found = 0
         for folder in self.videos.iterdir():
-            if folder.name not in jobs:
+            if folder.name not in completed:
                 self.remove(folder.name)
                 found += 1
         for file in self.saved.iterdir():
-            if file.name.removesuffix(".safetensors") not in jobs:
+            if file.name.partition(".")[0] not in going_on:
                 file.unlink(missing_ok=True)
                 found += 1
         return found

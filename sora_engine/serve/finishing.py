@@ -13,6 +13,7 @@ from sora_engine.errors import (
     EngineClosedError,
     EngineDeadError,
     JobCancelledError,
+    RankFailedError,
 )
 from sora_engine.io.latents import SavedLatents
 from sora_engine.runtime.job import JobState
@@ -25,6 +26,8 @@ from sora_engine.serve.writer import ResultWriter
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_BROKEN = (DeviceError, RankFailedError, EngineDeadError)
+"""What may be the fault of any job that was at the engine."""
 SAVE_S = 20.0
 """How long a job that is put off may take to its next step, after which it is saved."""
 LATENTS = "latents.safetensors"
@@ -102,9 +105,10 @@ class Finisher:
 
     def _write(self, live: Live) -> None:
         """Frames as they come, up to the results in place; nothing for a job that fails."""
-        job, spool, files = live.job, live.spool, self._desk.files
+        job, spool, trail, files = live.job, live.spool, live.trail, self._desk.files
         assert job is not None
         assert spool is not None
+        assert trail is not None
         name, request = live.row.id, job.request
         writer = None
         try:
@@ -119,13 +123,16 @@ class Finisher:
                         **self._desk.marks.options(request),
                     )
                 writer.write(frames)
+                trail.writes(writer.count)
             if job.exception() is not None or writer is None:
                 return
+            trail.writes("end")
             video = self._desk.marks.told(job.result(), request)
-            writer.close(video, live.row.body)
+            writer.close(video, live.row)
             if self._desk.settings.keep_latents and job.latents is not None:
                 latents = SavedLatents(job.latents, request.fps, request.loop, "")
                 latents.write(files.tmp / name / LATENTS)
+            trail.writes("place")
             files.place(name)
         finally:
             if writer is not None:
@@ -134,17 +141,18 @@ class Finisher:
     def _close(self, live: Live, error: BaseException | None, writing_s: float) -> None:
         """Bring the row to where the job is, however long the disk keeps it from that."""
         desk, name = self._desk, live.row.id
+        if live.trail is not None:
+            live.trail.close()
         if error is not None and self._goes_on(live, error):
-            full = is_disk_full(error)
-            kept = live.keeping or full or isinstance(error, EngineDeadError)
-            attempts = 0 if kept else live.row.attempts + 1
+            # Where the engine dies of it, the next start counts it as one that was in flight.
+            lost = {"lost": isinstance(error, _BROKEN)}
             before = self._insist(
-                lambda: desk.store.change(name, "queued", when={"running"}, attempts=attempts)
+                lambda: desk.store.change(name, "queued", when={"running"}, facts=lost)
             )
             if before is None:
                 desk.gone(live)
             else:
-                desk.again(live, attempts=attempts, pause=full)
+                desk.again(live, pause=is_disk_full(error))
             return
         now = desk.clock.now()
         if error is None:
@@ -176,8 +184,8 @@ class Finisher:
             return live.keeping
         if isinstance(error, EngineClosedError) or is_disk_full(error):
             return True
-        if isinstance(error, DeviceError) and not live.retried:
-            live.retried = True
+        if isinstance(error, _BROKEN) and not live.retried:
+            live.retried = True  # and alone: what fails it then is its own
             return True
         return False
 

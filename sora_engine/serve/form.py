@@ -46,6 +46,15 @@ class Form:
 async def read_form(request: Request) -> Form:
     """The body of a request; ApiError 400 or 415 for one that cannot be read."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(
+            415,
+            "unsupported_media_type",
+            f"Content-Encoding: {coding[:40]} is not read; send the body plain",
+        )
+    if not kind and not await request.body():  # of a route whose fields may all be left out
+        return Form({})
     if kind == "application/json":
         return Form(_parsed(_object(await request.body())))
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
@@ -59,12 +68,22 @@ async def read_form(request: Request) -> Form:
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body, parse_constant=_no_number)
+        value = json.loads(body, parse_constant=_no_number, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise bad_value(f"the body is no JSON: {error}"[:300]) from error
     if not isinstance(value, dict):
         raise bad_value("the body must be a JSON object")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object each of whose names is there once: of two values either could be meant."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:80]} is given twice")
+    return made
 
 
 def _no_number(name: str) -> NoReturn:
@@ -121,7 +140,7 @@ def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _from_text(name: str, text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise bad_value(f"{name} must be an object or a list, or one as a JSON text", name) from (
             error

@@ -72,6 +72,11 @@ class Guard:
                 f"{bounds.max_header} bytes in {bounds.max_headers} are read",
             )
         declared = header(scope, b"content-length")
+        if declared is not None and header(scope, b"transfer-encoding") is not None:
+            # A proxy that went by the other one would take the rest for another client's request.
+            return _refusal(
+                400, "two_lengths", "a body has Content-Length or Transfer-Encoding, not both"
+            )
         if declared is not None and declared.isdigit() and int(declared) > bounds.max_body:
             return self.too_large(f"{int(declared)}")
         return None

@@ -12,13 +12,13 @@ from fastapi import APIRouter, Query, Request, Response
 from PIL import Image
 
 from sora_engine.serve.document import FAILURES, takes
-from sora_engine.serve.failures import ApiError, not_found
+from sora_engine.serve.failures import not_found
 from sora_engine.serve.form import Form
 from sora_engine.serve.orders import Clerk, Order, read
 from sora_engine.serve.replies import Images, Picture
 from sora_engine.serve.service import desk_of, owner_of, service_of
 from sora_engine.serve.store import Row
-from sora_engine.serve.waiting import ended
+from sora_engine.serve.waiting import ended, failure_of
 from sora_engine.serve.wire import CreateImages
 from sora_engine.serve.writer import IMAGE
 
@@ -56,8 +56,7 @@ async def create(request: Request) -> Images:
         raise
     for row in rows:
         if row.state != "completed":
-            error = row.facts.get("error", {"code": "internal", "message": "the server failed"})
-            raise ApiError(500, error["code"], error["message"], retry=False)
+            raise failure_of(row)
     data = [await _picture(request, row, body) for row in rows]
     return Images(
         created=int(rows[0].created),

@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from sora_engine.runtime.job import Job
     from sora_engine.serve.spool import Spool
     from sora_engine.serve.store import Row
+    from sora_engine.serve.trail import Trail
 
 
-MOST_ATTEMPTS = 3
-"""A job that was begun so often from one point, and was lost each time, is not begun again: it may
-be what kills the server. The last of these attempts it has the engine for itself."""
+MOST_ALONE = 3
+"""A job under which the server was lost so often at one and the same point, with nothing else in
+flight, is not begun again: it is what kills the server, as far as anybody can tell."""
+MOST_STUCK = 10
+"""Likewise, wherever it was between two savepoints."""
+SUSPECT = 2
+"""After so many attempts that got it nowhere, in whatever company, a job has the engine for itself:
+then it takes no other along, and is no other's victim."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,27 +32,29 @@ class Live:
     row: as it was when it came in; its state there is not kept up. request: None until it is made
     anew from the row. job: the engine's, once it has it. done: is set, with nothing, when the row
     has its last state, or is gone. stopping: it is to be cancelled. keeping: what is cancelled is
-    to be queued again, as the server stops or the disk is full. engine_done_at: by the steady
-    clock.
+    to be queued again, as the server stops or the disk is full. retried: the device or a rank
+    failed under it before. engine_done_at: by the steady clock. counted: its end is in the metrics.
     """
 
     row: Row
     request: VideoRequest | None = None
     job: Job | None = None
     spool: Spool | None = None
+    trail: Trail | None = None
     handed_over: threading.Event = field(default_factory=threading.Event)
     done: Future[None] = field(default_factory=Future)
     stopping: bool = False
     keeping: bool = False
     retried: bool = False
     engine_done_at: float | None = None
+    counted: bool = False
     started: threading.Lock = field(default_factory=threading.Lock)
     finisher: threading.Thread | None = None
 
     @property
     def is_suspect(self) -> bool:
-        """Whether all of its attempts but the last one were lost."""
-        return self.row.attempts >= MOST_ATTEMPTS - 1
+        """Whether it may be what failed the server, the device or a rank: it goes alone."""
+        return self.retried or self.row.attempts >= SUSPECT
 
     @property
     def stage(self) -> str:

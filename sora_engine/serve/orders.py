@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import re
+import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -87,6 +89,10 @@ async def read(request: Request, model: type[B]) -> B:
 
 def checked(model: type[B], fields: dict[str, Any]) -> B:
     """The body that has these fields; ApiError 400 names the first that is wrong."""
+    for name, value in fields.items():
+        known = model.model_fields.get(name)
+        if isinstance(value, bool) and known is not None and not _may_be_bool(known.annotation):
+            raise bad_value(f"{name}: {str(value).lower()} is neither a number nor a text", name)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -97,6 +103,13 @@ def checked(model: type[B], fields: dict[str, Any]) -> B:
         if first["type"] == "extra_forbidden":
             said = "there is no such parameter"
         raise bad_value(f"{where}: {said}" if where else said, param) from error
+
+
+def _may_be_bool(annotation: Any) -> bool:
+    """Whether a field takes true or false; pydantic takes them for 1 and 0 elsewhere."""
+    return annotation is bool or any(
+        isinstance(part, bool) or _may_be_bool(part) for part in get_args(annotation)
+    )
 
 
 class Clerk:
@@ -193,26 +206,47 @@ class Clerk:
         if media.upload is not None:
             sha256 = media.upload.removeprefix("upload_")
             path = self._files.upload(sha256)
-            if not path.is_file():
+            if path.is_file():
+                path.touch()  # it is kept for as long again
+            elif (elsewhere := self._service.neighbours.upload(sha256)) is not None:
+                self._files.keep_file(elsewhere)
+            else:
                 raise bad_value(f"{name}: there is no such upload", name)
-            path.touch()  # it is kept for as long again
         elif media.video_id is not None:
-            row = self._completed(media.video_id, name)
+            found = self._service.neighbours.result(self._owner, media.video_id)
+            if found is None:
+                row = self._completed(media.video_id, name)
+                folder, prompt = self._files.video(row.id), row.facts.get("prompt")
+            else:
+                folder, prompt = found.folder, found.prompt
             if self._prompt is None:
-                self._prompt = row.facts.get("prompt")
+                self._prompt = prompt
             try:
-                sha256 = self._files.keep_result(row.id)
+                sha256 = self._files.keep_file(folder / "video.mp4")
             except FileNotFoundError:
                 raise bad_value(f"{name}: there is no such video", name) from None
         else:
             assert media.image_url is not None
-            sha256 = self._kept(io.BytesIO(_data_of(media.image_url, name)), name)
+            sha256 = self._named(media.image_url, name)
         kept: dict[str, Any] = {"upload": sha256}
         if media.start:
             kept["start"] = media.start
         if media.stop is not None:
             kept["stop"] = media.stop
         return kept
+
+    def _named(self, url: str, name: str) -> str:
+        """What an address holds, kept: a data URL, or another where the operator allows that."""
+        fetcher = self._service.fetcher
+        if fetcher is None or url.startswith("data:"):
+            return self._kept(io.BytesIO(_data_of(url, name)), name)
+        with tempfile.TemporaryFile(dir=self._files.tmp) as file:
+            try:
+                fetcher.fetch(url, file)
+            except MediaError as error:
+                raise ApiError(400, "unreadable_media", f"{name}: {error}", param=name) from error
+            file.seek(0)
+            return self._kept(file, name)
 
     def _completed(self, name: str, param: str | None = None) -> Row:
         row = self._desk.row(self._owner, name, "video")
@@ -224,15 +258,15 @@ class Clerk:
 
     def _kept(self, source: BinaryIO, name: str) -> str:
         """A client's file, kept under its hash once it is known to be a picture or a clip."""
-        sha256 = self._files.keep_upload(source)
-        path = self._files.upload(sha256)
-        try:
-            self._service.verify(path)
-        except MediaError as error:
-            path.unlink(missing_ok=True)
-            told = message_of(error, {str(path): "the file", **self._service.hidden})
-            raise ApiError(400, "unreadable_media", f"{name}: {told}", param=name) from error
-        return sha256
+
+        def check(path: Path) -> None:
+            try:
+                self._service.verify(path)
+            except MediaError as error:
+                told = message_of(error, {str(path): "the file", **self._service.hidden})
+                raise ApiError(400, "unreadable_media", f"{name}: {told}", param=name) from error
+
+        return self._files.keep_upload(source, check)
 
 
 def _undrafted(stored: Stored) -> None:

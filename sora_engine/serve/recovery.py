@@ -1,40 +1,77 @@
-"""What a server finds at its start, and what becomes of it."""
+"""What a server finds at its start, and what becomes of it.
+
+Which job failed a server nobody can tell: a kill, the kernel's own for want of memory and a crash
+look alike from the next process. What tells a job that kills its server from one that was in flight
+whenever an operator killed it is where it was (`trail`): the first is lost at the same point each
+time, be it a step, a frame that is decoded or one that is written. So:
+
+- Losses count where nothing else was in flight, at the point where the job was lost the time
+  before. After three of them (`MOST_ALONE`) it is given up.
+- Losses in company, and at ever other points, make it a suspect, which goes alone (`SUSPECT`).
+- Losses alone without a new savepoint have a bound too (`MOST_STUCK`), for what kills a server
+  now here, now there. From its first loss on a job is saved after each step.
+- Losses of a server that was told to stop (`STOPPING`) count for nothing: a supervisor kills what
+  takes it too long to.
+
+To be given up by mistake a job must be killed three times in a row within the same step or frame,
+alone.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from sora_engine.serve.clock import Clock
 from sora_engine.serve.files import Files
-from sora_engine.serve.live import MOST_ATTEMPTS, Live
-from sora_engine.serve.store import DONE, Row, Store
+from sora_engine.serve.live import MOST_ALONE, MOST_STUCK, Live
+from sora_engine.serve.store import Row, Store
+from sora_engine.serve.trail import last_word
 
 logger = logging.getLogger(__name__)
+
+STOPPING = "stopping"
+"""A fact of the store: the server was told to stop."""
 
 
 def recover(store: Store, files: Files, clock: Clock) -> list[Live]:
     """The jobs that are to go on, in the order in which they came.
 
-    A job whose results are in place is completed. One that was deleted is gone. One that is said to
-    be completed, and whose results are missing, has failed.
+    A job whose results are in place is completed. One that was deleted is gone, and so is a picture
+    that was under way: who asked for it waited on the connection. A job that is said to be
+    completed, and whose results are missing, has failed. A kill within this changes nothing of what
+    the next start does.
     """
-    for row in store.all("deleting"):
-        files.remove(row.id)
-        store.remove(row.id)
     for row in store.all("completed"):
         if not files.is_placed(row.id):
             _fail(store, clock, row, "lost", "the video's file is not there any more")
-    for row in store.all(*DONE - {"completed"}):
-        files.remove(row.id)
+    waiting = store.all("queued", "running")
+    told = {row.id: _told(files, row) for row in waiting}
+    _count_losses(store, files, waiting, {name for name, facts in told.items() if facts})
     going_on = []
     for row in store.all("queued", "running"):
-        live = _taken_up(row, store, files, clock)
-        if live is not None:
-            going_on.append(live)
-    stray = files.sweep_jobs({row.id for row in store.all()})
+        facts = told[row.id]
+        alone, stuck = row.facts.get("alone", 0), row.facts.get("stuck", 0)
+        if row.kind == "image":
+            store.change(row.id, "deleting", when={row.state})
+        elif facts is not None:  # it was killed between its results and its row
+            when, now = {row.state}, clock.now()
+            store.change(row.id, "completed", when=when, completed=now, facts=facts)
+        elif alone >= MOST_ALONE or stuck >= MOST_STUCK:
+            where = "at one point" if alone >= MOST_ALONE else "without getting further"
+            said = f"the server stopped {max(alone, stuck)} times while it made this video, {where}"
+            _fail(store, clock, row, "crashed", said)
+        else:
+            going_on.append(Live(row))
+    for row in store.all("deleting"):
+        files.remove(row.id)
+        store.remove(row.id)
+    stray = files.sweep_jobs(
+        {row.id for row in store.all("completed")}, {live.row.id for live in going_on}
+    )
     if stray:
         logger.warning("%d files of no job were removed", stray)
     if going_on:
@@ -42,30 +79,38 @@ def recover(store: Store, files: Files, clock: Clock) -> list[Live]:
     return going_on
 
 
-def _taken_up(row: Row, store: Store, files: Files, clock: Clock) -> Live | None:
-    if files.is_placed(row.id):  # it was killed between its results and its row
+def _told(files: Files, row: Row) -> dict[str, Any] | None:
+    """What the results of a job tell of it, where they are in place."""
+    try:
         told = json.loads((files.video(row.id) / "receipt.json").read_text(encoding="utf-8"))
-        store.change(
-            row.id,
-            "completed",
-            when={row.state},
-            completed=clock.now(),
-            facts=finished_facts(told["timings_s"], told["receipt"]),
-        )
-        files.remove(row.id, results=False)
+        return finished_facts(told["timings_s"], told["receipt"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there; or the disk has damaged it
         return None
-    if row.state == "queued":
-        return Live(row)
-    saved = files.savepoint(row.id)
-    mark = saved.stat().st_mtime_ns if saved.exists() else 0
-    attempts = row.attempts if mark == row.facts.get("mark", 0) else 0
-    if attempts >= MOST_ATTEMPTS:
-        told = f"the server stopped {attempts} times while it made this video"
-        _fail(store, clock, row, "crashed", told)
-        files.remove(row.id)
-        return None
-    store.change(row.id, "queued", when={"running"}, attempts=attempts)
-    return Live(replace(row, state="queued", attempts=attempts))
+
+
+def _count_losses(
+    store: Store, files: Files, waiting: Collection[Row], placed: Collection[str]
+) -> None:
+    """Queue the jobs that were in flight, with the losses that are held against them. In one
+    transaction: who was in flight together is known only as long as all of them say so."""
+    in_flight = [row for row in waiting if row.state == "running" or row.facts.get("lost")]
+    counts, only = not store.noted(STOPPING), len(in_flight) == 1
+    queued = []
+    for row in in_flight:
+        if row.id in placed:
+            continue
+        attempts, facts = row.attempts, {**row.facts, "lost": False}
+        if counts:
+            point = last_word(files.trail(row.id))
+            saved = files.mark(row.id) != facts.get("mark", 0)
+            same = point == (facts.get("point") or point)  # a first loss counts
+            attempts += same or not saved
+            if point:  # without, it was lost before the engine had it
+                facts["point"] = point
+                facts["alone"] = (facts.get("alone", 0) if same else 0) + (only and same)
+            facts["stuck"] = 0 if saved else facts.get("stuck", 0) + only
+        queued.append(replace(row, state="queued", attempts=attempts, facts=facts))
+    store.requeue(queued, STOPPING)
 
 
 def _fail(store: Store, clock: Clock, row: Row, code: str, message: str) -> None:

@@ -30,7 +30,9 @@ class Spool:
         with self._wake:
             # Once some wait on the disk, so do those behind them: memory is for what is next.
             if self._on_disk or self._bytes + frames.nbytes > self._memory:
-                with self._path.open("ab") as file:
+                # From the beginning where none wait there: what an earlier attempt left is no
+                # frame of this one.
+                with self._path.open("r+b" if self._on_disk else "wb") as file:
                     file.seek(self._written)
                     file.write(np.ascontiguousarray(frames).tobytes())
                 self._held.append((self._written, frames.shape))

@@ -10,11 +10,12 @@ from sora_engine.serve.failures import ApiError
 from sora_engine.serve.jobs import Jobs
 from sora_engine.serve.live import Live
 from sora_engine.serve.spool import Spool
+from sora_engine.serve.trail import Trail
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sora_engine.runtime.job import Job
+    from sora_engine.runtime.job import Job, Progress
     from sora_engine.serve.finishing import Finisher
 
 logger = logging.getLogger(__name__)
@@ -23,37 +24,28 @@ logger = logging.getLogger(__name__)
 def begin(desk: Jobs, live: Live, finisher: Finisher) -> None:
     """Hand a job over to the engine; what that raises ends the job."""
     row = live.row
-    # The attempt is in the store before it is made: a job that kills the process is counted.
+    # It is in the store before the engine has it: under a job that kills the process, the next
+    # start finds it in flight.
     before = desk.store.change(
-        row.id,
-        "running",
-        when={"queued"},
-        attempts=row.attempts + 1,
-        facts={"mark": mark_of(desk, row.id)},
+        row.id, "running", when={"queued"}, facts={"mark": desk.files.mark(row.id), "lost": False}
     )
     if before is None:
         desk.gone(live)
         return
-    live.spool = Spool(desk.files.tmp / f"{row.id}.frames")
+    live.spool = Spool(desk.files.spool(row.id))
+    live.trail = Trail(desk.files.trail(row.id))
     try:
         job = _submitted(desk, live, finisher)
     except Exception as error:
         finisher.end(live, error)
         return
     live.job = job
+    live.trail.starts(job.resumed_at or 0)
     live.handed_over.set()
     job.add_done_callback(lambda _job: finisher.engine_done(live))
     if live.stopping or live.keeping:
         job.cancel()
     desk.tell(live)
-
-
-def mark_of(desk: Jobs, name: str) -> int:
-    """What tells one savepoint of a job from the next; 0 where there is none."""
-    try:
-        return desk.files.savepoint(name).stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
 
 
 def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
@@ -69,13 +61,23 @@ def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
         live.spool.put(frames)
         finisher.start(live)
 
+    # What was lost once is saved after each step: if it was not what killed the server, the next
+    # loss finds it further.
+    lost = row.attempts > 0 or live.retried
+    save_every_s = None if lost else settings.save_every_s or None
+
+    def tell(progress: Progress) -> None:
+        assert live.trail is not None
+        live.trail.goes(progress.steps_done, progress.frames_decoded)
+        desk.tell(live)
+
     options: dict[str, Any] = {
         "priority": row.facts.get("priority", 0),
         "deadline_s": _left_s(desk, live),
         "on_frames": take,
-        "on_progress": lambda _progress: desk.tell(live),
+        "on_progress": tell,
         "save_to": saved,
-        "save_every_s": settings.save_every_s or None,
+        "save_every_s": save_every_s,
         "keep_frames": False,
     }
     if saved.exists():

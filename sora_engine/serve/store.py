@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     body TEXT NOT NULL,
     facts TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS jobs_of ON jobs (owner, kind, number);
+CREATE INDEX IF NOT EXISTS jobs_by_time ON jobs (owner, kind, created, number);
 CREATE INDEX IF NOT EXISTS jobs_in ON jobs (state);
 CREATE TABLE IF NOT EXISTS idempotency (
     owner TEXT NOT NULL,
@@ -59,8 +59,8 @@ class Row:
 
     kind: `video` or `image`. state: `queued`, `running`, `completed`, `failed`, `cancelled`,
     `deleting` or `expired`. body: the request as it is stored (`translate`). facts: what the answer
-    tells of it. attempts: how often it was begun without getting any further. Times are seconds
-    since 1970.
+    tells of it. attempts: how often the server was lost under it without its getting any further.
+    Times are seconds since 1970.
     """
 
     id: str
@@ -191,7 +191,6 @@ class Store:
         *,
         when: Collection[str],
         completed: float | None = None,
-        attempts: int | None = None,
         facts: dict[str, Any] | None = None,
     ) -> str | None:
         """Bring a job to a state if it is in one of `when`; its state before, or None where it was
@@ -203,13 +202,23 @@ class Store:
                 return None
             told = json.dumps({**json.loads(row[1]), **(facts or {})})
             db.execute(
-                "UPDATE jobs SET state=?, facts=?, completed=COALESCE(?, completed),"
-                " attempts=COALESCE(?, attempts) WHERE id=?",
-                (state, told, completed, attempts, name),
+                "UPDATE jobs SET state=?, facts=?, completed=COALESCE(?, completed) WHERE id=?",
+                (state, told, completed, name),
             )
             return str(row[0])
 
         return self.later(work).result()
+
+    def requeue(self, rows: Collection[Row], forget: str) -> None:
+        """Bring jobs to `queued`, with the attempts and facts of these rows, and forget a fact of
+        the service: all of it or nothing."""
+        told = [(row.attempts, json.dumps(row.facts), row.id) for row in rows]
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE jobs SET state='queued', attempts=?, facts=? WHERE id=?", told)
+            db.execute("DELETE FROM facts WHERE name=?", (forget,))
+
+        self.later(work).result()
 
     def remove(self, name: str) -> None:
         """Forget a job, and the idempotency key that made it."""
@@ -245,16 +254,23 @@ class Store:
         return None if found is None else _row(found)
 
     def page(
-        self, owner: str, *, after: int | None, limit: int, newest: bool, kind: str = "video"
+        self,
+        owner: str,
+        *,
+        after: tuple[float, int] | None,
+        limit: int,
+        newest: bool,
+        kind: str = "video",
     ) -> list[Row]:
-        """An owner's jobs that are not deleted or expired, from behind number `after` on."""
+        """An owner's jobs that are not deleted or expired, by when they were created and then by
+        their numbers, from behind `after` on, which is such a time and number."""
         sign, order = ("<", "DESC") if newest else (">", "ASC")
-        more = "" if after is None else f"AND number {sign} {int(after)} "
+        more = "" if after is None else f"AND (created, number) {sign} (?, ?) "
         with self._reader() as db:
             found = db.execute(
                 f"SELECT {_COLUMNS} FROM jobs WHERE owner=? AND kind=? AND state NOT IN "
-                f"('deleting', 'expired') {more}ORDER BY number {order} LIMIT ?",
-                (owner, kind, limit),
+                f"('deleting', 'expired') {more}ORDER BY created {order}, number {order} LIMIT ?",
+                (owner, kind, *(after or ()), limit),
             ).fetchall()
         return [_row(values) for values in found]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Request
@@ -74,12 +75,15 @@ async def create(request: Request) -> Upload:
 
 
 def _kept(service: Service, intake: Intake, source: BinaryIO) -> tuple[int, str, Examined]:
-    sha256 = service.files.keep_upload(source)
-    path = service.files.upload(sha256)
-    try:
-        found = intake.examine(path)
-    except MediaError as error:
-        path.unlink(missing_ok=True)
-        told = message_of(error, service.hidden)
-        raise ApiError(400, "unreadable_media", f"file: {told}", param="file") from error
-    return path.stat().st_size, sha256, found
+    found: list[tuple[int, Examined]] = []
+
+    def check(path: Path) -> None:
+        try:
+            found.append((path.stat().st_size, intake.examine(path)))
+        except MediaError as error:
+            told = message_of(error, service.hidden)
+            raise ApiError(400, "unreadable_media", f"file: {told}", param="file") from error
+
+    sha256 = service.files.keep_upload(source, check)
+    size, examined = found[0]
+    return size, sha256, examined

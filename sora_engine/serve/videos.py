@@ -9,21 +9,20 @@ from fastapi import APIRouter, Query, Request, Response
 
 from sora_engine.serve.answers import poll_after_ms, video_for
 from sora_engine.serve.content import send_file
+from sora_engine.serve.desk import Desk
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError, bad_value, not_found
+from sora_engine.serve.ids import read_id
 from sora_engine.serve.orders import Order, place
+from sora_engine.serve.pictures import picture_of
 from sora_engine.serve.replies import DeletedVideo, Video, VideoList
 from sora_engine.serve.service import desk_of, owner_of
 from sora_engine.serve.wire import CreateVideo
-from sora_engine.serve.writer import MEDIA_TYPES
+from sora_engine.serve.writer import VIDEO
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=FAILURES)
 
-_FILES = {
-    "video": "video.mp4",
-    "thumbnail": "thumbnail.webp",
-    "spritesheet": "spritesheet.webp",
-}
+_MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/webp"}
 
 
 @router.post(
@@ -46,13 +45,8 @@ async def videos(
 ) -> VideoList:
     """The caller's videos, page by page: `after` is the last id of the page before."""
     desk, owner = desk_of(request), owner_of(request)
-    number = None
-    if after is not None:
-        last = desk.store.get(after)
-        if last is None or last.owner != owner:
-            raise bad_value("after: there is no such video", "after")
-        number = last.number
-    rows = desk.store.page(owner, after=number, limit=limit + 1, newest=order == "desc")
+    behind = None if after is None else _place(desk, owner, after)
+    rows = desk.store.page(owner, after=behind, limit=limit + 1, newest=order == "desc")
     data = [video_for(request, desk, row) for row in rows[:limit]]
     return VideoList(
         data=data,
@@ -60,6 +54,19 @@ async def videos(
         last_id=data[-1].id if data else None,
         has_more=len(rows) > limit,
     )
+
+
+def _place(desk: Desk, owner: str, after: str) -> tuple[float, int]:
+    """Where a page begins: behind a video that may be gone, or another replica's. Those of one
+    microsecond are in the order of their replicas' names."""
+    row = desk.store.get(after)
+    if row is not None and row.owner == owner:
+        return row.created, row.number
+    known = read_id(after)
+    if row is not None or known is None:
+        raise bad_value("after: there is no such video", "after")
+    replica, created = known
+    return created, (-1 if replica < desk.settings.replica else 1 << 62)
 
 
 @router.get("/{video_id}", operation_id="retrieveVideo")
@@ -85,7 +92,7 @@ _CONTENT: dict[int | str, dict[str, Any]] = {
         "description": "The file.",
         "content": {
             kind: {"schema": {"type": "string", "format": "binary"}}
-            for kind in sorted(set(MEDIA_TYPES.values()))
+            for kind in sorted(set(_MEDIA_TYPES.values()))
         },
     },
     206: {"description": "The part that `Range` asks for."},
@@ -111,9 +118,11 @@ async def content(
     row = desk.row(owner_of(request), video_id, "video")
     if row.state != "completed":
         raise ApiError(400, "video_not_completed", f"the video is {row.state}, not completed")
-    file = _FILES[variant]
+    path = desk.files.video(row.id) / VIDEO
     try:
-        path = desk.files.video(row.id) / file
-        return send_file(request, path, MEDIA_TYPES[variant], f"{row.id}.{file}")
+        if variant != "video":
+            frames = row.facts["num_frames"]
+            path = await asyncio.to_thread(picture_of, desk.files, row.id, variant, frames)
+        return send_file(request, path, _MEDIA_TYPES[variant], f"{row.id}.{path.name}")
     except FileNotFoundError:  # it was removed in between
         raise not_found() from None

@@ -14,6 +14,20 @@ LOOK_EVERY_S = 0.25
 """How often it is asked whether the client is still there."""
 
 
+OF_THE_REQUEST = frozenset(
+    ("invalid_value", "memory_limit", "unreadable_media", "deadline", "cancelled", "not_finite")
+)
+"""Codes of jobs that failed by what was asked, or by who asked; they would fail again."""
+
+
+def failure_of(row: Row) -> ApiError:
+    """The answer to a client that waited for a job which is not completed."""
+    error = row.facts.get("error", {"code": "internal", "message": "the server failed"})
+    status = 400 if error["code"] in OF_THE_REQUEST else 500
+    status = 403 if error["code"] == "refused" else status
+    return ApiError(status, error["code"], error["message"], retry=False)
+
+
 async def ended(request: Request, desk: Desk, row: Row) -> Row:
     """The job once it is done. A client that goes away cancels it: then ApiError 499."""
     live = desk.live(row.id)

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sora_engine.io.formats import LEAST_FPS, MAX_FPS
+
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Sha = Annotated[str, Field(pattern=r"^upload_[0-9a-f]{64}$")]
 
@@ -18,7 +20,8 @@ class Body(BaseModel):
 
 
 class Media(Body):
-    """A picture or a clip: an upload, one of the caller's videos, or a data URL.
+    """A picture or a clip: an upload, one of the caller's videos, or a data URL (where the operator
+    allows it, another URL).
 
     start, stop: the frames of it that count, at the request's frame rate.
     """
@@ -27,7 +30,9 @@ class Media(Body):
     video_id: Annotated[
         str | None, Field(max_length=64, validation_alias=AliasChoices("video_id", "id"))
     ] = None
-    image_url: Annotated[str | None, Field(description="A data URL.")] = None
+    image_url: Annotated[
+        str | None, Field(description="A data URL, or what --allow-urls allows.")
+    ] = None
     start: Annotated[int, Field(ge=0)] = 0
     stop: Annotated[int | None, Field(ge=1)] = None
 
@@ -122,7 +127,7 @@ class Sampling(Body):
     ] = None
     height: Annotated[int | None, Field(ge=1)] = None
     width: Annotated[int | None, Field(ge=1)] = None
-    fps: Annotated[float | None, Field(gt=0)] = None
+    fps: Annotated[float | None, Field(ge=LEAST_FPS, le=MAX_FPS[".mp4"])] = None
     negative_prompt: Annotated[str | None, Field(max_length=32_000)] = None
     original_prompt: Annotated[str | None, Field(max_length=32_000)] = None
     num_inference_steps: Annotated[int | None, Field(ge=1)] = None

@@ -15,7 +15,7 @@ from sora_engine.serve.orders import Order, place, propose
 from sora_engine.serve.replies import Plan, Video
 from sora_engine.serve.service import desk_of, owner_of
 from sora_engine.serve.videos import content
-from sora_engine.serve.waiting import ended
+from sora_engine.serve.waiting import ended, failure_of
 from sora_engine.serve.wire import (
     ConnectVideos,
     CreateVideo,
@@ -81,9 +81,7 @@ async def sync(request: Request) -> Response:
     row = await place(request, Order("create", CreateVideo))
     row = await ended(request, desk_of(request), row)
     if row.state != "completed":
-        error = row.facts.get("error", {"code": "internal", "message": "the server failed"})
-        status = 400 if error["code"] in ("invalid_value", "unreadable_media") else 500
-        raise ApiError(status, error["code"], error["message"], retry=False)
+        raise failure_of(row)
     response = await content(row.id, request, "video")
     response.headers["x-video-id"] = row.id
     return response

@@ -1,4 +1,4 @@
-"""T5, the text encoder of PixArt and its kin, through transformers: texts padded to a length.
+"""T5, the text encoder of PixArt and its kin, texts padded to a length.
 
 Their transformers read the tokens of a text, and for the unconditional branch as many tokens of the
 negative text as the text has, padding among them. So texts are encoded at the full length, and a
@@ -19,7 +19,9 @@ from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import find_weights
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.text.settings import read_settings
-from sora_engine.text.umt5 import UMT5Encoder, load_tokenizer
+from sora_engine.text.t5_layers import T5Layers, T5Shape
+from sora_engine.text.t5_tokenizer import T5Tokenizer, load_tokenizer
+from sora_engine.text.umt5 import UMT5Encoder
 from sora_kernels.transfer import to_device
 
 CLASS_NAME = "T5EncoderModel"
@@ -52,10 +54,7 @@ def prepared(prompt: str) -> str:
 
 
 class T5Encoder(UMT5Encoder):
-    """Turns prompts into embeddings of `max_tokens` tokens each.
-
-    `model` is transformers' `T5EncoderModel`, `tokenizer` its `T5Tokenizer`.
-    """
+    """Turns prompts into embeddings of `max_tokens` tokens each."""
 
     @classmethod
     def from_folders(
@@ -70,7 +69,7 @@ class T5Encoder(UMT5Encoder):
         """Load `text_encoder/` and `tokenizer/` of a diffusers folder from the disk alone. Raises
         CheckpointError."""
         words = _tokenizer(tokenizer, text_encoder)
-        model: Any = _load(Path(text_encoder), device, dtype)
+        model = _load(Path(text_encoder), device, dtype)
         if len(words) > model.config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer has {len(words)} tokens, the text encoder "
@@ -99,19 +98,18 @@ class T5Encoder(UMT5Encoder):
         each = [self.ids(prompt) for prompt in prompts]
         for ids in each:
             if ids not in done:
-                row = torch.full((1, self.max_tokens), int(self.tokenizer.pad_token_id))
+                row = torch.full((1, self.max_tokens), self.tokenizer.pad_id)
                 row[0, : len(ids)] = torch.tensor(ids)
                 mask = (torch.arange(self.max_tokens) < len(ids)).long()[None]
                 inputs = to_device(row, self.device), to_device(mask, self.device)
-                made = self.model(input_ids=inputs[0], attention_mask=inputs[1])
-                done[ids] = made.last_hidden_state[0]
+                done[ids] = self.model(input_ids=inputs[0], attention_mask=inputs[1])[0]
         return [done[ids] for ids in each]
 
 
 class T5TokenCounts:
     """How many of its tokens are a prompt's own: the same tokenizer, and no layers."""
 
-    def __init__(self, tokenizer: Any, device: torch.device, max_tokens: int) -> None:
+    def __init__(self, tokenizer: T5Tokenizer, device: torch.device, max_tokens: int) -> None:
         self.model, self.tokenizer = nn.Identity(), tokenizer
         self.device, self.max_tokens = device, max_tokens
 
@@ -142,7 +140,7 @@ class T5TokenCounts:
         return 0
 
 
-def _tokenizer(folder: str | Path | None, encoder: str | Path) -> Any:
+def _tokenizer(folder: str | Path | None, encoder: str | Path) -> T5Tokenizer:
     if folder is None:
         raise CheckpointError(
             "a T5 encoder needs a tokenizer, and this one brings none; the tokenizer/ of a "
@@ -152,17 +150,16 @@ def _tokenizer(folder: str | Path | None, encoder: str | Path) -> Any:
     return load_tokenizer(Path(folder))
 
 
-def _ids(tokenizer: Any, prompt: str, most: int) -> tuple[int, ...]:
-    return tuple(tokenizer(prepared(prompt), truncation=True, max_length=most).input_ids)
+def _ids(tokenizer: T5Tokenizer, prompt: str, most: int) -> tuple[int, ...]:
+    return tuple(tokenizer.ids(prepared(prompt), most))
 
 
-def _count(tokenizer: Any, prompt: str, most: int, *, whole: bool) -> int:
-    ids = tokenizer(prepared(prompt), truncation=False, verbose=False).input_ids
-    return len(ids) if whole else min(len(ids), most)
+def _count(tokenizer: T5Tokenizer, prompt: str, most: int, *, whole: bool) -> int:
+    return len(tokenizer.ids(prepared(prompt), None if whole else most))
 
 
-def _load(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> nn.Module:
-    """transformers' `T5EncoderModel` with the weights of a folder, in evaluation mode."""
+def _load(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> T5Layers:
+    """The layers with the weights of a folder, in evaluation mode."""
     values = read_settings(
         path / "config.json",
         CLASS_NAME,
@@ -170,10 +167,8 @@ def _load(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> 
         choices={"feed_forward_proj": ("gated-gelu", "relu")},
         known=_KNOWN,
     )
-    from transformers import T5Config, T5EncoderModel  # seconds to import
-
     with torch.device("meta"):
-        model = T5EncoderModel(T5Config(**values, dropout_rate=0.0))
+        model = T5Layers(T5Shape(**values, bias_in_each_layer=False))
     with open_weights(find_weights(path, "model")) as weights:
         load_into(
             model,

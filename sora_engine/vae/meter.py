@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-META = torch.device("meta")
+from sora_engine.vae.meta_ops import META, on_meta
 
 
 class StorageMeter(TorchDispatchMode):
@@ -45,10 +45,15 @@ class StorageMeter(TorchDispatchMode):
     def _free(self, key: int) -> None:
         self.now -= self._alive.pop(key, 0)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: the compiler would be imported to say so. What is rehearsed is never compiled."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = on_meta(func, args, kwargs or {})
         self.count(out if isinstance(out, tuple | list) else (out,))
         return out
 

@@ -129,12 +129,13 @@ def hollow_vae(config: VAEConfig, dtype: torch.dtype) -> CausalVAE:
     with META:
         vae = build_vae(config).to(dtype).requires_grad_(False).prepare(onednn=False)
         latents = torch.empty(1, config.z_dim, 1, _SMALLEST, _SMALLEST, dtype=dtype)
-    for _ in _in_chunks(vae.decode_chunk, [latents] * 3):
-        pass
-    if vae_kind(config.class_name).encodes:
-        chunks = _pixels(config, _SMALLEST, _SMALLEST, dtype, length=3)
-        for _ in _in_chunks(vae.encode_chunk, chunks):
+    with StorageMeter():  # whose operations are quick, and do not import torch's compiler
+        for _ in _in_chunks(vae.decode_chunk, [latents] * 3):
             pass
+        if vae_kind(config.class_name).encodes:
+            chunks = _pixels(config, _SMALLEST, _SMALLEST, dtype, length=3)
+            for _ in _in_chunks(vae.encode_chunk, chunks):
+                pass
     return vae
 
 

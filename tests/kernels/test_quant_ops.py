@@ -70,6 +70,36 @@ def test_rows_do_not_depend_on_company_by_tiles(monkeypatch):
             assert torch.equal(part, whole[:rows]), (rows, dtype)
 
 
+LONG = {**CASE, "rows": 103, "ins": 2304, "outs": 70, "scales": 12, "dtype": torch.bfloat16}
+"""Several stretches of inputs, more rows than wait for the next, columns of a second panel."""
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("format", FORMATS)
+def test_native_quant_linear_of_long_rows(format):
+    check_quant({**LONG, "format": format, "gelu": None}, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize(("format", "ins"), [("Q4_K", 2304), ("Q8_0", 96), ("int8", 2112)])
+def test_rows_do_not_depend_on_company_or_threads(format, ins):
+    """Of 1 to 2,000 rows in bf16, by the number of threads."""
+    weight, scale, _ = quantised(format, 200, ins, 1, generator(1))
+    x = torch.randn(2000, ins, generator=generator(2)).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = sk.quant_linear(x, weight, scale, format=format, backend="native")
+        for count, rows in ((1, 1), (1, 2), (2, 5), (1, 6), (3, 7), (2, 97), (1, 289), (5, 2000)):
+            torch.set_num_threads(count)
+            for first in (0, 2000 - rows):
+                part = x[first : first + rows]
+                part = sk.quant_linear(part, weight, scale, format=format, backend="native")
+                assert torch.equal(part, whole[first : first + rows]), (rows, first, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.usefixtures("native_library")
 @pytest.mark.skipif(int8.problem() is not None, reason=str(int8.problem()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,26 +6,33 @@ code or null. A server's stdout and stderr go to its log.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sora_engine.config import Limits
+from sora_engine.io import video_writer
 from sora_engine.models.loading import load_video_model
 from sora_engine.models.video_model import VideoModel
+from sora_engine.runtime import savepoint
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job
-from sora_engine.serve import desk, finishing, server
+from sora_engine.serve import desk, finishing, server, writer
 from sora_engine.serve import files as files_module
 from sora_engine.serve.desk import Desk
 from sora_engine.serve.settings import settings_from
 from sora_engine.serve.spool import Spool
+from sora_engine.serve.store import Store
 from sora_engine.serve.writer import ResultWriter
 
 
@@ -166,27 +173,26 @@ def device_dies_at_step(step: int) -> None:
 
 
 def kill_at_step(step: int) -> None:
-    """A job that kills its process."""
-    plain = Job.tell_progress
+    """A job that kills its process in the step behind this one."""
+    _kill_before(lambda job: job.progress.steps_done == step)
 
-    def told(self: Job) -> None:
-        plain(self)
-        if self.progress.steps_done == step:
+
+def _kill_before(meets: Callable[[Job], bool]) -> None:
+    from sora_engine.runtime.worker import Worker
+
+    plain = Worker._step
+
+    def stepped(self: Worker, jobs: list[Job]) -> None:
+        if any(map(meets, jobs)):
             os.kill(os.getpid(), signal.SIGKILL)
+        plain(self, jobs)
 
-    Job.tell_progress = told  # type: ignore[method-assign]
+    Worker._step = stepped  # type: ignore[method-assign]
 
 
 def kill_by_seed(seed: int) -> None:
-    """One job that kills its process, at its second step."""
-    plain = Job.tell_progress
-
-    def told(self: Job) -> None:
-        plain(self)
-        if self.request.seed == seed and self.progress.steps_done == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Job.tell_progress = told  # type: ignore[method-assign]
+    """One job that kills its process, in its third step."""
+    _kill_before(lambda job: job.request.seed == seed and job.progress.steps_done == 2)
 
 
 def quick_linger(_: int) -> None:
@@ -205,12 +211,60 @@ def small_spool(size: int) -> None:
     Spool.__init__.__defaults__ = (size,)  # type: ignore[misc]
 
 
+def full_disk(where: dict[str, str]) -> None:
+    """A disk without room for one kind of thing, as long as a file is there."""
+    kind, switch = where["at"], Path(where["while"])
+
+    def full() -> bool:
+        if switch.exists():
+            print("FULL", kind, flush=True)
+        return switch.exists()
+
+    def refuse(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def method(*arguments: Any, **options: Any) -> Any:
+            if full():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return plain(*arguments, **options)
+
+        setattr(owner, name, method)
+
+    def commit(self: Store, work: Any) -> Any:
+        def within(db: sqlite3.Connection) -> Any:
+            pages = db.execute("PRAGMA page_count").fetchone()[0] if full() else 1 << 30
+            db.execute(f"PRAGMA max_page_count={pages}")
+            if switch.exists():  # as large as a row and its receipt may be
+                db.execute("CREATE TABLE IF NOT EXISTS more (x)")
+                db.execute("INSERT INTO more VALUES (zeroblob(100000))")
+            return work(db)
+
+        return plain_later(self, within)
+
+    plain_later = Store.later
+    match kind:
+        case "savepoint":
+            refuse(savepoint, "write_atomically")
+        case "video":
+            refuse(video_writer._Mp4Writer, "write")
+        case "end of video":
+            refuse(video_writer._Mp4Writer, "close")
+        case "sheet":
+            refuse(writer, "_sheet")
+        case "spool":
+            refuse(Spool, "put")
+        case "place":
+            refuse(files_module.Files, "place")
+        case "commit":
+            Store.later = commit  # type: ignore[method-assign]
+
+
 FAULTS = {
     function.__name__: function
     for function in (
         *(stall_at_step, stall_at_frame, stall_before_begin, stall_while_writing),
         *(stall_before_row, slow_steps, slow_writer, device_dies_at_step, kill_at_step),
-        *(kill_by_seed, quick_linger, quick_pause, quick_end, small_spool),
+        *(full_disk, kill_by_seed, quick_linger, quick_pause, quick_end, small_spool),
     )
 }
 

@@ -44,15 +44,15 @@ def test_all_that_is_sent_is_made(
     assert set(found.samples) == {SUBJECT, http.EMBEDDED, http.SAVING}
     assert all(value > 0 for values in found.samples.values() for value in values)
     assert len(service.desk.store.all("completed")) - before == 2 * 4  # one round, and a warm-up
-    alone = http._latency(engine, client, TINY, 2)
+    alone = http._latency(engine, service.url, TINY, 2)
     assert len(service.desk.store.all("completed")) - before == 2 * 4 + 3
     assert alone.spread(http.EMBEDDED).median > 0
 
 
-def test_polls_and_cancels_leave_nothing(service: Service, client: http.Client) -> None:
+def test_polls_and_cancels_leave_nothing(service: Service) -> None:
     found: list[Measurement] = [
-        http._polls(service.url, client, LONG, 3, 0.2),
-        http._cancel(client, LONG, 2),
+        http._polls(service.url, LONG, 3, 0.2),
+        http._cancel(service.url, LONG, 2),
     ]
     assert all(value > 0 for one in found for value in one.samples[SUBJECT])
     rate = found[0].figures["polls a second"]

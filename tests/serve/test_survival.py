@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -71,13 +73,15 @@ def test_a_job_is_done_after_a_kill_at_each_stage(
     assert leftovers(data) == []
 
 
-def test_a_job_that_kills_its_server_fails_after_three_attempts(nursery: Nursery, tmp_path):
+@pytest.mark.parametrize(("step", "lives"), [(0, 3), (2, 3)])
+def test_a_job_that_kills_its_server_is_given_up(nursery: Nursery, tmp_path, step, lives):
+    """After three times at one point: in its first step, or in a later one."""
     data = tmp_path / "data"
     name = None
-    for attempt in range(3):
-        faults = {"kill_at_step": 2, "slow_steps": 20}
+    for life in range(lives):
+        faults = {"kill_at_step": step}
         with Server(nursery, data, faults=faults, ready=False) as server:
-            if attempt == 0:
+            if life == 0:
                 server.url = server.said("LISTENING")
                 server.said("READY")
                 server.http = httpx.Client(base_url=server.url)
@@ -243,3 +247,99 @@ def test_rows_that_were_acknowledged_are_there(nursery: Nursery, tmp_path):
     with Server(nursery, data) as second:
         for name in told:
             second.completed(name)
+
+
+def test_kills_of_a_server_that_was_told_to_stop_are_held_against_no_job(nursery, tmp_path):
+    """As of a supervisor whose patience ends before the drain's."""
+    data = tmp_path / "data"
+    for signals, attempts in ([signal.SIGTERM], 0), ([], 1):
+        with Server(nursery, data, faults={"stall_at_step": 1}) as server:
+            if signals:
+                server.create(**JOB)
+            server.said("STALLED")
+            for number in signals:
+                server.signal(number)
+                server.until(lambda server=server: server.http.get("/ready").status_code == 503)
+                time.sleep(0.1)
+            server.kill()
+        with Server(nursery, data, faults={"stall_before_begin": 1}):
+            pass
+        with sqlite3.connect(data / "jobs.sqlite") as rows:
+            found = rows.execute("SELECT state, attempts FROM jobs").fetchall()
+            assert found == [("queued", attempts)]
+
+
+def test_pictures_of_a_server_that_was_killed_leave_nothing(nursery: Nursery, tmp_path):
+    data = tmp_path / "data"
+    body = {"prompt": "a red circle", "n": 3, "size": "32x32", "num_inference_steps": 4}
+    with Server(nursery, data, faults={"stall_at_step": 2}, max_running=2) as server:
+
+        def ask(url: str = server.url) -> None:
+            with contextlib.suppress(httpx.TransportError):
+                httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+
+        asked = threading.Thread(target=ask)
+        asked.start()
+        server.said("STALLED")
+        server.kill()
+        asked.join()
+    with Server(nursery, data) as server:
+        assert leftovers(data) == []
+        with sqlite3.connect(data / "jobs.sqlite") as rows:
+            assert rows.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
+        assert server.http.post("/v1/images/generations", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        *("savepoint", "video", "spool"),
+        *(pytest.param(at, marks=pytest.mark.slow) for at in ("end of video", "sheet", "place")),
+    ],
+)
+def test_a_disk_that_is_full_at_any_moment_loses_no_job(
+    nursery: Nursery, tmp_path, undisturbed, at
+):
+    data, switch = tmp_path / "data", tmp_path / "full"
+    switch.touch()
+    faults = {"full_disk": {"at": at, "while": str(switch)}, "quick_pause": 1}
+    with Server(nursery, data, faults=faults, save_every_s="0.000001") as server:
+        name = server.create(**JOB)["id"]
+        server.said(f"FULL {at}")
+        if at != "savepoint":  # without which a job goes on
+            server.until(lambda: server.text().count(f"FULL {at}") >= 2)  # it is tried again
+            assert server.get(name)["status"] in ("queued", "in_progress")
+        else:
+            server.completed(name)
+        switch.unlink()
+        server.completed(name)
+        assert np.abs(latents(server, name) - undisturbed).max() <= 1e-5 * np.abs(undisturbed).max()
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+    assert leftovers(data) == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_store_without_room_loses_no_job(nursery: Nursery, tmp_path, undisturbed, killed):
+    """The row cannot say that its job is completed; the files are there."""
+    data, switch = tmp_path / "data", tmp_path / "full"
+    faults = {"full_disk": {"at": "commit", "while": str(switch)}, "slow_steps": 50}
+    with Server(nursery, data, faults=faults) as server:
+        name = server.create(**JOB)["id"]
+        server.until(lambda: server.get(name)["steps_done"] >= 1)
+        switch.touch()
+        answer = server.http.post("/v1/videos", json={"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "disk_full")
+        server.until(lambda: (data / "videos" / name).exists())
+        assert server.get(name)["status"] == "in_progress"
+        if killed:
+            server.kill()
+        switch.unlink()
+        if not killed:
+            server.completed(name)
+    with Server(nursery, data) as server:
+        server.completed(name)
+        assert np.abs(latents(server, name) - undisturbed).max() <= 1e-5 * np.abs(undisturbed).max()
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+    assert leftovers(data) == []

@@ -178,6 +178,35 @@ def test_one_of_two_experts_alone_is_told_of(copy, tmp_path, capsys, file, other
     assert f"the one for {other} noise goes beside it" in told
 
 
+def test_two_experts_by_either_option_and_in_order(parts, tmp_path, capsys):
+    """--model-2 is a second --model; by their names in the wrong order they are refused."""
+    beside = ["--components", str(parts)]
+    made = {}
+    for name, models in {
+        "twice": ["--model", str(parts / HIGH), "--model", str(parts / LOW)],
+        "two": ["--model", str(parts / HIGH), "--model-2", str(parts / LOW)],
+        "one": ["--model", str(parts / HIGH), "--model", str(parts / VAE)],
+    }.items():
+        path = tmp_path / f"{name}.png"
+        one = ["generate", "a", *models, *beside, *SMALL, "-o", str(path)]
+        one[one.index("5")] = "1"
+        assert main(one) == (2 if name == "one" else 0), capsys.readouterr().err
+        made[name] = read_video(path)[0] if path.exists() else None
+    assert (made["twice"] == made["two"]).all()
+    capsys.readouterr()
+    for models, says in (
+        (["--model", LOW, "--model-2", HIGH], "by their names the two experts are low and high"),
+        (["--model", HIGH, "--model-2", HIGH], "are high and high noise; the one for high noise"),
+        (["--model-2", LOW], "--model-2: it goes beside one --model.*none are given"),
+        (["--model", HIGH, "--model", LOW, "--model-2", LOW], "2 are given"),
+        (["--model", HIGH, "--model-2", "no.gguf"], "no.gguf does not exist"),
+    ):
+        paths = [part if part.startswith("--") else str(parts / part) for part in models]
+        assert main(["generate", "a", *paths, *beside, *SMALL, "-o", str(tmp_path / "o.mp4")]) == 2
+        told = capsys.readouterr().err
+        assert re.search(says, told), told
+
+
 @pytest.mark.parametrize(
     ("file", "what", "use"),
     [

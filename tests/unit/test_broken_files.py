@@ -249,6 +249,10 @@ BROKEN = {
     "a scale of another shape": (
         HIGH, changed(HIGH, **{slashed(SCALE): torch.ones(7, 1)}), r"shape \[7, 1\]", SCALE,
     ),
+    "a scale of NaN": (
+        HIGH, changed(HIGH, **{slashed(SCALE): torch.tensor(float("nan"))}),
+        "scale that is NaN or infinite", SCALE,
+    ),
     "a scale of integers": (
         HIGH, changed(HIGH, **{slashed(SCALE): torch.ones(1, dtype=torch.int32)}),
         "scales are floating-point", SCALE,

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import sora_engine as sora
 from sora_engine.cli import main
-from sora_engine.cli.app import one_line
+from sora_engine.cli.app import app, one_line
 from sora_engine.cli.work import follow
 from sora_engine.io.video_writer import write_video
 
@@ -169,3 +169,38 @@ def test_what_is_told_is_told_once(tmp_path: Path) -> None:
     assert len(lines) == len(begins), run.stderr
     for line, begin in zip(lines, begins, strict=True):
         assert line.startswith(begin)
+
+
+FAILURES = [
+    BrokenPipeError(32, "Broken pipe"),
+    EOFError(),
+    ConnectionResetError(104, "Connection reset by peer"),
+    OSError(),
+    AssertionError(),
+    MemoryError(),
+    KeyboardInterrupt(),
+    SystemExit("why it ended"),
+    SystemExit(3),
+    SystemExit(143),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+def test_no_command_fails_without_a_word(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    command = app.registered_commands[0]
+    monkeypatch.setattr(command, "callback", fail)
+    monkeypatch.setattr(command, "name", "broken")
+    code = main(["broken"])
+    assert code != 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("sora: error: ")
+    assert len(told[0]) > len("sora: error: ")
+    interrupted = isinstance(error, KeyboardInterrupt)
+    assert ("interrupted" in told[0]) == interrupted
+    assert (code == 130) == interrupted

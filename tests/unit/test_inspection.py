@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+import time
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from sora_engine.cli.app import main
+from sora_engine.errors import CheckpointError
 from sora_engine.io.safetensors import SafetensorsFile
 from sora_engine.models.inspection import inspect_file
+from sora_engine.models.wan.config import WanConfig
+from sora_engine.models.wan.model import WanTransformer
+from sora_engine.models.wan.names import to_wan_name
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_checkpoint import original_names
 from sora_engine.vae.wan_config import WanVAEConfig
@@ -63,6 +71,40 @@ def test_a_format_is_named(tmp_path, kind):
 def test_a_variant_is_named(tmp_path, changes, says):
     save_file({n: v.contiguous() for n, v in tensors(**changes).items()}, tmp_path / "wan")
     assert says in inspect_file(tmp_path / "wan").kinds[0]
+
+
+def test_a_14b_file_of_28_gb_by_its_header(tmp_path):
+    """A file with holes in the place of its values, which nobody reads."""
+    config = WanConfig()
+    with torch.device("meta"):
+        shapes = {n: list(v.shape) for n, v in WanTransformer(config).state_dict().items()}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + 2 * math.prod(shape)
+        header[to_wan_name(name)] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    path = tmp_path / "wan2.2_t2v_high_noise_14B_bf16.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    if path.stat().st_blocks * 512 > 1 << 24:
+        pytest.skip("this file system has no files with holes")
+    began = time.process_time()
+    report = inspect_file(path)
+    assert time.process_time() - began < 1
+    assert report.kinds[0].startswith("wan transformer, t2v: 40 layers, 5120 wide, 16 channels in")
+    assert report.size_bytes == pytest.approx(28.6e9, rel=0.01)
+    assert "takes 28.5" in report.lines()[-1]
+
+
+def test_a_folder_is_told_by_its_files(tmp_path):
+    with pytest.raises(CheckpointError, match=r"a folder; .*this one holds none"):
+        inspect_file(tmp_path)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "wan_2.1_vae.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"it holds vae.wan_2\.1_vae\.safetensors$"):
+        inspect_file(tmp_path)
 
 
 def test_a_vae_and_a_stranger_on_the_command_line(tmp_path, capsys, monkeypatch):

@@ -9,7 +9,9 @@ from statistics import median
 
 import pytest
 
+import sora_engine as sora
 from sora_engine.runtime.scheduler import Scheduler, Ticket
+from tests.faults.engines import comes_true, engine
 
 
 @dataclass
@@ -179,3 +181,15 @@ def test_small_requests_do_not_wait_for_large_ones(seed):
     small = [i for i, (tokens, _) in enumerate(sizes) if tokens < 100]
     assert now < 1.02 * fifo_end
     assert 3 * median(ours[i] for i in small) < median(fifo[i] for i in small)
+
+
+def test_jobs_that_are_done_hold_no_share():
+    """Whatever their length: an engine that lives for long has as little to carry as a new one."""
+    with engine() as made:
+        for frames, steps in ((1, 1), (1, 3), (5, 2), (8, 1), (9, 2), (17, 1)):
+            request = sora.VideoRequest(
+                "a", height=32, width=32, num_frames=frames, num_inference_steps=steps
+            )
+            made.generate(request)
+        scheduler = made._workers[0]._scheduler
+        assert comes_true(lambda: not scheduler._shared), scheduler._shared

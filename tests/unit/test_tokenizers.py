@@ -7,9 +7,11 @@ import shutil
 import sys
 
 import pytest
+import transformers
 
 from sora_engine.errors import CheckpointError
-from sora_engine.text.umt5 import load_tokenizer
+from sora_engine.text.sentencepiece import SentencePieceModel
+from sora_engine.text.t5_tokenizer import load_tokenizer
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -28,6 +30,8 @@ PROMPTS = [
     "é vs e\u0301",
     "UPPER lower MiXeD",
 ]
+# What a text may have of the tokens that are no words.
+MARKED = ["a </s> b", "<pad>red<unk>", "x<extra_id_0>y <extra_id_2>", " <extra_id_1> ", "</s>"]
 CONFIG = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
 CONFIG |= {"pad_token": "<pad>", "extra_ids": 0}
 
@@ -58,10 +62,6 @@ def folder(trained, tmp_path):
     return tmp_path
 
 
-def ids(tokenizer, prompt):
-    return tokenizer(prompt).input_ids
-
-
 @pytest.mark.parametrize("config", [CONFIG, None], ids=["with a configuration", "alone"])
 def test_spiece_alone_gives_the_ids_of_sentencepiece(folder, config, monkeypatch):
     """In an installation without sentencepiece, which the engine does not ask for."""
@@ -72,34 +72,73 @@ def test_spiece_alone_gives_the_ids_of_sentencepiece(folder, config, monkeypatch
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer) == reference.get_piece_size()
     for prompt in PROMPTS:
-        assert ids(tokenizer, prompt) == [*reference.encode(prompt), 1], prompt
+        assert tokenizer.ids(prompt) == [*reference.encode(prompt), 1], prompt
 
 
 def test_sentinels_come_after_the_pieces(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "extra_ids": 3}))
     tokenizer = load_tokenizer(folder)
     size = len(tokenizer)
-    found = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(3)]
+    found = [tokenizer.ids(f"<extra_id_{i}>")[0] for i in range(3)]
     assert found == [size - 1, size - 2, size - 3]
 
 
 def test_special_tokens_as_objects(folder):
     """As transformers 4 wrote them."""
-    token = {"content": "</s>", "lstrip": False, "single_word": False, "__type": "AddedToken"}
+    token = {"content": "<unk>", "lstrip": False, "single_word": False, "__type": "AddedToken"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "eos_token": token}))
-    assert load_tokenizer(folder).eos_token == "</s>"
+    assert load_tokenizer(folder).eos_id == 2
 
 
-def test_tokenizer_json_alone(folder):
-    load_tokenizer(folder).save_pretrained(folder / "saved")
-    whole = load_tokenizer(folder / "saved")
-    (folder / "saved" / "tokenizer_config.json").unlink()
-    for other in folder.glob("saved/s*"):
-        other.unlink()
-    alone = load_tokenizer(folder / "saved")
-    assert len(alone) == len(whole)
-    for prompt in PROMPTS:
-        assert ids(alone, prompt) == ids(whole, prompt)
+@pytest.fixture(params=[0, 3, 100])
+def saved(folder, tmp_path, request):
+    """As transformers saves it, with so many sentinels: its tokenizer and the folder."""
+    extra = request.param
+    model = SentencePieceModel.read(folder / "spiece.model")
+    sentinels = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(extra))]
+    theirs = transformers.T5Tokenizer(
+        vocab=[*model.pieces, *sentinels],
+        _spm_precompiled_charsmap=model.charsmap,
+        extra_ids=extra,
+    )
+    theirs.save_pretrained(tmp_path / "saved")
+    return theirs, tmp_path / "saved"
+
+
+def test_the_ids_are_those_of_transformers(saved):
+    theirs, folder = saved
+    whole = load_tokenizer(folder)
+    (folder / "tokenizer_config.json").unlink()
+    alone = load_tokenizer(folder)
+    assert len(alone) == len(whole) == len(theirs)
+    assert whole.pad_id == theirs.pad_token_id
+    for prompt in (*PROMPTS, *MARKED):
+        want = theirs(prompt).input_ids
+        assert whole.ids(prompt) == alone.ids(prompt) == want, prompt
+        cut = theirs(prompt, truncation=True, max_length=5).input_ids
+        assert whole.ids(prompt, 5) == cut, prompt
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extra_ids": 2},
+        {"added_tokens_decoder": {"3": {"content": "red", "lstrip": True, "special": True}}},
+        {"additional_special_tokens": ["white", "<extra_id_0>"], "extra_ids": 1},
+    ],
+)
+def test_tokens_that_a_configuration_adds(folder, tmp_path, changes):
+    model = SentencePieceModel.read(folder / "spiece.model")
+    mine = transformers.T5Tokenizer(
+        vocab=model.pieces, _spm_precompiled_charsmap=model.charsmap, extra_ids=0
+    )
+    mine.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/tokenizer_config.json").write_text(json.dumps({**CONFIG, **changes}))
+    theirs = transformers.T5Tokenizer.from_pretrained(tmp_path / "saved")
+    ours = load_tokenizer(tmp_path / "saved")
+    assert len(ours) == len(theirs)
+    for prompt in (*PROMPTS, *MARKED):
+        assert ours.ids(prompt) == theirs(prompt).input_ids, prompt
 
 
 @pytest.mark.parametrize(

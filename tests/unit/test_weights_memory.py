@@ -75,16 +75,21 @@ def test_loading_peaks_below_1_2_times_the_weights(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["fp8_scaled, legacy", "int8 by row", "mxfp8", "nvfp4"])
 def test_each_byte_is_read_once(tmp_path, monkeypatch, kind):
-    from sora_engine.io.safetensors import SafetensorsFile
+    from sora_engine.io.mapped_file import MappedFile
 
     path = tmp_path / "w.safetensors"
     write_safetensors(path, kind, {"blocks.0.q.weight": torch.randn(3000, 1024)})
     read = []
-    flat = SafetensorsFile._flat
+    view, fill = MappedFile.view, MappedFile.fill
     monkeypatch.setattr(
-        SafetensorsFile,
-        "_flat",
-        lambda self, start, end: read.append((start, end)) or flat(self, start, end),
+        MappedFile,
+        "view",
+        lambda self, start, end: read.append((start, end)) or view(self, start, end),
+    )
+    monkeypatch.setattr(
+        MappedFile,
+        "fill",
+        lambda self, start, to: read.append((start, start + to.nbytes)) or fill(self, start, to),
     )
     with open_weights(path) as weights:
         read.clear()  # of the marks

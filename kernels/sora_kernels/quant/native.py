@@ -1,11 +1,15 @@
-"""Weights unpacked by csrc/cpu, some rows at a time, and multiplied by PyTorch's product.
+"""Weights unpacked by csrc/cpu, some rows at a time, and multiplied.
 
-A tile is dense in x's dtype, so the product runs at the rate that it has for dense weights; one
+In bf16, on processors with AVX512-BF16, csrc/cpu multiplies too: 64 rows of the weight are unpacked
+into the second cache, and all rows of x go through them. Else a tile is unpacked into memory, dense
+in x's dtype, and goes through PyTorch's product, at the rate that it has for dense weights; one
 tile at a time is in memory. Unpacking is in proportion to the weight, the product to the weight
 times the rows: of a video it is a few per cent.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +49,13 @@ def dequantised(weight: Tensor, scale: Tensor | None, format: str, dtype: torch.
     return torch.ops.sora.native_unpack(weight, scale, number, ins, 0, weight.shape[0], dtype)
 
 
+@functools.cache
+def has_pairs() -> bool:
+    """Whether bf16 products are our own: AVX512-BF16, and no AMX, with which oneDNN's are faster
+    than any unpacking costs."""
+    return torch.ops.sora.native_quant_linear_serves() and not torch.cpu._is_amx_tile_supported()
+
+
 def unpack(call: Operands, first: int, count: int) -> Tensor:
     """Rows of the weight, dense in x's dtype."""
     number = FORMATS.index(call.format)
@@ -55,6 +66,11 @@ def unpack(call: Operands, first: int, count: int) -> Tensor:
 
 def run(call: Operands) -> Tensor:
     x, rows = call.x, call.x.shape[0]
+    if x.dtype == torch.bfloat16 and call.ins % 32 == 0 and has_pairs():
+        number, gelu = FORMATS.index(call.format), GELUS.index(call.gelu)
+        return torch.ops.sora.native_quant_linear(
+            x, call.weight, call.scale, call.bias, number, gelu
+        )
     # Products of a few rows go another way, in which sums have another order: a row's bits would
     # depend on its company.
     least = 8 * torch.get_num_threads()

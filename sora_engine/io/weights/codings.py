@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sora_engine.errors import CheckpointError
+from sora_engine.io.mapped_file import at_once
 from sora_engine.io.safetensors import Weights
 from sora_engine.io.weights.source import Decode
 
@@ -55,8 +57,20 @@ class Scaled:
     blocks: int = 0
     rotation: int = 0
 
+    def read_scale(self, weights: Weights, device: torch.device | str) -> Tensor:
+        """Float32, in the file's shape. Raises CheckpointError for one that no weight can have."""
+        with at_once():
+            scale = weights.read(self.scale, dtype=torch.float32)
+        if not bool(torch.isfinite(scale).all()):
+            raise CheckpointError(
+                f"tensor {self.scale!r} has a scale that is NaN or infinite: the file is damaged",
+                path=weights.path_of(self.scale),
+                tensor=self.scale,
+            )
+        return scale.to(device)
+
     def decoder(self, weights: Weights, device: torch.device | str) -> Decode:
-        scale = weights.read(self.scale, device=device, dtype=torch.float32)
+        scale = self.read_scale(weights, device)
         scale = scale.reshape((self.shape[0], -1, 1) if self.blocks else ())
 
         def decode(rows: range) -> Tensor:

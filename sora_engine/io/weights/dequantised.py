@@ -23,6 +23,7 @@ class Decoded:
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    is_plain: bool = False
 
 
 class DequantisedWeights:
@@ -86,7 +87,7 @@ class DequantisedWeights:
             return self.weights.read_kept(self._own(name), device=device)
         form = kept_format_of(self, name)
         assert isinstance(coding, Scaled)  # no other has such a format
-        scale = self.weights.read(coding.scale, device=device, dtype=torch.float32)
+        scale = coding.read_scale(self.weights, device)
         scale = scale.reshape((coding.shape[0], -1) if coding.blocks else (1, 1))
         weight = self.weights.read(coding.weight, device=device)
         return Kept(form, weight, scale, coding.rotation)

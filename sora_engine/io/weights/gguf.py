@@ -7,11 +7,9 @@ fastest dimension first, and are turned round here.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import struct
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,9 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.links import refuse_stray_link
+from sora_engine.io.mapped_file import MappedFile, room
 from sora_engine.io.weights.gguf_blocks import FORMATS, OTHERS, BlockFormat
-from sora_engine.io.weights.source import PIECE_VALUES, Kept, kept_format_of, read_by_pieces
+from sora_engine.io.weights.source import Kept, kept_format_of, read_by_pieces
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -32,6 +31,9 @@ MAX_DIMS = 8  # ggml itself has 4; converted video models keep a convolution's 5
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Before a tensor's name: its shape, where ggml could not hold it (ComfyUI-GGUF)."""
 WORKS = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K and Q6_K are read"
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of a value each, in which tensors are given as they are."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
@@ -49,8 +51,11 @@ class GGUFTensor:
     @property
     def dtype(self) -> torch.dtype:
         """Of its values: blocks are decoded in float32."""
-        plain = {"F16": torch.float16, "BF16": torch.bfloat16}
-        return plain.get(self.format.name, torch.float32)
+        return PLAIN.get(self.format.name, torch.float32)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.format.name in PLAIN
 
     @property
     def size_bytes(self) -> int:
@@ -68,15 +73,14 @@ class GGUFWeights:
         self._path = Path(path)
         refuse_stray_link(self._path)
         try:
-            with open(self._path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.bytes = MappedFile(self._path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"cannot be read ({reason})", path=self._path) from None
         try:
-            self.metadata, self.tensors = _Header(self._map, self._path).read()
+            self.metadata, self.tensors = _Header(self.bytes.data, self._path).read()
         except BaseException:
-            self._map.close()
+            self.bytes.close()
             raise
 
     @property
@@ -119,6 +123,13 @@ class GGUFWeights:
             part = whole if rows is None else whole[rows.start : rows.stop]
             return part.to(device, dtype or info.dtype, copy=True)
 
+        stored = PLAIN.get(each.name)
+        if stored is not None and (dtype or stored) == stored:
+            wanted = range(info.shape[0]) if rows is None else rows
+            target = room((len(wanted), *info.shape[1:]), stored, device)
+            self.bytes.fill(info.start + wanted.start * width * each.size_bytes, target)
+            return target
+
         def decode(part: range) -> Tensor:
             values = self._decoded(info, part.start * width, part.stop * width, device)
             return values.view(len(part), *info.shape[1:])
@@ -138,20 +149,13 @@ class GGUFWeights:
         """See `WeightSource`."""
         info, form = self.info(name), kept_format_of(self, name)
         row_bytes = info.size_bytes // info.shape[0]
-        weight = torch.empty(info.shape[0], row_bytes, dtype=torch.uint8, device=device)
-        if weight.is_meta:
-            return Kept(form, weight)
-        step = max(1, 4 * PIECE_VALUES // row_bytes)
-        for first in range(0, info.shape[0], step):
-            part = weight[first : first + step]
-            start = info.start + first * row_bytes
-            part.copy_(self._raw(start, start + part.numel()).view(part.shape))
-            self._release(start, start + part.numel())
+        weight = room((info.shape[0], row_bytes), torch.uint8, device, kept=True)
+        self.bytes.fill(info.start, weight)
         return Kept(form, weight)
 
     def close(self) -> None:
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        """Unmap the file."""
+        self.bytes.close()
 
     def __enter__(self) -> GGUFWeights:
         return self
@@ -172,22 +176,9 @@ class GGUFWeights:
         start, end = (info.start + n // each.values * each.size_bytes for n in (first, last))
         if start == end:
             return torch.empty(0, device=device)
-        raw = self._raw(start, end).view(-1, each.size_bytes).to(device, copy=True)
-        self._release(start, end)
+        raw = self.bytes.view(start, end).view(-1, each.size_bytes).to(device, copy=True)
+        self.bytes.release(start, end)
         return each.decode(raw)
-
-    def _raw(self, start: int, end: int) -> Tensor:
-        """Bytes of the map itself."""
-        with warnings.catch_warnings():
-            # The map is read-only and torch has no such tensors; nobody here writes to it.
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(self._map, dtype=torch.uint8, count=end - start, offset=start)
-
-    def _release(self, start: int, end: int) -> None:
-        """Hand back the pages that were read."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            page = start - start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, page, end - page)
 
 
 def is_gguf(path: Path) -> bool:

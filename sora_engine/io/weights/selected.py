@@ -30,6 +30,7 @@ class Part:
 class _Described:
     dtype: torch.dtype
     shape: tuple[int, ...]
+    is_plain: bool
 
 
 class SelectedWeights:
@@ -62,7 +63,7 @@ class SelectedWeights:
         shape = whole.shape if own.rows is None else (len(own.rows), *whole.shape[1:])
         while own.squeezed and len(shape) > 1 and shape[0] == 1:
             shape = shape[1:]
-        return _Described(whole.dtype, shape)
+        return _Described(whole.dtype, shape, whole.is_plain)
 
     def path_of(self, name: str) -> Path:
         own = self._own(name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import CheckpointError
+from sora_engine.io.mapped_file import at_once
 
 PIECE_VALUES = 1 << 18
 """Values that are decoded at a time: 1 MiB in float32."""
@@ -23,7 +24,8 @@ Self = TypeVar("Self")
 class Stored(Protocol):
     """What is known of a tensor before it is read.
 
-    dtype: of its values; of quantised weights float32, in which they are decoded.
+    dtype: of its values; of quantised weights float32, in which they are decoded. is_plain: the
+    file's bytes are the values, in that dtype.
     """
 
     @property
@@ -31,6 +33,9 @@ class Stored(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def is_plain(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,9 +148,10 @@ def read_by_pieces(
     )
     if target.is_meta:
         return target
-    decode = decoder()
-    step = max(1, PIECE_VALUES // max(1, math.prod(shape[1:])))
-    for first in range(0, len(wanted), step):
-        piece = wanted[first : first + step]
-        target[first : first + len(piece)].copy_(decode(piece))
+    with at_once():
+        decode = decoder()
+        step = max(1, PIECE_VALUES // max(1, math.prod(shape[1:])))
+        for first in range(0, len(wanted), step):
+            piece = wanted[first : first + step]
+            target[first : first + len(piece)].copy_(decode(piece))
     return target

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from sora_engine.denoise.packing import ContextRuns, Stream
 from sora_engine.models.attention import cross_attention, self_attention
 from sora_engine.models.backends import Backends
 from sora_engine.models.cuda_linear import JoinedLinears
+from sora_engine.models.layers import scale_shift_table
 from sora_engine.models.linear import linear_gelu
 from sora_engine.models.wan.config import WanConfig
 from sora_kernels import gate_residual_norm_modulate, qk_norm_rope
@@ -35,7 +35,7 @@ class WanBlock(nn.Module):
         self.attn2 = WanAttention(config, added_kv=config.added_kv_proj_dim is not None)
         self.norm2 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(dim, config.ffn_dim, "tanh")
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(1, 6, dim)
 
     def forward(
         self,

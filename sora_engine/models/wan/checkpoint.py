@@ -237,9 +237,16 @@ def resolve_model(
             "two experts need a VACE module each; give both as `vace` and `vace_2`",
             path=vace[0] or vace[1],
         )
-    half = re.search(r"(?i)(high|low).?noise", paths[0].name)
-    if len(paths) == 1 and half is not None:
-        other = {"high": "low", "low": "high"}[half[1].lower()]
+    halves = [re.search(r"(?i)(high|low).?noise", each.name) for each in paths]
+    told = [None if half is None else half[1].lower() for half in halves]
+    if len(paths) == 2 and (told[0] == "low" or told[1] == "high"):
+        raise CheckpointError(
+            f"by their names the two experts are {told[0] or 'one'} and {told[1] or 'one'} noise; "
+            "the one for high noise goes first, and the one for low noise second",
+            path=paths[0] if told[0] == "low" else paths[1],
+        )
+    if len(paths) == 1 and told[0] is not None:
+        other = {"high": "low", "low": "high"}[told[0]]
         logger.warning(
             "%s is one of two experts, by its name, and alone: all noise levels are its now; the "
             "one for %s noise goes beside it, as two models, the one for high noise first",

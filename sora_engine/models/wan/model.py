@@ -20,6 +20,7 @@ from sora_engine.denoise.conditioning import Context, Embedding, KeyValues
 from sora_engine.denoise.model import TransformerShape
 from sora_engine.denoise.packing import PackedBatch, Stream
 from sora_engine.models.backends import Backends
+from sora_engine.models.layers import scale_shift_table
 from sora_engine.models.linear import embed_patches, steady
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.wan.blocks import Modulation, VaceBlock, WanBlock
@@ -83,7 +84,7 @@ class WanTransformer(DiffusionTransformer):
             controls = [VaceBlock(config, first=i == 0) for i in range(len(config.vace_layers))]
             self.vace_blocks = cast("Sequence[VaceBlock]", nn.ModuleList(controls))
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(1, 2, dim)
 
     @property
     def shape(self) -> TransformerShape:

@@ -1,0 +1,65 @@
+"""Where a job is, in a small file that is written over as it goes: a kill leaves the last word.
+
+Nothing is flushed: what was written is in the system's memory when the process dies, and that is
+all that is asked. After a power cut it may be an earlier word, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+_WIDTH = 32
+
+
+class Trail:
+    """One attempt's. Safe to use from any thread; a disk that takes no more is borne in silence."""
+
+    def __init__(self, path: Path) -> None:
+        self._words = ["", ""]
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        with contextlib.suppress(OSError):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._put()
+
+    def starts(self, step: int) -> None:
+        """The engine has it, so many steps done; nothing where it has got further meanwhile."""
+        with self._lock:
+            if not self._words[0]:
+                self._words[0] = f"{step} 0"
+                self._put()
+
+    def goes(self, steps: int, frames: int) -> None:
+        """So many steps are done, and so many frames decoded."""
+        with self._lock:
+            self._words[0] = f"{steps} {frames}"
+            self._put()
+
+    def writes(self, frames: int | str) -> None:
+        """So many frames are in its file, or what comes behind them."""
+        with self._lock:
+            self._words[1] = str(frames)
+            self._put()
+
+    def close(self) -> None:
+        """The file stays; nothing more is written."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+    def _put(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._file, "".join(w.ljust(_WIDTH) for w in self._words).encode(), 0)
+
+
+def last_word(path: Path) -> str:
+    """Where a job was; an empty text where that is not known."""
+    try:
+        return " ".join(path.read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return ""
