@@ -8,21 +8,21 @@ a text's tokens attend to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sora_engine.text.t5 import T5Encoder, T5TokenCounts
+from sora_engine.text.t5_tokenizer import T5Tokenizer
 from sora_kernels.transfer import to_device
 
 WRITTEN, PADDED = "T5WrittenEncoder", "T5PaddedEncoder"
 WRITTEN_COUNTS = "T5WrittenTokenCounts"
 
 
-def _count(tokenizer: Any, prompt: str, most: int, *, whole: bool) -> int:
-    own = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-    return own if whole else min(own, most)
+def _count(tokenizer: T5Tokenizer, prompt: str, most: int, *, whole: bool) -> int:
+    return len(tokenizer.ids(prompt, None if whole else most))
 
 
 class T5WrittenEncoder(T5Encoder):
@@ -36,7 +36,7 @@ class T5WrittenEncoder(T5Encoder):
 
     def ids(self, prompt: str) -> tuple[int, ...]:
         """The tokens of a prompt that are encoded, its end mark the last."""
-        return tuple(self.tokenizer(prompt, truncation=True, max_length=self.max_tokens).input_ids)
+        return tuple(self.tokenizer.ids(prompt, self.max_tokens))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -46,13 +46,12 @@ class T5WrittenEncoder(T5Encoder):
         each = [self.ids(prompt) for prompt in prompts]
         for ids in each:
             if ids not in done:
-                row = torch.full((1, self.max_tokens), int(self.tokenizer.pad_token_id))
+                row = torch.full((1, self.max_tokens), self.tokenizer.pad_id)
                 row[0, : len(ids)] = torch.tensor(ids)
                 seen = len(ids) if self.masked else self.max_tokens
                 mask = (torch.arange(self.max_tokens) < seen).long()[None]
                 inputs = to_device(row, self.device), to_device(mask, self.device)
-                made = self.model(input_ids=inputs[0], attention_mask=inputs[1])
-                done[ids] = made.last_hidden_state[0]
+                done[ids] = self.model(input_ids=inputs[0], attention_mask=inputs[1])[0]
         return [done[ids] for ids in each]
 
 
