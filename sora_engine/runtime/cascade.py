@@ -190,7 +190,10 @@ class CascadeJob:
                 if stage.upsampler is not None:
                     request = self._from_latents(stage, request, made, engine)
                 self._pass(engine, request)
-                self._videos[-2] = replace(made, frames=made.frames[:0], latents=made.latents[:0])
+                # Only its receipt is wanted from here on; views would keep all of it.
+                nothing = made.frames[:0].copy(), made.latents[:0].clone()
+                self._videos[-2] = replace(made, frames=nothing[0], latents=nothing[1])
+                del made, request
             self._videos[-1] = self._summed()
         except BaseException as error:
             self._error = error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 import sora_engine as sora
 from sora_engine import tasks
 from sora_engine.denoise.packing import Packer, Segment
+from sora_engine.errors import JobCancelledError
 from sora_engine.models.ltx.config import LTXConfig
 from sora_engine.models.ltx.model import LTXTransformer
 from sora_engine.vae.decoding import decoding
@@ -255,12 +258,23 @@ def test_company_changes_nothing(engine):
 
 
 def test_a_job_goes_on_from_its_savepoint(engine, folders, tmp_path):
-    want = engine.generate(request())
-    place = tmp_path / "job"
-    with sora.Engine.from_pretrained(folders[LTXPipeline], device="cpu") as other:
-        job = other.submit(request(), save_to=place, save_every=1)
+    """Stopped behind its second step, with a picture given, and taken up by another engine."""
+    given = request(clips=[sora.Clip(picture())], fps=12)
+    want = engine.generate(given)
+    place, submitted = tmp_path / "job.safetensors", Future()
+
+    def stop(progress):
+        if progress.steps_done == 2:
+            submitted.result(60).cancel()
+
+    job = engine.submit(given, save_to=place, on_progress=stop)
+    submitted.set_result(job)
+    with pytest.raises(JobCancelledError):
         job.result(60)
-    assert relative(job.result(1).latents, want.latents) < 1e-5
+    with sora.Engine.from_pretrained(folders[LTXPipeline], device="cpu") as other:
+        made = other.resume(place).result(60)
+    assert made.receipt.resumed_at == 2
+    assert relative(made.latents, want.latents) < 1e-5
 
 
 def test_loops_are_decoded_round_their_seam(engine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -134,18 +135,19 @@ def test_a_stage_beyond_the_memory_is_refused_before_the_base_is_made():
 
 
 def test_it_stops_when_it_is_told(engine):
-    jobs = []
+    submitted = Future()
 
     def stop(progress):
         if progress.steps_done == 5:
-            jobs[0].cancel()
+            submitted.result(60).cancel()
 
     stages = [Stage(scale=2, strength=1.0, steps=20)]
-    jobs.append(sora.submit_cascade(tasks.cascade(BASE, stages), engine, on_progress=stop))
+    job = sora.submit_cascade(tasks.cascade(BASE, stages), engine, on_progress=stop)
+    submitted.set_result(job)
     with pytest.raises(JobCancelledError):
-        jobs[0].result(60)
-    assert jobs[0].state is sora.JobState.CANCELLED
-    assert jobs[0].progress.steps_done < 20
+        job.result(60)
+    assert job.state is sora.JobState.CANCELLED
+    assert job.progress.steps_done < 20
 
 
 def test_frames_go_over_evenly_from_one_to_the_next():
