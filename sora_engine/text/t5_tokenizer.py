@@ -60,7 +60,8 @@ class T5Tokenizer:
             [AddedToken(t, special=True) for t in tokens.values() if t not in there]
         )
         eos_id, pad_id = (words.token_to_id(tokens[key]) for key in ("eos_token", "pad_token"))
-        assert eos_id is not None and pad_id is not None, "they were added"
+        assert eos_id is not None, "it was added"
+        assert pad_id is not None, "it was added"
         return cls(words, eos_id=eos_id, pad_id=pad_id)
 
     def __len__(self) -> int:
