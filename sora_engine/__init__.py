@@ -39,11 +39,13 @@ if TYPE_CHECKING:
         SoraError,
         UpsamplingError,
     )
+    from sora_engine.request.cascade import Stage
     from sora_engine.request.guidance import Guidance
     from sora_engine.request.lora import Lora
     from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
     from sora_engine.request.windows import SparsePlan, WindowPlan
     from sora_engine.runtime.async_engine import AsyncEngine
+    from sora_engine.runtime.cascade import CascadeJob, submit_cascade
     from sora_engine.runtime.engine import Engine
     from sora_engine.runtime.hooks import FrameSpan, Hooks
     from sora_engine.runtime.job import Job, JobState, Progress
@@ -54,6 +56,9 @@ _HOMES = {
     "AsyncEngine": "runtime.async_engine",
     "Limits": "config",
     "ParallelConfig": "config",
+    "CascadeJob": "runtime.cascade",
+    "submit_cascade": "runtime.cascade",
+    "Stage": "request.cascade",
     "Engine": "runtime.engine",
     "BackendError": "errors",
     "CheckpointError": "errors",
@@ -96,6 +101,7 @@ _HOMES = {
 __all__ = [
     "AsyncEngine",
     "BackendError",
+    "CascadeJob",
     "CheckpointError",
     "Clip",
     "DeadlineExceededError",
@@ -130,10 +136,12 @@ __all__ = [
     "Shot",
     "SoraError",
     "SparsePlan",
+    "Stage",
     "UpsamplingError",
     "Video",
     "VideoRequest",
     "WindowPlan",
+    "submit_cascade",
     "tasks",
 ]
 

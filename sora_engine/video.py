@@ -37,6 +37,7 @@ class Receipt:
         for.
     watermark: the payload of the mark that the file's pixels carry, where they were changed for
         one; None where they are what the model made.
+    stages: of a cascade, the receipts of the passes before, in order.
     """
 
     device: str
@@ -60,6 +61,7 @@ class Receipt:
     quantised: dict[str, str] = field(default_factory=dict)
     lossy: dict[str, float] = field(default_factory=dict)
     watermark: str | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def packed(self) -> bool:

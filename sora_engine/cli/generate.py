@@ -39,6 +39,14 @@ def generate(
         bool,
         typer.Option("--draft", help="A half-size draft in half the steps, then the full size."),
     ] = False,
+    cascade: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE",
+            help="A further pass over the video, such as scale=2,strength=0.4 or frames=2; repeat "
+            "it.",
+        ),
+    ] = None,
     like: Annotated[
         str | None,
         typer.Option(
@@ -76,6 +84,10 @@ def generate(
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     request = VideoRequest(prompt, **settings)
+    if cascade:
+        if draft:
+            raise UsageError("--draft: --cascade says which passes there are; drop one")
+        return _cascade(request, cascade, common, () if image is None else (image,))
 
     def build(model: ModelFacts, make: Make) -> VideoRequest:
         if not draft:
@@ -110,6 +122,27 @@ def image(
     settings = common.settings() | ({} if label is None else {"label": label})
     request = tasks.image(prompt or "", **settings)
     return Command(common, request, lambda _model, _make: request, output="out.png")
+
+
+def _cascade(
+    request: VideoRequest, stages: list[str], common: Common, files: tuple[str, ...]
+) -> Command:
+    """The plan of a video in several passes, of which the last one writes the file."""
+    from sora_engine import tasks
+    from sora_engine.request.cascade import staged
+
+    plan = tasks.cascade(request, [tasks.Stage.parse(text) for text in stages])
+
+    def build(model: ModelFacts, make: Make) -> VideoRequest:
+        asked = plan.base
+        for stage in plan.stages:
+            made = make(asked)
+            frames, height, width, _ = made.frames.shape
+            base = replace(plan.base, seed=made.seed)
+            asked = staged(stage, base, made, (height, width, frames), made.fps, model)
+        return asked
+
+    return Command(common, request, build, files)
 
 
 def _like(path: str, prompt: str | None, changes: dict[str, Any], common: Common) -> Command:

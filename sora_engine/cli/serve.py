@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,6 +112,9 @@ def serve(
     otel: Annotated[bool | None, typer.Option("--otel", help="Spans to OpenTelemetry.")] = None,
     log_json: Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON.")] = None,
     replica: Annotated[str | None, typer.Option(help="This server's part of job ids; 0.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="How many servers, behind one address: docs/replicas.md.")
+    ] = None,
     sign_cert: Annotated[
         Path | None,
         typer.Option(metavar="PEM", help="Sign every result with this certificate."),
@@ -153,7 +157,7 @@ def serve(
     if new_key is not None:
         _make_key(new_key)
         return
-    given = {
+    given: dict[str, Any] = {
         **{"host": host, "port": port, "api_key": api_key, "api_keys": api_keys},
         **{"insecure_no_key": insecure_no_key, "data_dir": data_dir, "max_queue": max_queue},
         **{"max_running": max_running, "max_jobs_per_key": max_jobs_per_key},
@@ -167,6 +171,7 @@ def serve(
         **{"sign_cert": sign_cert, "sign_key": sign_key, "watermark": watermark},
         **{"watermark_payload": watermark_payload},
         **{"metrics": metrics, "otel": otel, "log_json": log_json, "replica": replica},
+        **{"replicas": replicas},
     }
     try:
         from sora_engine.serve.server import run
@@ -176,6 +181,8 @@ def serve(
         raise UsageError(f"sora serve needs {error.name}: {EXTRA} brings it") from error
     from sora_engine.serve.logs import set_up as set_up_logs
     from sora_engine.serve.marks import Marks
+    from sora_engine.serve.replicas.server import PLACE, end_with_parent, settings_of_place
+    from sora_engine.serve.replicas.server import run as run_replicas
     from sora_engine.serve.settings import settings_from
 
     path = model_path(model)
@@ -192,6 +199,10 @@ def serve(
     for part in model or ():
         if part != DEFAULT_MODEL and not Path(part).exists():
             raise UsageError(f"{part} does not exist; {DEFAULT_MODEL!r} is the bundled checkpoint")
+    is_child = PLACE in os.environ  # started by the proxy of --replicas, with its own options
+    if is_child:
+        end_with_parent()
+        given |= settings_of_place(os.environ[PLACE])
     try:
         layout = None if parallel is None else parse_parallel(parallel)
         settings = settings_from(
@@ -224,14 +235,23 @@ def serve(
             hooks=settings.hooks,
         )
 
-    say(f"sora_engine {version()}: loading {named(path)}")
+    def listening(address: str) -> None:
+        if not is_child:  # the proxy says it
+            say(f"listening on {address}")
+
+    def ready() -> None:
+        if not is_child:
+            say(f"ready; jobs are in {settings.data_dir}")
+
+    if not is_child:
+        many = f" in {settings.replicas} replicas" if settings.replicas > 1 else ""
+        say(f"sora_engine {version()}: loading {named(path)}{many}")
     try:
-        code = run(
-            make_engine,
-            settings,
-            on_listening=lambda address: say(f"listening on {address}"),
-            on_ready=lambda: say(f"ready; jobs are in {settings.data_dir}"),
-        )
+        if settings.replicas > 1:
+            command = [sys.executable, "-m", "sora_engine", *sys.argv[1:]]
+            code = run_replicas(settings, command, on_listening=listening, on_ready=ready)
+        else:
+            code = run(make_engine, settings, on_listening=listening, on_ready=ready)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
         raise UsageError(f"--port: {where} cannot be had: {error.strerror or error}") from error

@@ -8,6 +8,7 @@ depends on what it was trained for (`KnownMode`); nothing else in the engine doe
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from sora_engine.denoise.packing import Segment
 from sora_engine.denoise.windows import Window, chain_of, frames_seen, plan_windows
 from sora_engine.request import Guidance, KnownMode, ResolvedRequest, SparsePlan, WindowPlan
 from sora_engine.samplers import Solver, SolverState, make_solver
+from sora_engine.samplers.length import mu_of_length, spread_levels
 from sora_kernels.transfer import to_device
 
 
@@ -53,6 +55,7 @@ class Canvas:
     latents: float32 `[C, T, H, W]`, the sample at the noise level before `step`.
     noise: the initial noise, same shape.
     wraps: time is a circle (a loop).
+    fps: frames a second of the video.
     seed: of the fresh noise that stochastic solvers take.
     resample: how often each step is taken (see `VideoRequest`).
     guidances: one for each expert; guidance_memory: what theirs keeps from step to step.
@@ -73,6 +76,7 @@ class Canvas:
     patch_size: tuple[int, int, int]
     known: Known | None = None
     wraps: bool = False
+    fps: float | None = None
     seed: int = 0
     resample: int = 1
     window_plan: WindowPlan | SparsePlan | None = None
@@ -234,6 +238,7 @@ class Canvas:
             contexts=self._contexts(window, expert, conditional=conditional),
             sees=self._sees(window),
             num_anchors=self.num_anchors,
+            fps=self.fps,
             actions=None if self.drive is None else self.drive.actions,
             places=None if self.drive is None else self.drive.places,
         )
@@ -314,6 +319,7 @@ def lay_out_canvas(
         patch_size=model.grid.patch,
         known=known,
         wraps=request.loop,
+        fps=request.fps,
         seed=request.seed,
         resample=1 if known is None else request.resample,
         window_plan=request.window,
@@ -324,11 +330,18 @@ def lay_out_canvas(
 
 def solver_of(request: ResolvedRequest, model: DiffusionModel) -> Solver:
     """The request's way down its schedule."""
+    config = model.sampler_config
+    shape = request.latent_shape(model.grid)
+    tokens = math.prod(shape[1:]) // math.prod(model.grid.patch)
+    steps, sigmas = request.num_inference_steps, request.sigmas
+    if sigmas is None and config.spread is not None:
+        sigmas = spread_levels(config.spread, steps)
     return make_solver(
-        model.sampler_config,
+        config,
         solver=request.solver,
-        num_inference_steps=None if request.sigmas else request.num_inference_steps,
+        num_inference_steps=None if sigmas else steps,
         shift=request.shift,
-        sigmas=request.sigmas,
+        mu=None if request.shift is not None else mu_of_length(config, tokens),
+        sigmas=sigmas,
         strength=request.strength,
     )

@@ -1,4 +1,4 @@
-"""The size of the picture that each token is a part of, for positions that are relative to it."""
+"""What positions may be relative to: the size of a token's picture, the rate of its frames."""
 
 from __future__ import annotations
 
@@ -25,3 +25,19 @@ def extents_of(grids: Sequence[tuple[int, int, int]], device: torch.device) -> T
     if len(sides) == 1:
         return sides[grids[0][1:]].expand(sum(map(math.prod, grids)), 2)
     return torch.cat([sides[grid[1:]].expand(math.prod(grid), 2) for grid in grids])
+
+
+def rates_of(
+    rates: Sequence[float | None], lengths: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """float32 `[N]`, frames a second of each token's video; None where a segment does not say.
+
+    rates: of each segment; lengths: its tokens. Where all have one rate it takes no memory.
+    """
+    known = [rate for rate in rates if rate is not None]
+    if not known or len(known) < len(rates):
+        return None
+    filled = {rate: torch.full((), rate, dtype=torch.float32, device=device) for rate in known}
+    if len(filled) == 1:
+        return filled[known[0]].expand(sum(lengths))
+    return torch.cat([filled[r].expand(n) for r, n in zip(known, lengths, strict=True)])

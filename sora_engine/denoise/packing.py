@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
 from sora_engine.denoise.conditioning import Context, KeyValues
-from sora_engine.denoise.extents import extents_of
+from sora_engine.denoise.extents import extents_of, rates_of
 from sora_engine.denoise.rows import Conditions, modulation_rows, token_rows
+from sora_engine.denoise.windows import token_sight
 from sora_kernels import AttentionPlan, BlockPlan
 from sora_kernels.transfer import to_device
 
@@ -49,6 +50,7 @@ class Segment:
     num_anchors: how many latent frames at the beginning are of another time: they show what the
         others are to look like, and stand `ANCHOR_GAP` before them, whenever they were. Whole
         patches.
+    fps: frames a second of the video; None where no model of the batch reads it.
     actions: float32 `[T, action_dim]` on the host, what was done to make each latent frame, for
         models that are driven; None: nothing.
     places: float32 `[T, 2]` on the host, in latents: how far down and right of the newest frame's
@@ -60,6 +62,7 @@ class Segment:
     contexts: tuple[tuple[Context, int], ...]
     sees: Tensor | None = None
     num_anchors: int = 0
+    fps: float | None = None
     actions: Tensor | None = None
     places: Tensor | None = None
 
@@ -84,6 +87,7 @@ class Stream:
         patch grid, and behind anchors `ANCHOR_GAP` frames later; of a context's stream (place in
         the text, 0, 0).
     extents: int64 `[N, 2]`, rows and columns of each token's segment; None of a context's stream.
+    rates: float32 `[N]`, frames a second of each token's video; None where segments do not say.
     cu_seqlens: int32 `[segments + 1]`.
     max_seqlen: tokens of the longest segment.
     grids: of each segment; of a context's stream (tokens of the text, 1, 1).
@@ -106,6 +110,7 @@ class Stream:
     max_seqlen: int
     grids: tuple[Grid, ...]
     extents: Tensor | None = None
+    rates: Tensor | None = None
     attend: SelfAttention | None = None
     plans: Plans = field(default_factory=dict)
     sees: tuple[Tensor, ...] | None = None
@@ -172,6 +177,7 @@ class PackLayout:
 
     coords: Tensor
     extents: Tensor
+    rates: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
     grids: tuple[Grid, ...]
@@ -208,11 +214,12 @@ class Packer:
             rows=None if alone else token_rows(rows.read, layout.grids, self.device),
             coords=layout.coords,
             extents=layout.extents,
+            rates=layout.rates,
             cu_seqlens=layout.cu_seqlens,
             max_seqlen=layout.max_seqlen,
             grids=layout.grids,
             plans=layout.plans,
-            sees=_sight(segments, layout.grids, frames),
+            sees=token_sight([s.sees for s in segments], layout.grids, frames),
             places=_token_places(segments, layout.grids, frames, self.device),
         )
         streams = {VIDEO: video}
@@ -244,12 +251,14 @@ class Packer:
         grids = tuple(_grid(s.latents, self.patch_size) for s in segments)
         contexts = [s.contexts for s in segments]
         anchors = tuple(s.num_anchors for s in segments)
-        key = (grids, anchors, tuple((id(text), n) for spans in contexts for text, n in spans))
+        rates = tuple(s.fps for s in segments)
+        texts = tuple((id(text), n) for spans in contexts for text, n in spans)
+        key = (grids, anchors, rates, texts)
         if key not in self._layouts:
             while len(self._layouts) >= self.max_layouts:
                 self._layouts.pop(next(iter(self._layouts)))
             # The contexts are kept beside the layout, so that their ids are not used again.
-            layout = lay_out(grids, contexts, anchors, self.patch_size, self.device)
+            layout = lay_out(grids, contexts, anchors, self.patch_size, self.device, rates)
             self._layouts[key] = (layout, contexts)
         return self._layouts[key][0]
 
@@ -282,6 +291,7 @@ def lay_out(
     anchors: Sequence[int],
     patch_size: PatchSize,
     device: torch.device,
+    rates: Sequence[float | None] = (),
 ) -> PackLayout:
     """Coordinates and offsets of segments with these patch grids, and their joined contexts."""
     lengths = [math.prod(grid) for grid in grids]
@@ -299,6 +309,7 @@ def lay_out(
     return PackLayout(
         coords=to_device(coords, device),
         extents=extents_of(grids, device),
+        rates=rates_of(rates, lengths, device),
         cu_seqlens=_cumulative(lengths, device),
         max_seqlen=max(lengths),
         grids=tuple(grids),
@@ -416,22 +427,6 @@ def _context_stream(
         max_seqlen=max(lengths),
         grids=tuple((n, 1, 1) for n in lengths),
     )
-
-
-def _sight(
-    segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int
-) -> tuple[Tensor, ...] | None:
-    """Which frames of tokens see which, for every segment, where any segment says so."""
-    if all(segment.sees is None for segment in segments):
-        return None
-    sight = []
-    for segment, (T, _, _) in zip(segments, grids, strict=True):
-        if segment.sees is None:
-            sight.append(torch.ones(T, T, dtype=torch.bool))
-        else:  # a token sees what any of its latent frames does
-            frames = segment.sees.reshape(T, patch_frames, T, patch_frames)
-            sight.append(frames.any(dim=3).any(dim=1))
-    return tuple(sight)
 
 
 def _grid(latents: Tensor, patch_size: PatchSize) -> Grid:

@@ -213,3 +213,22 @@ def frames_seen(plan: SparsePlan, total: int, *, wraps: bool, step: int) -> Tens
     seen = distance <= plan.reach
     seen[:, [0, *keys]] = True
     return seen
+
+
+def token_sight(
+    sight: Sequence[Tensor | None], grids: Sequence[tuple[int, int, int]], patch_frames: int
+) -> tuple[Tensor, ...] | None:
+    """Which frames of tokens see which, for every segment, where any segment says so.
+
+    sight: of each segment bool `[T, T]`, of latent frames; None: all see all.
+    """
+    if all(sees is None for sees in sight):
+        return None
+    found = []
+    for sees, (T, _, _) in zip(sight, grids, strict=True):
+        if sees is None:
+            found.append(torch.ones(T, T, dtype=torch.bool))
+        else:  # a token sees what any of its latent frames does
+            frames = sees.reshape(T, patch_frames, T, patch_frames)
+            found.append(frames.any(dim=3).any(dim=1))
+    return tuple(found)

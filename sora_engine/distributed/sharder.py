@@ -56,6 +56,7 @@ class BatchSharder:
             rows=None if video.rows is None else video.rows[mine],
             coords=video.coords[mine],
             extents=None if video.extents is None else video.extents[mine],
+            rates=None if video.rates is None else video.rates[mine],
             places=None if video.places is None else video.places[mine],
             attend=ShardedAttention(shard),
             plans=shard.plans,

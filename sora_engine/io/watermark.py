@@ -84,17 +84,20 @@ class Watermark:
     """Writes and reads one payload under one key.
 
     payload: 0 to 65535, such as the number of a server. key: who has it can read the mark, and
-    forge it. The default is everyone's.
+    forge it. The default is everyone's. strength: 0.5 to 1, how much of the way to its lattice each
+    sum is moved. Less is harder to see, and lost sooner: benchmarks/watermark.py says how soon.
     """
 
-    def __init__(self, payload: int = PAYLOAD, key: bytes = KEY) -> None:
+    def __init__(self, payload: int = PAYLOAD, key: bytes = KEY, *, strength: float = 1.0) -> None:
         if (
             isinstance(payload, bool)
             or not isinstance(payload, int)
             or not 0 <= payload < 1 << BITS
         ):
             raise MediaError(f"a watermark's payload is a number from 0 to 65535, got {payload!r}")
-        self.payload = f"{payload:04x}"
+        if not 0.5 <= strength <= 1:
+            raise MediaError(f"a watermark's strength is from 0.5 to 1, got {strength!r}")
+        self.payload, self.strength = f"{payload:04x}", strength
         self._code = _Code(key)
         self._bits = payload >> np.arange(BITS - 1, -1, -1) & 1
         self._offsets = self._code.dither + self._bits * SPACING / 2
@@ -108,7 +111,8 @@ class Watermark:
         _check_size(frame)
         code, marked = self._code, frame
         sums = code.project(frame)
-        target = self._offsets + SPACING * np.round((sums - self._offsets) / SPACING)
+        nearest = self._offsets + SPACING * np.round((sums - self._offsets) / SPACING)
+        target = sums + self.strength * (nearest - sums)
         moves = np.zeros(ROWS * COLUMNS)
         # Cells of black or white cannot be moved as asked, and others then take their share.
         room = np.ones((BITS, _CELLS))

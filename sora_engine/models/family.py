@@ -22,6 +22,7 @@ from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
 from sora_engine.request.labels import Labels
 from sora_engine.request.ladders import Ladder
+from sora_engine.samplers.config import Spread
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The tensors of a file: their names and shapes."""
@@ -103,6 +104,7 @@ class Checkpoint:
     learned_variance: whether predictions carry as many channels again, of a variance.
     labels: the classes that it makes, where it reads a class in place of a text.
     shares_tokens: whether ranks can share the tokens of one pass out (ulysses, ring).
+    spread: how its pipelines spread levels; None: as the scheduler's class does by itself.
     defaults: of the family's published pipelines; a checkpoint's own go before them.
     """
 
@@ -121,6 +123,7 @@ class Checkpoint:
     learned_variance: bool = False
     labels: Labels | None = None
     shares_tokens: bool = True
+    spread: Spread | None = None
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
     tiny_vae: Path | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -314,7 +315,8 @@ def _merges(
 
 def _sampler_config(checkpoint: Checkpoint) -> SamplerConfig:
     path = checkpoint.scheduler_path or checkpoint.path
-    return read_config(checkpoint.scheduler_config, path=path)
+    config = read_config(checkpoint.scheduler_config, path=path)
+    return config if checkpoint.spread is None else replace(config, spread=checkpoint.spread)
 
 
 def _level_for(model: VideoModel, needed: Callable[[VideoModel], int] | None) -> str:

@@ -24,14 +24,14 @@ def _row(family: Family) -> tuple[str, ...]:
     can = family.capabilities
     return (
         family.name,
-        _listed(family.layout.pipelines),
+        _listed(family.layout.pipelines) or "files alone",
         can.makes,
         can.reads,
         _listed(family.layout.components["vae"]),
         _listed(mode.value for mode in can.known_modes),
         _listed(can.windows) or "none",
         _listed(can.ranks),
-        _listed(can.adapters),
+        _listed(can.adapters) or "none",
         _listed(family.ladders) or "none",
         f"[{can.page}]({can.page})",
     )

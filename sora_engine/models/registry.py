@@ -30,6 +30,10 @@ _FAMILIES: list[Family | str] = [
     "sora_engine.models.wan.family:WanFamily",
     "sora_engine.models.dit.family:DiTFamily",
     "sora_engine.models.latte.family:LatteFamily",
+    "sora_engine.models.ltx.family:LTXFamily",
+    "sora_engine.models.pixart.family:PixArtFamily",
+    "sora_engine.models.uvit.family:UViTFamily",
+    "sora_engine.models.stdit.family:STDiTFamily",
 ]
 """Each family, or where its class is: a new one is a line here."""
 

@@ -38,6 +38,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from sora_engine.errors import RequestError
+from sora_engine.request.cascade import Stage as Stage
+from sora_engine.request.cascade import cascade as cascade
 from sora_engine.request.checks import finite, integer, several, shown
 from sora_engine.request.facts import LatentGrid, ModelFacts, nearest_on_grid
 from sora_engine.request.masks import read_mask

@@ -336,6 +336,11 @@ class Engine:
         return store
 
     @property
+    def plans_memory(self) -> bool:
+        """Whether `plan` tells what a request takes: where the model is this process's own."""
+        return self._planner is not None
+
+    @property
     def loaded_model(self) -> VideoModel:
         """The model, where it is this process's own; RequestError where ranks hold it."""
         if self._planner is None:

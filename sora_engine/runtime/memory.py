@@ -46,12 +46,14 @@ from sora_engine.vae.rehearsal import (
     video_decode_memory,
     video_encode_memory,
 )
+from sora_engine.vae.shapes import look_ahead
 
 MARGIN = 1 / 50
 """Of each figure, for what a rehearsal cannot see: a few small tensors of a device's own."""
 
 REHEARSED = 3
-"""Latent frames after which decoding and encoding take what they take for any number of them."""
+"""Latent frames after which decoding and encoding take what they take for any number of them,
+beside those that a decoder sees ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,8 +358,11 @@ class MemoryPlanner:
         frames = request.num_frames * request.height * request.width * 3
         shape = canvas.latents.shape
         preview = 0 if self.model.preview is None else self.model.preview.nbytes(shape)
-        # The canvas's own latents, the caller's copy, and the one that is decoded.
+        # The canvas's own latents, the caller's copy, and the one that is decoded: in the
+        # autoencoder's dtype once more, where that is another.
         rest = 3 * canvas.latents.nbytes + texts + frames + preview
+        if self.model.vae_dtype != canvas.latents.dtype:
+            rest += canvas.latents.numel() * self.model.vae_dtype.itemsize
         return rest + coder.peak, rest + coder.cache
 
     def _coding(
@@ -370,7 +375,8 @@ class MemoryPlanner:
             measure = encode_peak_bytes if side == "encode" else decode_peak_bytes
             peak = measure(config, size, dtype, tiles, offload=model.device.type != "cpu")
             return CodingMemory(cache=peak, peak=peak)  # tiles that wait hold most of it
-        length = min(REHEARSED, request.latent_shape(model.grid)[1])
+        ahead = look_ahead(config) if side == "decode" else 0
+        length = min(REHEARSED + ahead, request.latent_shape(model.grid)[1])
         if side == "encode":
             coder = video_encode_memory(config, *size, dtype, length)
         else:

@@ -15,6 +15,8 @@ from sora_engine.errors import CheckpointError, RequestError
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 Space = Literal["flow", "vp"]
+Spread = Literal["even", "linear-quadratic"]
+"""How the pipelines of a family spread levels: see `samplers.length`."""
 
 SOLVERS = ("euler", "unipc", "dpm++", "dpm++sde", "ddim", "ddpm", "renoise")
 """The names by which a request may ask for a solver other than the checkpoint's."""
@@ -36,6 +38,10 @@ class SamplerConfig:
     use_dynamic_shifting: bool = False
     time_shift_type: Literal["exponential", "linear"] = "exponential"
     shift_terminal: float | None = None
+    shift_of_length: tuple[float, float, int, int] | None = None
+    """`mu` at a short and at a long video, and how many tokens these have (`mu_of_length`)."""
+    spread: Spread | None = None
+    """None: as the scheduler's class spreads them by itself."""
     # variance preserving
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     beta_start: float = 0.0001
@@ -169,10 +175,10 @@ _KEYS: dict[str, dict[str, _Key]] = {
         "shift": _number(1.0, 0.0),
         "use_dynamic_shifting": _flag(False),
         # These four say how a pipeline turns a length into `mu`; they do not change a given `mu`.
-        "base_shift": _UNUSED,
-        "max_shift": _UNUSED,
-        "base_image_seq_len": _UNUSED,
-        "max_image_seq_len": _UNUSED,
+        "base_shift": _number(0.5),
+        "max_shift": _number(1.15),
+        "base_image_seq_len": _integer(256, 1, 10**9),
+        "max_image_seq_len": _integer(4096, 1, 10**9),
         "invert_sigmas": _only(False),
         "shift_terminal": _number(None, 0.0, optional=True),
         "time_shift_type": _choice("exponential", "exponential", "linear"),
@@ -344,6 +350,9 @@ def _typed(name: str, v: Mapping[str, Any]) -> SamplerConfig:
         clip_sample_range=float(v["clip_sample_range"]) if v.get("clip_sample") else None,
         variance_type=v.get("variance_type") or "fixed_small",
     )
+    lengths = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    if "base_shift" in v and v["base_image_seq_len"] != v["max_image_seq_len"]:
+        fields["shift_of_length"] = tuple(v[key] for key in lengths)
     return SamplerConfig(**fields)
 
 

@@ -72,6 +72,7 @@ def facts_of(resolved: ResolvedRequest, grid: LatentGrid) -> dict[str, Any]:
         "seconds": f"{resolved.num_frames / resolved.fps:g}",
         "seed": resolved.seed,
         "num_steps": num_steps(resolved, grid),
+        "tokens": step_tokens(resolved, grid) * num_steps(resolved, grid),
         "prompt": resolved.prompt,
         "canvas": resolved.canvas,
     }

@@ -23,6 +23,7 @@ from sora_engine.serve.guard import Bounds, Guard
 from sora_engine.serve.intake import Caps, Intake
 from sora_engine.serve.keys import Keys
 from sora_engine.serve.metrics import Metrics
+from sora_engine.serve.session_files import SharedSessions
 from sora_engine.serve.settings import Settings
 from sora_engine.serve.tracing import Tracing
 from sora_engine.serve.turns import Turn, Turns
@@ -36,6 +37,10 @@ logger = logging.getLogger("sora_engine.serve.requests")
 
 GONE = 499
 """For the log and the metrics: the client went away within its body."""
+SESSIONS = "sessions"
+"""The folder of cookies, beside the folders of replicas that share it."""
+PROBES = ("/health", "/ready")
+"""What is asked twice a second fills no log."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -46,6 +51,9 @@ def lay_around(app: FastAPI, service: Service) -> None:
     state = app.state
     state.keys = keys_of(settings)
     state.sessions = Sessions()
+    if settings.shared and state.keys is not None:
+        folder = settings.data_dir.expanduser().parent / SESSIONS
+        state.sessions = SharedSessions(folder, state.keys)
     state.metrics = Metrics()
     state.events = Events(watch=state.metrics.streams)
     state.intake = Intake(
@@ -164,8 +172,10 @@ def _read_gauges(metrics: Metrics, service: Service) -> None:
 
 
 def _count_refusal(metrics: Metrics, told: ApiError) -> None:
-    if told.status in (429, 503):
+    if told.status in (429, 503) or told.code == "refused":
         metrics.refused(told.code)
+    if told.code == "refused":
+        logger.info("a hook refused a request")  # and no word of what it asked for
 
 
 class Counted:
@@ -194,7 +204,9 @@ class Counted:
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.requests.labels(method, str(status or 500)).inc()
-            logger.info(
+            probe = method in ("GET", "HEAD") and scope["path"] in PROBES
+            logger.log(
+                logging.DEBUG if probe else logging.INFO,
                 "%s %s %d",
                 method,
                 scope["path"][:200].encode("unicode_escape").decode(),

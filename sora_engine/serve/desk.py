@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import string
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from sora_engine.serve.clock import Clock
 from sora_engine.serve.failures import ApiError, disk_full, not_found
 from sora_engine.serve.files import Files
 from sora_engine.serve.finishing import Finisher
+from sora_engine.serve.ids import moment, new_id
 from sora_engine.serve.live import Live
 from sora_engine.serve.marks import Marks
 from sora_engine.serve.pace import Pace
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LETTERS = string.ascii_lowercase + string.digits
 END_S = 30.0
 """How long jobs that were stopped may take to let go."""
 FULL_PAUSE_S = 5.0
@@ -100,6 +99,11 @@ class Desk:
             raise ApiError(404, "expired", "the video was kept for its time, and is gone")
         return row
 
+    def lives(self) -> list[Live]:
+        """All jobs that are not done."""
+        with self._wake:
+            return list(self._lives.values())
+
     def position(self, name: str) -> int | None:
         """How many jobs are to be begun before this one; None for one that was begun."""
         with self._wake:
@@ -149,11 +153,12 @@ class Desk:
         self._refuse_where_closed()
         stored["fields"].setdefault("seed", secrets.randbelow(1 << 32))
         request, resolved = self.admission.admit(stored)
+        created = moment(self.clock.now())
         made = Row(
-            id=self._new_id(),
+            id=new_id(self.settings.replica, created),
             owner=owner,
             kind=kind,
-            created=self.clock.now(),
+            created=created,
             body=stored,
             facts={
                 "weights": self.engine.model.weights_hash,
@@ -336,13 +341,6 @@ class Desk:
         """Call those who watch."""
         for watcher in self.on_change:
             watcher(live)
-
-    def _new_id(self) -> str:
-        number, random = secrets.randbelow(len(_LETTERS) ** 26), ""
-        for _ in range(26):
-            number, letter = divmod(number, len(_LETTERS))
-            random += _LETTERS[letter]
-        return f"video_{self.settings.replica}_{random}"
 
     # The end.
 

@@ -128,7 +128,7 @@ def api_error(error: Exception, hidden: Mapping[str, str] | None = None) -> ApiE
         wait = str(max(1, round(error.retry_after_s)))
         return ApiError(429, code, message, headers={"Retry-After": wait})
     if isinstance(error, errors.RefusedError):
-        return ApiError(403, code, message)
+        return ApiError(400, code, message)  # as OpenAI's moderation answers
     if isinstance(error, errors.EngineDeadError):
         return ApiError(503, code, message, retry=False)
     if isinstance(error, errors.EngineClosedError):

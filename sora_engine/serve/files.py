@@ -154,20 +154,19 @@ class Files:
         _flush(self.uploads)
         return digest.hexdigest()
 
-    def keep_result(self, name: str) -> str:
-        """Keep a job's result beside the uploads, so that a job which starts from it has it as long
-        as it needs it; the hash is returned. Raises OSError where it is not there."""
-        video = self.video(name) / "video.mp4"
-        with video.open("rb") as file:
+    def keep_file(self, path: Path) -> str:
+        """Keep a file that never changes, such as a result, as an upload; its hash is returned.
+        Raises OSError."""
+        with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         target = self.upload(sha256)
         if not target.exists():
             try:
-                os.link(video, target)
+                os.link(path, target)
             except FileExistsError:
                 pass
             except OSError:  # a file system without links
-                with video.open("rb") as file:
+                with path.open("rb") as file:
                     return self.keep_upload(file)
             _flush(self.uploads)
         os.utime(target)

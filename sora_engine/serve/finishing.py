@@ -128,7 +128,7 @@ class Finisher:
                 return
             trail.writes("end")
             video = self._desk.marks.told(job.result(), request)
-            writer.close(video, live.row.body)
+            writer.close(video, live.row)
             if self._desk.settings.keep_latents and job.latents is not None:
                 latents = SavedLatents(job.latents, request.fps, request.loop, "")
                 latents.write(files.tmp / name / LATENTS)

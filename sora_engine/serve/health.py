@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from sora_engine.serve.load import load_of
 from sora_engine.serve.service import service_of
 
 router = APIRouter(tags=["health"])
@@ -19,6 +20,10 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/ready", operation_id="ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 while jobs are taken; 503 while the server loads, drains or is full, or is dead."""
-    state = service_of(request).state
-    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+    """200 while jobs are taken, with how much is to be done; 503 while the server loads, drains or
+    is full, or is dead."""
+    service = service_of(request)
+    state = service.state
+    if state != "ready":
+        return JSONResponse({"status": state}, 503)
+    return JSONResponse({"status": state, "load": load_of(service.desk).to_dict()})

@@ -27,6 +27,7 @@ REASONS = (
     "draining",
     "disk_full",
     "engine_dead",
+    "refused",
 )
 STAGES = ("queued", "encoding", "denoising", "decoding", "writing")
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
@@ -105,7 +106,9 @@ class Metrics:
             "model",
         )
         self.refusals = counter(
-            "sora_queue_refusals_total", "requests that found no place", "reason"
+            "sora_queue_refusals_total",
+            "requests that found no place, or that a hook refused",
+            "reason",
         )
         self.promised = gauge("sora_memory_promised_bytes", "planned peaks of the jobs under way")
         self.peak = gauge("sora_memory_peak_bytes", "the largest resident set of this process")

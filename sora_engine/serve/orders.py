@@ -206,15 +206,23 @@ class Clerk:
         if media.upload is not None:
             sha256 = media.upload.removeprefix("upload_")
             path = self._files.upload(sha256)
-            if not path.is_file():
+            if path.is_file():
+                path.touch()  # it is kept for as long again
+            elif (elsewhere := self._service.neighbours.upload(sha256)) is not None:
+                self._files.keep_file(elsewhere)
+            else:
                 raise bad_value(f"{name}: there is no such upload", name)
-            path.touch()  # it is kept for as long again
         elif media.video_id is not None:
-            row = self._completed(media.video_id, name)
+            found = self._service.neighbours.result(self._owner, media.video_id)
+            if found is None:
+                row = self._completed(media.video_id, name)
+                folder, prompt = self._files.video(row.id), row.facts.get("prompt")
+            else:
+                folder, prompt = found.folder, found.prompt
             if self._prompt is None:
-                self._prompt = row.facts.get("prompt")
+                self._prompt = prompt
             try:
-                sha256 = self._files.keep_result(row.id)
+                sha256 = self._files.keep_file(folder / "video.mp4")
             except FileNotFoundError:
                 raise bad_value(f"{name}: there is no such video", name) from None
         else:

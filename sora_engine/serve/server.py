@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from sora_engine.errors import SoraError
 from sora_engine.serve.app import make_app
@@ -53,7 +54,7 @@ def run(
     """
     os.umask(0o077)
     app = make_app(make_engine, settings)
-    listener = _listen(settings)
+    listener = listener_for(settings)
     try:
         server = Server(app, settings, on_listening, on_ready)
         server.run(sockets=[listener])
@@ -67,8 +68,14 @@ def run(
     return DEAD if service.dead else DRAINED
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listener_for(settings: Settings) -> socket.socket:
     """The socket; here, so that a port which is taken is told before anything is loaded."""
+    if settings.uds is not None:
+        settings.uds.unlink(missing_ok=True)  # of a server that was killed
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(settings.uds))
+        listener.listen(512)
+        return listener
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -82,7 +89,46 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-class Server(uvicorn.Server):
+def address_of(listener: socket.socket) -> str:
+    """Where a socket is reached, for people."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class SignalledServer(uvicorn.Server):
+    """One that is asked to drain by the first signal, and ended by the second."""
+
+    drain_wanted = False
+
+    def end_at_once(self, code: int) -> None:
+        """The process ends: what is accepted is on the disk."""
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; the second ends the process."""
+        if self.drain_wanted:
+            self.end_at_once(128 + sig)
+        self.drain_wanted = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was handled is not raised anew at the end."""
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Server(SignalledServer):
     """One that drains at the first signal: it goes on answering until its jobs are done."""
 
     def __init__(
@@ -96,7 +142,6 @@ class Server(uvicorn.Server):
         self._service: Service = app.state.service
         self._settings = settings
         self._on_listening, self._on_ready = on_listening, on_ready
-        self._drain_wanted = False
         self._watch: asyncio.Task[None] | None = None
         self.startup_error: BaseException | None = None
 
@@ -111,8 +156,7 @@ class Server(uvicorn.Server):
         if self.should_exit:
             return
         if self._on_listening is not None and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            self._on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._on_listening(address_of(sockets[0]))
         self._watch = asyncio.create_task(self._watched())
 
     async def _watched(self) -> None:
@@ -121,7 +165,7 @@ class Server(uvicorn.Server):
         while not self.should_exit:
             if service.failed is not None:
                 self.should_exit = True
-            elif self._drain_wanted:
+            elif self.drain_wanted:
                 await self._drain()
             elif service.dead:
                 logger.error("the engine is dead; the server ends in a moment")
@@ -149,29 +193,8 @@ class Server(uvicorn.Server):
             told()
         await super().shutdown(sockets)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; the second ends the process: what is accepted is on the disk."""
-        if self._drain_wanted:
-            with contextlib.suppress(OSError):
-                sys.stderr.flush()
-            os._exit(128 + sig)
-        self._drain_wanted = True
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal that was handled is not raised anew at the end."""
-        before = {
-            number: signal.signal(number, self.handle_exit)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
+def configuration(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     """What uvicorn is told."""
     options: dict[str, Any] = {
         "host": settings.host,

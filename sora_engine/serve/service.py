@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from sora_engine.serve.clock import Clock
-from sora_engine.serve.cursors import Cursors
 from sora_engine.serve.desk import Desk
 from sora_engine.serve.failures import ApiError
 from sora_engine.serve.fetching import Fetcher
 from sora_engine.serve.files import Files
 from sora_engine.serve.keeping import Keeper, last_seen
 from sora_engine.serve.keys import Keys
+from sora_engine.serve.neighbours import Neighbours
 from sora_engine.serve.settings import Settings
 from sora_engine.serve.store import Store
 
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 THREADS = 64
 """For what takes a while of requests; most of them wait for a disk or another process."""
+STATE = "x-sora-state"
+"""The header by which a proxy sees that a server could not answer yet."""
 OWNER = "local"
 """Who has the jobs of a server without keys."""
 
@@ -46,8 +48,6 @@ class Service:
         """Checks a file that a client sent, and raises MediaError."""
         self.fetcher = Fetcher(settings.max_upload) if settings.allow_urls else None
         """Asks addresses that clients name; None where they name none."""
-        self.cursors = Cursors()
-        """Where the pages of lists that were given end."""
         self.keys: Keys | None = None
         """Who may ask, and for how much."""
         self.on_failure: list[Callable[[ApiError], None]] = []
@@ -62,6 +62,7 @@ class Service:
         self._desk: Desk | None = None
         self._files: Files | None = None
         self._store: Store | None = None
+        self.neighbours = Neighbours(settings.data_dir.expanduser(), shared=settings.shared)
         self._keeper: Keeper | None = None
         self._loading: asyncio.Task[None] | None = None
 
@@ -70,7 +71,10 @@ class Service:
         """The desk; ApiError 503 while there is none."""
         if self._desk is None:
             raise ApiError(
-                503, "loading", "the model is being loaded", headers={"Retry-After": "5"}
+                503,
+                "loading",
+                "the model is being loaded",
+                headers={"Retry-After": "5", STATE: "loading"},
             )
         return self._desk
 

@@ -37,6 +37,7 @@ class Settings:
     host, port: the address; port 0 takes a free one. Any other host than this machine's own needs a
         key, or `insecure_no_key`.
     allow_hosts: further names that a request's Host may have, beside those of this machine.
+    uds: a Unix socket to listen on, in place of host and port; for a proxy on this machine.
     cors: origins whose pages may ask; none by default.
     forwarded_allow_ips: proxies whose X-Forwarded headers are believed.
 
@@ -78,6 +79,12 @@ class Settings:
     metrics: `/metrics` is served. otel: spans go to OpenTelemetry. log_json: log lines are JSON.
     replica: this server's part of its jobs' ids, lower-case letters and digits.
 
+    More than one (docs/replicas.md):
+
+    replicas: how many servers `sora serve` runs, each in a folder of `data_dir`. shared: the
+        folder that holds `data_dir` holds those of other replicas too, each under its replica's
+        name: their results, uploads and cookies are known here.
+
     Bounds on connections, in seconds and bytes: header_timeout_s, body_timeout_s,
     keep_alive_timeout_s, max_header_bytes, max_connections.
 
@@ -92,6 +99,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: Path | None = None
     allow_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     forwarded_allow_ips: str = ""
@@ -132,6 +140,8 @@ class Settings:
     otel: bool = False
     log_json: bool = False
     replica: str = "0"
+    replicas: int = 1
+    shared: bool = False
 
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
@@ -155,6 +165,7 @@ class Settings:
         for name in ("max_jobs_per_key", "max_running", "max_upload", "max_connections"):
             _whole(self, name, 1)
         _whole(self, "max_header_bytes", 1 << 10)
+        _whole(self, "replicas", 1, 512)
         _whole(self, "max_priority", -8, 8)
         _whole(self, "watermark_payload", 0, 65535)
         if (self.sign_cert is None) != (self.sign_key is None):
@@ -172,6 +183,10 @@ class Settings:
         if not re.fullmatch(r"[a-z0-9]{1,16}", self.replica):
             raise ValueError(
                 f"replica must be 1 to 16 lower-case letters or digits, got {self.replica!r}"
+            )
+        if self.shared and self.data_dir.name != self.replica:
+            raise ValueError(
+                f"shared: data_dir {self.data_dir} must end in the replica's name, {self.replica}"
             )
         if self.api_key is not None and len(self.api_key) < 8:
             raise ValueError("api_key must have 8 characters or more")
@@ -272,7 +287,7 @@ def _read(name: str, value: Any) -> Any:
     """A setting as a flag, the environment or a file gives it."""
     if name in PARSERS:
         return PARSERS[name](name, value)
-    if name in ("data_dir", "api_keys", "sign_cert", "sign_key"):
+    if name in ("data_dir", "api_keys", "sign_cert", "sign_key", "uds"):
         return Path(str(value)).expanduser()
     if name == "loras":
         if isinstance(value, Mapping):
@@ -314,9 +329,13 @@ def _hooks(where: str) -> Hooks:
     if not colon:
         raise ValueError(f"hooks: {where!r} is not MODULE:FUNCTION")
     try:
-        made = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"hooks: {where} cannot be imported: {error}") from error
+    try:
+        made = make()
+    except Exception as error:  # it is the operator's own code
+        raise ValueError(f"hooks: {where} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, Hooks):
         raise ValueError(f"hooks: {where} made no Hooks, but {type(made).__name__}")
     return made

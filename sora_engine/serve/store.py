@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     body TEXT NOT NULL,
     facts TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS jobs_of ON jobs (owner, kind, number);
+CREATE INDEX IF NOT EXISTS jobs_by_time ON jobs (owner, kind, created, number);
 CREATE INDEX IF NOT EXISTS jobs_in ON jobs (state);
 CREATE TABLE IF NOT EXISTS idempotency (
     owner TEXT NOT NULL,
@@ -254,16 +254,23 @@ class Store:
         return None if found is None else _row(found)
 
     def page(
-        self, owner: str, *, after: int | None, limit: int, newest: bool, kind: str = "video"
+        self,
+        owner: str,
+        *,
+        after: tuple[float, int] | None,
+        limit: int,
+        newest: bool,
+        kind: str = "video",
     ) -> list[Row]:
-        """An owner's jobs that are not deleted or expired, from behind number `after` on."""
+        """An owner's jobs that are not deleted or expired, by when they were created and then by
+        their numbers, from behind `after` on, which is such a time and number."""
         sign, order = ("<", "DESC") if newest else (">", "ASC")
-        more = "" if after is None else f"AND number {sign} {int(after)} "
+        more = "" if after is None else f"AND (created, number) {sign} (?, ?) "
         with self._reader() as db:
             found = db.execute(
                 f"SELECT {_COLUMNS} FROM jobs WHERE owner=? AND kind=? AND state NOT IN "
-                f"('deleting', 'expired') {more}ORDER BY number {order} LIMIT ?",
-                (owner, kind, limit),
+                f"('deleting', 'expired') {more}ORDER BY created {order}, number {order} LIMIT ?",
+                (owner, kind, *(after or ()), limit),
             ).fetchall()
         return [_row(values) for values in found]
 

@@ -9,12 +9,14 @@ from fastapi import APIRouter, Query, Request, Response
 
 from sora_engine.serve.answers import poll_after_ms, video_for
 from sora_engine.serve.content import send_file
+from sora_engine.serve.desk import Desk
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError, bad_value, not_found
+from sora_engine.serve.ids import read_id
 from sora_engine.serve.orders import Order, place
 from sora_engine.serve.pictures import picture_of
 from sora_engine.serve.replies import DeletedVideo, Video, VideoList
-from sora_engine.serve.service import desk_of, owner_of, service_of
+from sora_engine.serve.service import desk_of, owner_of
 from sora_engine.serve.wire import CreateVideo
 from sora_engine.serve.writer import VIDEO
 
@@ -42,24 +44,29 @@ async def videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:
     """The caller's videos, page by page: `after` is the last id of the page before."""
-    desk, owner, cursors = desk_of(request), owner_of(request), service_of(request).cursors
-    number = None
-    if after is not None:
-        last = desk.store.get(after)
-        known = last is not None and last.owner == owner
-        number = last.number if last is not None and known else cursors.number(owner, after)
-        if number is None:
-            raise bad_value("after: there is no such video", "after")
-    rows = desk.store.page(owner, after=number, limit=limit + 1, newest=order == "desc")
+    desk, owner = desk_of(request), owner_of(request)
+    behind = None if after is None else _place(desk, owner, after)
+    rows = desk.store.page(owner, after=behind, limit=limit + 1, newest=order == "desc")
     data = [video_for(request, desk, row) for row in rows[:limit]]
-    if data:
-        cursors.gave(owner, data[-1].id, rows[len(data) - 1].number)
     return VideoList(
         data=data,
         first_id=data[0].id if data else None,
         last_id=data[-1].id if data else None,
         has_more=len(rows) > limit,
     )
+
+
+def _place(desk: Desk, owner: str, after: str) -> tuple[float, int]:
+    """Where a page begins: behind a video that may be gone, or another replica's. Those of one
+    microsecond are in the order of their replicas' names."""
+    row = desk.store.get(after)
+    if row is not None and row.owner == owner:
+        return row.created, row.number
+    known = read_id(after)
+    if row is not None or known is None:
+        raise bad_value("after: there is no such video", "after")
+    replica, created = known
+    return created, (-1 if replica < desk.settings.replica else 1 << 62)
 
 
 @router.get("/{video_id}", operation_id="retrieveVideo")

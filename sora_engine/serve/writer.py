@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sora_engine.io.provenance import Provenance
+    from sora_engine.serve.store import Row
     from sora_engine.video import Video
 
 VIDEO, IMAGE = "video.mp4", "image.png"
@@ -47,15 +48,18 @@ class ResultWriter:
             self._video.write(frame)
             self.count += 1
 
-    def close(self, video: Video, request: dict[str, Any]) -> None:
-        """Finishes the files, the receipt last. request: what would make it again."""
+    def close(self, video: Video, row: Row) -> None:
+        """Finishes the files, the receipt last, which says whose they are: other replicas read it
+        (`neighbours`), and what would make it again."""
         self._video.close()
         receipt = None if video.receipt is None else video.receipt.to_dict()
         told = {
             "receipt": receipt,
             "timings_s": video.timings_s,
             "seed": video.seed,
-            "request": request,
+            "request": row.body,
+            "owner": row.owner,
+            "prompt": row.facts.get("prompt"),
         }
         (self._folder / "receipt.json").write_text(json.dumps(told), encoding="utf-8")
 

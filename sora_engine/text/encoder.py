@@ -67,7 +67,11 @@ _KINDS: dict[str, TextEncoderKind | str] = {
     "UMT5EncoderModel": "sora_engine.text.umt5:UMT5Encoder",
     "ClassLabels": "sora_engine.text.labels:LabelEncoder",
     "T5EncoderModel": "sora_engine.text.t5:T5Encoder",
+    "CLIPTextModel": "sora_engine.text.clip_text:CLIPTextEncoder",
     "T5TokenCounts": "sora_engine.text.t5:T5TokenCounts",
+    "T5WrittenEncoder": "sora_engine.text.t5_written:T5WrittenEncoder",
+    "T5PaddedEncoder": "sora_engine.text.t5_written:T5PaddedEncoder",
+    "T5WrittenTokenCounts": "sora_engine.text.t5_written:T5WrittenTokenCounts",
 }
 """By the class that a configuration names the kind, or where it is."""
 

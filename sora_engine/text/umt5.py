@@ -133,13 +133,15 @@ class UMT5Encoder:
 
     def activation_bytes(self, num_tokens: int) -> int:
         """The most that one text holds beside the weights: queries to values, scores and their
-        bias, and the two branches of a gated feed-forward."""
+        bias, and the two branches of a gated feed-forward; or what finds the bias, with seven
+        integers for each pair of tokens, which are the most where heads are few."""
         config = self.model.config
         inner = config.num_heads * config.d_kv
         scores = 3 * config.num_heads * num_tokens * num_tokens
         attention = num_tokens * (3 * config.d_model + 4 * inner) + scores
         forward = num_tokens * (3 * config.d_model + 3 * config.d_ff)
-        return int(max(attention, forward) * self.model.dtype.itemsize)
+        places = 7 * 8 * num_tokens * num_tokens
+        return max(int(max(attention, forward) * self.model.dtype.itemsize), places)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:

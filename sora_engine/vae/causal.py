@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sora_engine.vae.blocks import CausalConv3d, Downsample, Upsample
 from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.native import Layouts, give_back
-from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents
+from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents, look_ahead
 from sora_engine.vae.state import FeatureCache, VAEState
 
 
@@ -188,8 +188,9 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
     ) -> tuple[Tensor, VAEState]:
         """The next latent frames (any number) to their frames, and the state after them.
 
-        `consume` lets go of `state` on the way, which halves what caches take; it cannot be used
-        again then.
+        A decoder that looks ahead gives frames late; the rest comes with a stretch of no latent
+        frames at all, which ends the video. `consume` lets go of `state` on the way, which halves
+        what caches take; it cannot be used again then.
         """
         frames, state = self._decode(latents, state, latents_per_call, keep=True, consume=consume)
         assert state is not None
@@ -204,15 +205,23 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
         keep: bool,
         consume: bool,
     ) -> tuple[Tensor, VAEState | None]:
-        check_latents(self.config, latents)
-        self._lay_out("decoder")
         count = latents.shape[2]
-        per_call = count if latents_per_call is None else latents_per_call
+        ends = look_ahead(self.config) > 0 and (not keep or (count == 0 and state is not None))
+        if count or not ends:
+            check_latents(self.config, latents)
+        self._lay_out("decoder")
+        per_call = max(count, 1) if latents_per_call is None else latents_per_call
+        before = 0 if state is None else state.latent_frames
         caches = _open(state, consume)
         parts = []
-        for low in range(0, count, per_call):
+        for low in range(0, max(count, 1), per_call):
             high = min(low + per_call, count)
-            feat_cache = FeatureCache(caches, keep=keep or high < count)
+            feat_cache = FeatureCache(
+                caches,
+                keep=keep or high < count,
+                last=ends and high == count,
+                latent_frames=before + low,
+            )
             parts.append(self.decode_step(self.denormalise(latents[:, :, low:high]), feat_cache))
             caches = feat_cache.new
             if feat_cache.first:
@@ -220,7 +229,6 @@ class CausalVAE(nn.Module, ChunkCoder[VAEState]):
         frames = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         if not keep:
             return frames, None
-        before = 0 if state is None else state.latent_frames
         return frames, VAEState(tuple(caches or ()), before + count)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import RequestError
-from sora_engine.vae.shapes import VAEConfig, check_frames
+from sora_engine.vae.shapes import VAEConfig, check_frames, look_ahead
 from sora_kernels.transfer import constant
 
 S = TypeVar("S")
@@ -32,7 +32,10 @@ class VideoCoder(Protocol[S]):
     def decode_chunk(
         self, latents: Tensor, state: S | None = None, *, consume: bool = False
     ) -> tuple[Tensor, S]:
-        """The next latent frames, normalised `[B, z, t, h, w]`, to frames `[B, 3, n, H, W]`."""
+        """The next latent frames, normalised `[B, z, t, h, w]`, to frames `[B, 3, n, H, W]`.
+
+        A decoder that looks ahead (`shapes.look_ahead`) gives frames late, and what is left with a
+        stretch of no latent frames, which ends the video."""
         ...
 
     def encode_chunk(
@@ -110,13 +113,20 @@ def stream_decode(coder: VideoCoder[Any], latents: Tensor) -> Iterator[Tensor]:
     """Frames of `latents [B, z, t, h, w]` as they come, a latent frame's worth at a time.
 
     What it holds does not grow with the length. Stopping the iteration stops the work: nothing is
-    decoded ahead.
+    decoded ahead, but for what a decoder that looks ahead must see.
     """
     state = None
-    for latent in latents.split(1, dim=2):
+    for latent in stretches_of(latents, coder.config):
         with torch.inference_mode():
             frames, state = coder.decode_chunk(latent, state, consume=True)
-        yield frames
+        if frames.shape[2]:
+            yield frames
+
+
+def stretches_of(latents: Tensor, config: VAEConfig) -> list[Tensor]:
+    """Latents `[..., t, h, w]` one at a time, and for a decoder that looks ahead the end."""
+    end = [latents[..., :0, :, :]] if look_ahead(config) else []
+    return [*latents.split(1, dim=-3), *end]
 
 
 def stream_encode(coder: VideoCoder[Any], stretches: Iterable[Tensor]) -> Iterator[Tensor]:

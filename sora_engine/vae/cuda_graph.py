@@ -18,7 +18,7 @@ from sora_engine.errors import BackendError
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.coder import ChunkCoder
 from sora_engine.vae.recording import Recorded, Recorder, record, wanted
-from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents
+from sora_engine.vae.shapes import VAEConfig, check_frames, check_latents, look_ahead
 from sora_engine.vae.state import FeatureCache, FixedFeatureCache, VAEState
 
 logger = logging.getLogger(__name__)
@@ -216,5 +216,12 @@ def graphed(
     """`vae`, with CUDA graphs by the setting; raises as `recording.wanted`. by_time: as of
     `GraphedVAE`."""
     if not wanted(setting, device):
+        return vae
+    if look_ahead(vae.config):  # what comes out of a step changes until it has seen far enough
+        if setting == "on":
+            raise BackendError(
+                f"CUDA graphs are not carried out for {vae.config.class_name}, whose decoder looks "
+                "ahead; 'auto' or 'off' would work"
+            )
         return vae
     return GraphedVAE(vae, required=setting == "on", by_time=by_time)

@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sora_engine.vae.coder import VideoCoder
+from sora_engine.vae.coder import VideoCoder, stretches_of
 from sora_engine.vae.finite import check_finite
+from sora_engine.vae.shapes import look_ahead
 
 MAX_REACH = 96
 """Latent frames after which a causal decoder that still remembers is taken to be at fault: Wan's
@@ -33,16 +34,32 @@ def decoding(
     no seam. Raises NonFiniteError for frames that are no numbers.
     """
     latents = latents.to(device, dtype)
-    state = (yield from last_lap_state(latents, vae)) if wraps else None
-    total = latents.shape[1]
-    for i, latent_frame in enumerate(latents.split(1, dim=1), start=1):
+    ahead, total = look_ahead(vae.config), latents.shape[1]
+    skipped, left = 0, None
+    if wraps and ahead:
+        latents, skipped, left = round_the_seam(latents, vae, ahead + 1)
+    state = (yield from last_lap_state(latents, vae)) if wraps and not ahead else None
+    for i, latent_frame in enumerate(stretches_of(latents, vae.config), start=1):
         frames, state = vae.decode_chunk(latent_frame[None], state, consume=True)
-        what = f"latent frame {i} of {total}"
+        what = f"latent frame {min(i, total)} of {total}"
         check_finite([frames], what, stage="decoding", dtype=dtype, step=i)
-        made = to_uint8(frames[0])
-        del frames  # not held while the next ones are made
+        cut = frames[0, :, skipped:]
+        skipped = max(0, skipped - frames.shape[2])
+        if left is not None:
+            cut = cut[:, :left]
+            left -= cut.shape[1]
+        made = to_uint8(cut) if cut.shape[1] else None
+        del frames, cut  # not held while the next ones are made
         yield made
         del made
+
+
+def round_the_seam(latents: Tensor, vae: VideoCoder[Any], reach: int) -> tuple[Tensor, int, int]:
+    """A loop's latents `[C, T, h, w]` with as many of its own before and behind as its decoder sees
+    either way, how many frames to leave out then, and how many to keep."""
+    total, factor = latents.shape[1], vae.scale_factor_temporal
+    places = torch.arange(-reach, total + reach, device=latents.device) % total
+    return latents[:, places], 1 + (reach - 1) * factor, total * factor
 
 
 class Scales(Protocol):

@@ -164,7 +164,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels `[B, in_channels, T, H, W]` to moments `[B, 2 * z_dim, T, h, w]`."""
+    """Pixels `[B, in_channels, T, H, W]` to moments `[B, config.encoded, T, h, w]`."""
 
     def __init__(self, config: KLConfig):
         super().__init__()
@@ -179,7 +179,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList(stages)
         self.mid_block = MidBlock(widths[-1], config)
         self.conv_norm_out = PictureNorm(groups, widths[-1])
-        self.conv_out = PictureConv(widths[-1], 2 * config.latent_channels, 3)
+        self.conv_out = PictureConv(widths[-1], config.encoded, 3)
 
     def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         x = self.conv_in.valid(x)

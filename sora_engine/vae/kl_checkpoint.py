@@ -18,13 +18,15 @@ import torch
 from sora_engine.errors import CheckpointError
 from sora_engine.vae.kl import KLVAE
 from sora_engine.vae.kl_config import CLASS_NAME, LDM_SCALING, KLConfig
-from sora_engine.vae.registry import VAEKind
+from sora_engine.vae.registry import VAEKind, build_vae
 
 logger = logging.getLogger("sora_engine")
 
 _PREFIXES = ("", "first_stage_model.", "vae.", "model.")
 """Wrappers under which some tools store a whole autoencoder."""
 _MARKS = ("decoder.mid.block_1.norm1.weight", "encoder.down.0.block.0.norm1.weight")
+CODEBOOK = "quantize.embedding.weight"
+"""That tells a VQ-VAE from an autoencoder of continuous latents."""
 _LAYERS = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
     "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out",
@@ -41,7 +43,7 @@ def to_newer_name(name: str) -> str:
 def original_names(config: KLConfig) -> dict[str, str]:
     """For every parameter of a `KLVAE`, by its diffusers name, the name in original files."""
     with torch.device("meta"):
-        names = list(KLVAE(config).state_dict())
+        names = list(build_vae(config).state_dict())
     return {name: _original_name(name, len(config.block_out_channels)) for name in names}
 
 
@@ -58,7 +60,8 @@ def _original_name(name: str, stages: int) -> str:
     return name
 
 
-def _prefix(names: Iterable[str]) -> str | None:
+def original_prefix(names: Iterable[str]) -> str | None:
+    """Of names of latent diffusion's own code what stands before all; None for others."""
     present = set(names)
     for prefix in _PREFIXES:
         if all(prefix + mark in present for mark in _MARKS):
@@ -74,7 +77,7 @@ def infer_config(
     The scale of the latents is not in such files: it is latent diffusion's own for 4 channels, and
     another count is a CheckpointError. A `config.json` beside the file goes before this.
     """
-    prefix = _prefix(shapes)
+    prefix = original_prefix(shapes)
     if prefix is None:
         raise CheckpointError(
             "has not the names of an image autoencoder", path=path, tensor=_MARKS[0]
@@ -134,7 +137,9 @@ class KLFiles:
     """How image autoencoders lie in single files; see `vae.registry.ReadsFile`."""
 
     def claims(self, names: Iterable[str]) -> bool:
-        return _prefix(names) is not None
+        present = set(names)
+        prefix = original_prefix(present)
+        return prefix is not None and prefix + CODEBOOK not in present
 
     def config(
         self, shapes: Mapping[str, tuple[int, ...]], *, path: str | Path | None = None
@@ -144,7 +149,7 @@ class KLFiles:
     def names(self, names: Iterable[str], config: KLConfig) -> dict[str, str]:
         """Names that no layer has stay as they are; what trained it (`loss.`) is left out."""
         present = list(names)
-        prefix = _prefix(present)
+        prefix = original_prefix(present)
         if prefix is None:
             return {name: to_newer_name(name) for name in present}
         back = {f"{prefix}{original}": name for name, original in original_names(config).items()}

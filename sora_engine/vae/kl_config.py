@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from sora_engine.errors import CheckpointError
 
@@ -30,6 +30,10 @@ class KLConfig:
     scaling_factor, shift_factor: a model's latents are `(raw - shift_factor) * scaling_factor`.
     force_upcast, sample_size: diffusers' own advice to its pipelines; nothing here reads them.
     """
+
+    kind: ClassVar[str] = CLASS_NAME
+    not_its: ClassVar[tuple[str, ...]] = ()
+    """Fields that files of the class have no key for."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -99,12 +103,17 @@ class KLConfig:
 
     @property
     def class_name(self) -> str:
-        return CLASS_NAME
+        return self.kind
 
     @property
     def z_dim(self) -> int:
         """Channels of a latent."""
         return self.latent_channels
+
+    @property
+    def encoded(self) -> int:
+        """Channels that the encoder gives: mean and variance of each latent."""
+        return 2 * self.latent_channels
 
     @property
     def factor_temporal(self) -> int:
@@ -138,15 +147,15 @@ class KLConfig:
         return max(*self.block_out_channels, self.latent_channels, self.in_channels)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, path: str | Path | None = None) -> KLConfig:
+    def from_dict(cls, values: Mapping[str, Any], *, path: str | Path | None = None) -> Self:
         """A config from the dictionary of a `config.json`; `path` is for the error messages.
 
         Raises CheckpointError for another class, for keys this engine does not know (a key may
         change what the layers compute, so none is skipped) and for values that make no sense.
         """
-        name = values.get("_class_name", CLASS_NAME)
-        if name != CLASS_NAME:
-            raise CheckpointError(f"_class_name is {name!r}; {CLASS_NAME} is wanted", path=path)
+        name = values.get("_class_name", cls.kind)
+        if name != cls.kind:
+            raise CheckpointError(f"_class_name is {name!r}; {cls.kind} is wanted", path=path)
         keys = {key for key in values if not key.startswith("_")}
         for key in ("latents_mean", "latents_std"):
             # Pipelines of diffusers disagree on what they mean beside a scaling factor.
@@ -157,7 +166,7 @@ class KLConfig:
                     path=path,
                 )
             keys.discard(key)
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - set(cls.not_its)
         if keys - known:
             raise CheckpointError(
                 f"unknown keys {', '.join(sorted(keys - known))}; known are "
@@ -171,8 +180,10 @@ class KLConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds, as diffusers reads it."""
-        values: dict[str, Any] = {"_class_name": CLASS_NAME}
+        values: dict[str, Any] = {"_class_name": self.kind}
         for field in fields(self):
+            if field.name in self.not_its:
+                continue
             value = getattr(self, field.name)
             values[field.name] = list(value) if isinstance(value, tuple) else value
         return values

@@ -17,6 +17,7 @@ from torch.export import Dim
 from sora_engine.errors import BackendError
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.graphs import GraphSet, GraphSpec, TensorSpec
+from sora_engine.vae.shapes import look_ahead
 from sora_engine.vae.state import VAEState
 
 INSTALL = 'pip install "sora_engine[onnx]"'
@@ -53,6 +54,11 @@ def export_onnx(
     Returns the set; `GraphSet.load` finds it again. Raises BackendError where onnx and onnxscript
     are not installed.
     """
+    if look_ahead(vae.config):
+        raise BackendError(
+            f"{vae.config.class_name} is not exported to ONNX, as its decoder looks ahead; "
+            "vae_backend 'torch' would work"
+        )
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

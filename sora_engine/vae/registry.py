@@ -55,6 +55,8 @@ _KINDS: dict[str, VAEKind | str] = {
     "AutoencoderKLWan": "sora_engine.vae.wan_checkpoint",
     "TAEHV": "sora_engine.vae.tiny",
     "AutoencoderKL": "sora_engine.vae.kl_checkpoint",
+    "AutoencoderKLLTXVideo": "sora_engine.vae.ltx_checkpoint",
+    "VQModel": "sora_engine.vae.vq",
 }
 """By class name the kind, or the module that has it as `KIND`."""
 

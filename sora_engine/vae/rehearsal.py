@@ -19,7 +19,7 @@ from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.decoding import decoding
 from sora_engine.vae.meter import META, NoScores, OnOneDevice, StorageMeter
 from sora_engine.vae.registry import build_vae, vae_kind
-from sora_engine.vae.shapes import VAEConfig
+from sora_engine.vae.shapes import VAEConfig, look_ahead
 from sora_engine.vae.state import VAEState
 from sora_engine.vae.tiling import TilePlan, starts
 
@@ -45,7 +45,10 @@ def decode_memory(
 ) -> CodingMemory:
     """For `height` x `width` latents, batch 1, decoded a latent frame at a time."""
     latents = torch.empty(1, config.z_dim, 1, height, width, dtype=dtype, device=META)
-    return _rehearse(config, dtype, lambda vae: _in_chunks(vae.decode_chunk, [latents] * 3))
+    chunks = [latents] * (3 + look_ahead(config))
+    if look_ahead(config):
+        chunks.append(latents[:, :, :0])
+    return _rehearse(config, dtype, lambda vae: _in_chunks(vae.decode_chunk, chunks))
 
 
 @functools.lru_cache(maxsize=256)
@@ -93,7 +96,8 @@ class _OneLap:
     Nothing can be compared on the meta device."""
 
     def __init__(self, vae: CausalVAE) -> None:
-        self.decode_chunk = vae.decode_chunk
+        self.decode_chunk, self.config = vae.decode_chunk, vae.config
+        self.scale_factor_temporal = vae.scale_factor_temporal
 
     def same_state(self, a: Any, b: Any) -> bool:
         return True

@@ -58,6 +58,12 @@ class VAEConfig(Hashable, Protocol):
         ...
 
 
+def look_ahead(config: object) -> int:
+    """Latent frames that a decoder sees beyond one before its frames are done; 0 for causal ones,
+    whose configurations need not say so."""
+    return int(getattr(config, "look_ahead", 0))
+
+
 def check_frames(config: VAEConfig, frames: Tensor, *, first: bool) -> None:
     """That these can be encoded next: 1 + k * factor frames to begin with, then k * factor.
 

@@ -57,9 +57,19 @@ class FeatureCache:
 
     Caches in a list are dropped from it as they are taken; those in a tuple are the caller's.
     `keep=False` on the last pass over a video: nothing is kept, so nothing is copied for it.
+    `last`: the video ends with this pass, which layers that wait for a frame to come must know.
+    `latent_frames`: how many went through before it.
     """
 
-    def __init__(self, caches: Sequence[Tensor | None] | None, *, keep: bool = True):
+    def __init__(
+        self,
+        caches: Sequence[Tensor | None] | None,
+        *,
+        keep: bool = True,
+        last: bool = False,
+        latent_frames: int = 0,
+    ):
+        self.last, self.latent_frames = last, latent_frames
         self._old = caches
         self._at = 0
         self._keep = keep
@@ -107,7 +117,8 @@ class FeatureCache:
             self._old[self._at :] = [None] * (len(self._old) - self._at)
         outputs, parts = [], x.split(frames, dim=2)
         for i, part in enumerate(parts):
-            feat_cache = FeatureCache(old, keep=self._keep or i + 1 < len(parts))
+            more = i + 1 < len(parts)
+            feat_cache = FeatureCache(old, keep=self._keep or more, last=self.last and not more)
             outputs.append(run(part, feat_cache))
             old = feat_cache.new
         self.new.extend(old or ())

@@ -127,8 +127,8 @@ def infer_tiny(
     patch = {3: 1, 12: 2}.get(out)
     if patch is None:
         raise CheckpointError(
-            f"tensor 'decoder.22.weight' makes {out} channels; 3 or 12 would work (LTX's and "
-            "others' tiny autoencoders are not read)",
+            f"tensor 'decoder.22.weight' makes {out} channels; 3 or 12 would work "
+            "(other models' tiny autoencoders are not read)",
             path=path,
             tensor="decoder.22.weight",
         )

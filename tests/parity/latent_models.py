@@ -12,6 +12,8 @@ from diffusers import (
     DiTTransformer2DModel,
     LattePipeline,
     LatteTransformer3DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -102,6 +104,25 @@ def tiny_latte_pipeline(seed: int = 0) -> LattePipeline:
     encoder, tokenizer = tiny_t5(seed)
     pipeline = LattePipeline(
         transformer=tiny_latte(seed),
+        vae=tiny_kl(seed),
+        scheduler=DDIMScheduler(clip_sample=False),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_pixart(seed: int = 0, **overrides: object) -> PixArtTransformer2DModel:
+    torch.manual_seed(seed)
+    shape = {name: value for name, value in TINY_LATTE.items() if name != "video_length"}
+    return sharpen(PixArtTransformer2DModel(**{**shape, **overrides}), seed)
+
+
+def tiny_pixart_pipeline(seed: int = 0) -> PixArtSigmaPipeline:
+    encoder, tokenizer = tiny_t5(seed)
+    pipeline = PixArtSigmaPipeline(
+        transformer=tiny_pixart(seed),
         vae=tiny_kl(seed),
         scheduler=DDIMScheduler(clip_sample=False),
         text_encoder=encoder,

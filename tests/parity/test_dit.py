@@ -21,6 +21,7 @@ from sora_engine.distributed.wire import request_from_message, request_to_messag
 from sora_engine.errors import CheckpointError, RequestError
 from sora_engine.io.provenance import Provenance
 from sora_engine.models.dit.config import DiTConfig
+from sora_engine.models.dit.family import DiTFamily
 from sora_engine.models.dit.model import DiT
 from sora_engine.models.inspection import inspect_file
 from sora_engine.models.registry import open_checkpoint
@@ -229,44 +230,6 @@ def test_a_label_goes_wherever_a_request_goes(engine, tmp_path):
     assert load_state(saved, engine.loaded_model, engine.limits).request.label == 7
 
 
-BAD_FOLDERS = [
-    (CONFIG, {"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single'; a DiT has"),
-    (CONFIG, {"patch_size": 0}, "patch_size is 0; it must be a positive integer"),
-    (CONFIG, {"num_layers": 10**7}, "num_layers is 10000000"),
-    (CONFIG, {"num_layers": 3}, "missing tensors: transformer_blocks.2."),
-    (CONFIG, {"attention_head_dim": 16}, "has shape"),
-    (CONFIG, {"out_channels": 6}, "out_channels is 6; 4, or with a learned variance 8"),
-    (CONFIG, {"activation_fn": "geglu"}, "activation_fn is 'geglu'"),
-    (CONFIG, {"surprise": 1}, r"unknown configuration keys \['surprise'\]"),
-    (CONFIG, {"_class_name": "PixArtTransformer2DModel"}, "class is 'PixArtTransformer2DModel'"),
-    (INDEX, {"id2label": {"1000": "nothing"}}, "id2label has '1000': 'nothing'"),
-    (INDEX, {"id2label": ["tench"]}, "id2label must name classes by number"),
-    (INDEX, {"vae": [None, None]}, "the model has no vae"),
-    (INDEX, {"safety": 1}, r"unknown keys \['safety'\]"),
-    ("vae/config.json", {"latent_channels": 16}, "takes 4 channels and .* have 16"),
-    ("scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"}, "PNDMScheduler"),
-]
-
-
-@pytest.mark.parametrize(("path", "values", "message"), BAD_FOLDERS)
-def test_bad_folders_are_refused(folder, tmp_path, path, values, message):
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    for part in folder.iterdir():  # links to what stays, copies of what changes
-        (bad / part.name).symlink_to(part)
-    place = bad / path
-    name = path.partition("/")[0]
-    (bad / name).unlink()
-    if "/" in path:
-        place.parent.mkdir()
-        for file in (folder / name).iterdir():
-            (place.parent / file.name).symlink_to(file)
-        place.unlink()
-    place.write_text(json.dumps({**json.loads((folder / path).read_text()), **values}))
-    with pytest.raises(CheckpointError, match=message):
-        sora.Engine.from_pretrained(bad, device="cpu").close()
-
-
 def test_damaged_weights_are_refused(folder, tmp_path):
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -332,3 +295,52 @@ def test_two_ranks_equal_one(folder, engine):
             for one, other in zip(alone, ranks.generate(requests), strict=True):
                 assert relative(other.latents, one.latents) < 1e-5
                 assert np.abs(one.frames.astype(int) - other.frames).max() <= 1
+
+
+def test_files_in_the_authors_names_load(folder, engine, pipeline, tmp_path):
+    """One embedding of classes and levels for all blocks, and attention as one matrix."""
+    oracle = tiny_dit()
+    for block in oracle.transformer_blocks[1:]:  # as in the published models
+        block.norm1.emb.load_state_dict(oracle.transformer_blocks[0].norm1.emb.state_dict())
+    state, named = oracle.state_dict(), {"pos_embed": torch.zeros(1, 16, 16)}
+
+    def put(theirs: str, *ours: str) -> None:
+        for kind in ("weight", "bias"):
+            named[f"{theirs}.{kind}"] = torch.cat([state[f"{name}.{kind}"] for name in ours])
+
+    embedder = "transformer_blocks.0.norm1.emb"
+    put("x_embedder.proj", "pos_embed.proj")
+    put("t_embedder.mlp.0", f"{embedder}.timestep_embedder.linear_1")
+    put("t_embedder.mlp.2", f"{embedder}.timestep_embedder.linear_2")
+    classes = state[f"{embedder}.class_embedder.embedding_table.weight"]
+    named["y_embedder.embedding_table.weight"] = classes.clone()
+    for i in range(2):
+        block = f"transformer_blocks.{i}"
+        put(f"blocks.{i}.attn.qkv", *(f"{block}.attn1.to_{x}" for x in "qkv"))
+        put(f"blocks.{i}.attn.proj", f"{block}.attn1.to_out.0")
+        put(f"blocks.{i}.mlp.fc1", f"{block}.ff.net.0.proj")
+        put(f"blocks.{i}.mlp.fc2", f"{block}.ff.net.2")
+        put(f"blocks.{i}.adaLN_modulation.1", f"{block}.norm1.linear")
+    put("final_layer.adaLN_modulation.1", "proj_out_1")
+    put("final_layer.linear", "proj_out_2")
+    config = (folder / CONFIG).read_text()
+    files = []
+    for name, tensors in (("theirs", named), ("diffusers", state)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        files.append(tmp_path / name / "dit.safetensors")
+        save_file({k: v.clone().contiguous() for k, v in tensors.items()}, files[-1])
+    made = []
+    for file in files:
+        with sora.Engine.from_pretrained(file, components=folder, device="cpu") as by_file:
+            made.append(by_file.generate(request(7)).latents)
+    assert torch.equal(*made)
+    assert inspect_file(files[0]).kinds == inspect_file(files[1]).kinds
+    # Without a configuration widths of the published models tell the heads, and no other does.
+    (tmp_path / "theirs" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json beside it would"):
+        open_checkpoint(files[0], folder)
+    wide = {"x_embedder.proj.weight": (1152, 4, 2, 2), "y_embedder.embedding_table.weight": (6, 1)}
+    wide["blocks.27.attn.proj.weight"] = (1152, 1152)
+    told = DiTFamily().told_by(wide)
+    assert (told.num_attention_heads, told.num_layers, told.sample_size) == (16, 28, 32)

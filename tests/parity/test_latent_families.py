@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import sora_engine as sora
-from sora_engine.runtime import worker as worker_module
-from sora_engine.vae.meter import StorageMeter
-from tests.parity.latent_models import tiny_dit_pipeline, tiny_latte_pipeline
+from tests.parity.latent_models import (
+    tiny_dit_pipeline,
+    tiny_latte_pipeline,
+    tiny_pixart_pipeline,
+)
+from tests.parity.ltx_models import tiny_ltx_pipeline
+from tests.parity.metering import measured, saved_midway
 from tests.parity.vae_models import relative
 
 SMALL = {"num_inference_steps": 2, "seed": 1}
 MODELS = {
     "classes": (tiny_dit_pipeline, {"label": 3, "height": 96, "width": 64}),
+    "pictures of texts": (
+        tiny_pixart_pipeline,
+        {"prompt": "a red panda", "height": 96, "width": 64, "num_frames": 1},
+    ),
     "texts": (tiny_latte_pipeline, {"prompt": "a red panda", "height": 48, "width": 32}),
+    "flows": (
+        tiny_ltx_pipeline,
+        {"prompt": "a red panda", "height": 48, "width": 32, "num_frames": 33},
+    ),
 }
 
 
@@ -25,24 +35,12 @@ MODELS = {
 def test_the_measured_peak_is_under_the_promise(kind, tmp_path, monkeypatch):
     make, values = MODELS[kind]
     make().save_pretrained(tmp_path)
-    turn, meters = worker_module.Worker.turn, []
-
-    def metered_turn(worker):
-        if not meters:
-            return turn(worker)
-        with meters[0]:
-            return turn(worker)
-
-    monkeypatch.setattr(worker_module.Worker, "turn", metered_turn)
     request = sora.VideoRequest(**values, **SMALL)
+    others = {"prompt": "the blue sea"} if "prompt" in values else {}  # texts are kept
+    first = sora.VideoRequest(**{**values, **others}, **SMALL)
     made = {}
     for dtype in ("float32", "bfloat16"):
-        with sora.Engine.from_pretrained(tmp_path, device="cpu", dtype=dtype) as engine:
-            engine.generate(request)  # lays out the weights
-            before = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-            meters[:] = [StorageMeter(x for x in before if x.device.type == "cpu")]
-            made[dtype] = engine.submit(request).result(60)
-            peak = meters.pop().peak
+        made[dtype], peak = measured(monkeypatch, tmp_path, first, request, dtype)
         promised = made[dtype].receipt.promised_bytes
         assert 0.5 * promised < peak <= promised
     # Two steps of bf16, whose eight bits of a value make about this.
@@ -50,9 +48,17 @@ def test_the_measured_peak_is_under_the_promise(kind, tmp_path, monkeypatch):
 
 
 TARGETS = {
+    "pictures of texts": [
+        "transformer_blocks.1.attn2.to_k", "transformer_blocks.0.attn1.to_v",
+        "caption_projection.linear_2",
+    ],
     "classes": ["transformer_blocks.1.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"],
     "texts": [
         "transformer_blocks.1.attn2.to_k", "temporal_transformer_blocks.0.attn1.to_v",
+        "caption_projection.linear_1",
+    ],
+    "flows": [
+        "transformer_blocks.1.attn2.to_k", "transformer_blocks.0.attn1.to_q", "proj_in",
         "caption_projection.linear_1",
     ],
 }  # fmt: skip
@@ -104,3 +110,14 @@ def test_it_runs_as_the_engine_runs_others(kind, option, tmp_path):
                 others = [request, sora.VideoRequest(**{**values, "height": 32}, **SMALL)]
                 assert torch.equal(engine.generate(others)[0].latents, made[-1])
     assert relative(made[1], made[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_saved_job_goes_on_where_it_was(kind, tmp_path):
+    make, values = MODELS[kind]
+    make().save_pretrained(tmp_path / "model")
+    request = sora.VideoRequest(**values, num_inference_steps=4, seed=1)
+    with sora.Engine.from_pretrained(tmp_path / "model", device="cpu") as engine:
+        whole, again = saved_midway(engine, request, tmp_path / "job.safetensors")
+    assert 0 < again.receipt.resumed_at < 4
+    assert torch.equal(again.latents, whole.latents)

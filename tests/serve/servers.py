@@ -54,7 +54,39 @@ class Nursery:
         self._process.stdin.close()
 
 
-class Server:
+class Asked:
+    """What tests ask of a service over HTTP."""
+
+    http: httpx.Client
+
+    def text(self) -> str:
+        raise NotImplementedError
+
+    def create(self, **fields: Any) -> dict[str, Any]:
+        answer = self.http.post("/v1/videos", json={"prompt": "a red circle", **SMALL, **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def get(self, name: str) -> dict[str, Any]:
+        answer = self.http.get(f"/v1/videos/{name}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def done(self, name: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """The video once it is completed or failed."""
+        until = time.monotonic() + timeout_s
+        while (video := self.get(name))["status"] in ("queued", "in_progress"):
+            assert time.monotonic() < until, f"{video}\n{self.text()[-3000:]}"
+            time.sleep(0.03)
+        return video
+
+    def completed(self, name: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        video = self.done(name, timeout_s)
+        assert video["status"] == "completed", f"{video}\n{self.text()[-3000:]}"
+        return video
+
+
+class Server(Asked):
     """One server. A context manager, which kills what still runs."""
 
     def __init__(
@@ -116,6 +148,10 @@ class Server:
             time.sleep(0.02)
         return code
 
+    def data_of(self, _name: str) -> Path:
+        """The data folder of a job's server."""
+        return self.data
+
     def signal(self, number: int) -> None:
         if self.code() is None:
             os.kill(self.pid, number)
@@ -123,29 +159,6 @@ class Server:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         self.ended()
-
-    def create(self, **fields: Any) -> dict[str, Any]:
-        answer = self.http.post("/v1/videos", json={"prompt": "a red circle", **SMALL, **fields})
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def get(self, name: str) -> dict[str, Any]:
-        answer = self.http.get(f"/v1/videos/{name}")
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def done(self, name: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """The video once it is completed or failed."""
-        until = time.monotonic() + timeout_s
-        while (video := self.get(name))["status"] in ("queued", "in_progress"):
-            assert time.monotonic() < until, f"{video}\n{self.text()[-3000:]}"
-            time.sleep(0.03)
-        return video
-
-    def completed(self, name: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        video = self.done(name, timeout_s)
-        assert video["status"] == "completed", f"{video}\n{self.text()[-3000:]}"
-        return video
 
     def until(self, condition: Any, timeout_s: float = 30.0) -> None:
         end = time.monotonic() + timeout_s

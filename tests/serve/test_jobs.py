@@ -79,7 +79,7 @@ def test_an_adapter_is_asked_for_by_its_registered_name(service: Service, adapte
 
 def test_a_hook_refuses_before_anything_is_queued(service: Service):
     answer = service.http.post("/v1/videos", json={**SMALL, "prompt": "a forbidden word"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "refused")
     assert "not allowed" in answer.json()["error"]["message"]
     listed = service.http.get("/v1/videos?limit=100").json()["data"]
     assert all("forbidden" not in video["prompt"] for video in listed)

@@ -200,6 +200,24 @@ def test_small_and_unsigned_results_are_not_marked_by_themselves() -> None:
         wanted("yes", 480, True)
 
 
+def test_a_weaker_mark_is_nearer_to_the_picture_and_still_read() -> None:
+    """On a still ramp of grey, where a mark is seen best."""
+    ramp = np.rint(np.linspace(60, 190, 832)).astype(np.uint8)
+    frame = np.broadcast_to(ramp[None, :, None], (480, 832, 3))
+    errors = []
+    for strength in (1.0, 0.75):
+        mark = Watermark(0x1234, strength=strength)
+        after = mark.embed(frame)
+        found = mark.read([after])
+        assert (found.payload, found.marked) == ("1234", True)
+        errors.append(np.square(after.astype(float) - frame).mean())
+    # Moves are 0.75 of what they were, each rounded to a level: variance 1/12, and so is the blend.
+    assert errors[1] < 0.75**2 * errors[0] + 1 / 6
+    for strength in (0.4, 1.1, float("nan")):
+        with pytest.raises(MediaError, match="strength is from"):
+            Watermark(strength=strength)
+
+
 def test_what_cannot_be_marked_is_refused() -> None:
     for payload in (-1, 65536, True, "x"):
         with pytest.raises(MediaError, match="from 0 to 65535"):

@@ -7,7 +7,7 @@ noise levels and one of classes of its own there, and so it has here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,16 @@ from sora_engine.models.layers import (
     Attention,
     FeedForward,
     TimestepEmbedder,
-    picture_positions,
     timestep_sinusoids,
 )
-from sora_engine.models.linear import embed_patches, steady
-from sora_engine.models.transformer import DiffusionTransformer
-from sora_kernels import gate_residual_norm_modulate, norm_modulate
+from sora_engine.models.linear import steady
+from sora_engine.models.patch_transformer import Modulation, PatchTransformer, patch_shape
+from sora_kernels import gate_residual_norm_modulate
 
 FREQUENCIES = 256
 """Channels of the sinusoids of a noise level."""
 EPS = 1e-6
 """Of the norms that open a block, and of the last."""
-
-
-class Modulation(NamedTuple):
-    """Scale and shift of one normalisation, `[rows, channels]` each."""
-
-    scale: Tensor
-    shift: Tensor
 
 
 class ConditionEmbedder(nn.Module):
@@ -119,18 +111,17 @@ class DiTBlock(nn.Module):
             following.shift,
             stream.rows,
             kind="layer",
-            eps=EPS,
+            eps=following.eps,
             backend=backends.fused,
         )
 
 
-class DiT(DiffusionTransformer):
+class DiT(PatchTransformer):
     """A class-conditional DiT."""
 
     block_lists = ("transformer_blocks",)
     own_parts = ("attn1", "ff")
-    """Modulation is made for all blocks before the first one runs."""
-    one_input = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+    config: DiTConfig
     adaptable = (
         r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|proj_out_2"
     )
@@ -138,11 +129,8 @@ class DiT(DiffusionTransformer):
     def __init__(
         self, config: DiTConfig, *, backend: str = "auto", attention_backend: str | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.backends = Backends(backend, attention_backend or backend)
-        dim, patch = config.inner_dim, (1, config.patch_size, config.patch_size)
-        self.pos_embed = nn.ModuleDict({"proj": nn.Conv3d(config.in_channels, dim, patch, patch)})
+        super().__init__(config, backend=backend, attention_backend=attention_backend)
+        dim = config.inner_dim
         blocks = [DiTBlock(config) for _ in range(config.num_layers)]
         self.transformer_blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
@@ -151,18 +139,7 @@ class DiT(DiffusionTransformer):
     @property
     def shape(self) -> TransformerShape:
         """Its sizes."""
-        return transformer_shape(self.config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that activations flow in."""
-        return cast("nn.Conv3d", self.pos_embed["proj"]).weight.dtype
-
-    def rebuild(self) -> DiT:
-        """Another transformer of the same configuration and backends."""
-        return DiT(
-            self.config, backend=self.backends.fused, attention_backend=self.backends.attention
-        )
+        return patch_shape(self.config)
 
     def example_embedding(self, num_tokens: int, device: torch.device) -> Embedding:
         """A class."""
@@ -181,22 +158,15 @@ class DiT(DiffusionTransformer):
         """Predictions for all tokens, `[N, patch_size^2 * out_channels]`, channel last."""
         stream = batch.video
         assert batch.pooled is not None
-        assert stream.extents is not None
         labels = batch.pooled[:, 0]
-        patch = cast("nn.Conv3d", self.pos_embed["proj"])
-        x = embed_patches(stream.tokens.to(self.dtype), patch)
-        base = self.config.sample_size // self.config.patch_size
-        places = picture_positions(stream.coords, stream.extents, x.shape[1], base)
-        x = (x + places.to(x.dtype)).float()  # the residual stream is not rounded at each branch
+        x = self.embedded(stream)
         sinusoids = timestep_sinusoids(batch.timesteps, FREQUENCIES, ends_at_lowest=True)
         tables = [block.norm1(sinusoids, labels) for block in self.transformer_blocks]
-        entries = [Modulation(table[:, 1], table[:, 0]) for table in tables]
+        entries = [Modulation(table[:, 1], table[:, 0], EPS) for table in tables]
         condition = F.silu(self.transformer_blocks[0].norm1.emb(sinusoids, labels))
         shift, scale = steady(self.proj_out_1, condition).chunk(2, dim=1)
-        entries.append(Modulation(scale, shift))
-        y = norm_modulate(
-            x, *entries[0], stream.rows, kind="layer", eps=EPS, backend=self.backends.fused
-        ).to(self.dtype)
+        entries.append(Modulation(scale, shift, EPS))
+        y = self.normalised(x, entries[0], stream)
         for layer, block in enumerate(self.transformer_blocks):
             x, y = block(
                 x,
@@ -207,15 +177,3 @@ class DiT(DiffusionTransformer):
                 backends=self.backends,
             )
         return steady(self.proj_out_2, y)
-
-
-def transformer_shape(config: DiTConfig) -> TransformerShape:
-    """The sizes of the transformer that a configuration describes."""
-    return TransformerShape(
-        num_layers=config.num_layers,
-        num_heads=config.num_attention_heads,
-        head_dim=config.attention_head_dim,
-        ffn_dim=4 * config.inner_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-    )

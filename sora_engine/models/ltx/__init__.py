@@ -1,0 +1,1 @@
+"""LTX-Video: videos from texts, pictures and frames (arXiv 2501.00103)."""
