@@ -108,9 +108,9 @@ def _stacked(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
 
 
 def _norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """`linalg_vector_norm` over axes that are kept, of a tensor that is not permuted."""
+    """`linalg_vector_norm` over axes that are kept."""
     x, _, axes, kept = (*args, None, None, None)[:4]
-    if not x.is_meta or not kept or axes is None or kwargs or not x.is_contiguous():
+    if not x.is_meta or not kept or axes is None or kwargs:
         return None
     if not x.is_floating_point():
         return None
