@@ -349,8 +349,8 @@ def main() -> None:
             f"{spread('diffusers').median:.3g} s, {sorted(times)[len(times) // 2]:.2f} times",
             flush=True,
         )
-    if given.output is not None:
-        Result.here("families", made).write(given.output)
+        if given.output is not None:  # what there is so far, should it be stopped
+            Result.here("families", made).write(given.output)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ counted, and the engine's own planner rehearses the request. Nothing is download
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import torch
-from transformers import UMT5Config, UMT5EncoderModel
 
 from sora_engine.bench.models import WAN_1_3B
 from sora_engine.config import Limits
@@ -30,21 +29,27 @@ from sora_engine.request import (
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
 from sora_engine.samplers import read_config
 from sora_engine.text import PromptEncoder
+from sora_engine.text.t5_layers import T5Layers, T5Shape
+from sora_engine.text.t5_tokenizer import T5Tokenizer
 from sora_engine.text.umt5 import UMT5Encoder
 from sora_engine.vae.fit import FittedCoder
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_config import WanVAEConfig
 
 # google/umt5-xxl's config.json, the encoder of all Wan models.
-UMT5_XXL = {
-    "vocab_size": 256_384,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10_240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
+UMT5_XXL = T5Shape(
+    vocab_size=256_384,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10_240,
+    num_layers=24,
+    num_heads=64,
+    relative_attention_num_buckets=32,
+    relative_attention_max_distance=128,
+    layer_norm_epsilon=1e-6,
+    feed_forward_proj="gated-gelu",
+    bias_in_each_layer=True,
+)
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -62,13 +67,10 @@ def hollow_model(dtype: torch.dtype) -> VideoModel:
     meta = torch.device("meta")
     with meta:
         transformer = WanTransformer(WanConfig(**WAN_1_3B.transformer_config())).to(dtype)
-        text = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(dtype)
+        text = T5Layers(UMT5_XXL).to(dtype)
         vae = WanVAE(WanVAEConfig(base_dim=WAN_1_3B.vae_base_dim)).to(dtype)
     coder = FittedCoder(vae, dtype=dtype, device=meta, budget_bytes=1 << 62)
-
-    def tokenizer(prompt: str, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[0] * PROMPT_TOKENS)
-
+    words = cast("T5Tokenizer", SimpleNamespace(ids=lambda text, most: [0] * PROMPT_TOKENS))
     return VideoModel(
         name="Wan 2.1 T2V 1.3B",
         device=meta,
@@ -76,7 +78,7 @@ def hollow_model(dtype: torch.dtype) -> VideoModel:
         experts=[Expert(lambda: transformer, 0.0, 0, transformer.eval().requires_grad_(False))],
         vae=coder,
         vae_dtype=dtype,
-        prompt_encoder=PromptEncoder({"text": UMT5Encoder(text, tokenizer)}),
+        prompt_encoder=PromptEncoder({"text": UMT5Encoder(text, words)}),
         image_encoder=None,
         takes_last_image=False,
         sampler_config=read_config(SCHEDULER),

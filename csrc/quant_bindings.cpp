@@ -98,7 +98,9 @@ Tensor quant_linear(const Tensor& x_in, const Tensor& weight, const MaybeTensor&
   const auto& kernels = sora::kernels();
   const int64_t scratch = kernels.quant_linear_scratch(x.size(1));
   at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> memory(scratch + 64);
+    // Kept by each thread: fresh memory would cost its pages in every call.
+    static thread_local std::vector<char> memory;
+    if (memory.size() < static_cast<std::size_t>(scratch + 64)) memory.resize(scratch + 64);
     const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
     void* aligned = memory.data() + ((at + 63) / 64 * 64 - at);
     for (int64_t i = begin; i < end; ++i) {

@@ -81,17 +81,31 @@ def step(shape: WanShape, grid: tuple[int, int, int], names: list[str], rounds: 
         rivals[_subject(name, names)] = ours(DTYPES[name])
         rivals[f"diffusers {name}"] = theirs(DTYPES[name])
     times = interleaved(rivals, rounds)
+    faults = {
+        f"page faults of a later step, {name}": float(_faults(rivals[_subject(name, names)]))
+        for name in names
+    }
     tokens = grid[0] * grid[1] * grid[2]
     measured = Measurement(
         f"precision: step with guidance, width {shape.width}, {shape.layers} layers, "
         f"{tokens} tokens",
         "s",
         times,
-        figures={"GFLOP": step_work(shape, tokens) / 1e9},
+        figures={"GFLOP": step_work(shape, tokens) / 1e9, **faults},
     )
     return replace(
         measured, figures={**measured.figures, **_shares(measured, shape, tokens, names)}
     )
+
+
+def _faults(step: Callable[[], Any]) -> int:
+    """Pages that the system had to find for the last of three steps in a row."""
+    import resource  # not on Windows
+
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def step_work(shape: WanShape, tokens: int) -> float:

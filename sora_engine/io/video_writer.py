@@ -29,7 +29,7 @@ from typing import BinaryIO, Protocol
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from sora_engine.errors import MediaError
 from sora_engine.io.animation import GifWriter, WebpWriter
@@ -386,7 +386,7 @@ class _Mp4Writer:
         picture = self._converter.reformat(
             av.VideoFrame.from_ndarray(frame, format="rgb24"),
             format="yuv420p",
-            dst_colorspace="itu709",
+            dst_colorspace=Colorspace.ITU709,
             interpolation="BICUBIC",
             threads=1,
         )

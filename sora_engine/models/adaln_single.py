@@ -18,6 +18,7 @@ from sora_engine.models.layers import (
     Attention,
     FeedForward,
     TimestepEmbedder,
+    scale_shift_table,
     timestep_sinusoids,
 )
 from sora_engine.models.linear import steady
@@ -41,7 +42,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         dim, heads, bias = config.inner_dim, config.num_attention_heads, config.attention_bias
         self.eps = config.norm_eps
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(6, dim)
         self.attn1 = Attention(dim, heads, bias=bias)
         self.attn2 = Attention(dim, heads, bias=bias) if reads else None
         self.ff = FeedForward(dim, 4 * dim, config.activation_fn)
@@ -141,7 +142,7 @@ class SingleTransformer(PatchTransformer):
         super().__init__(config, backend=backend, attention_backend=attention_backend)
         dim = config.inner_dim
         self.caption_channels = caption_channels
-        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(2, dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
         self.adaln_single = LevelEmbedder(dim)
         self.caption_projection = TextProjection(caption_channels, dim)

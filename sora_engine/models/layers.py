@@ -75,7 +75,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, sinusoids: Tensor) -> Tensor:
         """`[rows, channels]` to `[rows, dim]`, in the dtype of the layers."""
-        hidden = steady(self.linear_1, sinusoids.to(self.linear_1.weight.dtype))
+        # By the bias: layers that are laid out for a processor have no weight any more.
+        hidden = steady(self.linear_1, sinusoids.to(self.linear_1.bias.dtype))
         return steady(self.linear_2, F.silu(hidden))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,16 @@ _KNOWN = (
 """Of the decoder, or following from the keys above."""
 
 
-def prepared(prompt: str) -> str:
-    """A prompt as these pipelines have it: in small letters, without space around it."""
-    return prompt.lower().strip()
-
-
 class T5Encoder(UMT5Encoder):
     """Turns prompts into embeddings of `max_tokens` tokens each."""
+
+    masked: ClassVar[bool] = True
+    """Whether a text's tokens are kept from its padding."""
+
+    @staticmethod
+    def prepared(prompt: str) -> str:
+        """A prompt as these pipelines have it: in small letters, without space around it."""
+        return prompt.lower().strip()
 
     @classmethod
     def from_folders(
@@ -80,11 +83,11 @@ class T5Encoder(UMT5Encoder):
 
     def count(self, prompt: str, *, whole: bool = False) -> int:
         """Tokens of a prompt, as `encode` cuts it, or of the whole of it; its end mark counts."""
-        return _count(self.tokenizer, prompt, self.max_tokens, whole=whole)
+        return len(self.tokenizer.ids(self.prepared(prompt), None if whole else self.max_tokens))
 
     def ids(self, prompt: str) -> tuple[int, ...]:
         """The tokens of a prompt that are encoded, its end mark the last."""
-        return _ids(self.tokenizer, prompt, self.max_tokens)
+        return tuple(self.tokenizer.ids(self.prepared(prompt), self.max_tokens))
 
     def activation_bytes(self, num_tokens: int) -> int:
         """Of a text at its full length, whatever it says."""
@@ -100,7 +103,8 @@ class T5Encoder(UMT5Encoder):
             if ids not in done:
                 row = torch.full((1, self.max_tokens), self.tokenizer.pad_id)
                 row[0, : len(ids)] = torch.tensor(ids)
-                mask = (torch.arange(self.max_tokens) < len(ids)).long()[None]
+                seen = len(ids) if self.masked else self.max_tokens
+                mask = (torch.arange(self.max_tokens) < seen).long()[None]
                 inputs = to_device(row, self.device), to_device(mask, self.device)
                 done[ids] = self.model(input_ids=inputs[0], attention_mask=inputs[1])[0]
         return [done[ids] for ids in each]
@@ -108,6 +112,9 @@ class T5Encoder(UMT5Encoder):
 
 class T5TokenCounts:
     """How many of its tokens are a prompt's own: the same tokenizer, and no layers."""
+
+    encoder: ClassVar[type[T5Encoder]] = T5Encoder
+    """Whose tokens are counted."""
 
     def __init__(self, tokenizer: T5Tokenizer, device: torch.device, max_tokens: int) -> None:
         self.model, self.tokenizer = nn.Identity(), tokenizer
@@ -133,7 +140,8 @@ class T5TokenCounts:
 
     def count(self, prompt: str, *, whole: bool = False) -> int:
         """Tokens of a prompt, cut or whole."""
-        return _count(self.tokenizer, prompt, self.max_tokens, whole=whole)
+        most = None if whole else self.max_tokens
+        return len(self.tokenizer.ids(self.encoder.prepared(prompt), most))
 
     def activation_bytes(self, num_tokens: int) -> int:
         """Nothing is computed."""
@@ -148,14 +156,6 @@ def _tokenizer(folder: str | Path | None, encoder: str | Path) -> T5Tokenizer:
             path=encoder,
         )
     return load_tokenizer(Path(folder))
-
-
-def _ids(tokenizer: T5Tokenizer, prompt: str, most: int) -> tuple[int, ...]:
-    return tuple(tokenizer.ids(prepared(prompt), most))
-
-
-def _count(tokenizer: T5Tokenizer, prompt: str, most: int, *, whole: bool) -> int:
-    return len(tokenizer.ids(prepared(prompt), None if whole else most))
 
 
 def _load(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> T5Layers:

@@ -59,8 +59,10 @@ class T5Tokenizer:
         words.add_special_tokens(
             [AddedToken(t, special=True) for t in tokens.values() if t not in there]
         )
-        ids = {key: words.token_to_id(token) for key, token in tokens.items()}
-        return cls(words, eos_id=ids["eos_token"], pad_id=ids["pad_token"])
+        eos_id, pad_id = (words.token_to_id(tokens[key]) for key in ("eos_token", "pad_token"))
+        assert eos_id is not None, "it was added"
+        assert pad_id is not None, "it was added"
+        return cls(words, eos_id=eos_id, pad_id=pad_id)
 
     def __len__(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))

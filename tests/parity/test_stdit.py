@@ -16,6 +16,7 @@ from sora_engine import tasks
 from sora_engine.denoise.packing import Packer, Segment
 from sora_engine.errors import CheckpointError, LayoutError, RequestError
 from sora_engine.models.inspection import inspect_file
+from sora_engine.models.linear import BlockedLinear
 from sora_engine.models.stdit.config import STDiTConfig
 from sora_engine.models.stdit.family import STDiTFamily
 from sora_engine.models.stdit.model import FPS
@@ -119,6 +120,26 @@ def test_the_transformer_equals_the_reference(reference, file):
     assert relative(-packed[2][:4], blind) > 1e-2
     backwards = reference(samples[0].flip(1), torch.full((4,), 500.0), texts[0][:5], FPS).flip(1)
     assert relative(-packed[0][:4], backwards) > 1e-2
+
+
+def test_layers_as_they_are_laid_out_equal_the_reference(tmp_path):
+    """At a width from which on they are; those of tiny models stay as they were read."""
+    torch.manual_seed(1)
+    reference = STDiT3(dim=64).requires_grad_(False)
+    state = {name: tensor.contiguous() for name, tensor in reference.state_dict().items()}
+    save_file(state, tmp_path / "wide.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 64}))
+    source = STDiTFamily().source_in_file(tmp_path / "wide.safetensors")
+    ours = STDiTFamily.transformer(source.config, attention_backend="auto")
+    source.load(ours)
+    ours.eval().requires_grad_(False).prepare()
+    assert any(isinstance(layer, BlockedLinear) for layer in ours.modules())
+    sample, text = torch.randn(4, 3, 8, 8), torch.randn(300, 32)
+    (context,) = ours.encode_contexts([{"text": text, "count": torch.tensor(9)}])
+    packer = Packer((1, 2, 2), torch.device("cpu"))
+    batch = packer.pack([Segment(sample, torch.full((3,), 300.0), ((context, 3),))])
+    (got,) = packer.unpack(ours(batch), batch, 8)
+    assert relative(-got[:4], reference(sample, torch.full((3,), 300.0), text[:9], FPS)) < 1e-5
 
 
 def video(prompt=PROMPT, **settings) -> sora.VideoRequest:

@@ -49,7 +49,8 @@ def test_all_that_is_sent_is_made(
     assert alone.spread(http.EMBEDDED).median > 0
 
 
-def test_polls_and_cancels_leave_nothing(service: Service) -> None:
+def test_polls_and_cancels_leave_nothing(service: Service, monkeypatch) -> None:
+    monkeypatch.setattr(http, "KEPT_POLLS", 10**6)
     found: list[Measurement] = [
         http._polls(service.url, LONG, 3, 0.2),
         http._cancel(service.url, LONG, 2),

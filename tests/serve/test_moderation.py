@@ -84,7 +84,7 @@ def test_a_word_list_refuses_whole_words_in_any_form(tmp_path, monkeypatch, capl
             assert "zephyr" not in error["message"]
         shots = [{"prompt": "a circle", "num_frames": 2}, {"prompt": "forbidden", "num_frames": 3}]
         assert asked(service, "a", shots=shots)[1]["code"] == "refused"
-        assert asked(service, "forbiddenness of a secret, a weapon")[0] == 200
+        assert asked(service, "unforbidden forbiddenness of a secret, a weapon")[0] == 200
         assert asked(service, "a red circle")[0] == 200
         assert len(service.http.get("/v1/videos").json()["data"]) == 2
         text = service.http.get("/metrics").text

@@ -28,20 +28,18 @@ class Command:
         words = ["serve", "--port", "0", "--data-dir", str(data), "--parallel", "ulysses=2"]
         words += ["--device", "cpu", "--min-free", "0", "--save-every", "0.001s"]
         paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sora_engine", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if found := re.search(r"listening on (\S+)", line):
-                self.http = httpx.Client(base_url=found[1], timeout=60)
-            if "ready" in line:
-                return
-        raise AssertionError(f"it ended with {self.process.wait()}")
+        self.log = data.with_name(f"{time.monotonic_ns()}.log")
+        with self.log.open("wb") as log:  # a pipe that nobody reads would hold the server up
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sora_engine", *words],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            )
+        self.until(lambda: self.process.poll() is not None or "ready; " in self.log.read_text())
+        found = re.search(r"listening on (\S+)", self.log.read_text())
+        assert found is not None, self.log.read_text()
+        self.http = httpx.Client(base_url=found[1], timeout=60)
 
     def create(self, **fields: Any) -> str:
         answer = self.http.post("/v1/videos", json={"prompt": "a", **SMALL, **fields})
@@ -59,7 +57,6 @@ class Command:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        self.process.stdout.close()  # type: ignore[union-attr]
         return self.process.wait(60)
 
 

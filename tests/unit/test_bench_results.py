@@ -197,7 +197,9 @@ def test_a_pattern_picks_rows(tmp_path):
         fill("<!-- bench: r.json strange -->\n<!-- /bench -->", tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/parallel.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/benchmarks.md", "docs/parallel.md", "docs/serving.md"]
+)
 def test_the_tables_are_what_the_results_say(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- bench: " in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -406,12 +407,42 @@ def test_two_models_are_two_experts(
     assert "two paths are two experts, each a file of weights" in capsys.readouterr().err
 
 
-def test_results_lie_on_huge_pages_unless_the_user_says_otherwise(monkeypatch):
-    """torch reads it once, so it stands before torch is imported."""
-    for given, kept in ((None, "1"), ("0", "0")):
-        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-        if given is not None:
-            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
-        assert main(["--version"]) == 0
-        assert os.environ["THP_MEM_ALLOC_ENABLE"] == kept
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+PAGES = """
+import resource, sys, threading
+from sora_engine.io.system import keep_memory
+kept = keep_memory() if sys.argv[1] == "kept" else None
+
+def work():
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        first, second = b"x" * (48 << 20), b"x" * (24 << 20)
+        del first, second
+    print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's")
+def test_what_a_step_frees_serves_the_next():
+    """In a thread, as the engine's own is one; by default every page is found anew."""
+
+    def run(how, **environment):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", PAGES, how],
+            env={**clean, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said, faults = done.stdout.split()
+        return said, int(faults)
+
+    said, faults = run("kept")
+    assert said == "True"
+    assert faults < 100
+    assert run("as ever")[1] > 1000
+    assert run("kept", MALLOC_MMAP_THRESHOLD_="131072")[0] == "False"

@@ -21,7 +21,7 @@ from sora_engine.denoise.packing import ContextRuns, PackedBatch, Stream
 from sora_engine.models.adaln_single import LAST_EPS, LevelEmbedder, TextProjection
 from sora_engine.models.attention import cross_attention, self_attention
 from sora_engine.models.backends import Backends
-from sora_engine.models.layers import Attention, FeedForward
+from sora_engine.models.layers import Attention, FeedForward, scale_shift_table
 from sora_engine.models.linear import steady
 from sora_engine.models.ltx.config import LTXConfig
 from sora_engine.models.transformer import DiffusionTransformer
@@ -93,7 +93,7 @@ class LTXBlock(nn.Module):
         self.attn1 = LTXAttention(dim, heads)
         self.attn2 = LTXAttention(dim, heads)
         self.ff = FeedForward(dim, 4 * dim, config.activation_fn)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(6, dim)
 
     def forward(
         self,
@@ -161,7 +161,7 @@ class LTXTransformer(DiffusionTransformer):
         self.backends = Backends(backend, attention_backend or backend)
         dim = config.inner_dim
         self.proj_in = nn.Linear(config.in_channels, dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.scale_shift_table = scale_shift_table(2, dim)
         self.time_embed = LevelEmbedder(dim)
         self.caption_projection = TextProjection(config.caption_channels, dim)
         blocks = nn.ModuleList([LTXBlock(config) for _ in range(config.num_layers)])

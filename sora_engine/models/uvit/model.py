@@ -80,7 +80,7 @@ class UViT(DiffusionTransformer):
         dim, patch = config.embed_dim, (1, config.patch_size, config.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(config.in_chans, dim, patch, patch)})
         tokens = 1 + config.num_context + config.side**2
-        self.pos_embed = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim).normal_(std=0.02))
         if config.reads_classes:
             self.label_emb = nn.Embedding(config.num_classes, dim)
         else:
