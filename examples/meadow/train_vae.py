@@ -1,0 +1,162 @@
+"""Train the meadow's video autoencoder: Wan 2.2's residual layout, 8x in space and 4x in time.
+
+    torchrun --nproc-per-node 2 -m examples.meadow.train_vae --out runs/meadow-vae --minutes 40
+
+Starting it again with the same `--out` resumes it. At the end it measures the latents' statistics,
+writes `OUT/vae`, a folder that diffusers and the engine read, and says what the reader makes of
+clips that went through it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from examples.meadow import reader, world
+from examples.meadow.walks import as_frames, as_video, some_clip
+from examples.sprites.training import Clock, Muon, save, say, start
+from sora_engine.vae.wan import WanVAE
+from sora_engine.vae.wan_config import WanVAEConfig
+
+CHANNELS = 24
+CONFIG = {
+    "base_dim": 16,
+    "z_dim": CHANNELS,
+    "dim_mult": [1, 4, 4],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+    "latents_mean": [0.0] * CHANNELS,
+    "latents_std": [1.0] * CHANNELS,
+    "clip_output": False,
+}
+LENGTHS = (0, 1, 2, 2, 3)
+"""Actions of a clip."""
+LATENT_NOISE = 0.05
+"""Of each channel's deviation: it keeps the decoder smooth in its latents."""
+
+
+def new_vae() -> WanVAE:
+    """A VAE whose residual branches start small and whose attention starts, and stays, silent:
+    what is on a tile hangs on what is near it alone."""
+    torch.manual_seed(0)
+    vae = WanVAE(WanVAEConfig(**CONFIG))
+    with torch.no_grad():
+        for name, param in vae.named_parameters():
+            if name.endswith("bias") or "attentions.0.proj" in name:
+                param.zero_()
+            elif "conv2.weight" in name or "resample.1.weight" in name:
+                param.mul_(0.3)
+            param.requires_grad_("attentions" not in name)
+    return vae
+
+
+def batch(rng: random.Random, clips: int) -> Tensor:
+    """Clips of one length, `[B, 3, n, SIDE, SIDE]` in [-1, 1]."""
+    steps = rng.choice(LENGTHS)
+    count = max(2, clips * 2 // (steps + 1))
+    made = [some_clip(rng, steps, busy=rng.random() < 0.5)[0] for _ in range(count)]
+    return torch.stack([as_video(frames) for frames in made])
+
+
+@torch.no_grad()
+def read_back(vae: WanVAE, clips: int, seed: int = 99) -> tuple[float, float]:
+    """Of unseen clips that went through the VAE: the share of tiles that are read right, and the
+    mean PSNR in dB."""
+    rng = random.Random(seed)
+    right, tiles, quality = 0, 0, 0.0
+    for _ in range(clips):
+        frames, look = some_clip(rng, 5)
+        back = as_frames(vae.decode(vae.encode(as_video(frames)[None]))[0])
+        error = (back.astype(float) - frames.astype(float)) ** 2
+        quality += float(10 * torch.log10(torch.tensor(255.0**2 / max(error.mean(), 1e-3)))) / clips
+        for i in range(world.FRAMES, len(frames), world.FRAMES):
+            want, got = reader.read(frames[i], look), reader.read(back[i], look)
+            right += int((want.tiles == got.tiles).sum())
+            tiles += want.tiles.size
+    return right / tiles, quality
+
+
+@torch.no_grad()
+def export(vae: WanVAE, folder: Path) -> None:
+    """Measure the latents' statistics and write a diffusers folder, weights in fp16."""
+    rng = random.Random(7)
+    latents = []
+    for _ in range(60):
+        frames, _ = some_clip(rng, 5)
+        mean, _ = vae.encode_moments(as_video(frames)[None])
+        latents.append(mean[0].flatten(1).float())
+    values = torch.cat(latents, dim=1)
+    config = {key: value for key, value in CONFIG.items() if key != "clip_output"}
+    config["latents_mean"] = [round(v, 5) for v in values.mean(dim=1).tolist()]
+    config["latents_std"] = [round(v, 5) for v in values.std(dim=1).tolist()]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.42.1", **config}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {name: value.half().contiguous() for name, value in vae.state_dict().items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--clips", type=int, default=8, help="of one action, a step and process")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    rank, world_size = start(args.device)
+    if world_size > 1 and args.device == "cpu":
+        torch.set_num_threads(1)
+
+    vae = new_vae().to(args.device)
+    optimiser = Muon(dict(vae.named_parameters()))
+    step, seconds, path = 0, 0.0, args.out / "state.pt"
+    if path.exists():
+        state = torch.load(path, map_location=args.device)
+        optimiser.load_state_dict(state["optimiser"])
+        step, seconds = state["step"], state["seconds"]
+    clock = Clock(args.minutes, seconds)
+    rng = random.Random(step * world_size + rank)
+    shown, saved = None, clock.seconds
+    while (rate := clock.rate(args.rate, step)) > 0:
+        video = batch(rng, args.clips).to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            latents, _ = vae.encode_moments(video, latents_per_call=None)
+            spread = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
+            noisy = latents + LATENT_NOISE * spread * torch.randn_like(latents)
+            restored = vae.decode(noisy, latents_per_call=None)
+        error = (restored.float() - video).pow(2).flatten(1).mean(dim=1)
+        # The logarithm weighs all clips alike, as the mean of their PSNRs does.
+        (error + 2e-4).log().mean().backward()
+        optimiser.step(rate)
+        step += 1
+        quality = float(-10 * (error.detach() / 4).log10().mean())
+        shown = quality if shown is None else 0.96 * shown + 0.04 * quality
+        if rank == 0 and step % 20 == 0:
+            say(f"step {step}: {shown:.2f} dB, rate {rate:.1e}, {clock.seconds:.0f} s")
+        if rank == 0 and clock.seconds - saved > 120:
+            state = {"optimiser": optimiser.state_dict(), "step": step, "seconds": clock.seconds}
+            save(path, state)
+            saved = clock.seconds
+    if rank == 0:
+        state = {"optimiser": optimiser.state_dict(), "step": step, "seconds": clock.seconds}
+        save(path, state)
+        export(vae, args.out / "vae")
+        share, quality = read_back(vae, 40)
+        say(f"40 unseen clips: {share:.2%} of their tiles are read right, {quality:.2f} dB")
+
+
+if __name__ == "__main__":
+    main()
