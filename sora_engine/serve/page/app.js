@@ -2,12 +2,13 @@
 // The form, its state in the address and in local storage, and what holds the page together.
 
 import { api, Refused } from "./api.js";
+import { adapters, offer, tick } from "./choices.js";
 import { Gallery, time } from "./gallery.js";
 import { Timeline } from "./timeline.js";
 
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
-const FIELDS = ["prompt", "size", "length", "seed", "steps", "guidance", "fps", "solver", "priority", "lora", "negative"];
-const CHECKS = ["loop", "lock"];
+const FIELDS = ["prompt", "size", "length", "seed", "steps", "guidance", "fps", "solver", "priority", "ladder", "guidance2", "label", "negative"];
+const CHECKS = ["loop", "lock", "draft"];
 const STATE = "sora_engine.form";
 
 /** @type {any} */
@@ -28,7 +29,7 @@ function fail(/** @type {unknown} */ error) {
 }
 
 const timeline = new Timeline($("track"), changed);
-const gallery = new Gallery({ say, fail, again });
+const gallery = new Gallery({ say, fail, again, most: () => model?.max_priority ?? 0 });
 
 function shape() {
   const step = model.grid.time * model.grid.patch[0];
@@ -54,7 +55,8 @@ function presets() {
   }
   options($("size"), [...sizes].map(([size, name]) => [size, `${size} (${name})`]));
   lengths();
-  options($("lora"), [["", "none"], ...model.loras.map((/** @type {string} */ name) => [name, name])]);
+  offer(model, changed);
+  $("priority").max = String(model.max_priority ?? 0);
   $("steps").placeholder = defaults.num_inference_steps;
   $("guidance").placeholder = defaults.guidance_scale;
   $("fps").placeholder = defaults.fps;
@@ -64,13 +66,13 @@ function presets() {
 function lengths() {
   const { defaults, grid, limits } = model;
   const step = grid.time * grid.patch[0], first = $("loop").checked ? 0 : 1, own = defaults.num_frames;
-  const frames = new Set();
+  const frames = new Set(first ? [1] : []);
   for (const scale of [0.25, 0.5, 1, 2, 4]) {
     const on = Math.max(first ? 1 : step, Math.round((own * scale - first) / step) * step + first);
     if (on <= limits.max_frames) frames.add(on);
   }
   const before = $("length").value, rate = fps();
-  options($("length"), [...frames].map((n) => [String(n), `${n} frames (${(n / rate).toFixed(1)} s)`]));
+  options($("length"), [...frames].map((n) => [String(n), n === 1 ? "1 frame (a picture)" : `${n} frames (${(n / rate).toFixed(1)} s)`]));
   const wanted = Number(before) || own;
   const best = [...frames].reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
   $("length").value = String(best);
@@ -101,7 +103,11 @@ function wire() {
     priority: number("priority"),
     solver: $("solver").value || undefined,
     negative_prompt: $("negative").value || undefined,
-    loras: $("lora").value ? [{ name: $("lora").value }] : undefined,
+    ladder: $("ladder").value || undefined,
+    guidance_scale_2: number("guidance2"),
+    label: $("label").value.trim() || undefined,
+    draft: $("draft").checked || undefined,
+    loras: adapters(),
   };
 }
 
@@ -114,6 +120,7 @@ function changed() {
   const state = {
     ...Object.fromEntries(FIELDS.map((name) => [name, $(name).value])),
     ...Object.fromEntries(CHECKS.map((name) => [name, $(name).checked])),
+    loras: adapters(),
     cards: timeline.cards,
   };
   const text = JSON.stringify(state);
@@ -152,24 +159,31 @@ function restore() {
     if (typeof value !== "string") continue;
     const field = $(name);
     if (field instanceof HTMLSelectElement && ![...field.options].some((one) => one.value === value)) {
-      if (name === "lora") continue;
+      if (name === "ladder") continue;
       field.append(new Option(name === "length" ? `${value} frames` : value, value));
     }
     field.value = value;
   }
+  tick(saved?.loras);
   if (Array.isArray(saved?.cards)) timeline.cards = saved.cards;
   if (!$("seed").value) dice();
 }
 
 /** The form as a finished video was made. @param {any} video */
-function again(video) {
+async function again(video) {
+  const told = await api.request(video.id).catch(() => null), fields = told?.fields ?? {};
   $("prompt").value = video.prompt ?? "";
   for (const [name, value] of [["size", video.size], ["length", String(video.num_frames)]]) {
     if (![...$(name).options].some((/** @type {any} */ one) => one.value === value)) $(name).append(new Option(value, value));
     $(name).value = value;
   }
   $("seed").value = String(video.seed);
-  $("steps").value = "";
+  for (const [name, field] of [
+    ["steps", "num_inference_steps"], ["guidance", "guidance_scale"], ["guidance2", "guidance_scale_2"], ["fps", "fps"],
+    ["solver", "solver"], ["ladder", "ladder"], ["label", "label"], ["negative", "negative_prompt"],
+  ]) $(name).value = String(fields[field] ?? "");
+  $("draft").checked = fields.draft === true;
+  tick(fields.loras);
   shape();
   changed();
   $("prompt").focus();
@@ -246,4 +260,6 @@ $("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
 });
 
 open().catch(fail);
-window.setInterval(() => { if (model && !document.hidden) gallery.refresh().catch(() => {}); }, 3000);
+window.setInterval(() => {
+  if (model && !document.hidden) gallery.refresh().catch((error) => gallery.lacks(error.message));
+}, 3000);
