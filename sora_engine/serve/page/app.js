@@ -14,6 +14,8 @@ const STATE = "sora_engine.form";
 /** @type {any} */
 let model = null;
 let spoken = 0, planned = 0;
+/** Whether the problem that is shown is of the plan: the next plan that succeeds takes it away. */
+let ofPlan = false;
 
 function say(/** @type {string} */ words) {
   // A reader of screens that is told each step hears nothing else.
@@ -25,6 +27,7 @@ function say(/** @type {string} */ words) {
 
 function fail(/** @type {unknown} */ error) {
   if (error instanceof Refused && error.status === 401) return void enter();
+  ofPlan = false;
   $("problem").textContent = error instanceof Error ? error.message : String(error);
 }
 
@@ -138,10 +141,11 @@ async function plan() {
     const eta = told.eta_s == null ? "" : `about ${time(told.eta_s)}`;
     const ahead = told.queue_position ? `${told.queue_position} before it` : "";
     $("plan").textContent = [`${told.num_steps} steps`, memory, eta, ahead].filter(Boolean).join(", ");
-    $("problem").textContent = "";
+    if (ofPlan) $("problem").textContent = "";
   } catch (error) {
     $("plan").textContent = "";
     fail(error);
+    ofPlan = true;
   }
 }
 
@@ -204,6 +208,7 @@ async function make(/** @type {Event} */ event) {
     fail(error);
   } finally {
     $("make").disabled = false;
+    if (document.activeElement === document.body) $("make").focus(); // being disabled took it away
   }
 }
 

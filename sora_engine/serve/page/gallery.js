@@ -7,11 +7,14 @@ import { paint } from "./brush.js";
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const MOST_STREAMS = 3;
+/** What is done with most videos; the rest is folded away. */
+const FIRST = new Set(["Remix", "Extend after", "Loop", "Refine", "Same again"]);
 
 /** @param {any} video */
 export function stageWords(video) {
   if (video.status === "queued") {
-    return video.queue_position == null ? "waiting" : `waiting, ${video.queue_position} before it`;
+    if (video.queue_position == null) return "waiting";
+    return video.queue_position ? `waiting, ${video.queue_position} before it` : "waiting, it is next";
   }
   if (video.stage === "denoising") return `step ${video.steps_done} of ${video.num_steps}`;
   if (video.stage === "decoding") return `frame ${video.frames_decoded} of ${video.num_frames}`;
@@ -132,6 +135,7 @@ export class Gallery {
     item.querySelector("progress").value = video.progress;
     item.querySelector("progress").setAttribute("aria-label", `Progress of ${video.prompt ?? "a video"}`);
     item.dataset.priority = String(video.priority);
+    item.querySelector("progress").hidden = video.status === "queued";
     item.querySelector(".turn").hidden = video.status !== "queued";
     item.querySelector(".sooner").disabled = video.priority >= this.page.most();
     item.querySelector(".later").disabled = video.priority <= -8;
@@ -201,21 +205,22 @@ export class Gallery {
     item.querySelector(".words").textContent = video.prompt ?? "";
     const took = video.inference_time_s == null ? "" : `, took ${time(video.inference_time_s)}`;
     item.querySelector(".facts").textContent = `${video.size}, ${video.seconds} s, seed ${video.seed}${took}`;
-    const actions = item.querySelector(".actions");
+    const actions = item.querySelector(".actions"), more = item.querySelector(".more .actions");
     const all = this.actions(video);
     for (const [name, act] of failed ? all.filter(([name]) => name === "Same again" || name === "Delete") : all) {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = name;
       button.onclick = () => Promise.resolve(act()).catch(this.page.fail);
-      actions.append(button);
+      (failed || FIRST.has(name) ? actions : more).append(button);
     }
     const download = document.createElement("a");
     download.href = api.content(video.id, "video");
     download.download = `${video.id}.mp4`;
     download.textContent = "Download";
     if (!failed) actions.append(download);
-    const details = item.querySelector("details");
+    item.querySelector(".more").hidden = failed;
+    const details = item.querySelector(".made");
     details.ontoggle = async () => {
       const text = details.querySelector("pre");
       if (!details.open || text.textContent) return;

@@ -103,19 +103,16 @@ export class Timeline {
     item.tabIndex = 0;
     item.style.setProperty("--at", this.left(card.at));
     item.setAttribute("aria-label", `${name} at frame ${card.at}`);
-    const kind = document.createElement("span");
-    kind.className = "kind";
-    kind.textContent = name;
-    item.append(kind);
+    item.append(this.word(name));
     if (card.kind === "text") {
-      item.append(this.field("Words", card.words ?? "", (text) => { card.words = text; }, "words"));
+      item.append(this.field("Words", card.words ?? "", (text) => { card.words = text; }, "words", "What it shows from here"));
     }
-    item.append(this.field("From frame", String(card.at), (text) => { card.at = this.snap(Number(text) || 0); }));
+    item.append(this.word("from frame"), this.field("From frame", String(card.at), (text) => { card.at = this.snap(Number(text) || 0); }));
     if (card.kind === "clip") {
-      item.append(this.field("First frame of the clip", String(card.start ?? 0), (text) => {
+      item.append(this.word("its"), this.field("First frame of the clip", String(card.start ?? 0), (text) => {
         card.start = Math.max(0, Math.min(Number(text) || 0, (card.frames ?? 1) - 1));
       }));
-      item.append(this.field("Frame after its last", String(card.stop ?? card.frames ?? ""), (text) => {
+      item.append(this.word("to"), this.field("Frame after its last", String(card.stop ?? card.frames ?? ""), (text) => {
         const stop = Number(text) || 0;
         card.stop = stop > (card.start ?? 0) ? stop : null;
       }));
@@ -132,13 +129,22 @@ export class Timeline {
     return item;
   }
 
+  /** @param {string} text */
+  word(text) {
+    const word = document.createElement("span");
+    word.className = "kind";
+    word.textContent = text;
+    return word;
+  }
+
   /** @param {string} name @param {string} value @param {(text: string) => void} set */
-  field(name, value, set, kind = "number") {
+  field(name, value, set, kind = "number", hint = "") {
     const input = document.createElement("input");
     input.className = kind;
     input.value = value;
     input.setAttribute("aria-label", name);
     input.title = name;
+    input.placeholder = hint;
     if (kind === "number") input.inputMode = "numeric";
     input.addEventListener("change", () => { set(input.value); this.done(); });
     return input;
