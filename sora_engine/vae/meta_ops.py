@@ -43,15 +43,15 @@ def elementwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Te
         return args[0] if args[0].is_meta and len(func._schema.returns) == 1 else None
     shape = torch.broadcast_shapes(*(t.shape for t in wide))
     # The first operand whose strides tell axes apart decides their order; one of one axis does not.
-    telling = next((t for t in wide if sum(size > 1 for size in t.shape) > 1), wide[0])
-    decides = telling.shape == shape and _ordered(telling)
-    if not decides and not all(t.is_contiguous() for t in wide):
+    telling = [t for t in wide if sum(size > 1 for size in t.shape) > 1]
+    decides = bool(telling) and telling[0].shape == shape and _ordered(telling[0])
+    if not decides and not all(t.is_contiguous() for t in telling):
         return None
     sample = func(*(_sample(a) if isinstance(a, Tensor) else a for a in args), **kwargs)
     if not isinstance(sample, Tensor):
         return None
     if decides:
-        return torch.empty_like(telling, dtype=sample.dtype)
+        return torch.empty_like(telling[0], dtype=sample.dtype)
     return torch.empty(shape, dtype=sample.dtype, device=META)
 
 
@@ -108,9 +108,9 @@ def _stacked(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
 
 
 def _norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """`linalg_vector_norm` over axes that are kept, of a tensor that is not permuted."""
+    """`linalg_vector_norm` over axes that are kept."""
     x, _, axes, kept = (*args, None, None, None)[:4]
-    if not x.is_meta or not kept or axes is None or kwargs or not x.is_contiguous():
+    if not x.is_meta or not kept or axes is None or kwargs:
         return None
     if not x.is_floating_point():
         return None

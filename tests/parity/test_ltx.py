@@ -84,10 +84,12 @@ def request(prompt=PROMPT, **settings) -> sora.VideoRequest:
     return sora.VideoRequest(prompt, **values)
 
 
-@pytest.mark.parametrize("heads", [4, 5])  # 5 x 8 channels leave some without a position
-def test_the_transformer_equals_diffusers(heads):
+@pytest.mark.parametrize(("heads", "dim"), [(4, 8), (5, 8), (5, 64)])
+def test_the_transformer_equals_diffusers(heads, dim):
     """Packed, at frame rates that differ, with frames at noise level 0 among the others."""
-    oracle = tiny_ltx(num_attention_heads=heads, cross_attention_dim=8 * heads)
+    oracle = tiny_ltx(
+        num_attention_heads=heads, attention_head_dim=dim, cross_attention_dim=dim * heads
+    )
     ours = ours_of(oracle)
     videos = [((3, 4, 6), 500.0, 5, 25.0), ((1, 2, 4), 37.0, 3, 25.0), ((2, 6, 4), 999.0, 7, 12.0)]
     samples = [torch.randn(8, *size) for size, *_ in videos]

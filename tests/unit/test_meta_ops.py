@@ -24,6 +24,7 @@ def layouts(dtype):
         "a row": torch.ones(4, dtype=dtype),
         "channels": torch.ones(3, 1, 1, dtype=dtype)[:, 0],
         "a table": torch.ones(4, 3, dtype=dtype).T,
+        "a column of a table": torch.ones(3, 2, dtype=dtype)[:, :1],
         "a column": torch.ones(3, 1, dtype=dtype),
         "expanded": torch.ones(2, 1, 4, dtype=dtype).expand(SHAPE),
         "single": torch.ones((), dtype=dtype),

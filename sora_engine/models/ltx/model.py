@@ -53,15 +53,17 @@ class LTXAttention(Attention):
     def turned(
         self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor], backends: Backends
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys `[N, heads, head_dim]`, normalised and turned as one head of all
-        channels."""
-        turned = qk_norm_rope(
-            q.view(q.shape[0], 1, -1), k.view(k.shape[0], 1, -1),
-            self.norm_q.weight, self.norm_k.weight, *rope,
-            across_heads=True, eps=QK_EPS, backend=backends.fused,
-        )  # fmt: skip
-        q, k = cast("tuple[Tensor, Tensor]", turned)
-        return self.split(q.flatten(1)), self.split(k.flatten(1))
+        """Queries and keys `[N, heads, head_dim]`, normalised and turned over the whole width.
+
+        `qk_norm_rope` takes heads of up to 256 channels, so the rotation is its own pass.
+        """
+        turned = []
+        for x, norm in ((q, self.norm_q), (k, self.norm_k)):
+            flat = norm_modulate(
+                x.flatten(1), kind="rms", weight=norm.weight, eps=QK_EPS, backend=backends.fused
+            )
+            turned.append(self.split(rotated(flat, rope)))
+        return turned[0], turned[1]
 
     def normalised(self, x: Tensor, norm: nn.RMSNorm, backends: Backends) -> Tensor:
         """`[N, dim]` to `[N, heads, head_dim]`."""
@@ -70,6 +72,14 @@ class LTXAttention(Attention):
             across_heads=True, eps=QK_EPS, backend=backends.fused,
         )  # fmt: skip
         return q
+
+
+def rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """`[N, dim]` with neighbouring channels turned by angles `[N, dim / 2]`, in float32."""
+    cos, sin = rope
+    even, odd = x.float().unflatten(1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(1).to(x.dtype)
 
 
 class LTXBlock(nn.Module):
