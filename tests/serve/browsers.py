@@ -73,6 +73,7 @@ class Page:
 
     def fill(self, prompt: str, **fields: str) -> None:
         self.tab.get_by_label("Prompt").first.fill(prompt)
+        self.tab.locator("#size").select_option("32x32")
         self.tab.locator("#length").select_option("5")
         self.tab.get_by_text("More settings").click()
         for name, value in fields.items():

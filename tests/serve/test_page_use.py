@@ -177,6 +177,24 @@ def test_what_the_model_has_is_offered_and_asked_for(browser: Any, service: Serv
     assert not page.wrong
 
 
+def test_a_page_that_comes_before_the_model_opens_once_it_is_there(page: Page) -> None:
+    left = [1]
+
+    def late(route: Any) -> None:
+        if left:
+            left.pop()
+            route.fulfill(status=503, json={"error": {"message": "the model is being loaded"}})
+        else:
+            route.continue_()
+
+    page.tab.route("**/v1/models", late)
+    page.tab.reload()
+    sync_api.expect(page.tab.locator("#problem")).to_contain_text("is being loaded")
+    page.tab.locator("#model:not(:empty)").wait_for()
+    sync_api.expect(page.tab.locator("#problem")).to_be_empty()
+    page.wrong.clear()  # the 503
+
+
 def test_a_failed_job_and_servers_that_do_not_answer_are_told(page: Page) -> None:
     made = page.service.create(prompt="a star")["id"]
     page.service.ended(made)

@@ -266,5 +266,7 @@ $("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
 
 open().catch(fail);
 window.setInterval(() => {
-  if (model && !document.hidden) gallery.refresh().catch((error) => gallery.lacks(error.message));
+  if (!model) { // the server still loads its model, or was away
+    if (!$("key-dialog").open) open().then(() => { $("problem").textContent = ""; }, fail);
+  } else if (!document.hidden) gallery.refresh().catch((error) => gallery.lacks(error.message));
 }, 3000);

@@ -7,6 +7,8 @@ import { paint } from "./brush.js";
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const MOST_STREAMS = 3;
+/** A small model makes dozens of steps a second, and each preview is decoded for who asks. */
+const PREVIEW_MS = 400;
 /** What is done with most videos; the rest is folded away. */
 const FIRST = new Set(["Remix", "Extend after", "Loop", "Refine", "Same again"]);
 
@@ -30,7 +32,7 @@ export class Gallery {
    *   again: (video: any) => Promise<void>, most: () => number}} page most: the highest priority. */
   constructor(page) {
     this.page = page;
-    /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number}>} */
+    /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number, next: number}>} */
     this.jobs = new Map();
     /** @type {Map<string, HTMLElement>} */
     this.shown = new Map();
@@ -124,7 +126,7 @@ export class Gallery {
         item.querySelector(`.${name}`).onclick = () => this.turn(video.id, Number(item.dataset.priority) + Number(by));
       }
       $("queue").append(item);
-      job = { item, stream: null, step: -1 };
+      job = { item, stream: null, step: 0, next: 0 };
       this.jobs.set(video.id, job);
     }
     if (!job.stream && [...this.jobs.values()].filter((one) => one.stream).length < MOST_STREAMS) {
@@ -142,8 +144,8 @@ export class Gallery {
     const left = video.eta_s == null ? "" : `, about ${time(video.eta_s)} left`;
     item.querySelector(".stage").textContent = `${words}${left}; ${video.size}, ${video.seconds} s, seed ${video.seed}${video.priority ? `, priority ${video.priority}` : ""}`;
     this.page.say(words);
-    if (video.stage === "denoising" && video.steps_done > 0 && video.steps_done !== job.step) {
-      job.step = video.steps_done;
+    if (video.stage === "denoising" && video.steps_done > job.step && Date.now() > job.next) {
+      Object.assign(job, { step: video.steps_done, next: Date.now() + PREVIEW_MS });
       this.preview(video, item.querySelector("img"));
     }
   }
