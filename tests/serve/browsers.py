@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,12 @@ class Page:
             for node in one["nodes"]
         ]
         assert not told, "\n".join(told)
+
+    def planned(self, wanted: Callable[[dict[str, Any]], bool]) -> Any:
+        """Expects that the page asks for the plan of a body like that."""
+        return self.tab.expect_request(
+            lambda r: r.url.endswith("/plan") and wanted(r.post_data_json)
+        )
 
     def shot(self, name: str) -> None:
         if SHOTS:

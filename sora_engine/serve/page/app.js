@@ -32,7 +32,7 @@ function fail(/** @type {unknown} */ error) {
 }
 
 const timeline = new Timeline($("track"), changed);
-const gallery = new Gallery({ say, fail, again, most: () => model?.max_priority ?? 0 });
+const gallery = new Gallery({ say, fail, again, place, most: () => model?.max_priority ?? 0 });
 
 function shape() {
   const step = model.grid.time * model.grid.patch[0];
@@ -218,6 +218,13 @@ async function addFile(/** @type {File} */ file) {
   const clip = found.num_frames > 1;
   timeline.add({ kind: clip ? "clip" : "picture", at: 0, upload: found.id, frames: found.num_frames ?? 1 });
   say(`${file.name} is on the time line`);
+}
+
+/** A finished video as a card. @param {any} video */
+function place(video) {
+  const clip = video.num_frames > 1;
+  timeline.add({ kind: clip ? "clip" : "picture", at: 0, video_id: video.id, frames: video.num_frames });
+  say("it is on the time line");
 }
 
 /** Asks for the key, and opens the page with it. */

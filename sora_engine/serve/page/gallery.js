@@ -29,7 +29,7 @@ export const time = (seconds) =>
 
 export class Gallery {
   /** @param {{say: (words: string) => void, fail: (error: unknown) => void,
-   *   again: (video: any) => Promise<void>, most: () => number}} page most: the highest priority. */
+   *   again: (video: any) => Promise<void>, place: (video: any) => void, most: () => number}} page most: the highest priority. */
   constructor(page) {
     this.page = page;
     /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number, next: number}>} */
@@ -254,6 +254,7 @@ export class Gallery {
       ["Edit", () => ask("Edit", [words, strength], (given) => api.edit({ ...given, video: source }))],
       ["New frames", () => ask("New frames", [words, { name: "missing", label: "Which, such as 4-7,12", value: "", text: true }],
         (given) => api.edit({ ...given, video: source }))],
+      ["To the time line", () => this.page.place(video)],
       ["Connect", () => this.connect(video, ask, words, seconds)],
       ["Inpaint", () => this.inpaint(video, source, start)],
       ["Upscale", () => ask("Upscale", [{ name: "scale", label: "Times as large", value: "2", number: true }],
