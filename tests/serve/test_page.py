@@ -103,6 +103,13 @@ def test_cards_of_text_and_picture_are_placed_by_keyboard_alone(page: Page, tmp_
     page.tab.locator(".card.picture").focus()
     page.tab.keyboard.press("Delete")
     assert page.tab.locator(".card.picture").count() == 0
+    page.tab.locator(".card.text").focus()
+    page.tab.keyboard.press("Delete")
+    made = page.tab.locator(f"#gallery [data-id='{name}']")
+    made.get_by_role("button", name="Same again").click()
+    again = page.tab.locator(".card")
+    sync_api.expect(again).to_have_attribute("aria-label", f"Text at frame {moved}")
+    assert again.get_by_label("Words").input_value() == "a blue circle"
 
 
 def test_a_region_is_painted_and_made_anew(page: Page) -> None:

@@ -182,6 +182,20 @@ def test_what_the_model_has_is_offered_and_asked_for(browser: Any, service: Serv
     assert not page.wrong
 
 
+def test_a_model_of_pictures_offers_one_frame(page: Page) -> None:
+    def pictures(route: Any) -> None:
+        told = route.fetch().json()
+        told["data"][0]["sora"]["grid"]["images"] = True
+        route.fulfill(json=told)
+
+    page.tab.route("**/v1/models", pictures)
+    page.tab.evaluate("localStorage.clear()")
+    page.tab.goto("about:blank")
+    page.tab.goto(page.service.url)
+    page.tab.locator("#model:not(:empty)").wait_for()
+    assert page.tab.locator("#length option").all_inner_texts() == ["1 frame (a picture)"]
+
+
 def test_a_page_that_comes_before_the_model_opens_once_it_is_there(page: Page) -> None:
     left = [1]
 

@@ -69,8 +69,8 @@ function presets() {
 function lengths() {
   const { defaults, grid, limits } = model;
   const step = grid.time * grid.patch[0], first = $("loop").checked ? 0 : 1, own = defaults.num_frames;
-  const frames = new Set(first ? [1] : []);
-  for (const scale of [0.25, 0.5, 1, 2, 4]) {
+  const frames = new Set(first || grid.images ? [1] : []);
+  for (const scale of grid.images ? [] : [0.25, 0.5, 1, 2, 4]) {
     const on = Math.max(first ? 1 : step, Math.round((own * scale - first) / step) * step + first);
     if (on <= limits.max_frames) frames.add(on);
   }
@@ -188,6 +188,13 @@ async function again(video) {
   ]) $(name).value = String(fields[field] ?? "");
   $("draft").checked = fields.draft === true;
   tick(fields.loras);
+  let at = 0;
+  timeline.cards = []; // of its texts alone: its clips are not given out again
+  for (const shot of fields.shots ?? []) {
+    if (at) timeline.cards.push({ kind: "text", at, words: shot.prompt });
+    else $("prompt").value = shot.prompt;
+    at += shot.num_frames;
+  }
   shape();
   changed();
   $("prompt").focus();
