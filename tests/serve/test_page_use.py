@@ -153,6 +153,33 @@ def test_a_clip_is_dragged_placed_by_number_trimmed_muted_and_removed(page: Page
     assert card.count() == 0
 
 
+def test_a_field_that_is_left_for_a_button_lets_it_be_pressed(page: Page) -> None:
+    page.tab.get_by_role("button", name="Add text").click()
+    card = page.tab.locator(".card.text")
+    card.get_by_label("From frame").fill("9")
+    card.get_by_role("button", name="Mute").click()
+    sync_api.expect(card.get_by_role("button", name="Unmute")).to_be_visible()
+    assert card.get_attribute("aria-label") == "Text at frame 9"
+    card.get_by_label("From frame").fill("6")  # between two of the grid's
+    page.tab.keyboard.press("Tab")
+    assert card.get_by_label("From frame").input_value() in ("5", "9")
+    assert page.tab.evaluate("document.activeElement.textContent") == "Unmute"
+
+
+@pytest.mark.parametrize(
+    "address", ["#%", '#{"cards":[null,{"kind":"x"}],"prompt":"a star"}', "#7"]
+)
+def test_an_address_of_something_else_opens_the_page(page: Page, address: str) -> None:
+    page.tab.evaluate("localStorage.clear()")
+    page.tab.goto("about:blank")
+    page.tab.goto(page.service.url + "/" + address)
+    sync_api.expect(page.tab.locator("#model")).not_to_be_empty()
+    sync_api.expect(page.tab.locator("#seed")).not_to_have_value("")
+    assert page.tab.locator(".card").count() == 0
+    wanted = "a star" if "star" in address else ""
+    assert page.tab.get_by_label("Prompt").first.input_value() == wanted
+
+
 def test_what_the_model_has_is_offered_and_asked_for(browser: Any, service: Service) -> None:
     page = Page(browser, service)
     for name in ("#ladder", "#guidance2", "#label", "#loras"):

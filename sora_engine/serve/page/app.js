@@ -4,7 +4,7 @@
 import { api, Refused } from "./api.js";
 import { adapters, offer, tick } from "./choices.js";
 import { Gallery, time } from "./gallery.js";
-import { Timeline } from "./timeline.js";
+import { kept, Timeline } from "./timeline.js";
 
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 const FIELDS = ["prompt", "size", "length", "seed", "steps", "guidance", "fps", "solver", "priority", "ladder", "guidance2", "label", "negative"];
@@ -153,8 +153,9 @@ const memoryOf = (/** @type {number} */ mib) => (mib < 1000 ? `${Math.round(mib)
 
 function restore() {
   let saved = null;
-  for (const text of [decodeURIComponent(location.hash.slice(1)), localStorage.getItem(STATE)]) {
-    try { saved ??= text ? JSON.parse(text) : null; } catch { /* an address of something else */ }
+  const address = location.hash.slice(1);
+  for (const read of [() => decodeURIComponent(address), () => localStorage.getItem(STATE)]) {
+    try { saved ??= JSON.parse(read() || "null"); } catch { /* an address of something else */ }
   }
   for (const name of CHECKS) if (saved) $(name).checked = saved[name] === true;
   lengths();
@@ -169,7 +170,7 @@ function restore() {
     field.value = value;
   }
   tick(saved?.loras);
-  if (Array.isArray(saved?.cards)) timeline.cards = saved.cards;
+  timeline.cards = kept(saved?.cards);
   if (!$("seed").value) dice();
 }
 
