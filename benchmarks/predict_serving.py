@@ -28,7 +28,7 @@ from sora_engine.bench.results import SUBJECT, Measurement, Result
 ROOT = Path(__file__).parents[1]
 TIMES = ROOT / "benchmarks" / "results" / "service.json"
 PAGE = ROOT / "docs" / "replicas.md"
-PICTURE = ROOT / "docs" / "pictures" / "replicas.svg"
+PICTURE = ROOT / "docs" / "pictures" / "waits.svg"
 MARKS = "<!-- predicted -->\n", "<!-- /predicted -->"
 
 SIZES = {  # size, frames, steps, and how many of a hundred jobs are such

@@ -108,6 +108,7 @@ def serve(
     forwarded_allow_ips: Annotated[
         str | None, typer.Option(help="Proxies that are believed about addresses.")
     ] = None,
+    page: Annotated[bool | None, typer.Option(help="Serve the page at /.")] = None,
     metrics: Annotated[bool | None, typer.Option(help="Serve /metrics.")] = None,
     otel: Annotated[bool | None, typer.Option("--otel", help="Spans to OpenTelemetry.")] = None,
     log_json: Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON.")] = None,
@@ -170,7 +171,13 @@ def serve(
         **{"allow_hosts": allow_host, "cors": cors, "forwarded_allow_ips": forwarded_allow_ips},
         **{"sign_cert": sign_cert, "sign_key": sign_key, "watermark": watermark},
         **{"watermark_payload": watermark_payload},
-        **{"metrics": metrics, "otel": otel, "log_json": log_json, "replica": replica},
+        **{
+            "page": page,
+            "metrics": metrics,
+            "otel": otel,
+            "log_json": log_json,
+            "replica": replica,
+        },
         **{"replicas": replicas},
     }
     try:

@@ -78,6 +78,7 @@ class RemoteModel:
     dtype_name: str = ""
     quantised: Mapping[str, str] = field(default_factory=dict)
     lossy: Mapping[str, float] = field(default_factory=dict)
+    family: str = ""
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> RemoteModel:
@@ -100,6 +101,7 @@ class RemoteModel:
             dtype_name=fields["dtype_name"],
             quantised=fields["quantised"],
             lossy=fields["lossy"],
+            family=fields["family"],
         )
 
     @property

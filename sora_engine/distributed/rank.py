@@ -220,6 +220,7 @@ class _Rank:
             "dtype_name": model.dtype_name,
             "quantised": model.quantised,
             "lossy": model.lossy,
+            "family": model.family,
             "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         }
 

@@ -52,6 +52,8 @@ def video_of(desk: Desk, row: Row, base: str = "") -> Video:
         fps=facts["fps"],
         seed=facts["seed"],
         queue_position=desk.position(row.id) if status == "queued" else None,
+        draft=bool(row.body["fields"].get("draft")),
+        priority=facts.get("priority") or 0,
         inference_time_s=facts.get("inference_time_s"),
         stage_durations=facts.get("stage_durations", {}),
         peak_memory_mb=_promised(row, live),

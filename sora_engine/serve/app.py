@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = (works.router, videos.router, images.router, models.router, health.router, page.router)
+ROUTERS = (works.router, videos.router, images.router, models.router, health.router)
 """`works` before `videos`: its paths, such as /v1/videos/connect, would be taken for ids."""
 
 
@@ -63,6 +63,8 @@ def make_app(engine: Engine | Callable[[], Engine], settings: Settings | None = 
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router)
+    if service.settings.page:
+        app.include_router(page.router)
     lay_around(app, service)
     describe(app)
     _answer_failures(app, service)

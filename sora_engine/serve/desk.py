@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sora_engine.errors import QueueFullError
@@ -229,6 +230,18 @@ class Desk:
                 self.gone(live)
         elif live is not None:
             self._stop(live)
+        return self.row(owner, name)
+
+    def put_at(self, owner: str, name: str, priority: int) -> Row:
+        """Give a job that waits another priority; one that was begun stays as it is."""
+        self.row(owner, name, "video")
+        with self._wake:
+            live = next((live for live in self._waiting if live.row.id == name), None)
+        facts = {"priority": priority}
+        if live is not None and self.store.change(name, "queued", when={"queued"}, facts=facts):
+            with self._wake:
+                live.row = replace(live.row, facts={**live.row.facts, **facts})
+            self.tell(live)
         return self.row(owner, name)
 
     def delete(self, owner: str, name: str) -> None:

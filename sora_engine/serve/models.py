@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from sora_engine.models.registry import families
 from sora_engine.serve.document import FAILURES
 from sora_engine.serve.failures import not_found
-from sora_engine.serve.service import desk_of, service_of
+from sora_engine.serve.service import desk_of, owner_of, service_of
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=FAILURES)
 
@@ -27,6 +28,12 @@ def _models(request: Request) -> list[dict[str, Any]]:
         "known_frames": str(model.known_mode),
         "limits": limits,
         "loras": sorted(settings.loras),
+        "ladders": sorted(
+            name for known in families() if known.name == model.family for name in known.ladders
+        ),
+        "experts": model.num_experts,
+        "labels": None if model.labels is None else asdict(model.labels),
+        "max_priority": service_of(request).most_priority(owner_of(request)),
     }
     names = dict.fromkeys((model.name, *settings.aliases))
     return [

@@ -42,6 +42,8 @@ class Video(Body):
     frames_decoded: int
     eta_s: float | None = None
     queue_position: int | None = None
+    draft: bool = False
+    priority: Annotated[int, Field(description="Among the caller's own jobs that wait.")] = 0
     inference_time_s: float | None = None
     stage_durations: Annotated[dict[str, float], Field(default_factory=dict)]
     peak_memory_mb: Annotated[

@@ -76,7 +76,8 @@ class Settings:
 
     What it tells:
 
-    metrics: `/metrics` is served. otel: spans go to OpenTelemetry. log_json: log lines are JSON.
+    page: the page is served at `/`. metrics: `/metrics` is served. otel: spans go to
+        OpenTelemetry. log_json: log lines are JSON.
     replica: this server's part of its jobs' ids, lower-case letters and digits.
 
     More than one (docs/replicas.md):
@@ -136,6 +137,7 @@ class Settings:
     drain_timeout_s: float = 60.0
     dead_timeout_s: float = 5.0
 
+    page: bool = True
     metrics: bool = True
     otel: bool = False
     log_json: bool = False

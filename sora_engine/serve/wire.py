@@ -264,6 +264,12 @@ class RefineVideo(Sampling):
     strength: float | None = None
 
 
+class SetPriority(Body):
+    """The priority of a job that waits."""
+
+    priority: Annotated[int, Field(ge=-8, le=8)]
+
+
 class CreateImages(Sampling):
     """Pictures from words."""
 

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request, Response
 
 from sora_engine.serve.answers import video_for
 from sora_engine.serve.document import FAILURES, takes
-from sora_engine.serve.failures import ApiError
-from sora_engine.serve.orders import Order, place, propose
+from sora_engine.serve.failures import ApiError, bad_value
+from sora_engine.serve.orders import Order, place, propose, read
 from sora_engine.serve.replies import Plan, Video
-from sora_engine.serve.service import desk_of, owner_of
+from sora_engine.serve.service import desk_of, owner_of, service_of
 from sora_engine.serve.videos import content
 from sora_engine.serve.waiting import ended, failure_of
 from sora_engine.serve.wire import (
@@ -24,6 +24,7 @@ from sora_engine.serve.wire import (
     LoopVideo,
     RefineVideo,
     RemixVideo,
+    SetPriority,
     UpscaleVideo,
 )
 
@@ -122,6 +123,21 @@ async def loop(video_id: str, request: Request) -> Video:
 async def upscale(video_id: str, request: Request) -> Video:
     """A video at a larger size, its detail drawn anew."""
     return await _placed(request, Order("upscale", UpscaleVideo, source=video_id))
+
+
+@router.post(
+    "/{video_id}/priority", operation_id="setVideoPriority", openapi_extra=takes(SetPriority)
+)
+async def priority(video_id: str, request: Request) -> Video:
+    """Let a video that waits go before or behind the caller's others; one that has begun stays as
+    it is."""
+    desk, owner = desk_of(request), owner_of(request)
+    wanted = (await read(request, SetPriority)).priority
+    most = service_of(request).most_priority(owner)
+    if wanted > most:
+        raise bad_value(f"priority: at most {most} here", "priority")
+    row = await asyncio.to_thread(desk.put_at, owner, video_id, wanted)
+    return video_for(request, desk, row)
 
 
 @router.post("/{video_id}/cancel", operation_id="cancelVideo")

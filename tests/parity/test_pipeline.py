@@ -197,8 +197,8 @@ def test_the_oracles_are_sharp(pair, usual, kind, left_out, monkeypatch):
     if left_out == "rope":
         flat = model_module.rope_tables
 
-        def no_rotation(coords, config):
-            cos, sin = flat(coords, config)
+        def no_rotation(coords, config, places):
+            cos, sin = flat(coords, config, places)
             return torch.ones_like(cos), torch.zeros_like(sin)
 
         monkeypatch.setattr(model_module, "rope_tables", no_rotation)

@@ -1,10 +1,7 @@
-"""The page in a real browser: Debian's Chromium, driven by Playwright."""
+"""The page in a real browser: each task, its look, its policy."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,24 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.serve.browsers import Page, chromium, opened, sync_api
 from tests.serve.serving import Service, served
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("there is no chromium here", allow_module_level=True)
-
-SHOTS = os.environ.get("SORA_PAGE_SHOTS")
-"""A folder for screenshots, for people to look at."""
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 @pytest.fixture(scope="module")
@@ -41,89 +22,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+    with chromium() as browser:
         yield browser
-        browser.close()
-
-
-class Page:
-    """A tab on the page, and what went wrong in it."""
-
-    def __init__(self, browser: Any, service: Service, **options: Any) -> None:
-        self.context = browser.new_context(
-            **{"viewport": {"width": 1100, "height": 900}, **options}
-        )
-        self.tab = self.context.new_page()
-        self.tab.set_default_timeout(20_000)
-        self.wrong: list[str] = []
-        self.service = service
-        self.tab.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
-        self.tab.on("console", self._heard)
-        self.tab.on("request", self._asked)
-        self.tab.goto(service.url)
-        sync_api.expect(self.tab.locator("#model")).not_to_be_empty()
-
-    def _heard(self, message: Any) -> None:
-        # What has no preview any more answers 404, which Chromium writes as an error.
-        if message.type == "error" and "/preview" not in str(message.location):
-            self.wrong.append(message.text)
-
-    def _asked(self, request: Any) -> None:
-        if not request.url.startswith((self.service.url, "blob:")):
-            self.wrong.append(f"asked {request.url}")
-
-    def fill(self, prompt: str, **fields: str) -> None:
-        self.tab.get_by_label("Prompt").first.fill(prompt)
-        self.tab.locator("#length").select_option("5")
-        self.tab.get_by_text("More settings").click()
-        for name, value in fields.items():
-            self.tab.locator(f"#{name}").fill(value)
-
-    def make(self) -> str:
-        """Presses Make; the job's id."""
-        with self.tab.expect_response(lambda r: r.url.endswith("/v1/videos")) as answer:
-            self.tab.get_by_role("button", name="Make", exact=True).click()
-        assert answer.value.status == 200, answer.value.text()
-        return str(answer.value.json()["id"])
-
-    def done(self, name: str) -> Any:
-        """The video's card, once it is finished and plays."""
-        assert self.service.ended(name)["status"] == "completed", self.service.ended(name)
-        card = self.tab.locator(f"#gallery [data-id='{name}']")
-        card.wait_for()
-        film = card.locator("video")
-        until = time.monotonic() + 20
-        while film.evaluate("film => film.readyState") < 2:
-            assert time.monotonic() < until, "the video does not play"
-            time.sleep(0.05)
-        return card
-
-    def act(self, card: Any, name: str, path: str) -> str:
-        """Presses a button of a card and answers its dialog; the new job's id."""
-        card.get_by_role("button", name=name, exact=True).click()
-        if self.tab.locator("#ask [name=seconds]").count():
-            self.tab.locator("#ask [name=seconds]").fill("0.5")
-        with self.tab.expect_response(
-            lambda r: r.request.method == "POST" and path in r.url
-        ) as answer:
-            self.tab.locator("#ask-yes").click()
-        assert answer.value.status == 200, answer.value.text()
-        return str(answer.value.json()["id"])
-
-    def shot(self, name: str) -> None:
-        if SHOTS:
-            self.tab.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
 
 
 @pytest.fixture
 def page(browser: Any, service: Service) -> Iterator[Page]:
-    page = Page(browser, service)
-    yield page
-    wrong = page.wrong
-    page.context.close()
-    service.idle()
-    assert not wrong
+    with opened(browser, service) as page:
+        yield page
 
 
 def test_a_video_is_made_extended_looped_and_connected(page: Page) -> None:
@@ -197,6 +103,13 @@ def test_cards_of_text_and_picture_are_placed_by_keyboard_alone(page: Page, tmp_
     page.tab.locator(".card.picture").focus()
     page.tab.keyboard.press("Delete")
     assert page.tab.locator(".card.picture").count() == 0
+    page.tab.locator(".card.text").focus()
+    page.tab.keyboard.press("Delete")
+    made = page.tab.locator(f"#gallery [data-id='{name}']")
+    made.get_by_role("button", name="Same again").click()
+    again = page.tab.locator(".card")
+    sync_api.expect(again).to_have_attribute("aria-label", f"Text at frame {moved}")
+    assert again.get_by_label("Words").input_value() == "a blue circle"
 
 
 def test_a_region_is_painted_and_made_anew(page: Page) -> None:

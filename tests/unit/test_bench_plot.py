@@ -15,7 +15,12 @@ from sora_engine.bench.plot import plot
 from sora_engine.bench.results import Measurement, Result
 
 ROOT = Path(__file__).parents[2]
-PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = sorted(
+    path
+    for path in (ROOT / "docs" / "pictures").glob("*.svg")
+    if (RESULTS / f"{path.stem}.json").exists()  # others have commands of their own
+)
 SVG = "{http://www.w3.org/2000/svg}"
 
 

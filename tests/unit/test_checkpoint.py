@@ -133,7 +133,8 @@ def test_half_precision_keeps_the_dtypes_of_diffusers(t2v, dtype):
     ours = loaded(resolve_model(t2v).transformer, dtype=dtype)
     assert identical(ours, theirs.state_dict())
     assert {v.dtype for v in ours.values()} == {dtype, torch.float32}
-    assert tuple(WanTransformer3DModel._keep_in_fp32_modules) == KEEP_FP32
+    # diffusers' models are not driven by actions: their embedding is kept as that of the levels.
+    assert {*WanTransformer3DModel._keep_in_fp32_modules, "action_embedder"} == set(KEEP_FP32)
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {"variant": "fp16"}, {}])

@@ -31,6 +31,10 @@ def test_fields_and_defaults_are_those_of_diffusers():
     # None unless the checkpoint is a VACE one, which has these two besides.
     assert ours.pop("vace_layers") is None
     assert ours.pop("vace_in_channels") is None
+    # Of a model that is driven: diffusers has none.
+    assert ours.pop("action_dim") is None
+    assert ours.pop("rope_pairs") is None
+    assert ours.pop("rope_theta") == 10_000.0
     assert ours == theirs
 
 

@@ -18,6 +18,7 @@ _KINDS = {
     "app.js": "text/javascript",
     "api.js": "text/javascript",
     "brush.js": "text/javascript",
+    "choices.js": "text/javascript",
     "gallery.js": "text/javascript",
     "timeline.js": "text/javascript",
     "style.css": "text/css",

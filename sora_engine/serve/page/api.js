@@ -45,6 +45,7 @@ export const api = {
   work: (/** @type {string} */ video, /** @type {string} */ kind, /** @type {object} */ fields) =>
     post(`${id(video)}/${kind}`, fields),
   cancel: (/** @type {string} */ video) => post(`${id(video)}/cancel`),
+  turn: (/** @type {string} */ video, /** @type {number} */ priority) => post(`${id(video)}/priority`, { priority }),
   remove: (/** @type {string} */ video) => call(id(video), { method: "DELETE" }),
   upload(/** @type {Blob} */ file, /** @type {string} */ name) {
     const body = new FormData();

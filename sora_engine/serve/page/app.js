@@ -2,17 +2,20 @@
 // The form, its state in the address and in local storage, and what holds the page together.
 
 import { api, Refused } from "./api.js";
+import { adapters, offer, tick } from "./choices.js";
 import { Gallery, time } from "./gallery.js";
-import { Timeline } from "./timeline.js";
+import { kept, Timeline } from "./timeline.js";
 
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
-const FIELDS = ["prompt", "size", "length", "seed", "steps", "guidance", "fps", "solver", "priority", "lora", "negative"];
-const CHECKS = ["loop", "lock"];
+const FIELDS = ["prompt", "size", "length", "seed", "steps", "guidance", "fps", "solver", "priority", "ladder", "guidance2", "label", "negative"];
+const CHECKS = ["loop", "lock", "draft"];
 const STATE = "sora_engine.form";
 
 /** @type {any} */
 let model = null;
 let spoken = 0, planned = 0;
+/** Whether the problem that is shown is of the plan: the next plan that succeeds takes it away. */
+let ofPlan = false;
 
 function say(/** @type {string} */ words) {
   // A reader of screens that is told each step hears nothing else.
@@ -24,11 +27,12 @@ function say(/** @type {string} */ words) {
 
 function fail(/** @type {unknown} */ error) {
   if (error instanceof Refused && error.status === 401) return void enter();
+  ofPlan = false;
   $("problem").textContent = error instanceof Error ? error.message : String(error);
 }
 
 const timeline = new Timeline($("track"), changed);
-const gallery = new Gallery({ say, fail, again });
+const gallery = new Gallery({ say, fail, again, place, most: () => model?.max_priority ?? 0 });
 
 function shape() {
   const step = model.grid.time * model.grid.patch[0];
@@ -54,7 +58,8 @@ function presets() {
   }
   options($("size"), [...sizes].map(([size, name]) => [size, `${size} (${name})`]));
   lengths();
-  options($("lora"), [["", "none"], ...model.loras.map((/** @type {string} */ name) => [name, name])]);
+  offer(model, changed);
+  $("priority").max = String(model.max_priority ?? 0);
   $("steps").placeholder = defaults.num_inference_steps;
   $("guidance").placeholder = defaults.guidance_scale;
   $("fps").placeholder = defaults.fps;
@@ -64,13 +69,13 @@ function presets() {
 function lengths() {
   const { defaults, grid, limits } = model;
   const step = grid.time * grid.patch[0], first = $("loop").checked ? 0 : 1, own = defaults.num_frames;
-  const frames = new Set();
-  for (const scale of [0.25, 0.5, 1, 2, 4]) {
+  const frames = new Set(first || grid.images ? [1] : []);
+  for (const scale of grid.images ? [] : [0.25, 0.5, 1, 2, 4]) {
     const on = Math.max(first ? 1 : step, Math.round((own * scale - first) / step) * step + first);
     if (on <= limits.max_frames) frames.add(on);
   }
   const before = $("length").value, rate = fps();
-  options($("length"), [...frames].map((n) => [String(n), `${n} frames (${(n / rate).toFixed(1)} s)`]));
+  options($("length"), [...frames].map((n) => [String(n), n === 1 ? "1 frame (a picture)" : `${n} frames (${(n / rate).toFixed(1)} s)`]));
   const wanted = Number(before) || own;
   const best = [...frames].reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
   $("length").value = String(best);
@@ -101,7 +106,11 @@ function wire() {
     priority: number("priority"),
     solver: $("solver").value || undefined,
     negative_prompt: $("negative").value || undefined,
-    loras: $("lora").value ? [{ name: $("lora").value }] : undefined,
+    ladder: $("ladder").value || undefined,
+    guidance_scale_2: number("guidance2"),
+    label: $("label").value.trim() || undefined,
+    draft: $("draft").checked || undefined,
+    loras: adapters(),
   };
 }
 
@@ -114,6 +123,7 @@ function changed() {
   const state = {
     ...Object.fromEntries(FIELDS.map((name) => [name, $(name).value])),
     ...Object.fromEntries(CHECKS.map((name) => [name, $(name).checked])),
+    loras: adapters(),
     cards: timeline.cards,
   };
   const text = JSON.stringify(state);
@@ -131,10 +141,11 @@ async function plan() {
     const eta = told.eta_s == null ? "" : `about ${time(told.eta_s)}`;
     const ahead = told.queue_position ? `${told.queue_position} before it` : "";
     $("plan").textContent = [`${told.num_steps} steps`, memory, eta, ahead].filter(Boolean).join(", ");
-    $("problem").textContent = "";
+    if (ofPlan) $("problem").textContent = "";
   } catch (error) {
     $("plan").textContent = "";
     fail(error);
+    ofPlan = true;
   }
 }
 
@@ -142,8 +153,9 @@ const memoryOf = (/** @type {number} */ mib) => (mib < 1000 ? `${Math.round(mib)
 
 function restore() {
   let saved = null;
-  for (const text of [decodeURIComponent(location.hash.slice(1)), localStorage.getItem(STATE)]) {
-    try { saved ??= text ? JSON.parse(text) : null; } catch { /* an address of something else */ }
+  const address = location.hash.slice(1);
+  for (const read of [() => decodeURIComponent(address), () => localStorage.getItem(STATE)]) {
+    try { saved ??= JSON.parse(read() || "null"); } catch { /* an address of something else */ }
   }
   for (const name of CHECKS) if (saved) $(name).checked = saved[name] === true;
   lengths();
@@ -152,24 +164,38 @@ function restore() {
     if (typeof value !== "string") continue;
     const field = $(name);
     if (field instanceof HTMLSelectElement && ![...field.options].some((one) => one.value === value)) {
-      if (name === "lora") continue;
+      if (name === "ladder") continue;
       field.append(new Option(name === "length" ? `${value} frames` : value, value));
     }
     field.value = value;
   }
-  if (Array.isArray(saved?.cards)) timeline.cards = saved.cards;
+  tick(saved?.loras);
+  timeline.cards = kept(saved?.cards);
   if (!$("seed").value) dice();
 }
 
 /** The form as a finished video was made. @param {any} video */
-function again(video) {
+async function again(video) {
+  const told = await api.request(video.id).catch(() => null), fields = told?.fields ?? {};
   $("prompt").value = video.prompt ?? "";
   for (const [name, value] of [["size", video.size], ["length", String(video.num_frames)]]) {
     if (![...$(name).options].some((/** @type {any} */ one) => one.value === value)) $(name).append(new Option(value, value));
     $(name).value = value;
   }
   $("seed").value = String(video.seed);
-  $("steps").value = "";
+  for (const [name, field] of [
+    ["steps", "num_inference_steps"], ["guidance", "guidance_scale"], ["guidance2", "guidance_scale_2"], ["fps", "fps"],
+    ["solver", "solver"], ["ladder", "ladder"], ["label", "label"], ["negative", "negative_prompt"],
+  ]) $(name).value = String(fields[field] ?? "");
+  $("draft").checked = fields.draft === true;
+  tick(fields.loras);
+  let at = 0;
+  timeline.cards = []; // of its texts alone: its clips are not given out again
+  for (const shot of fields.shots ?? []) {
+    if (at) timeline.cards.push({ kind: "text", at, words: shot.prompt });
+    else $("prompt").value = shot.prompt;
+    at += shot.num_frames;
+  }
   shape();
   changed();
   $("prompt").focus();
@@ -190,6 +216,7 @@ async function make(/** @type {Event} */ event) {
     fail(error);
   } finally {
     $("make").disabled = false;
+    if (document.activeElement === document.body) $("make").focus(); // being disabled took it away
   }
 }
 
@@ -199,6 +226,13 @@ async function addFile(/** @type {File} */ file) {
   const clip = found.num_frames > 1;
   timeline.add({ kind: clip ? "clip" : "picture", at: 0, upload: found.id, frames: found.num_frames ?? 1 });
   say(`${file.name} is on the time line`);
+}
+
+/** A finished video as a card. @param {any} video */
+function place(video) {
+  const clip = video.num_frames > 1;
+  timeline.add({ kind: clip ? "clip" : "picture", at: 0, video_id: video.id, frames: video.num_frames });
+  say("it is on the time line");
 }
 
 /** Asks for the key, and opens the page with it. */
@@ -246,4 +280,8 @@ $("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
 });
 
 open().catch(fail);
-window.setInterval(() => { if (model && !document.hidden) gallery.refresh().catch(() => {}); }, 3000);
+window.setInterval(() => {
+  if (!model) { // the server still loads its model, or was away
+    if (!$("key-dialog").open) open().then(() => { $("problem").textContent = ""; }, fail);
+  } else if (!document.hidden) gallery.refresh().catch((error) => gallery.lacks(error.message));
+}, 3000);

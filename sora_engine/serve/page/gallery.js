@@ -7,11 +7,16 @@ import { paint } from "./brush.js";
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const MOST_STREAMS = 3;
+/** A small model makes dozens of steps a second, and each preview is decoded for who asks. */
+const PREVIEW_MS = 400;
+/** What is done with most videos; the rest is folded away. */
+const FIRST = new Set(["Remix", "Extend after", "Loop", "Refine", "Same again"]);
 
 /** @param {any} video */
 export function stageWords(video) {
   if (video.status === "queued") {
-    return video.queue_position == null ? "waiting" : `waiting, ${video.queue_position} before it`;
+    if (video.queue_position == null) return "waiting";
+    return video.queue_position ? `waiting, ${video.queue_position} before it` : "waiting, it is next";
   }
   if (video.stage === "denoising") return `step ${video.steps_done} of ${video.num_steps}`;
   if (video.stage === "decoding") return `frame ${video.frames_decoded} of ${video.num_frames}`;
@@ -24,10 +29,10 @@ export const time = (seconds) =>
 
 export class Gallery {
   /** @param {{say: (words: string) => void, fail: (error: unknown) => void,
-   *   again: (video: any) => void}} page */
+   *   again: (video: any) => Promise<void>, place: (video: any) => void, most: () => number}} page most: the highest priority. */
   constructor(page) {
     this.page = page;
-    /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number}>} */
+    /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number, next: number}>} */
     this.jobs = new Map();
     /** @type {Map<string, HTMLElement>} */
     this.shown = new Map();
@@ -40,9 +45,34 @@ export class Gallery {
     const page = await api.list();
     for (const video of [...page.data].reverse()) this.put(video);
     const there = new Set(page.data.map((/** @type {any} */ video) => video.id));
-    for (const name of this.jobs.keys()) if (!there.has(name)) this.put(await api.video(name));
+    const missing = page.missing_replicas ?? [];
+    for (const name of this.jobs.keys()) {
+      if (there.has(name)) continue;
+      const told = await api.video(name).catch((error) => { if (error.status !== 404 && !missing.length) throw error; });
+      if (told) this.put(told);
+      else if (!missing.length) this.drop(name);
+    }
+    this.lacks(missing.length ? `not all is shown: no answer from ${missing.length === 1 ? "server" : "servers"} ${missing.join(", ")}` : "");
     if (this.last === null) this.more(page);
+    this.line(page.data);
     this.empty();
+  }
+
+  /** Shows the jobs in the order in which they are made. @param {any[]} videos */
+  line(videos) {
+    const place = new Map(videos.map((one) => [one.id, one.status === "queued" ? 1 + (one.queue_position ?? 0) : 0]));
+    const items = /** @type {HTMLElement[]} */ ([...$("queue").children]);
+    const wanted = [...items].sort((a, b) => (place.get(a.dataset.id) ?? 0) - (place.get(b.dataset.id) ?? 0));
+    if (wanted.some((item, n) => item !== items[n])) { // moving a button takes its focus away
+      const focus = document.activeElement;
+      $("queue").append(...wanted);
+      if (focus instanceof HTMLElement && $("queue").contains(focus)) focus.focus();
+    }
+  }
+
+  /** What is wrong with the list, beside it; "" for nothing. @param {string} words */
+  lacks(words) {
+    if ($("link").textContent !== words) $("link").textContent = words;
   }
 
   async older() {
@@ -71,7 +101,7 @@ export class Gallery {
         this.page.say(failed ? `failed: ${video.error.message}` : video.error ? "cancelled" : "done");
         this.drop(video.id);
       }
-      if (video.status === "completed") this.finished(video, atEnd);
+      if (video.error?.code !== "cancelled") this.finished(video, atEnd);
     }
     this.empty();
   }
@@ -92,8 +122,11 @@ export class Gallery {
       item.dataset.id = video.id;
       item.querySelector(".cancel").onclick = () =>
         api.cancel(video.id).then((told) => this.put(told)).catch(this.page.fail);
+      for (const [name, by] of [["sooner", 1], ["later", -1]]) {
+        item.querySelector(`.${name}`).onclick = () => this.turn(video.id, Number(item.dataset.priority) + Number(by));
+      }
       $("queue").append(item);
-      job = { item, stream: null, step: -1 };
+      job = { item, stream: null, step: 0, next: 0 };
       this.jobs.set(video.id, job);
     }
     if (!job.stream && [...this.jobs.values()].filter((one) => one.stream).length < MOST_STREAMS) {
@@ -103,12 +136,29 @@ export class Gallery {
     item.querySelector(".words").textContent = video.prompt ?? "";
     item.querySelector("progress").value = video.progress;
     item.querySelector("progress").setAttribute("aria-label", `Progress of ${video.prompt ?? "a video"}`);
+    item.dataset.priority = String(video.priority);
+    item.querySelector("progress").hidden = video.status === "queued";
+    item.querySelector(".turn").hidden = video.status !== "queued";
+    item.querySelector(".sooner").disabled = video.priority >= this.page.most();
+    item.querySelector(".later").disabled = video.priority <= -8;
     const left = video.eta_s == null ? "" : `, about ${time(video.eta_s)} left`;
-    item.querySelector(".stage").textContent = `${words}${left}; ${video.size}, ${video.seconds} s, seed ${video.seed}`;
+    item.querySelector(".stage").textContent = `${words}${left}; ${video.size}, ${video.seconds} s, seed ${video.seed}${video.priority ? `, priority ${video.priority}` : ""}`;
     this.page.say(words);
-    if (video.stage === "denoising" && video.steps_done > 0 && video.steps_done !== job.step) {
-      job.step = video.steps_done;
+    if (video.stage === "denoising" && video.steps_done > job.step && Date.now() > job.next) {
+      Object.assign(job, { step: video.steps_done, next: Date.now() + PREVIEW_MS });
       this.preview(video, item.querySelector("img"));
+    }
+  }
+
+  /** Lets a job go before or behind the others. @param {string} name @param {number} priority */
+  async turn(name, priority) {
+    try {
+      const told = await api.turn(name, priority);
+      this.put(told);
+      this.page.say(told.priority === priority ? `priority ${priority}` : "it has begun already");
+      await this.refresh();
+    } catch (error) {
+      this.page.fail(error);
     }
   }
 
@@ -141,28 +191,38 @@ export class Gallery {
     const item = $("gallery-item").content.firstElementChild.cloneNode(true);
     item.dataset.id = video.id;
     const film = item.querySelector("video");
-    film.src = api.content(video.id, "video");
-    film.poster = api.content(video.id, "thumbnail");
+    const failed = video.status === "failed";
+    if (failed) {
+      film.remove();
+      item.classList.add("failed");
+      item.querySelector(".warn").textContent = `It failed: ${video.error?.message ?? "no reason is known"}`;
+      item.querySelector(".warn").hidden = false;
+    } else {
+      film.src = api.content(video.id, "video");
+      film.poster = api.content(video.id, "thumbnail");
+    }
     film.setAttribute("aria-label", video.prompt ?? "a video");
     film.muted = true;
     film.autoplay = !still.matches;
     item.querySelector(".words").textContent = video.prompt ?? "";
     const took = video.inference_time_s == null ? "" : `, took ${time(video.inference_time_s)}`;
     item.querySelector(".facts").textContent = `${video.size}, ${video.seconds} s, seed ${video.seed}${took}`;
-    const actions = item.querySelector(".actions");
-    for (const [name, act] of this.actions(video)) {
+    const actions = item.querySelector(".actions"), more = item.querySelector(".more .actions");
+    const all = this.actions(video);
+    for (const [name, act] of failed ? all.filter(([name]) => name === "Same again" || name === "Delete") : all) {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = name;
       button.onclick = () => Promise.resolve(act()).catch(this.page.fail);
-      actions.append(button);
+      (failed || FIRST.has(name) ? actions : more).append(button);
     }
     const download = document.createElement("a");
     download.href = api.content(video.id, "video");
     download.download = `${video.id}.mp4`;
     download.textContent = "Download";
-    actions.append(download);
-    const details = item.querySelector("details");
+    if (!failed) actions.append(download);
+    item.querySelector(".more").hidden = failed;
+    const details = item.querySelector(".made");
     details.ontoggle = async () => {
       const text = details.querySelector("pre");
       if (!details.open || text.textContent) return;
@@ -180,6 +240,7 @@ export class Gallery {
     const start = (/** @type {Promise<any>} */ job) => job.then((told) => { this.put(told); this.page.say("queued"); });
     const words = { name: "prompt", label: "Prompt", value: video.prompt ?? "" };
     const seconds = { name: "seconds", label: "Seconds", value: "1", number: true };
+    const strength = { name: "strength", label: "How much changes, from 0 to 1", value: "0.6", number: true };
     const ask = async (/** @type {string} */ name, /** @type {any[]} */ fields, /** @type {(given: any) => Promise<any>} */ act) => {
       const given = await question(name, fields);
       if (given) await start(act(given));
@@ -190,10 +251,15 @@ export class Gallery {
       ["Extend before", () => ask("Extend before", [words, seconds], ({ prompt, seconds: before_s }) =>
         api.extend({ prompt, before_s, video: source }))],
       ["Loop", () => ask("Loop", [words, seconds], ({ prompt, seconds: gap_s }) => api.work(video.id, "loop", { prompt, gap_s }))],
+      ["Edit", () => ask("Edit", [words, strength], (given) => api.edit({ ...given, video: source }))],
+      ["New frames", () => ask("New frames", [words, { name: "missing", label: "Which, such as 4-7,12", value: "", text: true }],
+        (given) => api.edit({ ...given, video: source }))],
+      ["To the time line", () => this.page.place(video)],
       ["Connect", () => this.connect(video, ask, words, seconds)],
       ["Inpaint", () => this.inpaint(video, source, start)],
       ["Upscale", () => ask("Upscale", [{ name: "scale", label: "Times as large", value: "2", number: true }],
         (given) => api.work(video.id, "upscale", given))],
+      ...(video.draft ? [/** @type {[string, () => any]} */ (["Refine", () => start(api.work(video.id, "refine", {}))])] : []),
       ["Same again", () => this.page.again(video)],
       ["Delete", () => this.remove(video)],
     ];
@@ -243,12 +309,12 @@ function question(name, fields) {
   place.replaceChildren();
   for (const field of fields) {
     const label = document.createElement("label");
-    const input = document.createElement(field.number ? "input" : "textarea");
+    const input = document.createElement(field.number || field.text ? "input" : "textarea");
     label.textContent = field.label;
     input.name = field.name;
     input.value = field.value;
     input.required = true;
-    if (input instanceof HTMLInputElement) Object.assign(input, { type: "number", min: "0.1", step: "any" });
+    if (field.number) Object.assign(input, { type: "number", min: "0.1", step: "any" });
     label.append(input);
     place.append(label);
   }

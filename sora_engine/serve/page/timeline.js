@@ -4,6 +4,13 @@
 /** @typedef {{kind: "text"|"picture"|"clip", at: number, words?: string, upload?: string,
  *   video_id?: string, frames?: number, start?: number, stop?: number|null, muted?: boolean}} Card */
 
+const NAMES = { text: "Text", picture: "Picture", clip: "Clip" };
+
+/** Cards of an address or of an earlier visit, without what is none. @param {unknown} cards */
+export const kept = (cards) => (Array.isArray(cards) ? cards : []).filter(
+  (/** @type {any} */ card) => Object.hasOwn(NAMES, card?.kind) && Number.isFinite(card.at),
+);
+
 export class Timeline {
   /** @param {HTMLElement} track @param {() => void} changed */
   constructor(track, changed) {
@@ -82,13 +89,35 @@ export class Timeline {
       label.style.left = this.left(second * this.fps);
       this.ruler.append(label);
     }
+    this.marks();
+    this.list.replaceChildren(...this.cards.map((card) => this.item(card)));
+  }
+
+  /** Where each card begins, on the ruler. */
+  marks() {
+    for (const old of this.ruler.querySelectorAll("u")) old.remove();
     for (const card of this.cards) {
       const mark = document.createElement("u");
       mark.className = card.kind;
       mark.style.left = this.left(card.at);
       this.ruler.append(mark);
     }
-    this.list.replaceChildren(...this.cards.map((card) => this.item(card)));
+  }
+
+  /** A card's own field was changed. Its elements stay: a button that is being pressed is one. */
+  edited() {
+    this.marks();
+    this.cards.forEach((card, place) => {
+      const item = /** @type {HTMLElement} */ (this.list.children[place]);
+      item.style.setProperty("--at", this.left(card.at));
+      item.setAttribute("aria-label", this.named(card));
+    });
+    this.changed();
+  }
+
+  /** @param {Card} card */
+  named(card) {
+    return `${NAMES[card.kind]} at frame ${card.at}`;
   }
 
   left(/** @type {number} */ frame) {
@@ -98,24 +127,21 @@ export class Timeline {
   /** @param {Card} card */
   item(card) {
     const item = document.createElement("li");
-    const name = card.kind === "text" ? "Text" : card.kind === "picture" ? "Picture" : "Clip";
+    const name = NAMES[card.kind];
     item.className = `card ${card.kind}${card.muted ? " muted" : ""}`;
     item.tabIndex = 0;
     item.style.setProperty("--at", this.left(card.at));
-    item.setAttribute("aria-label", `${name} at frame ${card.at}`);
-    const kind = document.createElement("span");
-    kind.className = "kind";
-    kind.textContent = name;
-    item.append(kind);
+    item.setAttribute("aria-label", this.named(card));
+    item.append(this.word(name));
     if (card.kind === "text") {
-      item.append(this.field("Words", card.words ?? "", (text) => { card.words = text; }, "words"));
+      item.append(this.field("Words", () => card.words ?? "", (text) => { card.words = text; }, "words", "What it shows from here"));
     }
-    item.append(this.field("From frame", String(card.at), (text) => { card.at = this.snap(Number(text) || 0); }));
+    item.append(this.word("from frame"), this.field("From frame", () => card.at, (text) => { card.at = this.snap(Number(text) || 0); }));
     if (card.kind === "clip") {
-      item.append(this.field("First frame of the clip", String(card.start ?? 0), (text) => {
+      item.append(this.word("its"), this.field("First frame of the clip", () => card.start ?? 0, (text) => {
         card.start = Math.max(0, Math.min(Number(text) || 0, (card.frames ?? 1) - 1));
       }));
-      item.append(this.field("Frame after its last", String(card.stop ?? card.frames ?? ""), (text) => {
+      item.append(this.word("to"), this.field("Frame after its last", () => card.stop ?? card.frames ?? "", (text) => {
         const stop = Number(text) || 0;
         card.stop = stop > (card.start ?? 0) ? stop : null;
       }));
@@ -132,15 +158,24 @@ export class Timeline {
     return item;
   }
 
-  /** @param {string} name @param {string} value @param {(text: string) => void} set */
-  field(name, value, set, kind = "number") {
+  /** @param {string} text */
+  word(text) {
+    const word = document.createElement("span");
+    word.className = "kind";
+    word.textContent = text;
+    return word;
+  }
+
+  /** @param {string} name @param {() => string|number} get @param {(text: string) => void} set */
+  field(name, get, set, kind = "number", hint = "") {
     const input = document.createElement("input");
     input.className = kind;
-    input.value = value;
+    input.value = String(get());
     input.setAttribute("aria-label", name);
     input.title = name;
+    input.placeholder = hint;
     if (kind === "number") input.inputMode = "numeric";
-    input.addEventListener("change", () => { set(input.value); this.done(); });
+    input.addEventListener("change", () => { set(input.value); input.value = String(get()); this.edited(); });
     return input;
   }
 
@@ -186,6 +221,7 @@ export class Timeline {
       if (to === card.at) return;
       card.at = to;
       item.style.setProperty("--at", this.left(to));
+      this.marks();
     };
     item.onpointerup = item.onpointercancel = () => {
       item.onpointermove = item.onpointerup = item.onpointercancel = null;
