@@ -63,6 +63,36 @@ class VideoList(Body):
     has_more: bool
 
 
+class Ingredient(Body):
+    """A clip that a video was made from. `signer` is null for one without credentials."""
+
+    title: str
+    relationship: str
+    signer: str | None = None
+
+
+class VideoCredentials(Body):
+    """What a video's file says of where it comes from (C2PA), read back from it."""
+
+    id: str
+    object: Literal["video.credentials"] = "video.credentials"
+    state: Annotated[
+        Literal["trusted", "unknown", "invalid", "absent", "unread"],
+        Field(
+            description="unknown: unaltered, and nobody vouches for the signer here. unread: this "
+            "server cannot read any."
+        ),
+    ]
+    problems: Annotated[list[str], Field(default_factory=list)]
+    signer: str | None = None
+    issuer: str | None = None
+    software: str | None = None
+    source_type: str | None = None
+    generation: Annotated[dict[str, Any], Field(default_factory=dict)]
+    ingredients: Annotated[list[Ingredient], Field(default_factory=list)]
+    manifests: int = 0
+
+
 class DeletedVideo(Body):
     """What a deletion answers."""
 

@@ -15,8 +15,10 @@ from sora_engine.serve.failures import ApiError, bad_value, not_found
 from sora_engine.serve.ids import read_id
 from sora_engine.serve.orders import Order, place
 from sora_engine.serve.pictures import picture_of
-from sora_engine.serve.replies import DeletedVideo, Video, VideoList
+from sora_engine.serve.provenance import credentials_of
+from sora_engine.serve.replies import DeletedVideo, Video, VideoCredentials, VideoList
 from sora_engine.serve.service import desk_of, owner_of
+from sora_engine.serve.store import Row
 from sora_engine.serve.wire import CreateVideo
 from sora_engine.serve.writer import VIDEO
 
@@ -115,9 +117,7 @@ async def content(
 ) -> Response:
     """The video, its first frame, or a sheet of its pictures."""
     desk = desk_of(request)
-    row = desk.row(owner_of(request), video_id, "video")
-    if row.state != "completed":
-        raise ApiError(400, "video_not_completed", f"the video is {row.state}, not completed")
+    row = _completed(desk, owner_of(request), video_id)
     path = desk.files.video(row.id) / VIDEO
     try:
         if variant != "video":
@@ -126,3 +126,21 @@ async def content(
         return send_file(request, path, _MEDIA_TYPES[variant], f"{row.id}.{path.name}")
     except FileNotFoundError:  # it was removed in between
         raise not_found() from None
+
+
+@router.get("/{video_id}/credentials", operation_id="retrieveCredentials")
+async def credentials(video_id: str, request: Request) -> VideoCredentials:
+    """Who signed the video's file, whether it was altered since, and what it was made from."""
+    desk = desk_of(request)
+    row = _completed(desk, owner_of(request), video_id)
+    try:
+        return await asyncio.to_thread(credentials_of, row.id, desk.files.video(row.id) / VIDEO)
+    except FileNotFoundError:  # it was removed in between
+        raise not_found() from None
+
+
+def _completed(desk: Desk, owner: str, video_id: str) -> Row:
+    row = desk.row(owner, video_id, "video")
+    if row.state != "completed":
+        raise ApiError(400, "video_not_completed", f"the video is {row.state}, not completed")
+    return row

@@ -40,9 +40,39 @@ def test_results_are_signed_and_marked_and_their_receipts_say_so(tmp_path: Path)
             assert (verdict.state, verdict.signer) == ("trusted", "A Service")
             assert verdict.manifests == manifests
             assert str(tmp_path) not in str(verdict.ingredients)
+            # The server reads the same out of its own file.
+            told = service.http.get(f"/v1/videos/{name}/credentials").json()
+            assert (told["id"], told["object"]) == (name, "video.credentials")
+            assert (told["state"], told["signer"]) == ("unknown", "A Service")
+            assert (told["manifests"], told["generation"]) == (manifests, verdict.generation)
+            assert [one["title"] for one in told["ingredients"]] == [
+                one.title for one in verdict.ingredients
+            ]
+            assert not told["problems"]
+        file = tmp_path / "data" / "videos" / small / "video.mp4"
+        whole = bytearray(file.read_bytes())
+        whole[whole.index(b"mdat") + 40] ^= 1
+        file.write_bytes(bytes(whole))
+        told = service.http.get(f"/v1/videos/{small}/credentials").json()
+        assert told["state"] == "invalid"
+        assert told["problems"] == list(verify(file).problems)
         found = Watermark(0x00FF).read(read_video(tmp_path / f"{first}.mp4")[0])
         assert found.marked
         assert found.payload == "00ff"
+
+
+def test_what_is_not_signed_and_not_made_is_said(tmp_path: Path) -> None:
+    with served(tmp_path / "data") as service:
+        name = service.create()["id"]
+        service.ended(name)
+        told = service.http.get(f"/v1/videos/{name}/credentials").json()
+        assert (told["state"], told["signer"], told["manifests"]) == ("absent", None, 0)
+        assert service.http.get("/v1/videos/video_none/credentials").status_code == 404
+        waits = service.create(num_inference_steps=100, seconds="8")["id"]
+        answer = service.http.get(f"/v1/videos/{waits}/credentials")
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "video_not_completed"
+        service.http.post(f"/v1/videos/{waits}/cancel")
 
 
 def test_half_a_certificate_and_one_that_is_none_stop_the_start(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sora_engine.io.certificates import CERTIFICATE, KEY, make_certificates
 from tests.serve.browsers import Page, chromium, opened, sync_api
 from tests.serve.serving import Service, served
 
@@ -178,6 +179,32 @@ def test_an_address_of_something_else_opens_the_page(page: Page, address: str) -
     assert page.tab.locator(".card").count() == 0
     wanted = "a star" if "star" in address else ""
     assert page.tab.get_by_label("Prompt").first.input_value() == wanted
+
+
+def test_a_result_says_who_signed_it_and_what_it_was_made_from(
+    browser: Any, service: Service, tmp_path: Path
+) -> None:
+    pytest.importorskip("c2pa", reason="c2pa-python is not installed")
+    own = make_certificates(tmp_path / "own", "A Service")
+    signing = {"sign_cert": own / CERTIFICATE, "sign_key": own / KEY}
+    with served(tmp_path / "data", **signing) as signer, opened(browser, signer) as page:
+        first = signer.create(num_inference_steps=1)["id"]
+        signer.ended(first)
+        body = {"video": {"video_id": first}, "seconds": 0.5, "num_inference_steps": 1}
+        longer = signer.http.post("/v1/videos/extensions", json=body).json()["id"]
+        for name, words in ((first, "since."), (longer, "since; made from")):
+            card = page.done(name)
+            card.get_by_text("How it was made").click()
+            told = card.locator(".signed")
+            sync_api.expect(told).to_contain_text(f"Signed by A Service, and unaltered {words}")
+            sync_api.expect(card.locator("pre")).to_contain_text('"credentials"')
+        page.shot("signed")
+    unsigned = service.create(num_inference_steps=1)["id"]
+    service.ended(unsigned)
+    with opened(browser, service) as page:
+        card = page.done(unsigned)
+        card.get_by_text("How it was made").click()
+        sync_api.expect(card.locator(".signed")).to_contain_text("Not signed")
 
 
 def test_what_the_model_has_is_offered_and_asked_for(browser: Any, service: Service) -> None:

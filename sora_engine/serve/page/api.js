@@ -37,6 +37,7 @@ export const api = {
     call(`/v1/videos?limit=20${after ? `&after=${encodeURIComponent(after)}` : ""}`),
   video: (/** @type {string} */ video) => call(id(video)),
   request: (/** @type {string} */ video) => call(`${id(video)}/request`),
+  credentials: (/** @type {string} */ video) => call(`${id(video)}/credentials`),
   plan: (/** @type {object} */ fields) => post("/v1/videos/plan", fields),
   create: (/** @type {object} */ fields) => post("/v1/videos", fields),
   extend: (/** @type {object} */ fields) => post("/v1/videos/extensions", fields),

@@ -27,6 +27,15 @@ export function stageWords(video) {
 export const time = (seconds) =>
   seconds < 90 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`;
 
+/** What a file's credentials come to, in a sentence. @param {any} found */
+export function signed(found) {
+  if (!found || found.state === "unread") return "";
+  if (found.state === "absent") return "Not signed: nothing in the file says where it comes from.";
+  if (found.state === "invalid") return `Its credentials are not valid: ${found.problems.join("; ")}`;
+  const from = found.ingredients.map((/** @type {any} */ one) => one.title).join(", ");
+  return `Signed by ${found.signer}, and unaltered since${from ? `; made from ${from}` : ""}.`;
+}
+
 export class Gallery {
   /** @param {{say: (words: string) => void, fail: (error: unknown) => void,
    *   again: (video: any) => Promise<void>, place: (video: any) => void, most: () => number}} page most: the highest priority. */
@@ -226,8 +235,12 @@ export class Gallery {
     details.ontoggle = async () => {
       const text = details.querySelector("pre");
       if (!details.open || text.textContent) return;
-      const request = await api.request(video.id).catch(() => null);
-      text.textContent = JSON.stringify({ request, receipt: video.receipt }, null, 1);
+      const read = (/** @type {Promise<any>} */ answer) => answer.catch(() => null);
+      const [request, credentials] = await Promise.all([
+        read(api.request(video.id)), failed ? null : read(api.credentials(video.id)),
+      ]);
+      details.querySelector(".signed").textContent = signed(credentials);
+      text.textContent = JSON.stringify({ request, receipt: video.receipt, credentials }, null, 1);
     };
     this.shown.set(video.id, item);
     if (atEnd) $("gallery").append(item);
