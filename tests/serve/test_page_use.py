@@ -192,7 +192,10 @@ def test_a_result_says_who_signed_it_and_what_it_was_made_from(
         signer.ended(first)
         body = {"video": {"video_id": first}, "seconds": 0.5, "num_inference_steps": 1}
         longer = signer.http.post("/v1/videos/extensions", json=body).json()["id"]
-        for name, words in ((first, "since."), (longer, "since; made from")):
+        for name, words in (
+            (first, "since."),
+            (longer, "since; made from a clip signed by A Service."),
+        ):
             card = page.done(name)
             card.get_by_text("How it was made").click()
             told = card.locator(".signed")

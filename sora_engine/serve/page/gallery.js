@@ -32,7 +32,8 @@ export function signed(found) {
   if (!found || found.state === "unread") return "";
   if (found.state === "absent") return "Not signed: nothing in the file says where it comes from.";
   if (found.state === "invalid") return `Its credentials are not valid: ${found.problems.join("; ")}`;
-  const from = found.ingredients.map((/** @type {any} */ one) => one.title).join(", ");
+  const from = found.ingredients.map((/** @type {any} */ one) =>
+    (one.signer ? `a clip signed by ${one.signer}` : "a clip without credentials")).join(" and ");
   return `Signed by ${found.signer}, and unaltered since${from ? `; made from ${from}` : ""}.`;
 }
 
