@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--clips", type=int, default=8, help="of one action, a step and process")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="where the processor has its products")
     args = parser.parse_args()
     rank, world_size = start(args.device)
     if world_size > 1 and args.device == "cpu":
@@ -132,7 +133,7 @@ def main() -> None:
     shown, saved = None, clock.seconds
     while (rate := clock.rate(args.rate, step)) > 0:
         video = batch(rng, args.clips).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             latents, _ = vae.encode_moments(video, latents_per_call=None)
             spread = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
             noisy = latents + LATENT_NOISE * spread * torch.randn_like(latents)
