@@ -28,6 +28,8 @@ class TransformerShape:
         learned variance included.
     ffn_dim: width of the feed-forward's middle. text_tokens: what cross-attention reads a text as,
         padding included; 0 without cross-attention.
+    action_dim: numbers that tell it what was done to make a latent frame; None: it is not told.
+    places: whether it is told where the camera was.
     """
 
     num_layers: int
@@ -38,6 +40,8 @@ class TransformerShape:
     out_channels: int
     text_tokens: int = 0
     cross_attn_norm: bool = False
+    action_dim: int | None = None
+    places: bool = False
 
     @property
     def inner_dim(self) -> int:

@@ -20,6 +20,7 @@ from sora_engine.io.weights.merging import Merge
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.driving import Driving
 from sora_engine.request.labels import Labels
 from sora_engine.request.ladders import Ladder
 from sora_engine.samplers.config import Spread
@@ -126,6 +127,8 @@ class Checkpoint:
     spread: Spread | None = None
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
+    driving: Driving | None = None
+    """How its worlds are driven, where it takes actions."""
     tiny_vae: Path | None = None
     """A tiny autoencoder for its latents, where one was given: see `models.tiny_vae`."""
 

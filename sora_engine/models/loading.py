@@ -143,6 +143,7 @@ def load_video_model(
         known_mode=checkpoint.known_mode,
         grid=checkpoint.grid,
         defaults=checkpoint.defaults,
+        driving=checkpoint.driving,
         weights_hash=sampled_hash(checkpoint.weights_paths),
         preview=preview_of(checkpoint, target, coding_dtype),
         loras=records,

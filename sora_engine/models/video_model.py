@@ -18,6 +18,7 @@ from sora_engine.models.lora import AdapterSet
 from sora_engine.models.quantised import errors_of, formats_of
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.driving import Driving
 from sora_engine.request.labels import Labels
 from sora_engine.request.lora import LoraRecord
 from sora_engine.samplers import SamplerConfig
@@ -56,6 +57,7 @@ class VideoModel:
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
     kind: how weights of its blocks are quantised: one of `models.quantised.KINDS`, or "".
+    driving: how its worlds are driven; None where it takes no actions.
     chosen: why settings that were "auto" have become what they have, by name.
     """
 
@@ -81,6 +83,7 @@ class VideoModel:
     adapters: AdapterStore | None = None
     offload: str = "none"
     kind: str = ""
+    driving: Driving | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -286,4 +286,6 @@ def transformer_shape(config: WanConfig, text_tokens: int) -> TransformerShape:
         out_channels=config.out_channels,
         text_tokens=text_tokens,
         cross_attn_norm=config.cross_attn_norm,
+        action_dim=config.action_dim,
+        places=config.rope_pairs is not None,
     )
