@@ -39,6 +39,7 @@ from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner, default_peak
 from sora_engine.runtime.options import check_types, checked_options, path_of
 from sora_engine.runtime.savepoint import Savepoint, load_state
 from sora_engine.runtime.saving import check_unshared
+from sora_engine.runtime.stages import OF_VIDEOS
 from sora_engine.runtime.warming import compile_kernels
 from sora_engine.runtime.worker import DECODE_STEPS, Worker
 from sora_engine.samplers import SOLVERS
@@ -247,8 +248,8 @@ class Engine:
                 bounds the job and does not hurry it.
             on_frames: gets uint8 `[n, height, width, 3]` as frames come.
             on_latents: gets the finished latents, as `Video.latents`, before they are decoded.
-            on_progress: gets the `Progress` as denoising begins, and after each step and each latent
-                frame that is decoded.
+            on_progress: gets the `Progress` as denoising begins, and after each step and each
+                latent frame that is decoded.
             save_to: a file that holds the job's state after every `save_every` steps, for `resume`,
                 and after the last. No other job that is not done has it.
             save_every_s: seconds between two of these, at least; the last step's is always written.
@@ -430,7 +431,7 @@ class Engine:
             raise RequestError("on_latents is not to be had where a hook checks all frames")
         if self.hooks.check_request is not None:
             self.hooks.check_request(request)
-        job = Job(request, options)
+        job = Job(request, options, OF_VIDEOS)
         job.adapters = adapters
         job.batch_tokens = self.limits.max_batch_tokens
         if self._planner is not None:
