@@ -234,11 +234,13 @@ def _picture(first: object, video: ResolvedRequest) -> np.ndarray | None:
     """The first frame. It is not scaled: what moves by whole tiles would be off them then."""
     if first is None:
         return None
+    from pathlib import Path
+
     from sora_engine.io.images import read_image
     from sora_engine.request.frames import as_array
 
     if isinstance(first, (str, PathLike)):
-        first = read_image(first)
+        first = read_image(Path(first))
     frames = as_array(first, "session")
     if len(frames) != 1:
         raise RequestError(f"a session begins with one picture, got {len(frames)} frames")

@@ -275,7 +275,7 @@ class Worker:
         for cut in job.canvas.cut_prompts:
             logger.warning("%s", cut)
         self._attempt(job, Job.tell_progress)
-        if job.done:
+        if job.done():
             return
         if job.canvas.finished:  # it was saved after its last step
             self._finish_denoising(job)
