@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from os import PathLike
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -17,7 +17,6 @@ from sora_engine.runtime.pace import SessionStats, Source, Tick
 from sora_engine.runtime.recording import Recording
 from sora_engine.runtime.session import Session
 from sora_engine.runtime.standing import Mark
-
 
 T = TypeVar("T")
 

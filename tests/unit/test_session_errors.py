@@ -325,7 +325,7 @@ def test_a_step_that_fails_leaves_the_session_as_it_was(engine, world, monkeypat
         world.step(sora.Action("act"))
     monkeypatch.setattr(type(engine.loaded_model.vae), "decode_chunk", decode)
     assert world.num_steps == 1
-    with pytest.raises(sora.RequestError, match="an action's prompt has 20001 characters"):
+    with pytest.raises(sora.RequestError, match="a session's prompt has 20001 characters"):
         world.step(sora.Action(prompt="a" * 20_001))
     assert np.array_equal(world.step(sora.Action("act")), expected)
 
