@@ -25,6 +25,7 @@ from sora_engine.runtime import executor as executor_module
 from sora_engine.runtime.recall import Moment
 from sora_engine.runtime.session_step import seed_of_step
 from sora_engine.runtime.standing import Standing
+from sora_engine.samplers import make_solver
 from sora_engine.samplers.noise import initial_noise, noise_for
 from sora_engine.vae.decoding import to_uint8
 from tests.unit.world_folder import BUTTONS, MOVES, save_world
@@ -80,13 +81,14 @@ def by_hand(engine: sora.Engine, text: str, seed: int, context: int = 2, recall:
         rows.append([float(button == name) for name in BUTTONS])
         places.append(place)
         shown = [*picked, *before]
-        steps = 2 if k else 3
-        levels = [1 - i / steps for i in range(steps)] + [0.0]
+        schedule = make_solver(model.sampler_config, num_inference_steps=2 if k else 3).schedule
+        levels = [*schedule.sigmas[: len(schedule)], 0.0]
+        assert levels[0] == 1.0
         own = seed if k == 0 else seed_of_step(seed, k)
         sample = initial_noise(own, (16, 1, 4, 4))
         told = torch.tensor([places[i] for i in [*shown, k]])
         near = (told - torch.tensor(place) + 10) % 20 - 10
-        for i in range(steps):
+        for i in range(len(schedule)):
             segment = Segment(
                 torch.cat([*(made[j] for j in shown), sample], dim=1),
                 torch.tensor([0.0] * len(shown) + [1000 * levels[i]]),
@@ -159,6 +161,7 @@ def test_each_of_its_inputs_counts(engine):
         {"num_inference_steps": 3},
         {"guidance_scale": 3.0, "negative_prompt": "blue"},
         {"solver": "euler"},
+        {"sigmas": [1.0, 0.5]},
         {"memory_bytes": 0},
     ):
         assert not torch.equal(last(replace(WORLD, **other)), usual), other
@@ -254,7 +257,7 @@ engine.close()
     assert done.stdout.strip() == digest
     with engine.reopen_session(tmp_path / "mark.world") as world:
         assert same(from_mark, played(world, "up*2"))
-        with pytest.raises(sora.MarkError, match="the oldest step that is kept is 12, 0 back"):
+        with pytest.raises(sora.MarkError, match="the oldest step that is kept is 12, 2 back"):
             world.rewind(steps=3)
 
 
@@ -357,7 +360,7 @@ def test_sessions_and_a_job_in_one_pack_are_each_as_alone(engine, monkeypatch):
                 lambda: engine.generate(job),
             ],
         )
-        assert (one.stats.company, two.stats.company) == (3, 3)
+        assert min(one.stats.company, two.stats.company) >= 3
         assert together.receipt.most_in_company >= 3
         for world, expected in zip((one, two), alone, strict=True):
             assert (latents(world) - expected).norm() / expected.norm() < 1e-5
@@ -399,22 +402,31 @@ def test_a_step_waits_for_no_place_among_jobs(folder):
 def test_what_one_session_makes_the_other_sees(engine):
     with engine.open_session(WORLD) as one:
         played(one, "right act")
-        here = replace(WORLD, seed=9, place=(0.0, 48.0))
+        here = replace(WORLD, seed=9, place=(0.0, 40.0))
         with engine.open_session(here, memory=one.memory) as two:
             assert two.memory is one.memory
             stays = two.mark()
-            played(two, "left")
+            played(two, "left")  # where the other's view ended
             with engine.open_session(here) as by_itself:
+                assert np.array_equal(by_itself.frames, stays.standing_for(two, 0).frames)
                 played(by_itself, "left")
                 assert not torch.equal(latents(by_itself), latents(two))
             known = one.stats.num_places
-            assert two.stats.num_places == known > 24
+            assert two.stats.num_places == known == 4 * 9
             two.rewind(stays)  # what the other has seen stays seen
             assert one.stats.num_places == known
-            # The other's latest view of a place is recalled, and not one's own before it.
-            picked = one.memory.index.pick((0.0, 5.0), 4, ())
-            assert any(m is two._past.back(two._standing, 0).context[-1] or m.place[1] == 5
-                       for m in picked)  # fmt: skip
+            # What the other has seen since is recalled, though one's own context shows it too.
+            for text, place, seen in (
+                ("still", 1.0, []),
+                ("", 1.0, []),
+                ("right*2", 4.0, [4.0]),
+            ):
+                played(one, text)
+                picked = one.memory.index.pick((0.0, place), 4, one._standing.context)
+                assert [m.place[1] for m in picked] == seen
+            two.step()
+            picked = one.memory.index.pick((0.0, 3.0), 4, one._standing.context)
+            assert [m.place[1] for m in picked] == [5.0]
     with pytest.raises(sora.SessionError, match="cannot be shared"):
         engine.open_session(replace(WORLD, height=48), memory=one.memory)
 
@@ -427,15 +439,15 @@ def test_a_memory_keeps_to_its_room(engine):
             assert world.memory.nbytes <= room
         stats = world.stats
         assert stats.num_lost > 0
-        assert stats.num_moments < 16
+        assert stats.num_moments <= 22
         assert stats.num_places + stats.num_lost >= 100
 
 
 def live_bytes() -> int:
     gc.collect()
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
+    plain = [x.untyped_storage() for x in tensors if not x.is_mkldnn and x.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in plain}.values())
 
 
 def walk(engine: sora.Engine, steps: int, every: int) -> list[int]:
@@ -494,19 +506,15 @@ def test_sessions_that_end_leave_nothing(engine):
 
 
 def test_a_plan_is_kept_to(engine):
-    from sora_engine.vae.meter import StorageMeter
-
     request = replace(WORLD, memory_bytes=20_000, rewind=2, guidance_scale=2.0)
     plan = engine.plan(request)
     before = live_bytes()
     with engine.open_session(request) as world:
         for _ in range(4):
             played(world, "right*3 down act")
-        world._texts.contexts.clear  # noqa: B018
         assert live_bytes() - before <= plan.held
         assert world.stats.bytes_held <= plan.held
     assert plan.peak > plan.held
-    assert StorageMeter
 
 
 # Time.
