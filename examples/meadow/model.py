@@ -192,6 +192,14 @@ def as_targets(latents: Tensor) -> Tensor:
     return x.reshape(B, frames, h * w // 4, 4 * C)
 
 
+def from_targets(tokens: Tensor) -> Tensor:
+    """The inverse of `as_targets`."""
+    B, frames, _, values = tokens.shape
+    C = values // 4
+    x = tokens.reshape(B, frames, GRID, GRID, 2, 2, C).permute(0, 1, 6, 2, 4, 3, 5)
+    return x.reshape(B, frames, C, 2 * GRID, 2 * GRID)
+
+
 def export(weights: dict[str, Tensor], model: Meadow, vae_folder: Path, folder: Path) -> None:
     """Write the whole pipeline as diffusers lays it out, weights in fp16.
 

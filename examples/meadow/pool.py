@@ -18,10 +18,12 @@ from sora_engine.vae.wan import WanVAE
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """latents: fp16 `[n, 24, h, w]`, of the first view and of each action. places: the player's
-    tile at each one's end, modulo `side`. actions: float32 `[n, 5]`."""
+    """latents: fp16 `[n, 24, h, w]`, of the first view and of each action; made: the same as the
+    model last made them, where it did. places: the player's tile at each one's end, modulo `side`.
+    actions: float32 `[n, 5]`."""
 
     latents: Tensor
+    made: Tensor
     places: np.ndarray
     actions: Tensor
     side: int
@@ -30,13 +32,20 @@ class Walk:
 
 class Clips(NamedTuple):
     """A batch for `Meadow`: latents `[B, FRAMES, 24, h, w]`, of which the last NEW are to be made,
-    and what goes with them."""
+    and what goes with them. firsts: the number in its walk of each clip's first new frame."""
 
     latents: Tensor
     actions: Tensor
     places: Tensor
     sees: Tensor
-    looks: list[world.Look]
+    walks: list[Walk]
+    firsts: list[int]
+
+    def keep(self, made: Tensor, which: Tensor) -> None:
+        """Note what the model made of the new frames, `[B, NEW, 24, h, w]`, of those `which` are
+        True, bool `[B, NEW]`."""
+        for walk, first, own, kept in zip(self.walks, self.firsts, made, which, strict=True):
+            walk.made[first : first + NEW][kept] = own[kept].half()
 
 
 def action_row(button: str | None) -> Tensor:
@@ -59,9 +68,9 @@ def make_walk(vae: WanVAE, rng: random.Random, steps: int) -> Walk:
         video = as_video(np.concatenate(films[low : low + 8]))[None]
         latents, state = vae.encode_chunk(video, state, consume=True)
         parts.append(latents)
-    whole = torch.cat(parts, dim=2)[0].transpose(0, 1)
+    whole = torch.cat(parts, dim=2)[0].transpose(0, 1).half().contiguous()
     return Walk(
-        whole.half().contiguous(), np.array(places), torch.stack(actions), meadow.side, meadow.look
+        *(whole, whole.clone(), np.array(places), torch.stack(actions)), meadow.side, meadow.look
     )
 
 
@@ -90,8 +99,11 @@ def recalled(walk: Walk, shown: range, before: int, most: int) -> list[int]:
     return sorted(picked)
 
 
-def cut(walk: Walk, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A training clip of a walk: latents, actions, places, sees (see `Clips`, without B)."""
+def cut(
+    walk: Walk, rng: random.Random, own: float = 0.0
+) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """A training clip of a walk: the number of its first new frame, and latents, actions, places
+    and sees (see `Clips`, without B). own: of so many clips the past is as the model made it."""
     total = len(walk.places)
     first = 0 if rng.random() < 0.06 else rng.randrange(1, total - NEW + 1)
     before = max(0, first - CONTEXT)
@@ -105,14 +117,17 @@ def cut(walk: Walk, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]
     index = torch.tensor(ids)
     there = index >= 0
     at = index.clamp(min=0)
-    latents = walk.latents[at].float() * there[:, None, None, None]
+    latents = walk.latents[at].float()
+    if rng.random() < own:
+        latents[: RECALLED + CLEAN] = walk.made[at[: RECALLED + CLEAN]].float()
+    latents *= there[:, None, None, None]
     side, newest = walk.side, walk.places[first + NEW - 1]
     offsets = (walk.places[at.numpy()] - newest + side // 2) % side - side // 2
     sees = clip_sight() & there[None, :]
     sees.fill_diagonal_(True)
     if before > first - CONTEXT and before > 0:  # what is left out of the context stays out of it
         sees[RECALLED + CLEAN :, RECALLED : RECALLED + before - (first - CONTEXT)] = False
-    return latents, walk.actions[at], torch.from_numpy(offsets).float(), sees
+    return first, (latents, walk.actions[at], torch.from_numpy(offsets).float(), sees)
 
 
 class Pool:
@@ -131,13 +146,15 @@ class Pool:
             self.walks[self.next % self.size] = walk
             self.next += 1
 
-    def draw(self, count: int) -> Clips:
-        """Clips, those of one look side by side: texts are then attended to together."""
+    def draw(self, count: int, own: float = 0.0) -> Clips:
+        """Clips (own: see `cut`). Those of one look lie side by side: texts are attended to
+        together then."""
         chosen = self.rng.choices(
             self.walks, weights=[len(walk.places) for walk in self.walks], k=count
         )
         chosen.sort(key=lambda walk: walk.look.caption())
-        parts = [cut(walk, self.rng) for walk in chosen]
-        latents, actions, places, sees = (torch.stack(part) for part in zip(*parts, strict=True))
+        cuts = [cut(walk, self.rng, own) for walk in chosen]
+        parts = zip(*(part for _, part in cuts), strict=True)
+        latents, actions, places, sees = (torch.stack(part) for part in parts)
         assert latents.shape[1] == FRAMES
-        return Clips(latents, actions, places, sees, [walk.look for walk in chosen])
+        return Clips(latents, actions, places, sees, chosen, [first for first, _ in cuts])

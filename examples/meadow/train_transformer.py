@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from examples.meadow.model import NEW, Meadow, as_targets, export
+from examples.meadow.model import NEW, Meadow, as_targets, export, from_targets
 from examples.meadow.pool import Pool
 from examples.meadow.text import caption_of
 from examples.meadow.train_vae import load_vae
@@ -31,12 +31,18 @@ FLAW = 0.25
 """The most noise, as a level, that is left on what is past."""
 
 
-def loss_of(model: Meadow, pool: Pool, rng: random.Random, count: int) -> Tensor:
-    clips = pool.draw(count)
+OWN, OWN_FROM = 0.5, 600
+"""Of how many clips the past is the model's own, and from which step on."""
+OWN_LEVELS = (0.3, 0.9)
+"""Noise from which a frame counts as made by the model, and still as the frame that it was."""
+
+
+def loss_of(model: Meadow, pool: Pool, rng: random.Random, count: int, own: float) -> Tensor:
+    clips = pool.draw(count, own)
     captions = []
-    for look in clips.looks:
+    for walk in clips.walks:
         plain = rng.random() < 0.8
-        captions.append(caption_of(rng, look, plain=plain)[0] if rng.random() < 0.95 else "")
+        captions.append(caption_of(rng, walk.look, plain=plain)[0] if rng.random() < 0.95 else "")
     x = clips.latents
     B = len(x)
     flaw = torch.rand(B, 1, 1, 1, 1) * FLAW * (torch.rand(B, 1, 1, 1, 1) < 0.6)
@@ -53,6 +59,7 @@ def loss_of(model: Meadow, pool: Pool, rng: random.Random, count: int) -> Tensor
         torch.cat([past, new], dim=1), levels, clips.actions, clips.places, clips.sees, captions
     )
     error = (predicted.float() - as_targets(x[:, -NEW:])).pow(2).mean(dim=(2, 3))
+    clips.keep(from_targets(predicted.detach()), (s > OWN_LEVELS[0]) & (s < OWN_LEVELS[1]))
     # As a velocity's error would be weighed, down to a level below which it is tiny anyway.
     weight = 1 / (s * s + 0.3)
     return (weight * error).sum() / weight.sum()
@@ -107,7 +114,7 @@ def main() -> None:
         # The pool is filled as training goes, and then renewed slowly.
         if step % (2 if len(pool.walks) < args.walks else 8) == 0:
             pool.add()
-        loss = loss_of(model, pool, rng, args.clips)
+        loss = loss_of(model, pool, rng, args.clips, OWN if step >= OWN_FROM else 0.0)
         loss.backward()
         optimiser.step(rate)
         step += 1

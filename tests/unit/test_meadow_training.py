@@ -11,8 +11,8 @@ import torch
 
 from examples.meadow import reader, world
 from examples.meadow.imagine import Memory
-from examples.meadow.model import CLEAN, FRAMES, NEW, RECALLED, Meadow, as_targets
-from examples.meadow.pool import Walk, action_row, cut, recalled
+from examples.meadow.model import CLEAN, FRAMES, NEW, RECALLED, Meadow, as_targets, from_targets
+from examples.meadow.pool import Clips, Walk, action_row, cut, recalled
 from examples.meadow.scoring import Tally, away_class, score
 from examples.meadow.text import GROUPS, caption_of, code, read
 from sora_engine.denoise.drive import sight
@@ -29,7 +29,7 @@ def some_walk(rng: random.Random, steps: int, side: int = 20) -> Walk:
         places.append(meadow.place)
         actions.append(action_row(button))
     latents = torch.randn(steps + 1, 24, 8, 8).half()
-    return Walk(latents, np.array(places), torch.stack(actions), side, meadow.look)
+    return Walk(latents, latents.clone(), np.array(places), torch.stack(actions), side, meadow.look)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_a_training_clip_shows_a_new_frame_as_a_session_does(model: Meadow) -> N
     rng = random.Random(3)
     walk = some_walk(rng, 60)
     met = set()
-    for _ in range(12):
-        parts = cut(walk, rng)
+    for _ in range(6):
+        _, parts = cut(walk, rng)
         levels = torch.cat([torch.zeros(FRAMES - NEW), torch.rand(NEW)])
         latents, actions, places, sees = (part[None] for part in parts)
         out = model(latents, levels[None], actions, places, sees, [walk.look.caption()])[0]
@@ -92,7 +92,32 @@ def test_targets_are_laid_out_as_the_model_emits() -> None:
         batch = packer.pack([_plain(latents[b].transpose(0, 1))])
         (back,) = packer.unpack(tokens[b].flatten(0, 1), batch, 24)
         assert torch.equal(back, latents[b].transpose(0, 1))
+    assert torch.equal(from_targets(tokens), latents)
     assert not torch.equal(tokens[0, 0], patchify(latents[0, :1].transpose(0, 1), (1, 2, 2)))
+
+
+def test_the_past_is_what_the_model_made_of_it() -> None:
+    rng = random.Random(4)
+    walk = some_walk(rng, 40)
+    first, (latents, actions, places, sees) = cut(walk, rng)
+    clips = Clips(*(part[None] for part in (latents, actions, places, sees)), [walk], [first])
+    made = torch.randn(1, NEW, 24, 8, 8)
+    which = torch.tensor([[True, False, True, True, False, False]])
+    clips.keep(made, which)
+    for i in range(NEW):
+        want = made[0, i].half() if which[0, i] else walk.latents[first + i]
+        assert torch.equal(walk.made[first + i], want)
+    met = False
+    for _ in range(40):
+        own = random.Random(rng.random())
+        at, (shown, *_) = cut(walk, own, 1.0)
+        for i in range(CLEAN):
+            number = at - 4 + i
+            if number >= 0 and shown[RECALLED + i].any():
+                assert torch.equal(shown[RECALLED + i], walk.made[number].float())
+                met |= number == first
+        assert torch.equal(shown[RECALLED + CLEAN :], walk.latents[at : at + NEW].float())
+    assert met
 
 
 def _plain(latents: torch.Tensor) -> Segment:
