@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import sora_engine as sora
 from sora_engine.errors import error_from_fields
 from sora_engine.runtime import executor as executor_module
+from sora_engine.runtime.sessions import Sessions
 from tests.unit.world_folder import BUTTONS, save_world, say
 
 WORLD = sora.SessionRequest("a red circle", seed=7)
@@ -139,6 +140,13 @@ def test_a_checkpoint_without_actions_says_which_take_them(tmp_path):
             engine.open_session(WORLD)
         with pytest.raises(sora.SessionError, match='"actions" in their generation'):
             engine.plan(WORLD)
+
+
+def test_an_engine_over_ranks_opens_no_sessions(engine):
+    over_ranks = Sessions(replace(engine._intake, planner=None))
+    for ask in (over_ranks.plan, lambda request: over_ranks.open(engine, request)):
+        with pytest.raises(sora.SessionError, match="an engine without `parallel` opens sessions"):
+            ask(WORLD)
 
 
 def test_a_checkpoint_that_takes_known_frames_otherwise_says_so(tmp_path):
