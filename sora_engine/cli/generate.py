@@ -28,6 +28,14 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
     frames: Frames = None,
     image: Annotated[str | None, typer.Option(help="An image that is the first frame.")] = None,
+    camera: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MOVES|FILE",
+            help="How the camera moves, for a model that takes that: such as 'pan left, zoom in "
+            "x0.5', or a file of poses.",
+        ),
+    ] = None,
     loop: Annotated[bool, typer.Option("--loop", help="Its end joins its beginning.")] = False,
     shot: Annotated[
         list[str] | None, typer.Option(help="A shot's prompt, in place of PROMPT; repeat it.")
@@ -68,6 +76,8 @@ def generate(
         settings["num_frames"] = frames
     if image is not None:
         settings["clips"] = (Clip(image, at=0),)
+    if camera is not None:
+        settings["camera"] = camera
     if loop:
         settings["loop"] = True
     if shot or shot_frames:

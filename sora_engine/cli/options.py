@@ -24,6 +24,7 @@ _OPTION_OF = {
     "num_frames": "--frames",
     "negative_prompt": "--negative-prompt",
     "label": "--label",
+    "camera": "--camera",
     "height": "--size",
     "width": "--size",
     "fps": "--fps",

@@ -1,4 +1,5 @@
-"""What positions may be relative to: the size of a token's picture, the rate of its frames."""
+"""What positions may be relative to: the size of a token's picture, the rate of its frames, the
+place of its view."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from sora_kernels.transfer import to_device
 
 
 def extents_of(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
@@ -41,3 +44,27 @@ def rates_of(
     if len(filled) == 1:
         return filled[known[0]].expand(sum(lengths))
     return torch.cat([filled[r].expand(n) for r, n in zip(known, lengths, strict=True)])
+
+
+def places_of(
+    places: Sequence[Tensor | None],
+    grids: Sequence[tuple[int, int, int]],
+    patch_frames: int,
+    device: torch.device,
+) -> Tensor | None:
+    """For each token how far its view lies from the newest one, float32 `[N, 2]`, spread on the
+    device; None where no segment says so.
+
+    places: of each segment `[T, 2]`, by latent frame; None: nowhere else.
+    """
+    if all(own is None for own in places):
+        return None
+    frames = [
+        torch.zeros(T, 2) if own is None else own[::patch_frames].to(torch.float32)
+        for own, (T, _, _) in zip(places, grids, strict=True)
+    ]
+    lengths = [len(own) for own in frames]
+    parts = zip(to_device(torch.cat(frames), device).split(lengths), grids, strict=True)
+    return torch.cat(
+        [part[:, None].expand(-1, H * W, 2).flatten(0, 1) for part, (_, H, W) in parts]
+    )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
+from sora_engine.denoise.camera import token_control
 from sora_engine.denoise.conditioning import Context, KeyValues
-from sora_engine.denoise.extents import extents_of, rates_of
+from sora_engine.denoise.extents import extents_of, places_of, rates_of
 from sora_engine.denoise.rows import Conditions, modulation_rows, token_rows
 from sora_engine.denoise.windows import token_sight
 from sora_kernels import AttentionPlan, BlockPlan
@@ -55,6 +56,8 @@ class Segment:
         models that are driven; None: nothing.
     places: float32 `[T, 2]` on the host, in latents: how far down and right of the newest frame's
         view each frame's lies, for models that know where their camera is; None: nowhere else.
+    control: `[T, tokens of a frame, dim]`, what is added to its tokens once they are embedded, for
+        models that are told how the camera moves; None: nothing.
     """
 
     latents: Tensor
@@ -65,6 +68,7 @@ class Segment:
     fps: float | None = None
     actions: Tensor | None = None
     places: Tensor | None = None
+    control: Tensor | None = None
 
 
 class SelfAttention(Protocol):
@@ -101,6 +105,7 @@ class Stream:
     sparse_plans: what attention planned for `sees`. They are this batch's, for all of its layers.
     places: float32 `[N, 2]`, how far down and right, in latents, the view that each token is of
         lies from its segment's newest; None: none lies elsewhere.
+    control: `[N, dim]`, what is added to each token once it is embedded; None: nothing to any.
     """
 
     tokens: Tensor
@@ -116,6 +121,7 @@ class Stream:
     sees: tuple[Tensor, ...] | None = None
     sparse_plans: dict[tuple[int, torch.dtype], BlockPlan] = field(default_factory=dict)
     places: Tensor | None = None
+    control: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +226,8 @@ class Packer:
             grids=layout.grids,
             plans=layout.plans,
             sees=token_sight([s.sees for s in segments], layout.grids, frames),
-            places=_token_places(segments, layout.grids, frames, self.device),
+            places=places_of([s.places for s in segments], layout.grids, frames, self.device),
+            control=token_control([s.control for s in segments], layout.grids, self.device),
         )
         streams = {VIDEO: video}
         for name in segments[0].contexts[0][0].tokens:
@@ -381,23 +388,6 @@ def _conditions(segment: Segment, grid: Grid, patch_frames: int) -> Conditions:
     actions = None if segment.actions is None else segment.actions[::patch_frames].float()
     assert actions is None or len(actions) == T, (actions.shape, T)
     return Conditions(levels, spans, actions, T)
-
-
-def _token_places(
-    segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int, device: torch.device
-) -> Tensor | None:
-    """For each token how far its view lies from the newest one, float32 `[N, 2]`, spread on the
-    device."""
-    if all(segment.places is None for segment in segments):
-        return None
-    own = [
-        torch.zeros(T, 2) if s.places is None else s.places[::patch_frames].to(torch.float32)
-        for s, (T, _, _) in zip(segments, grids, strict=True)
-    ]
-    parts = zip(to_device(torch.cat(own), device).split([len(p) for p in own]), grids, strict=True)
-    return torch.cat(
-        [part[:, None].expand(-1, H * W, 2).flatten(0, 1) for part, (_, H, W) in parts]
-    )
 
 
 def _context_stream(

@@ -402,7 +402,7 @@ class Engine:
     def _resolved(self, request: VideoRequest) -> tuple[ResolvedRequest, list[LoadedAdapter]]:
         """As `resolve`, and the adapters, which stay for as long as they are held."""
         resolved = resolve_request(request, self.model, self.limits, solvers=SOLVERS)
-        check_for_mode(resolved, self.model.known_mode)
+        check_for_mode(resolved, self.model.known_mode, self.model.takes_camera)
         if not several("loras", request.loras, "Lora(path_or_name, strength)"):
             return resolved, []
         records, held = self._adapters().take(request.loras)
