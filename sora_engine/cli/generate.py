@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sora_engine.cli.app import UsageError
-from sora_engine.cli.options import DEFAULT_MODEL, Common, Frames, as_option
+from sora_engine.cli.options import DEFAULT_MODEL, CameraMoves, Common, Frames, as_option
 from sora_engine.cli.work import Command, video_command
 
 if TYPE_CHECKING:
@@ -28,14 +28,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
     frames: Frames = None,
     image: Annotated[str | None, typer.Option(help="An image that is the first frame.")] = None,
-    camera: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MOVES|FILE",
-            help="How the camera moves, for a model that takes that: such as 'pan left, zoom in "
-            "x0.5', or a file of poses.",
-        ),
-    ] = None,
+    camera: CameraMoves = None,
     loop: Annotated[bool, typer.Option("--loop", help="Its end joins its beginning.")] = False,
     shot: Annotated[
         list[str] | None, typer.Option(help="A shot's prompt, in place of PROMPT; repeat it.")

@@ -200,8 +200,11 @@ def _read(path: Path) -> tuple[list[tuple[float, ...]], str, str, str]:
     """The poses of a file, and what it is called. The first line may be anything: a link to the
     video, or nothing."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RequestError(f"{path} has over {MAX_FILE_BYTES} bytes: no pose file")
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no regular file")
+        if size > MAX_FILE_BYTES:
+            raise RequestError(f"camera file {path} has over {MAX_FILE_BYTES} bytes: no poses")
         data = path.read_bytes()
         lines = data.decode().splitlines()
     except (OSError, ValueError) as error:
@@ -216,8 +219,8 @@ def _read(path: Path) -> tuple[list[tuple[float, ...]], str, str, str]:
         columns = line.split()
         if not columns or (number == 1 and not _are_numbers(columns)):
             continue
-        poses.append(_pose(f"line {number} of {path}", columns))
-    return poses, str(path), path.name, hashlib.sha256(data).hexdigest()
+        poses.append(_pose(f"camera file {path}, line {number}", columns))
+    return poses, f"camera file {path}", path.name, hashlib.sha256(data).hexdigest()
 
 
 def _are_numbers(columns: Sequence[str]) -> bool:
