@@ -279,6 +279,24 @@ class RefineVideo(Sampling):
     strength: float | None = None
 
 
+class LoopClip(LoopVideo):
+    """As `LoopVideo`, of a clip that is given."""
+
+    video: Media
+
+
+class UpscaleClip(UpscaleVideo):
+    """As `UpscaleVideo`, of a clip that is given."""
+
+    video: Media
+
+
+class RepeatVideo(Sampling):
+    """The same request again, task and clips and all; what is given here is in place of its own."""
+
+    prompt: Text = None
+
+
 class SetPriority(Body):
     """The priority of a job that waits."""
 
