@@ -9,6 +9,7 @@ those of diffusers' `AutoencoderKLLTXVideo` but for `.conv.` before weights and 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,18 +41,25 @@ class LTXConv(CausalConv3d):
         self.causal = causal
 
     def stretch(
-        self, x: Tensor, cache: FeatureCache, norm: Norm | None = None
+        self,
+        x: Tensor,
+        cache: FeatureCache,
+        norm: Norm | None = None,
+        beside: Callable[[int], Tensor] | None = None,
     ) -> tuple[Tensor, bool]:
         """The next frames of the input to those of the output that are known by now, and whether
         the video's first is among them.
 
-        norm: x goes through `norm` and SiLU first.
+        norm: x goes through `norm` and SiLU first. beside: gives as many frames as it is told,
+        which are added to those of the output.
         """
         past, step = cache.take(), self.stride[0]
         begins = past is None or (not self.causal and past.shape[2] == 1)
         if past is None and x.shape[2] == 0:
             cache.leave(None)
-            return self._nothing(x), False
+            if beside is not None:
+                beside(0)
+            return self.nothing(x), False
         frames = x.shape[2] + (0 if past is None else past.shape[2])
         before = (2 if self.causal else 1) if begins else 0
         after = int(cache.last and not self.causal)
@@ -66,9 +74,13 @@ class LTXConv(CausalConv3d):
         else:
             whole = _joined(past, x if norm is None else norm.silu(x), before, after)
             cache.leave(whole, kept)
-        return (self.valid(whole), begins) if made >= 1 else (self._nothing(x), False)
+        shortcut = None if beside is None else beside(max(made, 0))
+        if made < 1:
+            return self.nothing(x), False
+        return self.valid(whole, shortcut), begins
 
-    def _nothing(self, x: Tensor) -> Tensor:
+    def nothing(self, x: Tensor) -> Tensor:
+        """No frames, of the output's shape."""
         batch, _, _, height, width = x.shape
         size = (math.ceil(height / self.stride[1]), math.ceil(width / self.stride[2]))
         return x.new_empty(batch, self.out_channels, 0, *size)
@@ -195,13 +207,21 @@ class Resnet(nn.Module):
             first, second = Norm(table[1], table[0]), Norm(table[3], table[2])
         y, _ = self.conv1.stretch(x, cache, first)
         y = self._noised(y, self.per_channel_scale1, 0)
+        if self.per_channel_scale2 is None:
+            return self.conv2.stretch(
+                y, cache, second, lambda count: self._beside(x, count, cache)
+            )[0]
         y, _ = self.conv2.stretch(y, cache, second)
         y = self._noised(y, self.per_channel_scale2, 1)
+        return self._beside(x, y.shape[2], cache) + y
+
+    def _beside(self, x: Tensor, count: int, cache: FeatureCache) -> Tensor:
+        """The shortcut of the next `count` frames."""
         if not self.causal:
-            x = held_back(x, y.shape[2], cache)
-        if self.norm3 is not None and self.conv_shortcut is not None and x.shape[2]:
-            x = self.conv_shortcut.valid(self.norm3(x))
-        return x + y if y.shape[2] else y
+            x = held_back(x, count, cache)
+        if self.norm3 is not None and self.conv_shortcut is not None:
+            x = self.conv_shortcut.valid(self.norm3(x)) if count else self.conv_shortcut.nothing(x)
+        return x
 
     def _noised(self, y: Tensor, scale: Tensor | None, which: int) -> Tensor:
         if scale is None or not y.shape[2]:
