@@ -9,6 +9,7 @@ from typing import Any
 from sora_engine.errors import RequestError
 from sora_engine.request.actions import ActionSpace, action_space
 from sora_engine.request.checks import integer, positive, shown
+from sora_engine.request.steps import levels
 
 _COUNTS = {"context": 1, "recall": 0, "num_inference_steps": 1, "first_steps": 1}
 """Of the values of `"session"` that are whole numbers the least."""
@@ -21,6 +22,8 @@ class Driving:
     context: latent frames just before the new one that the model sees. recall: at most so many
         earlier ones, that show what comes into view again.
     num_inference_steps: of each latent frame; first_steps: of the first, which a prompt makes.
+    sigmas: the noise levels of those of each latent frame, where the checkpoint's schedule is not
+        to spread them.
     fps: frames a second.
     world: rows and columns of a world that is a torus, in latents; None: a plane without an end.
     """
@@ -32,6 +35,7 @@ class Driving:
     num_inference_steps: int = 4
     first_steps: int = 16
     world: tuple[int, int] | None = None
+    sigmas: tuple[float, ...] | None = None
 
 
 def driving_of(settings: Mapping[str, Any], fps: float) -> Driving | None:
@@ -45,7 +49,7 @@ def driving_of(settings: Mapping[str, Any], fps: float) -> Driving | None:
         return None
     space = action_space(settings["actions"])
     own = settings.get("session", {})
-    known = {*_COUNTS, "fps", "world"}
+    known = {*_COUNTS, "fps", "world", "sigmas"}
     if not isinstance(own, Mapping) or not set(own) <= known:
         raise RequestError(f"session must have {sorted(known)} alone, got {shown(own)}")
     counts = {}
@@ -54,8 +58,17 @@ def driving_of(settings: Mapping[str, Any], fps: float) -> Driving | None:
             counts[name] = integer(f"session's {name}", own[name], -1)
             if counts[name] < least:
                 raise RequestError(f"session's {name} must be at least {least}, got {own[name]}")
+    sigmas = None if own.get("sigmas") is None else levels("session's sigmas", own["sigmas"])
+    if sigmas is not None:
+        steps = counts.setdefault("num_inference_steps", len(sigmas))
+        if steps != len(sigmas):
+            raise RequestError(
+                f"session's num_inference_steps is {steps} and there are {len(sigmas)} sigmas; "
+                "leave one out"
+            )
     return Driving(
         actions=space,
+        sigmas=sigmas,
         fps=positive("session's fps", own.get("fps", fps)),
         world=_world(own.get("world")),
         **counts,

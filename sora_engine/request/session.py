@@ -14,6 +14,7 @@ from sora_engine.request.driving import Driving
 from sora_engine.request.facts import KnownMode, LatentGrid, ModelFacts
 from sora_engine.request.request import VideoRequest
 from sora_engine.request.resolve import ResolvedRequest, resolve_request
+from sora_engine.request.steps import levels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +43,7 @@ class SessionRequest:
         height, width: pixels of a frame.
         fps: frames a second, for `Session.stream` and recordings.
         num_inference_steps: denoising steps of each latent frame.
+        sigmas: their noise levels, as of `VideoRequest`, in place of the schedule's.
         first_steps: those of the first one, where the prompt makes it.
         guidance_scale: classifier-free guidance; 1, which is the default, means none.
         negative_prompt: what guidance steers away from.
@@ -64,6 +66,7 @@ class SessionRequest:
     width: int | None = None
     fps: float | None = None
     num_inference_steps: int | None = None
+    sigmas: Sequence[float] | None = None
     first_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
@@ -103,6 +106,7 @@ class ResolvedSession:
             num_frames=1 if first else grid.time,
             canvas_frames=seen * grid.time + 1,
             num_inference_steps=steps,
+            sigmas=None if first else self.driving.sigmas,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -114,6 +118,7 @@ class ResolvedSession:
             "width": video.width,
             "fps": driving.fps,
             "num_inference_steps": driving.num_inference_steps,
+            "sigmas": None if driving.sigmas is None else list(driving.sigmas),
             "first_steps": driving.first_steps,
             "guidance_scale": video.guidance_scale,
             "negative_prompt": video.negative_prompt,
@@ -167,14 +172,19 @@ def resolve_session(
             f"a session's past is known at noise level 0, and {facts.name} takes known frames by "
             f"{facts.known_mode.value}; a checkpoint with expand_timesteps would work"
         )
+    sigmas = None if request.num_inference_steps is not None else own.sigmas
+    if request.sigmas is not None:
+        sigmas = levels("sigmas", request.sigmas)
+    steps = own.num_inference_steps if sigmas is None else len(sigmas)
     driving = replace(
         own,
+        sigmas=sigmas,
         context=_count("context", request.context, own.context, 1, MOST_FRAMES),
         recall=_count("recall", request.recall, own.recall, 0, MOST_FRAMES),
         num_inference_steps=_count(
             "num_inference_steps",
             request.num_inference_steps,
-            own.num_inference_steps,
+            steps,
             1,
             limits.max_inference_steps,
         ),
@@ -183,6 +193,11 @@ def resolve_session(
         ),
         fps=own.fps if request.fps is None else positive("fps", request.fps),
     )
+    if sigmas is not None and driving.num_inference_steps != len(sigmas):
+        raise RequestError(
+            f"num_inference_steps = {driving.num_inference_steps} and {len(sigmas)} sigmas "
+            "disagree; leave one out"
+        )
     if facts.grid.patch[0] != 1:
         raise SessionError(
             f"tokens of {facts.name} hold {facts.grid.patch[0]} latent frames, not 1"

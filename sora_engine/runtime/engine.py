@@ -247,7 +247,7 @@ class Engine:
                 bounds the job and does not hurry it.
             on_frames: gets uint8 `[n, height, width, 3]` as frames come.
             on_latents: gets the finished latents, as `Video.latents`, before they are decoded.
-            on_progress: gets the `Progress` as denoising begins, and after each step and each
+            on_progress: gets the `Progress` as denoising begins, after each step and after each
                 latent frame that is decoded.
             save_to: a file that holds the job's state after every `save_every` steps, for `resume`,
                 and after the last. No other job that is not done has it.

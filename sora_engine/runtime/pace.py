@@ -38,7 +38,7 @@ class Tick:
 
     frames: uint8 `[n, height, width, 3]`. action: that led to them. step: how many there were.
     spent_s: seconds that it took to make. late_s: after it was to be shown. age_s: since the input
-        that it follows last changed, or was read.
+        that it follows changed, or was read where it had not.
     """
 
     frames: np.ndarray
@@ -101,13 +101,15 @@ class Pace:
         sleep: Callable[[float], None],
     ) -> Iterator[Tick]:
         """See `Session.stream`."""
-        ask, due = asked(source), None
+        ask, due, before = asked(source), None, None
         while True:
             began = clock()
             action = ask()
             if action is None:
                 return
             changed = getattr(source, "changed_at", began)
+            since = changed if before is not None and before < changed else began
+            before = began
             frames = world.step(action)
             spent, period = clock() - began, len(frames) / fps
             due = began + spent if due is None else due
@@ -122,7 +124,7 @@ class Pace:
                 step=world.num_steps,
                 spent_s=spent,
                 late_s=late,
-                age_s=clock() - min(changed, began),
+                age_s=clock() - since,
             )
             due = (clock() if stalled else due) + period
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from sora_engine.version import version
 
 if TYPE_CHECKING:
     from sora_engine.runtime.session import Session
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SUFFIX = ".mp4"
@@ -61,6 +64,7 @@ class Recording:
         self._writer: VideoWriter | None = VideoWriter(self._rough, session.fps)
         self._parts: list[Part] = []
         self._last: Standing | None = None
+        self._error: MediaError | None = None
 
     def take(self, before: Standing, standing: Standing, action: Action) -> None:
         """The frames of a step that led from `before` to `standing`."""
@@ -70,15 +74,24 @@ class Recording:
             self._parts.append(Part(Log.runs(before.log)))
         self._parts[-1].log = Log.with_one(self._parts[-1].log, action)
         self._last = standing
-        for frame in standing.frames:
-            self._writer.write(frame)
+        try:
+            for frame in standing.frames:
+                self._writer.write(frame)
+        except MediaError as error:  # the step itself went well: it is told as the recording ends
+            logger.warning("a recording ends here: %s", error)
+            self._error = error
+            self._writer.abort()
+            self._writer = None
 
     def close(self) -> None:
         """Finish the file. MediaError where there is nothing in it, or it cannot be written."""
         writer, self._writer = self._writer, None
+        self._session.end_recording(self)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         if writer is None:
             return
-        self._session.end_recording(self)
         finished = temporary_beside(self._target)
         try:
             writer.close()
@@ -94,17 +107,20 @@ class Recording:
     def abort(self) -> None:
         """Leave no file."""
         writer, self._writer = self._writer, None
+        self._session.end_recording(self)
         if writer is not None:
-            self._session.end_recording(self)
             writer.abort()
-            self._last = None
+        self._last = None
 
     def end(self) -> None:
         """The session ends: finish the file, if there is anything in it."""
-        if self._parts:
-            self.close()
-        else:
-            self.abort()
+        try:
+            if self._parts:
+                self.close()
+            else:
+                self.abort()
+        except MediaError as error:
+            logger.warning("a recording was lost: %s", error)
 
     def __enter__(self) -> Recording:
         return self

@@ -17,7 +17,6 @@ import numpy as np
 
 from sora_engine.errors import (
     DeviceError,
-    EngineDeadError,
     JobCancelledError,
     RequestError,
     SessionClosedError,
@@ -375,9 +374,9 @@ class Session:
         except JobCancelledError:
             self._check_open()
             raise
-        except EngineDeadError:
-            raise
         except DeviceError as error:
+            if before is None:
+                raise
             raise self._lost(before, error) from error
         assert stages.moment is not None
         assert stages.frames is not None
@@ -391,10 +390,8 @@ class Session:
             company=max(job.most_in_company, 1 if before is None else before.company),
         )
 
-    def _lost(self, before: Standing | None, error: DeviceError) -> DeviceError | SessionLostError:
-        """What a caller is told when the device fails; the first latent frame leaves nothing."""
-        if before is None:
-            return error
+    def _lost(self, before: Standing, error: DeviceError) -> SessionLostError:
+        """What a caller is told when the device fails."""
         kept = before.on_host()
         if kept is not before:
             self._standing = kept

@@ -54,8 +54,7 @@ class Sessions:
     def open(self, owner: object, request: SessionRequest, memory: Memory | None = None) -> Session:
         """See `Engine.open_session`. owner: the engine, which lives as long as its sessions."""
         settings = self.resolve(request)
-        if self._hooks.check_request is not None:
-            self._hooks.check_request(settings.video)
+        self.check_prompt(settings, settings.video.prompt)
         return Session(self, owner, settings, self._take(settings, memory))
 
     def reopen(self, owner: object, path: Path) -> Session:
@@ -70,6 +69,7 @@ class Sessions:
                     f"its size takes {list(own)}",
                     path=path,
                 )
+        self.check_prompt(settings, saved.prompt)
         index = self._index(settings)
         for moment in saved.remembered:
             index = index.added(moment, settings.memory_bytes)
@@ -138,12 +138,14 @@ class Sessions:
         job.plan = plan
         job.batch_tokens = self._limits.max_batch_tokens
         job.tokens = self._tokens(session, request)
-        self._worker.enqueue(job, request.num_inference_steps + DECODE_STEPS)
+        given = stages.before is None and session.first is not None
+        steps = 0 if given else request.num_inference_steps
+        self._worker.enqueue(job, steps + DECODE_STEPS)
         return job
 
     def check_prompt(self, session: ResolvedSession, prompt: str) -> None:
         """That a text may be read; raises RequestError, or what a hook does."""
-        check_text("an action's prompt", prompt, self._limits)
+        check_text("a session's prompt", prompt, self._limits)
         if self._hooks.check_request is not None:
             self._hooks.check_request(replace(session.video, prompt=prompt))
 
@@ -155,6 +157,8 @@ class Sessions:
 
     def release(self, place: Place) -> None:
         """A session has ended: what it had is others' again."""
+        if not self._intake.origin.here:  # a fork's copy: what it would give back is the parent's
+            return
         with self._lock:
             if place.left:
                 return

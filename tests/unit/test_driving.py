@@ -275,12 +275,12 @@ def test_a_driven_canvas_denoises_its_newest_frame_alone():
     )
 
 
-def test_what_is_past_does_not_see_what_comes():
-    assert sight(2, 2).int().tolist() == [
-        [1, 1, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
+def test_what_is_past_sees_itself_alone():
+    assert sight(1, 2, 2).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1],
     ]
 
