@@ -226,5 +226,5 @@ def over_time(engine: Engine, steps: int, points: int = 10) -> Measurement:
 def at_random(world: Session, steps: int, seed: int) -> int:
     """Buttons at random; the number of frames that came."""
     choose = random.Random(seed)
-    choices = [Action(), *(Action(button) for button in world.actions.buttons)]
+    choices = [Action(), *(Action(frozenset({button})) for button in world.actions.buttons)]
     return sum(len(world.step(choose.choice(choices))) for _ in range(steps))

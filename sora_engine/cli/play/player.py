@@ -16,7 +16,8 @@ from sora_engine.errors import (
     MemoryLimitError,
     SessionLimitError,
 )
-from sora_engine.request import Action, Keys
+from sora_engine.request import Action
+from sora_engine.request.keys import Keys
 
 if TYPE_CHECKING:
     from sora_engine.runtime.recording import Recording
@@ -224,7 +225,7 @@ class Player(Feed):
         world, stats = self.world, self.world.stats
         if self._clock() - self._said_at > MESSAGE_S:
             self.status.message = ""
-        values = {
+        values: dict[str, object] = {
             "fps": round(self.rate(), 1),
             "ms": round(stats.step_ms),
             "p95_ms": round(stats.step_p95_ms),
@@ -237,7 +238,7 @@ class Player(Feed):
             "paused": self._paused,
         }
         parts = [
-            "paused" if self._paused else f"{values['fps']:.1f} fps",
+            "paused" if self._paused else f"{values['fps']} fps",
             f"{values['ms']} ms a latent",
             f"{values['late']} late",
             f"{values['places']} places",

@@ -24,7 +24,7 @@ def still(space: ActionSpace, seed: int) -> Iterator[Action]:
 def at_random(space: ActionSpace, seed: int) -> Iterator[Action]:
     """At each step one of the buttons or none, each as likely; the seed says which."""
     choose = random.Random(f"policy:{seed}")
-    choices = [Action(), *(Action(button) for button in space.buttons)]
+    choices = [Action(), *(Action(frozenset({button})) for button in space.buttons)]
     while True:
         yield choose.choice(choices)
 
