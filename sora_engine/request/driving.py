@@ -22,8 +22,7 @@ class Driving:
     context: latent frames just before the new one that the model sees. recall: at most so many
         earlier ones, that show what comes into view again.
     num_inference_steps: of each latent frame; first_steps: of the first, which a prompt makes.
-    sigmas: the noise levels of those of each latent frame, where the checkpoint's schedule is not
-        to spread them.
+    sigmas: the noise levels of those of each latent frame, where they do not fall evenly.
     fps: frames a second.
     world: rows and columns of a world that is a torus, in latents; None: a plane without an end.
     """

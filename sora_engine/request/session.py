@@ -43,7 +43,8 @@ class SessionRequest:
         height, width: pixels of a frame.
         fps: frames a second, for `Session.stream` and recordings.
         num_inference_steps: denoising steps of each latent frame.
-        sigmas: their noise levels, as of `VideoRequest`, in place of the schedule's.
+        sigmas: their noise levels, as of `VideoRequest`. Without them they fall evenly from 1,
+            through the checkpoint's shift.
         first_steps: those of the first one, where the prompt makes it.
         guidance_scale: classifier-free guidance; 1, which is the default, means none.
         negative_prompt: what guidance steers away from.

@@ -25,6 +25,7 @@ from sora_engine.io.video_writer import VideoWriter, check_output
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import Action, SessionRequest
 from sora_engine.request.actions import pack_log, unpack_log
+from sora_engine.request.checks import shown
 from sora_engine.request.session import request_from_json
 from sora_engine.runtime.standing import Log, Standing
 from sora_engine.version import version
@@ -164,6 +165,7 @@ class Recording:
                 "model_hash": model.weights_hash,
                 "device": model.device.type,
                 "dtype": model.dtype_name,
+                "loras": [record.to_json() for record in model.loras],
             },
         )
 
@@ -193,6 +195,13 @@ def read_recording(path: Path, model: VideoModel) -> Recorded:
         raise CheckpointError(
             f"it was recorded from another model: weights {theirs[:12]}, these are "
             f"{model.weights_hash[:12]}",
+            path=path,
+        )
+    loras = [record.to_json() for record in model.loras]
+    if origin.settings.get("loras", []) != loras:
+        raise CheckpointError(
+            f"it was recorded with the adapters {shown(origin.settings.get('loras'))} merged in, "
+            f"and this engine has {shown(loras)}",
             path=path,
         )
     if record.get("shared"):

@@ -406,7 +406,7 @@ class Session:
     def _marked(self, standing: Standing) -> Mark:
         mark = Mark(standing, self)
         alive = [ref for ref in self._marks if ref() is not None]
-        for old in alive[: len(alive) + 1 - MOST_MARKS]:
+        for old in alive[: max(0, len(alive) + 1 - MOST_MARKS)]:
             if (kept := old()) is not None:
                 kept.forget()
         self._marks = deque([*alive, weakref.ref(mark)][-MOST_MARKS:])

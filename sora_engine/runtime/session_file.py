@@ -28,6 +28,7 @@ from sora_engine.io.whole_file import read_whole
 from sora_engine.models.video_model import VideoModel
 from sora_engine.request import Action, ResolvedSession, SessionRequest
 from sora_engine.request.actions import pack_log, unpack_log
+from sora_engine.request.checks import shown
 from sora_engine.request.session import request_from_json
 from sora_engine.runtime.recall import Moment
 from sora_engine.runtime.standing import Log, Standing
@@ -70,8 +71,7 @@ def save_session(
     metadata = {
         "format": FORMAT,
         "model": model.weights_hash,
-        "dtype": model.dtype_name,
-        "vae_dtype": str(model.vae_dtype),
+        **_settings_of(model),
         "request": settings.to_json(),
         "prompt": standing.prompt,
         "prompts": prompts,
@@ -121,13 +121,22 @@ def _check_kind(
             f"{model.weights_hash[:12]}",
             path=path,
         )
-    mine = {"dtype": model.dtype_name, "vae_dtype": str(model.vae_dtype)}
-    for name, value in mine.items():
+    for name, value in _settings_of(model).items():
         if metadata.get(name) != value:
             raise CheckpointError(
-                f"the session was saved with {name} {metadata.get(name)}, this engine has {value}",
+                f"the session was saved with {name} {shown(metadata.get(name))}, this engine has "
+                f"{shown(value)}",
                 path=path,
             )
+
+
+def _settings_of(model: VideoModel) -> dict[str, Any]:
+    """What a model was loaded with that its results depend on."""
+    return {
+        "dtype": model.dtype_name,
+        "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
+        "loras": [record.to_json() for record in model.loras],
+    }
 
 
 def _session_of(

@@ -225,6 +225,11 @@ def request_of_step(
     """What the job of a step asks for: its size, its text, and the seed of its noise."""
     seen = 0 if before is None else min(len(before.context), session.driving.context)
     request = session.of_step(model.grid, seen, prompt)
+    if request.sigmas is None and model.sampler_config.space == "flow":
+        # A scheduler spreads its levels down to one where next to nothing is left to do. That is
+        # one step of fifty to a video, and would be one of a session's four.
+        steps = request.num_inference_steps
+        request = replace(request, sigmas=tuple(1 - i / steps for i in range(steps)))
     if before is None:
         return request
     return replace(request, seed=seed_of_step(session.video.seed, before.step + 1))
