@@ -23,6 +23,7 @@ class Glass:
         self.modes: set[str] = set()
         self.sent = ""
         self._rest = ""
+        self._drawing = False
         self._row = self._column = 0
         self._colours = [BLACK, BLACK]
         self.clear()
@@ -49,19 +50,34 @@ class Glass:
         if character == "\r":
             self._column = 0
         elif character == "\n":
-            self._row = min(self._row + 1, self.rows - 1)
+            self._down()
         else:
-            assert self._column < self.columns, "a line runs over the edge"
+            if self._column == self.columns:
+                assert not self._drawing, "a line runs over the edge"
+                self._column = 0
+                self._down()
             self.characters[self._row][self._column] = character
             self.colours[self._row, self._column] = self._colours
             self._column += 1
+
+    def _down(self) -> None:
+        """To the next row; at the last one everything moves up."""
+        self._row += 1
+        if self._row == self.rows:
+            assert not self._drawing, "the picture is moved up"
+            self._row -= 1
+            self.characters = [*self.characters[1:], [" "] * self.columns]
+            self.colours = np.roll(self.colours, -1, axis=0)
+            self.colours[-1] = 0
 
     def _obey(self, private: str, parameters: str, final: str) -> None:
         if private:
             if private == "?" and final == "h":
                 self.modes.add(parameters)
+                self._drawing |= parameters == "1049"
             if private == "?" and final == "l":
                 self.modes.discard(parameters)
+                self._drawing &= parameters != "1049"
                 if parameters == "2026":
                     rows = [list(row) for row in self.characters]
                     self.pictures.append((rows, self.colours.copy()))

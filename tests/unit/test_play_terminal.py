@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import os
@@ -68,6 +69,7 @@ class Window:
         self.master, self.slave = pty.openpty()
         self.resize(columns, rows)
         self.glass = Glass(columns, rows)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.before = termios.tcgetattr(self.slave)
         environment = {
             **os.environ,
@@ -126,6 +128,7 @@ class Window:
 
     def as_it_was(self) -> bool:
         """Whether the terminal is as it was before the program: its modes, and its settings."""
+        self.until(lambda: not self._read(0.0))
         now = termios.tcgetattr(self.slave)
         pushed, popped = (self.glass.sent.count(code) for code in ("\x1b[>11u", "\x1b[<u"))
         return now == self.before and self.glass.modes <= {"25", "7"} and pushed == popped
@@ -140,8 +143,8 @@ class Window:
         if not select.select([self.master], [], [], timeout_s)[0]:
             return False
         with contextlib.suppress(OSError):
-            data = os.read(self.master, 1 << 16).decode(errors="replace")
-            self.glass.write(data)
+            data = os.read(self.master, 1 << 16)
+            self.glass.write(self._decoder.decode(data))
             return bool(data)
         return False
 

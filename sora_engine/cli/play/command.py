@@ -15,7 +15,7 @@ from sora_engine.cli.app import OnceCommand, UsageError, app, say
 from sora_engine.cli.options import Common, Device, Dtype, in_options, parse_size
 from sora_engine.cli.play import script
 from sora_engine.cli.work import load_engine
-from sora_engine.errors import ActionError, RequestError, SessionError, SoraError
+from sora_engine.errors import ActionError, MediaError, RequestError, SessionError, SoraError
 from sora_engine.request import Action, SessionRequest
 from sora_engine.version import version
 
@@ -181,6 +181,8 @@ def _opened(engine: Engine, model: str, request: SessionRequest) -> Session:
         raise UsageError(f"--model: {error}{also}") from error
     except RequestError as error:
         raise UsageError(in_options(error)) from error
+    except MediaError as error:
+        raise UsageError(f"--first: {error}") from error
 
 
 def _at_work(work: Any) -> Any:

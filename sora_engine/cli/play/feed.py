@@ -44,6 +44,8 @@ class Feed:
         self.status = Status()
         self.over = False
         self.error: BaseException | None = None
+        self.woken: Callable[[], None] = lambda: None
+        """Called where there is something new, in the thread that makes it."""
         self._clock = clock
         self._frames: deque[tuple[int, float, np.ndarray]] = deque(maxlen=KEPT)
         self._number = 0
@@ -57,6 +59,7 @@ class Feed:
                 self._number += 1
                 self._frames.append((self._number, now + i / fps, frame))
             self._changed.notify_all()
+        self.woken()
 
     def cut(self, frame: np.ndarray) -> None:
         """Another frame, at once, in the place of those that were to be seen yet."""
@@ -72,6 +75,7 @@ class Feed:
             self.error = self.error or error
             self.over = True
             self._changed.notify_all()
+        self.woken()
 
     def seen(self) -> Seen | None:
         """The newest frame that is to be seen by now."""

@@ -31,13 +31,13 @@ def bindings(buttons: Sequence[str]) -> dict[str, str]:
 def help_line(bound: dict[str, str]) -> str:
     """The keys and what they do, in a line."""
     arrows = [key for key in bound if key in ARROWS]
-    parts = ["arrows move"] if arrows else []
+    parts = ["arrows"] if arrows else []
     parts += [
         f"{key} {button}" if key != button else key
         for key, button in bound.items()
         if key not in ARROWS
     ]
-    return "  ".join([*parts, *(f"{key} {command}" for key, command in COMMANDS.items())])
+    return ", ".join([*parts, *(f"{key} {command}" for key, command in COMMANDS.items())])
 
 
 class Hands:

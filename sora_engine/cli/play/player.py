@@ -32,15 +32,15 @@ MESSAGE_S = 6.0
 """How long what happened is told."""
 
 COMMANDS = {
+    "q": "quit",
     "z": "rewind",
+    "r": "record",
     "m": "mark",
     "b": "branch",
     "tab": "next",
-    "r": "record",
     "p": "pause",
-    "q": "quit",
 }
-"""What keys say, beside those that are buttons of the world."""
+"""What keys say, beside those that are buttons of the world. A narrow window names the first."""
 
 
 class Player(Feed):

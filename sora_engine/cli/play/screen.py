@@ -86,7 +86,7 @@ class Screen:
         layout, sent = self.layout, []
         for i, line in enumerate(lines[: layout.lines]):
             row = layout.rows - layout.lines + i
-            shown = line[: layout.columns - 1]  # the last cell of a window scrolls it
+            shown = cut(line, layout.columns - 1)  # the last cell of a window scrolls it
             if self._texts.get(row) != shown:
                 self._texts[row] = shown
                 sent.append(f"\x1b[{row + 1};1H\x1b[0m{shown}\x1b[K")
@@ -122,6 +122,14 @@ class Screen:
             if codes:
                 yield f"\x1b[{';'.join(codes)}m"
             yield (" " if upper == lower else UPPER) * length
+
+
+def cut(line: str, width: int) -> str:
+    """What fits of a line: whole parts of it, where it has parts."""
+    if len(line) <= width:
+        return line
+    whole = max(line.rfind(between, 0, width + 1) for between in (" | ", ", "))
+    return line[:whole] if whole > 0 else line[:width]
 
 
 def cells_of(frame: np.ndarray, layout: Layout) -> np.ndarray:

@@ -17,6 +17,7 @@ def show(terminal: Terminal, feed: Feed, press: Callable[[Key], bool]) -> None:
     """Until the feed is over, or `press` returns False for a key. Frames that are late are left
     out. Raises the feed's error."""
     screen: Screen | None = None
+    feed.woken = terminal.wake
     size, shown = (0, 0), 0
     while True:
         if terminal.blank or terminal.size() != size:

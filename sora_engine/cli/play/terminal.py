@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import threading
+import weakref
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,6 +35,9 @@ class Terminal:
         self._keyboard = Keyboard()
         self._saved: list[Any] | None = None
         self._before: Any = None
+        self._woken, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        weakref.finalize(self, _close, self._woken, self._waker)
 
     def __enter__(self) -> Terminal:
         try:
@@ -71,12 +75,20 @@ class Terminal:
         while data:
             data = data[os.write(self._out, data) :]
 
+    def wake(self) -> None:
+        """End the waiting for keys, from any thread."""
+        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+            os.write(self._waker, b"!")
+
     def keys(self, timeout_s: float) -> list[Key]:
-        """Keys that come within the time, or at once where some are there. Raises EOFError where
-        the terminal has gone, KeyboardInterrupt for Ctrl-C."""
-        ready, _, _ = select.select([self._in], [], [], max(0.0, timeout_s))
-        if not ready:
-            self._keyboard.wait_no_longer()
+        """Keys that come within the time, or at once where some are there; none where it is woken.
+        Raises EOFError where the terminal has gone, KeyboardInterrupt for Ctrl-C."""
+        ready, _, _ = select.select([self._in, self._woken], [], [], max(0.0, timeout_s))
+        if self._woken in ready:
+            os.read(self._woken, 4096)
+        if self._in not in ready:
+            if not ready:
+                self._keyboard.wait_no_longer()
             return []
         data = os.read(self._in, 4096)
         if not data:
@@ -121,6 +133,11 @@ class Terminal:
         os.kill(os.getpid(), number)  # stops here, until SIGCONT
         signal.signal(number, self._stop)
         self._take()
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _descriptors() -> tuple[int, int]:
