@@ -8,6 +8,8 @@ import pytest
 
 from sora_engine.bench import session
 from sora_engine.bench.results import SUBJECT
+from sora_engine.cli import main
+from sora_engine.models.registry import BUNDLED
 from sora_engine.request import Action, ActionSpace
 from tests.unit.world_folder import save_world
 
@@ -56,3 +58,9 @@ def test_it_measures_a_world(world: Path, monkeypatch) -> None:
     assert one.figures["most in a pack"] == 1
     assert 0 < max(memory.samples[SUBJECT]) < memory.figures["planned"]
     assert len(memory.samples[SUBJECT]) == 10
+
+
+@pytest.mark.skipif(session.WORLD not in BUNDLED, reason="the package has no world yet")
+def test_the_group_runs_tiny(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--tiny", "--only", "session"]) == 0
+    assert "session: held over 10 steps" in capsys.readouterr().out

@@ -131,7 +131,7 @@ class Window:
         self.until(lambda: not self._read(0.0))
         now = termios.tcgetattr(self.slave)
         pushed, popped = (self.glass.sent.count(code) for code in ("\x1b[>11u", "\x1b[<u"))
-        return now == self.before and self.glass.modes <= {"25", "7"} and pushed == popped
+        return now == self.before and self.glass.modes == {"25", "7"} and pushed == popped
 
     def close(self) -> None:
         self.program.kill()

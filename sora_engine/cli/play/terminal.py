@@ -90,7 +90,10 @@ class Terminal:
             if not ready:
                 self._keyboard.wait_no_longer()
             return []
-        data = os.read(self._in, 4096)
+        try:
+            data = os.read(self._in, 4096)
+        except OSError:  # as of a pty whose window was closed
+            data = b""
         if not data:
             raise EOFError("the terminal was closed")
         keys = self._keyboard.read(data)
