@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sora_engine.io.certificates import CERTIFICATE, KEY, make_certificates
 from tests.serve.browsers import Page, chromium, opened, sync_api
@@ -71,16 +73,33 @@ def test_axe_finds_nothing_serious(browser: Any, service: Service, scheme: str) 
     page.fill("a red circle")
     page.tab.locator("#add-text").click()
     page.tab.get_by_role("button", name="Mute Text").click()
+    page.tab.locator("#loop").check()
     card = page.done(made)
     card.get_by_text("How it was made").click()
+    card.get_by_role("button", name="To the time line").click()
+    page.tab.locator("#own").set_input_files(
+        {"name": "a.png", "mimeType": "image/png", "buffer": a_picture()}
+    )
+    own = page.tab.locator("#gallery .own")
+    own.get_by_text("More to do with it").click()
+    own.get_by_role("button", name="Connect", exact=True).click()
     page.sound()
-    for name in ("Extend after", "Inpaint"):
+    page.tab.locator("#pick-stop").click()
+    for name in ("Remix", "Inpaint"):
         card.get_by_role("button", name=name, exact=True).click()
         page.tab.locator("dialog[open]").wait_for()
         page.sound()
         page.tab.keyboard.press("Escape")
+    card.get_by_role("button", name="Delete").click()
+    page.sound()
     page.context.close()
     assert not page.wrong
+
+
+def a_picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32), "teal").save(file, "png")
+    return file.getvalue()
 
 
 def test_a_video_is_made_and_extended_by_keyboard_alone(page: Page) -> None:

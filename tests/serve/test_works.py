@@ -113,3 +113,11 @@ def test_ladders_are_those_of_the_model_and_its_adapters(service: Service, tmp_p
     assert _ladders("causvid-9", [tmp_path / "ink.safetensors"]) == ["causvid-9"]
     assert _ladders("causvid-9", [named]) == ["causvid-9", "lightx2v-4"]
     assert _ladders(None, [named, named]) == ["lightx2v-4"]
+
+
+def test_an_upload_tells_what_is_in_it(service: Service, upload: str) -> None:
+    told = service.http.get(f"/v1/uploads/{upload}").json()
+    assert (told["id"], told["media_type"]) == (upload, "video/mp4")
+    assert (told["width"], told["height"], told["num_frames"], told["fps"]) == (16, 16, 5, 8)
+    for name in ("upload_" + "0" * 64, "upload_..", upload[:-1], upload.upper()):
+        assert service.http.get(f"/v1/uploads/{name}").status_code == 404

@@ -19,6 +19,8 @@ const HELD = new Set([
   "prompt", "height", "width", "num_frames", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2", "fps",
   "solver", "ladder", "label", "negative_prompt", "draft", "loras", "clips", "shots", "loop",
 ]);
+/** The share of a video that one clip may be before the time line is made longer for it. */
+const MOST_KNOWN = 0.75;
 /** How long the page tells of what happened, before it tells again how things stand. */
 const TOLD_MS = 8000;
 /** A reader of screens that is told each step hears nothing else. */
@@ -262,12 +264,12 @@ function place(source) {
   $("line-name").scrollIntoView({ block: "nearest" });
 }
 
-/** Puts a card onto the time line, which becomes longer where the clip would leave nothing to make.
+/** Puts a card onto the time line, which becomes longer where the clip would leave next to nothing to make.
  * @param {import("./timeline.js").Card} card @param {string} name */
 function onto(card, name) {
   const long = timeline.whole(card);
-  const longer = [...$("length").options].map((one) => Number(one.value)).filter((n) => n > long).sort((a, b) => a - b);
-  const grows = card.kind === "clip" && long >= timeline.frames && longer.length > 0;
+  const longer = [...$("length").options].map((one) => Number(one.value)).filter((n) => n * MOST_KNOWN >= long).sort((a, b) => a - b);
+  const grows = card.kind === "clip" && long > MOST_KNOWN * timeline.frames && longer.length > 0;
   if (grows) {
     $("length").value = String(longer[0]);
     shape();

@@ -19,8 +19,8 @@ export async function paint({ picture, size: [width, height], prompt, foresee, b
   Object.assign(canvas, { width, height });
   $("brush-picture").src = picture;
   canvas.parentElement.style.width = `${(45 * width) / height}vh`; // small videos are painted large
+  $("brush").querySelector("form").reset(); // of what was asked before, and its marks
   $("brush-prompt").value = prompt;
-  $("brush-erase").checked = false;
   const radius = () => (Number(size.value) / 400) * Math.max(width, height);
   const show = () => {
     mark.style.left = `${(100 * at.x) / width}%`;

@@ -7,8 +7,9 @@ import { Foresight } from "./foresight.js";
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 
 /** @typedef {import("./api.js").Work} Work */
-/** What is asked for. kind: "text" (several lines), "line", "number", "share" (a slider from 0 to 1), "seed".
- * @typedef {{name: string, label: string, value: string, kind: string, hint?: string, least?: number, most?: number}} Field */
+/** What is asked for. kind: "text" (several lines), "line", "number", "share" (a slider from 0 to 1), "seed". spare: it may be
+ * left empty. least: of a number.
+ * @typedef {{name: string, label: string, value: string, kind: string, hint?: string, least?: number, spare?: boolean}} Field */
 
 const fail = (/** @type {HTMLElement} */ place) => (/** @type {unknown} */ error) => {
   place.textContent = error instanceof Error ? error.message : String(error);
@@ -71,10 +72,9 @@ function row(field) {
   const label = document.createElement("label");
   const input = /** @type {any} */ (document.createElement(field.kind === "text" ? "textarea" : "input"));
   label.append(Object.assign(document.createElement("span"), { textContent: field.label }));
-  Object.assign(input, { name: field.name, required: true });
+  Object.assign(input, { name: field.name, required: !field.spare });
   if (field.kind === "number") Object.assign(input, { type: "number", min: String(field.least ?? 0.1), step: "any" });
   if (field.kind === "seed") Object.assign(input, { inputMode: "numeric", pattern: "[0-9]+" });
-  if (field.most !== undefined) input.max = String(field.most);
   if (field.kind === "share") Object.assign(input, { type: "range", min: "0.05", max: "1", step: "0.05" });
   input.value = field.value;
   label.append(input);

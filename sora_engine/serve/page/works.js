@@ -64,7 +64,7 @@ export class Works {
       ["To the time line", () => this.page.place(source)],
       ["Connect", () => this.connect(source)],
       ["Inpaint", () => this.inpaint(source)],
-      made("Upscale", [SCALE], (given) => of("upscale", { ...given, video: clip })),
+      made("Upscale", [words, SCALE], (given) => of("upscale", { ...given, video: clip })),
     ];
     if (id !== undefined) all.unshift(made("Remix", [words, STRENGTH], (given) => on(id, "remix", given)));
     if (id !== undefined && source.draft) all.push(made("Refine", [], () => on(id, "refine", {})));
@@ -83,7 +83,7 @@ export class Works {
   async repeat(video, worded) {
     /** @type {Field[]} */
     const fields = [{ name: "seed", label: "Seed", value: String(video.seed), kind: "seed", hint: "The same seed makes the same video." }];
-    if (worded) fields.unshift({ name: "prompt", label: "Prompt", value: video.prompt ?? "", kind: "text" });
+    if (worded) fields.unshift({ name: "prompt", label: "Prompt", value: video.prompt ?? "", kind: "text", spare: !video.prompt });
     this.begun(await ask("Same again", fields, (given) => on(video.id, "again", given)));
   }
 
