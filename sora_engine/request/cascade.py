@@ -151,6 +151,7 @@ def staged(
     settings: dict[str, Any] = {
         "height": height, "width": width, "num_frames": num_frames, "fps": fps * stage.frames,
         "num_inference_steps": stage.steps, "sigmas": stage.sigmas, "clips": (), "latents": None,
+        "camera": None,  # what it has done is seen in the frames
         "shift": 1.0 if stage.sigmas else base.shift,
     }  # fmt: skip
     if stage.prompt is not None:
