@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sora_engine.errors import CheckpointError, DeadlineExceededError
@@ -39,21 +40,24 @@ def begin(desk: Jobs, live: Live, finisher: Finisher) -> None:
     live.spool = Spool(desk.files.spool(row.id))
     live.trail = Trail(desk.files.trail(row.id))
     try:
-        job = _submitted(desk, live, finisher)
+        job = _submitted(desk, live)
     except Exception as error:
         finisher.end(live, error)
         return
     live.job = job
     live.trail.starts(job.resumed_at or 0)
     live.handed_over.set()
-    finisher.start(live)  # here: the engine's thread would wait for the new one's first breath
+    with suppress(RuntimeError):  # without a thread to be had now, it begins as the engine is done
+        finisher.start(
+            live
+        )  # here: the engine's own thread would wait for the new one's first breath
     job.add_done_callback(lambda _job: finisher.engine_done(live))
     if live.stopping or live.keeping:
         job.cancel()
     desk.tell(live)
 
 
-def _submitted(desk: Jobs, live: Live, finisher: Finisher) -> Job:
+def _submitted(desk: Jobs, live: Live) -> Job:
     row, settings = live.row, desk.settings
     if row.facts.get("weights", desk.engine.model.weights_hash) != desk.engine.model.weights_hash:
         raise ApiError(

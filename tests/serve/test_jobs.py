@@ -194,3 +194,17 @@ def test_steps_that_take_less_than_a_second_are_not_kept_at_their_end(tmp_path, 
         monkeypatch.setattr(Worker, "_step", once)
         assert made.ended(made.create()["id"])["status"] == "completed"
         assert (asked[-1]["save_every_s"], asked[-1]["save_last_s"]) == (None, 0.0)
+
+
+def test_a_writer_that_finds_no_thread_begins_at_the_end(service: Service, monkeypatch):
+    plain, refused = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "sora-writer" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert service.ended(service.create()["id"])["status"] == "completed"
+    assert refused
