@@ -8,6 +8,7 @@ a session makes it: from a past that is clean and given.
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ SETTINGS = {
     "num_inference_steps": 4,
     "solver": "renoise",
     "guidance_scale": 1.0,
-    "text_tokens": 64,
+    "text_tokens": 24,
     "actions": {
         "buttons": list(world.BUTTONS),
         "axes": [],
@@ -122,6 +123,22 @@ class Meadow(nn.Module):
             self.transformer.condition_embedder.action_embedder.linear_2,
         ):
             nn.init.zeros_(layer.weight)
+        self.look_at_words()
+
+    @torch.no_grad()
+    def look_at_words(self) -> None:
+        """Start cross-attention where it looks at a text's words rather than at its padding: that
+        has a key of zero here, and the queries' bias is what all words' keys have in common."""
+        rng = random.Random(0)
+        captions = [world.some_look(rng).caption() for _ in range(32)]
+        words = torch.cat(encode(self.text, self.tokenizer, captions))
+        embedded = self.transformer.condition_embedder.text_embedder(words)
+        for block in self.transformer.blocks:
+            keys = block.attn2.to_k(embedded)
+            common = (keys / keys.pow(2).mean(dim=1, keepdim=True).sqrt()).mean(dim=0)
+            block.attn2.to_q.bias.copy_(3 * common / common.pow(2).mean().sqrt())
+            block.attn2.norm_q.weight.fill_(1.3)
+            block.attn2.norm_k.weight.fill_(1.3)
 
     def contexts(self, captions: list[str]) -> list[Context]:
         unique = sorted(set(captions))

@@ -105,7 +105,7 @@ def cut(
     """A training clip of a walk: the number of its first new frame, and latents, actions, places
     and sees (see `Clips`, without B). own: of so many clips the past is as the model made it."""
     total = len(walk.places)
-    first = 0 if rng.random() < 0.06 else rng.randrange(1, total - NEW + 1)
+    first = 0 if rng.random() < 0.1 else rng.randrange(1, total - NEW + 1)
     before = max(0, first - CONTEXT)
     if rng.random() < 0.08:  # as a session begins: with little behind it
         before = rng.randrange(before, first + 1)

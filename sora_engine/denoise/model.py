@@ -63,6 +63,11 @@ class Transformer(Protocol):
         """What each embedding is to attention, for every layer: once a request."""
         ...
 
+    def encode_camera(self, rays: Tensor) -> Tensor:
+        """What the camera's rays in a latent frame, float32 `[6 * frames, height, width]`, add to
+        its tokens, `[tokens, inner_dim]`. Raises ValueError where it takes no camera."""
+        ...
+
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Predictions for the video's tokens, `[N, patch volume * out_channels]`, channel last."""
         ...

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
+from sora_engine.denoise.camera import token_control
 from sora_engine.denoise.conditioning import Context, KeyValues
 from sora_engine.denoise.extents import extents_of, places_of, rates_of
 from sora_engine.denoise.rows import Conditions, modulation_rows, token_rows
@@ -56,6 +57,8 @@ class Segment:
         models that are driven; None: nothing.
     places: float32 `[T, 2]` on the host, in latents: how far down and right of the newest frame's
         view each frame's lies, for models that know where their camera is; None: nowhere else.
+    control: `[T, tokens of a frame, dim]`, what is added to its tokens once they are embedded, for
+        models that are told how the camera moves; None: nothing.
     """
 
     latents: Tensor
@@ -66,6 +69,7 @@ class Segment:
     fps: float | None = None
     actions: Tensor | None = None
     places: Tensor | None = None
+    control: Tensor | None = None
 
 
 class SelfAttention(Protocol):
@@ -102,6 +106,7 @@ class Stream:
     sparse_plans: what attention planned for `sees`, for all layers; kept in the layout.
     places: float32 `[N, 2]`, how far down and right, in latents, the view that each token is of
         lies from its segment's newest; None: none lies elsewhere.
+    control: `[N, dim]`, what is added to each token once it is embedded; None: nothing to any.
     """
 
     tokens: Tensor
@@ -117,6 +122,7 @@ class Stream:
     sees: tuple[Tensor, ...] | None = None
     sparse_plans: SparsePlans = field(default_factory=dict)
     places: Tensor | None = None
+    control: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +239,7 @@ class Packer:
             sees=sees,
             sparse_plans=layout.plans_for(sees),
             places=places_of([s.places for s in segments], layout.grids, frames, self.device),
+            control=token_control([s.control for s in segments], layout.grids, self.device),
         )
         streams = {VIDEO: video}
         for name in segments[0].contexts[0][0].tokens:

@@ -104,6 +104,7 @@ class Checkpoint:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     labels: the classes that it makes, where it reads a class in place of a text.
+    takes_camera: whether it is told how the camera moves.
     shares_tokens: whether ranks can share the tokens of one pass out (ulysses, ring).
     spread: how its pipelines spread levels; None: as the scheduler's class does by itself.
     defaults: of the family's published pipelines; a checkpoint's own go before them.
@@ -123,6 +124,7 @@ class Checkpoint:
     takes_last_image: bool = False
     learned_variance: bool = False
     labels: Labels | None = None
+    takes_camera: bool = False
     shares_tokens: bool = True
     spread: Spread | None = None
     scheduler_path: Path | None = None

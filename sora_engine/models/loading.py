@@ -139,6 +139,7 @@ def load_video_model(
         takes_last_image=checkpoint.takes_last_image,
         learned_variance=checkpoint.learned_variance,
         labels=checkpoint.labels,
+        takes_camera=checkpoint.takes_camera,
         sampler_config=_sampler_config(checkpoint),
         known_mode=checkpoint.known_mode,
         grid=checkpoint.grid,

@@ -52,6 +52,7 @@ class VideoModel:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     labels: the classes that it makes, where it reads a class in place of a text.
+    takes_camera: whether it is told how the camera moves.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
@@ -78,6 +79,7 @@ class VideoModel:
     family: str = ""
     learned_variance: bool = False
     labels: Labels | None = None
+    takes_camera: bool = False
     preview: Preview | None = None
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None

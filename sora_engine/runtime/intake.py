@@ -54,7 +54,7 @@ class Intake:
         """The request with the checkpoint's defaults, checked, and its adapters, which stay for as
         long as they are held. Raises RequestError."""
         resolved = resolve_request(request, self.model, self.limits, solvers=SOLVERS)
-        check_for_mode(resolved, self.model.known_mode)
+        check_for_mode(resolved, self.model.known_mode, self.model.takes_camera)
         if not several("loras", request.loras, "Lora(path_or_name, strength)"):
             return resolved, []
         records, held = self.adapters.take(request.loras)

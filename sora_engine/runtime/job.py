@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
@@ -304,7 +304,9 @@ class Job:
         self._state = state
 
     def begin(self, canvas: ServedCanvas) -> None:
-        """Denoising begins: at the first step, or where a saved job was left."""
+        """Denoising begins: at the first step, or where a saved job was left. What was given as
+        frames is in the canvas by now, and nobody reads it again."""
+        self.request = replace(self.request, clips=(), init=None)
         self._steps_done = self._first_step = canvas.step
         self.kept_at = time.monotonic()
         self.canvas_or_none = canvas

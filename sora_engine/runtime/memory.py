@@ -350,17 +350,18 @@ class MemoryPlanner:
         self, request: ResolvedRequest, shape: tuple[int, int, int, int]
     ) -> Known | None:
         mode = self.model.known_mode
-        if mode in (KnownMode.CHANNELS, KnownMode.VACE):
+        channels = mask = None
+        if mode.animates or mode is KnownMode.VACE:
             more = self.model.loaded_transformer.shape.in_channels - shape[0]
             channels = torch.empty(more, *shape[1:], dtype=torch.float32, device=META)
-            return Known(mode, channels=channels)
-        if not request.clips:
+        elif not request.clips:
             return None
-        if mode is KnownMode.NOISE_LEVEL:
+        if mode.by_level:
             # On the host, where levels of tokens are read; its latents are counted apart.
             mask = torch.zeros(shape[1:], dtype=torch.bool)
             mask[0] = True
-            return Known(mode, mask=mask)
+        if mode is not KnownMode.REPLACEMENT:
+            return Known(mode, mask=mask, channels=channels)
         mask = torch.empty(shape[1:], dtype=torch.bool, device=META)
         return Known(mode, torch.empty(shape, dtype=torch.float32, device=META), mask)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
@@ -30,11 +30,9 @@ from sora_engine.runtime.memory import MemoryPlan
 from sora_engine.runtime.options import path_of
 from sora_engine.runtime.pace import Pace, SessionStats, Source, Tick
 from sora_engine.runtime.recall import Memory
+from sora_engine.runtime.recording import Recording
 from sora_engine.runtime.session_step import StepStages, Texts
 from sora_engine.runtime.standing import Log, Mark, Past, Standing
-
-if TYPE_CHECKING:
-    from sora_engine.runtime.recording import Recording
 
 MOST_MARKS = 64
 """Marks that a session keeps for going back to; a further one makes it forget the oldest."""

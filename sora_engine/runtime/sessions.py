@@ -25,7 +25,8 @@ from sora_engine.runtime.intake import Intake
 from sora_engine.runtime.job import Job, JobOptions
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner
 from sora_engine.runtime.recall import Index, Memory, Places, Recent
-from sora_engine.runtime.recording import Recording, frames_again
+from sora_engine.runtime.recording import Recording
+from sora_engine.runtime.replay import frames_again
 from sora_engine.runtime.session import Place, Session
 from sora_engine.runtime.session_file import load_session, save_session
 from sora_engine.runtime.session_memory import plan_session

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sora_engine.errors import SoraError
-from sora_engine.serve import health, images, models, page, videos, works
+from sora_engine.serve import health, images, models, page, plans, videos, works
 from sora_engine.serve.around import lay_around
 from sora_engine.serve.document import describe
 from sora_engine.serve.failures import ApiError, api_error, bad_value, envelope
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = (works.router, videos.router, images.router, models.router, health.router)
+ROUTERS = (
+    *(works.router, plans.router, videos.router),
+    *(images.router, models.router, health.router),
+)
 """`works` before `videos`: its paths, such as /v1/videos/connect, would be taken for ids."""
 
 

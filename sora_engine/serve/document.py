@@ -15,7 +15,7 @@ _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (
     *(wire.CreateVideo, wire.RemixVideo, wire.EditVideo, wire.ExtendVideo, wire.LoopVideo),
     *(wire.ConnectVideos, wire.UpscaleVideo, wire.RefineVideo, wire.CreateImages),
-    wire.SetPriority,
+    *(wire.LoopClip, wire.UpscaleClip, wire.RepeatVideo, wire.SetPriority),
 )
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from sora_engine.models.registry import families
+from sora_engine.request.ladders import ladder_of_file
 from sora_engine.serve.document import FAILURES
 from sora_engine.serve.failures import not_found
 from sora_engine.serve.service import desk_of, owner_of, service_of
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=FAILURES)
+
+
+def _ladders(own: str | None, adapters: Iterable[Path]) -> list[str]:
+    """Those that the model or an adapter here was distilled for. Others of its family would be
+    levels that it never learned to jump between."""
+    told = (ladder_of_file(path.name) for path in adapters)
+    return sorted({name for name in (own, *told) if name})
 
 
 def _models(request: Request) -> list[dict[str, Any]]:
@@ -28,11 +37,10 @@ def _models(request: Request) -> list[dict[str, Any]]:
         "known_frames": str(model.known_mode),
         "limits": limits,
         "loras": sorted(settings.loras),
-        "ladders": sorted(
-            name for known in families() if known.name == model.family for name in known.ladders
-        ),
+        "ladders": _ladders(model.defaults.ladder, settings.loras.values()),
         "experts": model.num_experts,
         "labels": None if model.labels is None else asdict(model.labels),
+        "camera": model.takes_camera,
         "max_priority": service_of(request).most_priority(owner_of(request)),
     }
     names = dict.fromkeys((model.name, *settings.aliases))

@@ -24,7 +24,7 @@ from sora_engine.serve.replies import Plan
 from sora_engine.serve.service import Service, owner_of, service_of
 from sora_engine.serve.store import Mismatch, Row
 from sora_engine.serve.tracing import TRACEPARENT
-from sora_engine.serve.translate import Stored, remixed, stored_of
+from sora_engine.serve.translate import Stored, remixed, repeated, stored_of
 from sora_engine.serve.wire import Body, Media, Sampling
 
 if TYPE_CHECKING:
@@ -41,14 +41,16 @@ REMIX_STRENGTH = 0.6
 @dataclass(frozen=True, slots=True)
 class Order:
     """What a client asks for. task: of `translate`. model: of its body. source: the id of the video
-    that it starts from, where its path names one. again: its own request is made again. refine: at
-    the size that it was a draft of."""
+    that it starts from, where its path names one. again: its own request is made again, from what
+    it became. refine: at the size that it was a draft of. repeat: its own request is made again as
+    it was, whatever became of it."""
 
     task: str
     model: type[Sampling]
     source: str | None = None
     again: bool = False
     refine: bool = False
+    repeat: bool = False
     kind: str = "video"
 
 
@@ -129,7 +131,9 @@ class Clerk:
     def place(self, order: Order, form: Form, key: str | None) -> Row:
         """Accept a job."""
         stored, body, facts = self.read(order, form)
-        told = json.dumps([order.task, order.source, order.again, stored], sort_keys=True)
+        told = json.dumps(
+            [order.task, order.source, order.again, order.repeat, stored], sort_keys=True
+        )
         idempotency = None if key is None else (key, hashlib.sha256(told.encode()).hexdigest())
         try:
             return self._desk.create(
@@ -165,7 +169,9 @@ class Clerk:
 
     def read(self, order: Order, form: Form) -> tuple[Stored, Sampling, dict[str, Any]]:
         """What is stored of an order, its body, and what its job's answers tell of it."""
-        source = None if order.source is None else self._completed(order.source)
+        source = None
+        if order.source is not None:
+            source = self._own(order.source) if order.repeat else self._completed(order.source)
         fields = dict(form.fields)
         for name, file in form.files.items():
             if name in fields:
@@ -178,6 +184,8 @@ class Clerk:
         facts: dict[str, Any] = {"model": body.model or self._desk.engine.model.name}
         if source is None:
             stored = stored_of(order.task, body, self._keep)
+        elif order.repeat:
+            stored = repeated(source.body, body)
         else:
             media = self._keep(Media(video_id=source.id), "video")
             if order.again:
@@ -248,8 +256,11 @@ class Clerk:
             file.seek(0)
             return self._kept(file, name)
 
+    def _own(self, name: str) -> Row:
+        return self._desk.row(self._owner, name, "video")
+
     def _completed(self, name: str, param: str | None = None) -> Row:
-        row = self._desk.row(self._owner, name, "video")
+        row = self._own(name)
         if row.state != "completed":
             raise ApiError(
                 400, "video_not_completed", f"the video is {row.state}, not completed", param=param

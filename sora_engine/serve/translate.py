@@ -103,6 +103,12 @@ def remixed(base: Stored, media: dict[str, Any], body: Body, strength: float) ->
     }
 
 
+def repeated(base: Stored, body: Body) -> Stored:
+    """The stored request of another video as it was, under other fields."""
+    given = stored_of(base["task"], body, lambda _media, name: {"name": name})["fields"]
+    return {**base, "fields": {**base["fields"], **given}}
+
+
 def uploads_of(stored: Any) -> set[str]:
     """The hashes of all uploads that a stored request needs."""
     if isinstance(stored, dict):
@@ -176,6 +182,9 @@ class Translator:
 
     def _settings(self, fields: dict[str, Any]) -> dict[str, Any]:
         settings = {name: fields[name] for name in PLAIN if name in fields}
+        if "camera" in fields:  # a list is never the path of a file
+            camera = fields["camera"]
+            settings["camera"] = [camera] if isinstance(camera, str) else camera
         if "guidance" in fields:
             settings["guidance"] = Guidance(**fields["guidance"])
         if "window" in fields:

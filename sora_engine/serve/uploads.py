@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 
 from sora_engine.errors import MediaError
 from sora_engine.serve.document import FAILURES
-from sora_engine.serve.failures import ApiError, bad_value, message_of
+from sora_engine.serve.failures import ApiError, bad_value, message_of, not_found
 from sora_engine.serve.form import read_form
 from sora_engine.serve.intake import Examined, Intake
 from sora_engine.serve.service import Service, service_of
@@ -66,6 +67,30 @@ async def create(request: Request) -> Upload:
     finally:
         await form.close()
     request.app.state.metrics.uploads.inc(size)
+    return _told(sha256, size, found)
+
+
+@router.get("/{upload_id}", operation_id="retrieveUpload")
+async def retrieve(upload_id: str, request: Request) -> Upload:
+    """What is in an upload that is still kept. Who has its id may use it, and so may see this."""
+    service = service_of(request)
+    intake: Intake = request.app.state.intake
+    if re.fullmatch(r"upload_[0-9a-f]{64}", upload_id) is None:
+        raise not_found("upload")
+    sha256 = upload_id.removeprefix("upload_")
+    own = service.files.upload(sha256)
+    path = own if own.is_file() else service.neighbours.upload(sha256)
+    if path is None:
+        raise not_found("upload")
+    try:
+        found = await asyncio.to_thread(intake.examine, path)
+        size = path.stat().st_size
+    except FileNotFoundError:  # it was removed in between
+        raise not_found("upload") from None
+    return _told(sha256, size, found)
+
+
+def _told(sha256: str, size: int, found: Examined) -> Upload:
     return Upload(
         id=f"upload_{sha256}",
         bytes=size,

@@ -1,5 +1,5 @@
-"""What is made of a video: remix, edits, extensions, loop, connect, upscale, refine; and what is
-asked of one: cancel, plan, request, sync."""
+"""What is made of a video: remix, edits, extensions, loop, connect, upscale, refine, and the same
+again; and what is asked of one: cancel, priority, request, sync."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from fastapi import APIRouter, Request, Response
 from sora_engine.serve.answers import video_for
 from sora_engine.serve.document import FAILURES, takes
 from sora_engine.serve.failures import ApiError, bad_value
-from sora_engine.serve.orders import Order, place, propose, read
-from sora_engine.serve.replies import Plan, Video
+from sora_engine.serve.menu import CREATE, OF_CLIPS, OF_VIDEOS
+from sora_engine.serve.orders import Order, place, read
+from sora_engine.serve.replies import Video
 from sora_engine.serve.service import desk_of, owner_of, service_of
 from sora_engine.serve.videos import content
 from sora_engine.serve.waiting import ended, failure_of
 from sora_engine.serve.wire import (
-    ConnectVideos,
-    CreateVideo,
-    EditVideo,
-    ExtendVideo,
     LoopVideo,
     RefineVideo,
     RemixVideo,
+    RepeatVideo,
     SetPriority,
     UpscaleVideo,
 )
@@ -35,51 +33,54 @@ async def _placed(request: Request, order: Order) -> Video:
     return video_for(request, desk_of(request), await place(request, order))
 
 
-@router.post(
-    "/edits", operation_id="editVideo", openapi_extra=takes(EditVideo, files=("video", "mask"))
-)
+async def _made_of(video_id: str, request: Request, work: str) -> Video:
+    _, order = OF_VIDEOS[work]
+    return await _placed(request, order(request, video_id))
+
+
+def _takes(work: str) -> dict[str, Any]:
+    return takes(OF_CLIPS[work].order.model, files=OF_CLIPS[work].files)
+
+
+@router.post("/edits", operation_id="editVideo", openapi_extra=_takes("edits"))
 async def edits(request: Request) -> Video:
     """A clip changed to fit a prompt: all of it, where a mask is white, or some of its frames."""
-    return await _placed(request, Order("edit", EditVideo))
+    return await _placed(request, OF_CLIPS["edits"].order)
 
 
-@router.post(
-    "/extensions", operation_id="extendVideo", openapi_extra=takes(ExtendVideo, files=("video",))
-)
+@router.post("/extensions", operation_id="extendVideo", openapi_extra=_takes("extensions"))
 async def extensions(request: Request) -> Video:
     """A clip made longer; the answer's `seconds` is the whole length."""
-    return await _placed(request, Order("extend", ExtendVideo))
+    return await _placed(request, OF_CLIPS["extensions"].order)
 
 
-@router.post(
-    "/connect",
-    operation_id="connectVideos",
-    openapi_extra=takes(ConnectVideos, files=("first", "second")),
-)
+@router.post("/connect", operation_id="connectVideos", openapi_extra=_takes("connect"))
 async def connect(request: Request) -> Video:
     """Two clips with new frames between them."""
-    return await _placed(request, Order("connect", ConnectVideos))
+    return await _placed(request, OF_CLIPS["connect"].order)
 
 
-@router.post(
-    "/plan",
-    operation_id="planVideo",
-    openapi_extra=takes(CreateVideo, files=("input_reference",)),
-)
-async def plan(request: Request) -> Plan:
-    """What a video would take. Nothing is queued."""
-    return await propose(request, Order("create", CreateVideo))
+@router.post("/loop", operation_id="loopClip", openapi_extra=_takes("loop"))
+async def loop_clip(request: Request) -> Video:
+    """New frames that lead from a clip's end to its beginning."""
+    return await _placed(request, OF_CLIPS["loop"].order)
+
+
+@router.post("/upscale", operation_id="upscaleClip", openapi_extra=_takes("upscale"))
+async def upscale_clip(request: Request) -> Video:
+    """A clip at a larger size, its detail drawn anew."""
+    return await _placed(request, OF_CLIPS["upscale"].order)
 
 
 @router.post(
     "/sync",
     operation_id="createVideoSync",
     response_class=Response,
-    openapi_extra=takes(CreateVideo, files=("input_reference",)),
+    openapi_extra=takes(CREATE.order.model, files=CREATE.files),
 )
 async def sync(request: Request) -> Response:
     """A video as the answer itself. A client that goes away cancels it."""
-    row = await place(request, Order("create", CreateVideo))
+    row = await place(request, CREATE.order)
     row = await ended(request, desk_of(request), row)
     if row.state != "completed":
         raise failure_of(row)
@@ -98,31 +99,32 @@ async def characters() -> None:
 @router.post("/{video_id}/remix", operation_id="remixVideo", openapi_extra=takes(RemixVideo))
 async def remix(video_id: str, request: Request) -> Video:
     """The same request with another prompt, from the video that it became."""
-    desk = desk_of(request)
-    row = desk.row(owner_of(request), video_id, "video")
-    order = Order(row.body["task"], RemixVideo, source=video_id, again=True)
-    return await _placed(request, order)
+    return await _made_of(video_id, request, "remix")
 
 
 @router.post("/{video_id}/refine", operation_id="refineVideo", openapi_extra=takes(RefineVideo))
 async def refine(video_id: str, request: Request) -> Video:
     """A draft at its full size."""
-    desk = desk_of(request)
-    row = desk.row(owner_of(request), video_id, "video")
-    order = Order(row.body["task"], RefineVideo, source=video_id, again=True, refine=True)
-    return await _placed(request, order)
+    return await _made_of(video_id, request, "refine")
+
+
+@router.post("/{video_id}/again", operation_id="repeatVideo", openapi_extra=takes(RepeatVideo))
+async def again(video_id: str, request: Request) -> Video:
+    """The same request as it was, with its clips and its seed; what the body has is in place of its
+    own."""
+    return await _made_of(video_id, request, "again")
 
 
 @router.post("/{video_id}/loop", operation_id="loopVideo", openapi_extra=takes(LoopVideo))
 async def loop(video_id: str, request: Request) -> Video:
     """New frames that lead from a video's end to its beginning."""
-    return await _placed(request, Order("loop", LoopVideo, source=video_id))
+    return await _made_of(video_id, request, "loop")
 
 
 @router.post("/{video_id}/upscale", operation_id="upscaleVideo", openapi_extra=takes(UpscaleVideo))
 async def upscale(video_id: str, request: Request) -> Video:
     """A video at a larger size, its detail drawn anew."""
-    return await _placed(request, Order("upscale", UpscaleVideo, source=video_id))
+    return await _made_of(video_id, request, "upscale")
 
 
 @router.post(

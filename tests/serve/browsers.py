@@ -50,7 +50,10 @@ def chromium() -> Iterator[Any]:
 class Page:
     """A tab on the page, and what went wrong in it."""
 
-    def __init__(self, browser: Any, service: Service, **options: Any) -> None:
+    def __init__(
+        self, browser: Any, service: Service, *, clock: bool = False, **options: Any
+    ) -> None:
+        """clock: the page's time can be made to pass."""
         self.context = browser.new_context(
             **{"viewport": {"width": 1100, "height": 900}, **options}
         )
@@ -61,6 +64,8 @@ class Page:
         self.tab.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
         self.tab.on("console", self._heard)
         self.tab.on("request", self._asked)
+        if clock:
+            self.tab.clock.install()
         self.tab.route(_WORKED_ON, _in_four_steps)
         self.tab.goto(service.url)
         sync_api.expect(self.tab.locator("#model")).not_to_be_empty()
@@ -108,12 +113,23 @@ class Page:
         card.get_by_role("button", name=name, exact=True).click()
         if self.tab.locator("#ask [name=seconds]").count():
             self.tab.locator("#ask [name=seconds]").fill("0.5")
-        with self.tab.expect_response(
-            lambda r: r.request.method == "POST" and path in r.url
-        ) as answer:
+        with self.tab.expect_response(lambda r: r.url.endswith(path)) as answer:
             self.tab.locator("#ask-yes").click()
         assert answer.value.status == 200, answer.value.text()
         return str(answer.value.json()["id"])
+
+    def paint(self) -> None:
+        """Draws a short line with the brush, in the last quarter of the picture."""
+        box = self.tab.locator("#brush-canvas").bounding_box()
+        x, y = box["x"] + 0.7 * box["width"], box["y"] + 0.7 * box["height"]
+        self.drag(x, y, box["width"] / 8, box["height"] / 8)
+
+    def drag(self, x: float, y: float, across: float, down: float = 0.0) -> None:
+        """Presses at a point, and lets go that far from it."""
+        self.tab.mouse.move(x, y)
+        self.tab.mouse.down()
+        self.tab.mouse.move(x + across, y + down, steps=4)
+        self.tab.mouse.up()
 
     def tab_to(self, wanted: str) -> None:
         """Presses Tab until what a selector names has the focus."""
@@ -145,7 +161,7 @@ class Page:
             self.tab.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
 
 
-_WORKED_ON = re.compile(r"/v1/videos/(extensions|connect|edits|[^/]+/(loop|upscale|refine))$")
+_WORKED_ON = re.compile(r"/v1/videos/(extensions|connect|edits|loop|upscale|[^/]+/refine)$")
 
 
 def _in_four_steps(route: Any) -> None:
@@ -155,9 +171,9 @@ def _in_four_steps(route: Any) -> None:
 
 
 @contextlib.contextmanager
-def opened(browser: Any, service: Service) -> Iterator[Page]:
+def opened(browser: Any, service: Service, **options: Any) -> Iterator[Page]:
     """A tab in which nothing went wrong, and a service that is idle after it."""
-    page = Page(browser, service)
+    page = Page(browser, service, **options)
     yield page
     page.context.close()
     service.idle()

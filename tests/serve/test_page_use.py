@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sora_engine.io.certificates import CERTIFICATE, KEY, make_certificates
 from tests.serve.browsers import Page, chromium, opened, sync_api
@@ -42,6 +44,7 @@ def test_the_buttons_of_a_video_make_jobs(page: Page) -> None:
         ("Edit", "/edits"),
         ("New frames", "/edits"),
         ("Upscale", "/upscale"),
+        ("Refine", "/refine"),
     ):
         if name == "New frames":
             card.get_by_role("button", name=name).click()
@@ -52,9 +55,6 @@ def test_the_buttons_of_a_video_make_jobs(page: Page) -> None:
         else:
             job = page.act(card, name, path)
         assert page.service.ended(job)["status"] == "completed", name
-    with page.tab.expect_response(lambda r: r.url.endswith("/refine")) as answer:
-        card.get_by_role("button", name="Refine").click()
-    assert page.service.ended(answer.value.json()["id"])["status"] == "completed"
     card.get_by_role("button", name="Same again").click()
     sync_api.expect(page.tab.locator("#draft")).to_be_checked()
     assert page.tab.locator("#steps").input_value() == "4"
@@ -73,16 +73,33 @@ def test_axe_finds_nothing_serious(browser: Any, service: Service, scheme: str) 
     page.fill("a red circle")
     page.tab.locator("#add-text").click()
     page.tab.get_by_role("button", name="Mute Text").click()
+    page.tab.locator("#loop").check()
     card = page.done(made)
     card.get_by_text("How it was made").click()
+    card.get_by_role("button", name="To the time line").click()
+    page.tab.locator("#own").set_input_files(
+        {"name": "a.png", "mimeType": "image/png", "buffer": a_picture()}
+    )
+    own = page.tab.locator("#gallery .own")
+    own.get_by_text("More to do with it").click()
+    own.get_by_role("button", name="Connect", exact=True).click()
     page.sound()
-    for name in ("Extend after", "Inpaint"):
+    page.tab.locator("#pick-stop").click()
+    for name in ("Remix", "Inpaint"):
         card.get_by_role("button", name=name, exact=True).click()
         page.tab.locator("dialog[open]").wait_for()
         page.sound()
         page.tab.keyboard.press("Escape")
+    card.get_by_role("button", name="Delete").click()
+    page.sound()
     page.context.close()
     assert not page.wrong
+
+
+def a_picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32), "teal").save(file, "png")
+    return file.getvalue()
 
 
 def test_a_video_is_made_and_extended_by_keyboard_alone(page: Page) -> None:
@@ -127,11 +144,8 @@ def test_a_clip_is_dragged_placed_by_number_trimmed_muted_and_removed(page: Page
     )
     card = page.tab.locator(".card.clip")
     card.wait_for()
-    box, track = card.bounding_box(), page.tab.locator("#track").bounding_box()
-    page.tab.mouse.move(box["x"] + 12, box["y"] + box["height"] / 2)
-    page.tab.mouse.down()
-    page.tab.mouse.move(box["x"] + 12 + track["width"] / 2, box["y"] + 9, steps=5)
-    page.tab.mouse.up()
+    box, track = card.locator(".bar").bounding_box(), page.tab.locator("#track").bounding_box()
+    page.drag(box["x"] + box["width"] / 2, box["y"] + 9, track["width"] / 2)
     dragged = int(card.get_by_label("From frame").input_value())
     assert 13 <= dragged <= 20
     assert card.get_attribute("aria-label") == f"Clip at frame {dragged}"
@@ -217,14 +231,19 @@ def test_what_the_model_has_is_offered_and_asked_for(browser: Any, service: Serv
 
     def richer(route: Any) -> None:
         told = route.fetch().json()
-        extra = {"loras": ["ink", "oil"], "ladders": ["fast-4"], "experts": 2}
+        extra = {"loras": ["ink", "oil"], "ladders": ["fast-4", "own-8"], "experts": 2}
         told["data"][0]["sora"] |= {**extra, "labels": {"count": 2, "names": {"owl": 1}}}
+        told["data"][0]["sora"]["defaults"]["ladder"] = "own-8"
         route.fulfill(json=told)
 
     page.tab.route("**/v1/models", richer)
     page.tab.route("**/v1/videos/plan", lambda route: route.fulfill(json={"num_steps": 4}))
     page.tab.reload()
     page.fill("a red circle", guidance2="2", label="owl")
+    offered = page.tab.locator("#ladder option").all_inner_texts()
+    assert offered == ["the model's (own-8)", "fast-4", "none, any number of steps"]
+    with page.planned(lambda body: body.get("ladder") == ""):
+        page.tab.locator("#ladder").select_option(label=offered[2])
     page.tab.locator("#ladder").select_option("fast-4")
     page.tab.get_by_label("ink", exact=True).check()
     with page.planned(lambda body: body["loras"] and body["loras"][0]["strength"] == 0.5) as asked:

@@ -47,8 +47,8 @@ def test_every_route_stands_in_the_page_and_is_called():
     for path, methods in json.loads(document())["paths"].items():
         if path.startswith(("/session", "/v1/images/{", "/v1/models/{")):
             continue  # for the browser, and by addresses that answers give
-        assert path.replace("{video_id}", "{id}") in PAGE, path
-        pattern = re.escape(path).replace(r"\{video_id\}", r"\$[A-Z]")
+        assert re.sub(r"{(video|upload)_id}", "{id}", path) in PAGE, path
+        pattern = re.sub(r"\\{(video|upload)_id\\}", r"\\$[A-Z]", re.escape(path))
         if path != "/v1/videos/{video_id}/preview":  # it is there only while a job is made
             assert re.search(rf"\$S{pattern}", called), (path, methods)
     for code in {code for _, code in failures._CODES}:

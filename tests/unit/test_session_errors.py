@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import sora_engine as sora
 from sora_engine.errors import error_from_fields
 from sora_engine.runtime import executor as executor_module
-from tests.unit.world_folder import BUTTONS, save_world, say
+from sora_engine.runtime.sessions import Sessions
+from tests.unit.world_folder import BUTTONS, WORLD, save_world, say
 
-WORLD = sora.SessionRequest("a red circle", seed=7)
 LIMITS = sora.Limits(pack_tokens=512, max_sessions=3)
 
 
@@ -139,6 +138,13 @@ def test_a_checkpoint_without_actions_says_which_take_them(tmp_path):
             engine.open_session(WORLD)
         with pytest.raises(sora.SessionError, match='"actions" in their generation'):
             engine.plan(WORLD)
+
+
+def test_an_engine_over_ranks_opens_no_sessions(engine):
+    over_ranks = Sessions(replace(engine._intake, planner=None))
+    for ask in (over_ranks.plan, lambda request: over_ranks.open(engine, request)):
+        with pytest.raises(sora.SessionError, match="an engine without `parallel` opens sessions"):
+            ask(WORLD)
 
 
 def test_a_checkpoint_that_takes_known_frames_otherwise_says_so(tmp_path):
@@ -361,94 +367,6 @@ def test_hooks_see_what_a_session_reads_and_makes(folder):
         ((1, 32, 32, 3), "a red circle", 0, 1),
         ((4, 32, 32, 3), "a red circle", 0, 4),
     ]
-
-
-def test_files_that_are_no_sessions_are_told(engine, world, folder, tmp_path):
-    world.step(sora.Action("right"))
-    path = world.save(tmp_path / "good.world")
-    text = tmp_path / "text.world"
-    text.write_text("a world")
-    save_file({"latents": torch.zeros(2)}, tmp_path / "other.world")
-    half = tmp_path / "half.world"
-    half.write_bytes(path.read_bytes()[:-100])
-    for file, words in (
-        (tmp_path / "none.world", "cannot be read as a saved session"),
-        (text, "cannot be read as a saved session"),
-        (half, "cannot be read as a saved session"),
-        (tmp_path / "other.world", "this is no saved session of this version: it holds 1 tensors"),
-    ):
-        with pytest.raises(sora.CheckpointError, match=words) as caught:
-            engine.reopen_session(file)
-        assert str(file) in str(caught.value)
-    with pytest.raises(sora.CheckpointError, match="no saved job of this version"):
-        engine.resume(path)
-    with pytest.raises(sora.RequestError, match="a saved session must be a path"):
-        engine.reopen_session(3)
-    with pytest.raises(OSError, match="no file"):
-        world.save("")
-    other = save_world(tmp_path / "elsewhere", seed=1)
-    with sora.Engine.from_pretrained(other, device="cpu", limits=LIMITS) as theirs:
-        with pytest.raises(sora.CheckpointError, match="saved from another model: weights"):
-            theirs.reopen_session(path)
-        with world.record(tmp_path / "play.mp4"):
-            world.step()
-        with pytest.raises(sora.CheckpointError, match="recorded from another model: weights"):
-            theirs.replay(tmp_path / "play.mp4")
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda said, tensors: said.update(context=[9]),
-        lambda said, tensors: said.update(context=[]),
-        lambda said, tensors: said["moments"].pop(),
-        lambda said, tensors: said.pop("log"),
-        lambda said, tensors: said.update(log=[[{"press": ["right"]}, 0]]),
-        lambda said, tensors: said["request"].update(strength=1),
-        lambda said, tensors: said.update(decoder={"latent_frames": 2, "caches": [True] * 99}),
-        lambda said, tensors: tensors.pop("frames"),
-        lambda said, tensors: tensors.update(latents=tensors["latents"].half()),
-        lambda said, tensors: tensors.update(latents=tensors["latents"][:, :, :2].contiguous()),
-    ],
-)
-def test_a_damaged_file_is_told(engine, world, tmp_path, damage):
-    from safetensors import safe_open
-
-    world.step(sora.Action("right"))
-    path = world.save(tmp_path / "a.world")
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        said = json.loads(file.metadata()["sora_session"])
-    damage(said, tensors)
-    save_file(tensors, path, {"sora_session": json.dumps(said)})
-    with pytest.raises(sora.CheckpointError, match="is damaged as a saved session"):
-        engine.reopen_session(path)
-
-
-def test_recordings_that_cannot_be_are_told(engine, world, tmp_path):
-    for path, words in (
-        (tmp_path / "play.gif", "a session is recorded to an .mp4 file"),
-        (tmp_path / "none" / "play.mp4", "does not exist"),
-    ):
-        with pytest.raises(sora.MediaError, match=words):
-            world.record(path)
-    with (
-        pytest.raises(sora.MediaError, match="at least one frame"),
-        world.record(tmp_path / "a.mp4"),
-    ):
-        pass
-    recording = world.record(tmp_path / "a.mp4")
-    world.step()
-    recording.__exit__(RuntimeError, RuntimeError("mine"), None)
-    assert list(tmp_path.iterdir()) == []
-    video = engine.generate(sora.VideoRequest("a cat", num_frames=5))
-    video.save(tmp_path / "video.mp4")
-    with pytest.raises(sora.MediaError, match="is no recording of a session"):
-        engine.replay(tmp_path / "video.mp4")
-    with engine.open_session(WORLD, memory=world.memory), world.record(tmp_path / "two.mp4"):
-        world.step()
-    with pytest.raises(sora.SessionError, match="another session had the same memory"):
-        engine.replay(tmp_path / "two.mp4")
 
 
 def test_sources_that_give_no_actions_are_told(world):

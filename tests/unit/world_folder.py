@@ -8,10 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
+import sora_engine as sora
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
 from tests.parity.oracles import tiny_text_encoder
@@ -26,6 +28,7 @@ SESSION = {
     "fps": 16,
     "world": [20, 20],
 }
+WORLD = sora.SessionRequest("a red circle", seed=7)
 CONFIG = WanConfig(
     num_attention_heads=2,
     attention_head_dim=20,
@@ -100,3 +103,19 @@ def say(path: Path, values: dict[str, Any]) -> None:
     """JSON in a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values))
+
+
+def played(world: sora.Session, text: str) -> list[np.ndarray]:
+    """The frames of actions, a step each."""
+    return [world.step(action) for action in world.actions.parse(text)]
+
+
+def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    """Whether they are the same bytes."""
+    assert len(one) == len(other) > 0
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def latents(world: sora.Session) -> torch.Tensor:
+    """The latent frame that a session made last."""
+    return world._standing.context[-1].latent

@@ -14,13 +14,12 @@ from sora_engine.serve.failures import not_found
 
 router = APIRouter(include_in_schema=False)
 
+_MODULES = (
+    *("api", "app", "brush", "choices", "dialog", "foresight"),
+    *("gallery", "media", "own", "timeline", "works"),
+)
 _KINDS = {
-    "app.js": "text/javascript",
-    "api.js": "text/javascript",
-    "brush.js": "text/javascript",
-    "choices.js": "text/javascript",
-    "gallery.js": "text/javascript",
-    "timeline.js": "text/javascript",
+    **{f"{name}.js": "text/javascript" for name in _MODULES},
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
 }

@@ -1,38 +1,73 @@
 // @ts-check
 // The form, its state in the address and in local storage, and what holds the page together.
 
-import { api, Refused } from "./api.js";
-import { adapters, offer, tick } from "./choices.js";
-import { Gallery, time } from "./gallery.js";
+import { api, of, Refused } from "./api.js";
+import { adapters, OFF, offer, tick } from "./choices.js";
+import { Foresight } from "./foresight.js";
+import { Gallery } from "./gallery.js";
+import { bring, sent } from "./own.js";
 import { kept, Timeline } from "./timeline.js";
+import { media } from "./works.js";
 
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 const FIELDS = ["prompt", "size", "length", "seed", "steps", "guidance", "fps", "solver", "priority", "ladder", "guidance2", "label", "negative"];
 const CHECKS = ["loop", "lock", "draft"];
 const STATE = "sora_engine.form";
 
+/** What a stored request may have that this form holds too. */
+const HELD = new Set([
+  "prompt", "height", "width", "num_frames", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2", "fps",
+  "solver", "ladder", "label", "negative_prompt", "draft", "loras", "clips", "shots", "loop",
+]);
+/** The share of a video that one clip may be before the time line is made longer for it. */
+const MOST_KNOWN = 0.75;
+/** How long the page tells of what happened, before it tells again how things stand. */
+const TOLD_MS = 8000;
+/** A reader of screens that is told each step hears nothing else. */
+const STAND_MS = 5000;
+
 /** @type {any} */
 let model = null;
-let spoken = 0, planned = 0;
+/** What the head of the page says: what happened last, and how the jobs stand. */
+const head = { event: "", standing: "", timer: 0, at: 0 };
 /** Whether the problem that is shown is of the plan: the next plan that succeeds takes it away. */
 let ofPlan = false;
 
+/** Tells what happened. */
 function say(/** @type {string} */ words) {
-  // A reader of screens that is told each step hears nothing else.
-  const now = Date.now();
-  if (/^(step|frame|waiting)/.test(words) && now - spoken < 5000) return;
-  spoken = now;
-  $("status").textContent = words;
+  head.event = words;
+  window.clearTimeout(head.timer);
+  head.timer = window.setTimeout(() => { head.event = ""; showHead(); }, TOLD_MS);
+  showHead();
+}
+
+/** Tells how the jobs stand; "" where none is under way. */
+function stand(/** @type {string} */ words) {
+  head.standing = words;
+  if (!words || Date.now() - head.at >= STAND_MS) showHead();
+}
+
+function showHead() {
+  const words = head.event || head.standing;
+  if (!head.event && words) head.at = Date.now();
+  if ($("status").textContent !== words) $("status").textContent = words;
 }
 
 function fail(/** @type {unknown} */ error) {
   if (error instanceof Refused && error.status === 401) return void enter();
   ofPlan = false;
-  $("problem").textContent = error instanceof Error ? error.message : String(error);
+  const words = error instanceof Error ? error.message : String(error);
+  if ($("problem").textContent === words) return;
+  $("problem").textContent = words;
+  $("problem").scrollIntoView({ block: "nearest" });
 }
 
 const timeline = new Timeline($("track"), changed);
-const gallery = new Gallery({ say, fail, again, place, most: () => model?.max_priority ?? 0 });
+const gallery = new Gallery({ say, stand, fail, again, place, most: () => model?.max_priority ?? 0 });
+const foresight = new Foresight($("plan"), () => (model && $("prompt").value.trim() ? of("", wire()) : null), {
+  failed: (error) => { fail(error); ofPlan = true; },
+  went: () => { if (ofPlan) $("problem").textContent = ""; },
+});
 
 function shape() {
   const step = model.grid.time * model.grid.patch[0];
@@ -106,7 +141,7 @@ function wire() {
     priority: number("priority"),
     solver: $("solver").value || undefined,
     negative_prompt: $("negative").value || undefined,
-    ladder: $("ladder").value || undefined,
+    ladder: $("ladder").value === OFF ? "" : $("ladder").value || undefined,
     guidance_scale_2: number("guidance2"),
     label: $("label").value.trim() || undefined,
     draft: $("draft").checked || undefined,
@@ -129,27 +164,8 @@ function changed() {
   const text = JSON.stringify(state);
   try { localStorage.setItem(STATE, text); } catch { /* private windows have none */ }
   history.replaceState(null, "", `#${encodeURIComponent(text)}`);
-  window.clearTimeout(planned);
-  planned = window.setTimeout(plan, 400);
+  foresight.soon();
 }
-
-async function plan() {
-  if (!model || !$("prompt").value.trim()) return;
-  try {
-    const told = await api.plan(wire());
-    const memory = told.peak_memory_mb == null ? "" : `${memoryOf(told.peak_memory_mb)} of memory promised`;
-    const eta = told.eta_s == null ? "" : `about ${time(told.eta_s)}`;
-    const ahead = told.queue_position ? `${told.queue_position} before it` : "";
-    $("plan").textContent = [`${told.num_steps} steps`, memory, eta, ahead].filter(Boolean).join(", ");
-    if (ofPlan) $("problem").textContent = "";
-  } catch (error) {
-    $("plan").textContent = "";
-    fail(error);
-    ofPlan = true;
-  }
-}
-
-const memoryOf = (/** @type {number} */ mib) => (mib < 1000 ? `${Math.round(mib)} MiB` : `${(mib / 1024).toFixed(1)} GiB`);
 
 function restore() {
   let saved = null;
@@ -174,23 +190,30 @@ function restore() {
   if (!$("seed").value) dice();
 }
 
-/** The form as a finished video was made. @param {any} video */
+/** The form as a video was made, with its clips. What the form cannot hold is asked for in a dialog. @param {any} video */
 async function again(video) {
-  const told = await api.request(video.id).catch(() => null), fields = told?.fields ?? {};
+  const { task, fields, over } = await api.request(video.id);
+  const held = Object.keys(fields).every((name) => HELD.has(name));
+  if (task !== "create" || over || !held || fields.loras?.some((/** @type {any} */ one) => one.expert)) {
+    return gallery.works.repeat(video, !fields.shots?.length);
+  }
+  const clips = await Promise.all((fields.clips ?? []).map(cardOf));
   $("prompt").value = video.prompt ?? "";
-  for (const [name, value] of [["size", video.size], ["length", String(video.num_frames)]]) {
+  $("loop").checked = fields.loop === true;
+  lengths();
+  for (const [name, value] of [["size", video.size], ["length", String(video.num_frames)], ["ladder", fields.ladder === "" ? OFF : fields.ladder ?? ""]]) {
     if (![...$(name).options].some((/** @type {any} */ one) => one.value === value)) $(name).append(new Option(value, value));
     $(name).value = value;
   }
   $("seed").value = String(video.seed);
   for (const [name, field] of [
     ["steps", "num_inference_steps"], ["guidance", "guidance_scale"], ["guidance2", "guidance_scale_2"], ["fps", "fps"],
-    ["solver", "solver"], ["ladder", "ladder"], ["label", "label"], ["negative", "negative_prompt"],
+    ["solver", "solver"], ["label", "label"], ["negative", "negative_prompt"],
   ]) $(name).value = String(fields[field] ?? "");
   $("draft").checked = fields.draft === true;
   tick(fields.loras);
   let at = 0;
-  timeline.cards = []; // of its texts alone: its clips are not given out again
+  timeline.cards = clips;
   for (const shot of fields.shots ?? []) {
     if (at) timeline.cards.push({ kind: "text", at, words: shot.prompt });
     else $("prompt").value = shot.prompt;
@@ -202,13 +225,22 @@ async function again(video) {
   say("the form is as that video was made");
 }
 
+/** A clip of a stored request as a card. @param {any} clip @returns {Promise<import("./timeline.js").Card>} */
+async function cardOf({ upload, at, start, stop, mask }) {
+  const name = `upload_${upload}`, found = await api.uploaded(name);
+  return {
+    kind: found.num_frames > 1 ? "clip" : "picture", at, upload: name, frames: found.num_frames, rate: found.fps, start, stop,
+    mask: mask && { upload: `upload_${mask.upload}` },
+  };
+}
+
 async function make(/** @type {Event} */ event) {
   event.preventDefault();
   $("problem").textContent = "";
   if (!$("prompt").value.trim()) return fail(new Error("there is no prompt; say what the video shows"));
   $("make").disabled = true;
   try {
-    gallery.put(await api.create(wire()));
+    gallery.put(await api.make(of("", wire())));
     say("queued");
     if (!$("lock").checked) dice();
     changed();
@@ -222,17 +254,28 @@ async function make(/** @type {Event} */ event) {
 
 async function addFile(/** @type {File} */ file) {
   say("uploading");
-  const found = await api.upload(file, file.name);
-  const clip = found.num_frames > 1;
-  timeline.add({ kind: clip ? "clip" : "picture", at: 0, upload: found.id, frames: found.num_frames ?? 1 });
-  say(`${file.name} is on the time line`);
+  const { id: upload, num_frames: frames, fps: rate } = await sent(file);
+  onto({ kind: frames > 1 ? "clip" : "picture", at: 0, upload, frames, rate: frames > 1 ? rate : undefined }, file.name);
 }
 
-/** A finished video as a card. @param {any} video */
-function place(video) {
-  const clip = video.num_frames > 1;
-  timeline.add({ kind: clip ? "clip" : "picture", at: 0, video_id: video.id, frames: video.num_frames });
-  say("it is on the time line");
+/** A video, or a file of the reader's, as a card. @param {import("./works.js").Source} source */
+function place(source) {
+  onto({ kind: source.frames > 1 ? "clip" : "picture", at: 0, ...media(source), frames: source.frames, rate: source.rate }, "it");
+  $("line-name").scrollIntoView({ block: "nearest" });
+}
+
+/** Puts a card onto the time line, which becomes longer where the clip would leave next to nothing to make.
+ * @param {import("./timeline.js").Card} card @param {string} name */
+function onto(card, name) {
+  const long = timeline.whole(card);
+  const longer = [...$("length").options].map((one) => Number(one.value)).filter((n) => n * MOST_KNOWN >= long).sort((a, b) => a - b);
+  const grows = card.kind === "clip" && long > MOST_KNOWN * timeline.frames && longer.length > 0;
+  if (grows) {
+    $("length").value = String(longer[0]);
+    shape();
+  }
+  timeline.add(card);
+  say(`${name} is on the time line${grows ? `, which has ${longer[0]} frames now: the model makes those behind it` : ""}`);
 }
 
 /** Asks for the key, and opens the page with it. */
@@ -271,6 +314,13 @@ $("track").addEventListener("drop", (/** @type {DragEvent} */ event) => {
   event.preventDefault();
   for (const file of event.dataTransfer?.files ?? []) addFile(file).catch(fail);
 });
+$("bring").addEventListener("click", () => $("own").click());
+$("own").addEventListener("change", () => {
+  const [file] = $("own").files;
+  if (file) { say("uploading"); bring(file, gallery).then(() => say(`${file.name} is here to be worked on`), fail); }
+  $("own").value = "";
+});
+$("pick-stop").addEventListener("click", () => gallery.works.unpick());
 $("older").addEventListener("click", () => gallery.older().catch(fail));
 $("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
   event.preventDefault();

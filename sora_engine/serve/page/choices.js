@@ -3,6 +3,9 @@
 
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 
+/** The choice of no ladder where the model has one of its own. */
+export const OFF = "off";
+
 /** Offers what the model has, and hides the rest. @param {any} model @param {() => void} changed */
 export function offer(model, changed) {
   const list = $("loras");
@@ -22,9 +25,11 @@ export function offer(model, changed) {
     list.append(row);
   }
   const ladders = model.ladders ?? [];
+  const own = model.defaults.ladder;
   $("ladder").replaceChildren(
-    new Option(model.defaults.ladder ? `the model's (${model.defaults.ladder})` : "none", ""),
-    ...ladders.map((/** @type {string} */ name) => new Option(name, name)));
+    new Option(own ? `the model's (${own})` : "none", ""),
+    ...ladders.filter((/** @type {string} */ name) => name !== own).map((/** @type {string} */ name) => new Option(name, name)),
+    ...(own ? [new Option("none, any number of steps", OFF)] : []));
   $("ladder").closest("label").hidden = !ladders.length;
   $("guidance2").closest("label").hidden = (model.experts ?? 1) < 2;
   $("label").closest("label").hidden = !model.labels;

@@ -2,15 +2,16 @@
 // Jobs in the making, and finished videos with what can be done with them.
 
 import { api } from "./api.js";
-import { paint } from "./brush.js";
+import { span, time } from "./foresight.js";
+import { FIRST, Works } from "./works.js";
 
 const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElementById(name));
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const MOST_STREAMS = 3;
 /** A small model makes dozens of steps a second, and each preview is decoded for who asks. */
 const PREVIEW_MS = 400;
-/** What is done with most videos; the rest is folded away. */
-const FIRST = new Set(["Remix", "Extend after", "Loop", "Refine", "Same again"]);
+/** How long a video that was deleted can be had back. */
+const UNDO_MS = 20_000;
 
 /** @param {any} video */
 export function stageWords(video) {
@@ -23,10 +24,6 @@ export function stageWords(video) {
   return video.stage;
 }
 
-/** @param {number} seconds */
-export const time = (seconds) =>
-  seconds < 90 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`;
-
 /** What a file's credentials come to, in a sentence. @param {any} found */
 export function signed(found) {
   if (!found || found.state === "unread") return "";
@@ -38,17 +35,22 @@ export function signed(found) {
 }
 
 export class Gallery {
-  /** @param {{say: (words: string) => void, fail: (error: unknown) => void,
-   *   again: (video: any) => Promise<void>, place: (video: any) => void, most: () => number}} page most: the highest priority. */
+  /** @param {{say: (words: string) => void, stand: (words: string) => void, fail: (error: unknown) => void,
+   *   again: (video: any) => Promise<void>, place: (source: any) => void, most: () => number}} page say: tells what
+   *   happened; stand: how it stands, "" for nothing; most: the highest priority. */
   constructor(page) {
     this.page = page;
-    /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number, next: number}>} */
+    this.works = new Works(page, (job) => this.put(job));
+    /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number, next: number, words: string}>} */
     this.jobs = new Map();
     /** @type {Map<string, HTMLElement>} */
     this.shown = new Map();
-    /** @type {any} */
-    this.first = null;
+    /** @type {Map<string, number>} Videos that are deleted once their time is over. */
+    this.leaving = new Map();
     this.last = null;
+    window.addEventListener("pagehide", () => {
+      for (const name of this.leaving.keys()) api.remove(name, true).catch(() => {});
+    });
   }
 
   async refresh() {
@@ -62,6 +64,7 @@ export class Gallery {
       if (told) this.put(told);
       else if (!missing.length) this.drop(name);
     }
+    this.stand();
     this.lacks(missing.length ? `not all is shown: no answer from ${missing.length === 1 ? "server" : "servers"} ${missing.join(", ")}` : "");
     if (this.last === null) this.more(page);
     this.line(page.data);
@@ -99,7 +102,14 @@ export class Gallery {
 
   empty() {
     $("no-queue").hidden = this.jobs.size > 0;
-    $("no-gallery").hidden = this.shown.size > 0;
+    $("no-gallery").hidden = $("gallery").children.length > 0;
+  }
+
+  /** Tells at the head of the page how the jobs stand. */
+  stand() {
+    const all = [...this.jobs.values()].map((job) => job.words), more = all.length - 1;
+    const first = all.find((words) => !words.startsWith("waiting")) ?? all[0] ?? "";
+    this.page.stand(first && more ? `${first}, and ${more} more` : first);
   }
 
   /** @param {any} video @param {boolean} [atEnd] */
@@ -108,12 +118,13 @@ export class Gallery {
     else {
       if (this.jobs.has(video.id)) {
         const failed = video.error && video.error.code !== "cancelled";
-        this.page.say(failed ? `failed: ${video.error.message}` : video.error ? "cancelled" : "done");
+        this.page.say(failed ? `failed: ${video.error.message}` : video.error ? "cancelled" : `done: ${video.prompt ?? "a video"}`);
         this.drop(video.id);
       }
       if (video.error?.code !== "cancelled") this.finished(video, atEnd);
     }
     this.empty();
+    this.stand();
   }
 
   /** @param {string} name */
@@ -136,7 +147,7 @@ export class Gallery {
         item.querySelector(`.${name}`).onclick = () => this.turn(video.id, Number(item.dataset.priority) + Number(by));
       }
       $("queue").append(item);
-      job = { item, stream: null, step: 0, next: 0 };
+      job = { item, stream: null, step: 0, next: 0, words: "" };
       this.jobs.set(video.id, job);
     }
     if (!job.stream && [...this.jobs.values()].filter((one) => one.stream).length < MOST_STREAMS) {
@@ -152,8 +163,8 @@ export class Gallery {
     item.querySelector(".sooner").disabled = video.priority >= this.page.most();
     item.querySelector(".later").disabled = video.priority <= -8;
     const left = video.eta_s == null ? "" : `, about ${time(video.eta_s)} left`;
-    item.querySelector(".stage").textContent = `${words}${left}; ${video.size}, ${video.seconds} s, seed ${video.seed}${video.priority ? `, priority ${video.priority}` : ""}`;
-    this.page.say(words);
+    item.querySelector(".stage").textContent = `${words}${left}; ${video.size}, ${span(video.seconds)}, seed ${video.seed}${video.priority ? `, priority ${video.priority}` : ""}`;
+    job.words = words;
     if (video.stage === "denoising" && video.steps_done > job.step && Date.now() > job.next) {
       Object.assign(job, { step: video.steps_done, next: Date.now() + PREVIEW_MS });
       this.preview(video, item.querySelector("img"));
@@ -199,9 +210,7 @@ export class Gallery {
   finished(video, atEnd) {
     if (this.shown.has(video.id)) return;
     const item = $("gallery-item").content.firstElementChild.cloneNode(true);
-    item.dataset.id = video.id;
-    const film = item.querySelector("video");
-    const failed = video.status === "failed";
+    const failed = video.status === "failed", film = item.querySelector("video");
     if (failed) {
       film.remove();
       item.classList.add("failed");
@@ -210,135 +219,99 @@ export class Gallery {
     } else {
       film.src = api.content(video.id, "video");
       film.poster = api.content(video.id, "thumbnail");
+      plays(film, video.prompt);
     }
-    film.setAttribute("aria-label", video.prompt ?? "a video");
-    film.muted = true;
-    film.autoplay = !still.matches;
     item.querySelector(".words").textContent = video.prompt ?? "";
     const took = video.inference_time_s == null ? "" : `, took ${time(video.inference_time_s)}`;
-    item.querySelector(".facts").textContent = `${video.size}, ${video.seconds} s, seed ${video.seed}${took}`;
-    const actions = item.querySelector(".actions"), more = item.querySelector(".more .actions");
-    const all = this.actions(video);
-    for (const [name, act] of failed ? all.filter(([name]) => name === "Same again" || name === "Delete") : all) {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.textContent = name;
-      button.onclick = () => Promise.resolve(act()).catch(this.page.fail);
-      (failed || FIRST.has(name) ? actions : more).append(button);
-    }
+    item.querySelector(".facts").textContent = `${video.size}, ${span(video.seconds)}, seed ${video.seed}${took}`;
+    /** @type {[string, () => any][]} */
+    const last = [["Same again", () => this.page.again(video)], ["Delete", () => this.remove(video)]];
     const download = document.createElement("a");
     download.href = api.content(video.id, "video");
     download.download = `${video.id}.mp4`;
     download.textContent = "Download";
-    if (!failed) actions.append(download);
-    item.querySelector(".more").hidden = failed;
+    const source = failed ? null : sourceOf(video);
+    this.fill(item, video.id, source, [...(source ? this.works.of(source) : []), ...last]);
+    if (failed) item.querySelector(".more").hidden = true;
+    else item.querySelector(".actions").append(download);
     const details = item.querySelector(".made");
-    details.ontoggle = async () => {
-      const text = details.querySelector("pre");
-      if (!details.open || text.textContent) return;
-      const read = (/** @type {Promise<any>} */ answer) => answer.catch(() => null);
-      const [request, credentials] = await Promise.all([
-        read(api.request(video.id)), failed ? null : read(api.credentials(video.id)),
-      ]);
-      details.querySelector(".signed").textContent = signed(credentials);
-      text.textContent = JSON.stringify({ request, receipt: video.receipt, credentials }, null, 1);
-    };
+    details.ontoggle = () => { if (details.open) this.tell(video, details); };
     this.shown.set(video.id, item);
     if (atEnd) $("gallery").append(item);
     else $("gallery").prepend(item);
   }
 
-  /** @param {any} video @returns {[string, () => any][]} */
-  actions(video) {
-    const source = { video_id: video.id };
-    const start = (/** @type {Promise<any>} */ job) => job.then((told) => { this.put(told); this.page.say("queued"); });
-    const words = { name: "prompt", label: "Prompt", value: video.prompt ?? "" };
-    const seconds = { name: "seconds", label: "Seconds", value: "1", number: true };
-    const strength = { name: "strength", label: "How much changes, from 0 to 1", value: "0.6", number: true };
-    const ask = async (/** @type {string} */ name, /** @type {any[]} */ fields, /** @type {(given: any) => Promise<any>} */ act) => {
-      const given = await question(name, fields);
-      if (given) await start(act(given));
-    };
-    return [
-      ["Remix", () => ask("Remix", [words], (given) => api.work(video.id, "remix", given))],
-      ["Extend after", () => ask("Extend after", [words, seconds], (given) => api.extend({ ...given, video: source }))],
-      ["Extend before", () => ask("Extend before", [words, seconds], ({ prompt, seconds: before_s }) =>
-        api.extend({ prompt, before_s, video: source }))],
-      ["Loop", () => ask("Loop", [words, seconds], ({ prompt, seconds: gap_s }) => api.work(video.id, "loop", { prompt, gap_s }))],
-      ["Edit", () => ask("Edit", [words, strength], (given) => api.edit({ ...given, video: source }))],
-      ["New frames", () => ask("New frames", [words, { name: "missing", label: "Which, such as 4-7,12", value: "", text: true }],
-        (given) => api.edit({ ...given, video: source }))],
-      ["To the time line", () => this.page.place(video)],
-      ["Connect", () => this.connect(video, ask, words, seconds)],
-      ["Inpaint", () => this.inpaint(video, source, start)],
-      ["Upscale", () => ask("Upscale", [{ name: "scale", label: "Times as large", value: "2", number: true }],
-        (given) => api.work(video.id, "upscale", given))],
-      ...(video.draft ? [/** @type {[string, () => any]} */ (["Refine", () => start(api.work(video.id, "refine", {}))])] : []),
-      ["Same again", () => this.page.again(video)],
-      ["Delete", () => this.remove(video)],
-    ];
-  }
-
-  /** The first press picks the clip that leads, the second the one that it leads to.
-   * @param {any} video @param {any} ask @param {any} words @param {any} seconds */
-  async connect(video, ask, words, seconds) {
-    const pick = $("pick");
-    if (!this.first || this.first.id === video.id) {
-      this.first = this.first ? null : video;
-      pick.hidden = !this.first;
-      pick.textContent = "Connect: now press Connect at the video that it is to lead to.";
-      return;
+  /** Gives an item its buttons. @param {any} item @param {string} id @param {import("./works.js").Source | null} source
+   * @param {[string, () => any][]} all @param {Set<string>} shown those that are not folded away */
+  fill(item, id, source, all, shown = FIRST) {
+    item.dataset.id = id;
+    const first = item.querySelector(".actions"), more = item.querySelector(".more .actions");
+    for (const [name, act] of all) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = name;
+      button.onclick = () => Promise.resolve().then(act).catch(this.page.fail);
+      (!source || shown.has(name) ? first : more).append(button);
     }
-    const first = this.first;
-    this.first = null;
-    pick.hidden = true;
-    await ask("Connect", [words, seconds], (/** @type {any} */ given) =>
-      api.connect({ prompt: given.prompt, gap_s: given.seconds, first: { video_id: first.id }, second: { video_id: video.id } }));
+    const follow = item.querySelector(".follow");
+    if (source) follow.onclick = () => this.works.connect(source).catch(this.page.fail);
+    else follow.remove();
   }
 
-  /** @param {any} video @param {object} source @param {(job: Promise<any>) => Promise<void>} start */
-  async inpaint(video, source, start) {
-    const [width, height] = video.size.split("x").map(Number);
-    const painted = await paint(api.content(video.id, "thumbnail"), width, height, video.prompt ?? "");
-    if (!painted) return this.page.say("nothing was painted");
-    const mask = await api.upload(painted.mask, "mask.png");
-    await start(api.edit({ prompt: painted.prompt, video: source, mask: { upload: mask.id } }));
+  /** How a video was made. @param {any} video @param {HTMLElement} place */
+  async tell(video, place) {
+    const text = /** @type {HTMLElement} */ (place.querySelector("pre"));
+    if (text.textContent) return;
+    const read = (/** @type {Promise<any>} */ answer) => answer.catch(() => null);
+    const failed = video.status === "failed";
+    const [request, credentials] = await Promise.all([
+      read(api.request(video.id)), failed ? null : read(api.credentials(video.id)),
+    ]);
+    /** @type {HTMLElement} */ (place.querySelector(".signed")).textContent = signed(credentials);
+    text.textContent = JSON.stringify({ request, receipt: video.receipt, credentials }, null, 1);
   }
 
-  /** @param {any} video */
-  async remove(video) {
-    await api.remove(video.id);
-    this.shown.get(video.id)?.remove();
-    this.shown.delete(video.id);
-    this.empty();
-    this.page.say("deleted");
+  /** Takes a video away; until its time is over it can be had back. @param {any} video */
+  remove(video) {
+    const item = /** @type {HTMLElement} */ (this.shown.get(video.id));
+    const gone = $("gone-item").content.firstElementChild.cloneNode(true);
+    const undo = gone.querySelector("button");
+    gone.querySelector(".words").textContent = `Deleted: ${video.prompt ?? "a video"}`;
+    item.querySelector("video")?.pause();
+    item.replaceWith(gone);
+    undo.focus();
+    this.page.say("deleted; Undo brings it back");
+    const over = async () => {
+      this.leaving.delete(video.id);
+      await api.remove(video.id).catch((error) => { if (error.status !== 404) throw error; });
+      this.shown.delete(video.id);
+      gone.remove();
+      this.empty();
+    };
+    const back = () => {
+      window.clearTimeout(this.leaving.get(video.id));
+      this.leaving.delete(video.id);
+      gone.replaceWith(item);
+      item.querySelector("button")?.focus();
+    };
+    undo.onclick = () => { back(); this.page.say("it is back"); };
+    this.leaving.set(video.id, window.setTimeout(
+      () => over().catch((error) => { back(); this.page.fail(error); }), UNDO_MS));
   }
 }
 
-/** A dialog with a few fields. @param {string} name @param {any[]} fields @returns {Promise<any>} */
-function question(name, fields) {
-  const dialog = $("ask"), place = $("ask-fields");
-  $("ask-name").textContent = name;
-  $("ask-yes").textContent = name;
-  place.replaceChildren();
-  for (const field of fields) {
-    const label = document.createElement("label");
-    const input = document.createElement(field.number || field.text ? "input" : "textarea");
-    label.textContent = field.label;
-    input.name = field.name;
-    input.value = field.value;
-    input.required = true;
-    if (field.number) Object.assign(input, { type: "number", min: "0.1", step: "any" });
-    label.append(input);
-    place.append(label);
-  }
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.onclose = () => resolve(dialog.returnValue !== "yes" ? null : Object.fromEntries(
-      fields.map((field) => {
-        const value = place.querySelector(`[name=${field.name}]`).value;
-        return [field.name, field.number ? Number(value) : value];
-      })));
-  });
+/** A film that goes round by itself, with its buttons where they are looked for. @param {any} film @param {string | null} words */
+export function plays(film, words) {
+  film.setAttribute("aria-label", words || "a video");
+  film.muted = true;
+  film.autoplay = !still.matches;
+  film.controls = still.matches;
+  for (const kind of ["pointerenter", "focus"]) film.addEventListener(kind, () => { film.controls = true; });
+  for (const kind of ["pointerleave", "blur"]) film.addEventListener(kind, () => { film.controls = still.matches; });
 }
+
+/** A video as something to work on. @param {any} video @returns {import("./works.js").Source} */
+const sourceOf = (video) => ({
+  id: video.id, prompt: video.prompt ?? "", size: video.size.split("x").map(Number), frames: video.num_frames,
+  rate: video.fps, frame: api.content(video.id, "thumbnail"), draft: video.draft,
+});

@@ -35,10 +35,13 @@ from sora_engine.serve.replicas.merging import merged_list, merged_metrics
 
 logger = logging.getLogger(__name__)
 
+WORKS = ("edits", "extensions", "connect", "loop", "upscale")
+"""As `menu.OF_CLIPS` has them, which would bring the engine into this process."""
 WORK = frozenset(
     (
-        *(f"/v1/videos{end}" for end in ("", "/edits", "/extensions", "/connect", "/sync")),
-        *("/v1/videos/plan", "/v1/images/generations", "/v1/uploads"),
+        *("/v1/videos", "/v1/videos/sync", "/v1/videos/plan"),
+        *(f"/v1/videos/{work}{end}" for work in WORKS for end in ("", "/plan")),
+        *("/v1/images/generations", "/v1/uploads"),
     )
 )
 """Paths of which a POST goes to the shortest queue."""
