@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import sora_engine as sora
-from sora_engine.runtime.recording import read_recording
+from sora_engine.runtime.replay import read_recording
 from tests.unit.glass import Glass, lines_of, pixels_of
 from tests.unit.world_folder import save_world
 
