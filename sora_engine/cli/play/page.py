@@ -28,7 +28,7 @@ _SAFE = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": (
-        "default-src 'none'; img-src 'self'; connect-src 'self'; "
+        "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
         "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
     ),
 }
