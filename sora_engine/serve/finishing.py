@@ -40,7 +40,7 @@ class Finisher:
         self._desk = desk
 
     def start(self, live: Live) -> None:
-        """Begin to write a job's frames as they come, once; RuntimeError where no thread is to be had."""
+        """Begin to write a job's frames as they come, once; RuntimeError for want of a thread."""
         with live.started:
             if live.finisher is None:
                 writer = threading.Thread(
