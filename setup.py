@@ -29,11 +29,13 @@ PER_ISA = [
     "csrc/cpu/rope.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/causal.cpp",
+    "csrc/cpu/group_norm.cpp",
     "csrc/cpu/lora.cpp",
     "csrc/cpu/quant_linear.cpp",
     "csrc/cpu/quantise.cpp",
 ]
-ONCE = ["csrc/cpu/dispatch.cpp", "csrc/bindings.cpp", "csrc/quant_bindings.cpp"]
+ONCE = ["csrc/cpu/dispatch.cpp"]
+ONCE += [f"csrc/{name}bindings.cpp" for name in ("", "quant_", "vae_")]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += ["-Wno-attributes", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 ISAS = {"baseline": []}

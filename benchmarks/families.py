@@ -7,7 +7,9 @@ branch and 2 layers of the published 28: a step is as many times longer as there
 Weights are random, and the same on both sides; outputs are compared before anything is timed.
 diffusers is as its pipelines run it: one batch of two, texts padded to their full length and
 masked, its own attention. Ours has the texts' keys from before, as the engine has in every step but
-the first. `--tiny` shows no more than that it runs.
+the first. Attention is by the backend that the engine takes on this machine. `--cpu` measures the
+process's CPU time on one thread, for a machine that others use meanwhile. `--tiny` shows no more
+than that it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UTransforme
 from torch import Tensor
 
 from sora_engine.bench.results import Measurement, Result
-from sora_engine.bench.timing import interleaved
+from sora_engine.bench.timing import cpu_seconds, interleaved, seconds
 from sora_engine.denoise.packing import PackedBatch, Packer, Segment
 from sora_engine.models.dit.config import DiTConfig
 from sora_engine.models.dit.model import DiT
@@ -38,6 +40,7 @@ from sora_engine.models.latte.config import LatteConfig
 from sora_engine.models.latte.model import LatteTransformer
 from sora_engine.models.ltx.config import LTXConfig
 from sora_engine.models.ltx.model import LTXTransformer
+from sora_engine.models.machine import machine_rates, prefer_attention
 from sora_engine.models.pixart.config import PixArtConfig
 from sora_engine.models.pixart.model import PixArt
 from sora_engine.models.transformer import DiffusionTransformer
@@ -316,8 +319,12 @@ def checked(name: str, pair: Pair) -> Pair:
     return pair
 
 
-def measurements(names: list[str], size: Size, rounds: int) -> Iterator[Measurement]:
+def measurements(
+    names: list[str], size: Size, rounds: int, *, cpu: bool = False
+) -> Iterator[Measurement]:
     torch.manual_seed(0)
+    prefer_attention(machine_rates())
+    clock = cpu_seconds if cpu else seconds
     tokens = (size.side // 2) ** 2
     kinds = {f"step of {name}": FAMILIES[name] for name in names}
     kinds["decode by AutoencoderKL"] = decode
@@ -326,10 +333,11 @@ def measurements(names: list[str], size: Size, rounds: int) -> Iterator[Measurem
     for name, make in kinds.items():
         ours, theirs = checked(name, make(size))
         with torch.inference_mode():
-            times = interleaved({"sora": ours, "diffusers": theirs}, rounds)
+            times = interleaved({"sora": ours, "diffusers": theirs}, rounds, clock=clock)
         what = (
             f"{tokens} tokens a branch" if "step" in name else f"{8 * size.decoded} pixels a side"
         )
+        what += ", CPU time on one thread" if cpu else ""
         yield Measurement(f"families/{name}, {what}", "s", times)
 
 
@@ -338,10 +346,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu", action="store_true", help="CPU time, on one thread")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
+    if given.cpu:
+        torch.set_num_threads(1)
     made = []
-    for found in measurements(given.only, TINY if given.tiny else Size(), given.rounds):
+    for found in measurements(
+        given.only, TINY if given.tiny else Size(), given.rounds, cpu=given.cpu
+    ):
         made.append(found)
         times, spread = found.ratios("diffusers"), found.spread
         print(

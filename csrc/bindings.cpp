@@ -264,37 +264,6 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_in, const Tensor& k_in,
   return {out, lse};
 }
 
-// [batch, frames, pixels, channels], behind the frames of `past`; and the last of both as a cache.
-std::tuple<Tensor, Tensor> causal_norm_silu(const Tensor& x_in, const Tensor& past_in,
-                                            const Tensor& weight_in, double eps) {
-  const Tensor x = x_in.contiguous(), past = past_in.contiguous();
-  const Tensor weight = weight_in.to(at::kFloat).contiguous();
-  TORCH_CHECK(x.dim() == 4 && past.dim() == 4 && x.scalar_type() == past.scalar_type() &&
-                  x.size(0) == past.size(0) && x.size(2) == past.size(2) &&
-                  x.size(3) == past.size(3) && weight.numel() == x.size(3),
-              "sora: frames of ", x.sizes(), " behind ", past.sizes());
-  Tensor joined = result({x.size(0), past.size(1) + x.size(1), x.size(2), x.size(3)}, x.options());
-  Tensor cache = at::empty(past.sizes(), past.options());
-  sora::CausalArgs args;
-  args.type = type_of(x);
-  args.x = x.const_data_ptr();
-  args.past = past.const_data_ptr();
-  args.joined = joined.mutable_data_ptr();
-  args.cache = cache.mutable_data_ptr();
-  args.weight = weight.const_data_ptr<float>();
-  args.frames = x.size(1);
-  args.kept = past.size(1);
-  args.pixels = x.size(2);
-  args.channels = x.size(3);
-  args.eps = static_cast<float>(eps);
-  const auto& kernels = sora::kernels();
-  const int64_t rows = joined.size(0) * joined.size(1) * args.pixels;
-  at::parallel_for(0, rows, grain(args.channels), [&](int64_t begin, int64_t end) {
-    kernels.causal(args, begin, end);
-  });
-  return {joined, cache};
-}
-
 // Adapter i changes the rows from rows[2 i] to below rows[2 i + 1].
 Tensor lora_linear(const Tensor& x_in, const Tensor& base_in, at::TensorList down,
                    at::TensorList up, at::IntArrayRef rows, at::ArrayRef<double> scale) {
@@ -398,8 +367,6 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
         "bool return_lse, Tensor? padding_key=None, Tensor? padding_value=None, "
         "Tensor? padding=None) "
         "-> (Tensor, Tensor)");
-  m.def("native_causal_norm_silu(Tensor x, Tensor past, Tensor weight, float eps) "
-        "-> (Tensor, Tensor)");
   m.def("native_lora_linear(Tensor x, Tensor base, Tensor[] down, Tensor[] up, int[] rows, "
         "float[] scale) -> Tensor");
   m.def("native_plan_tiles(Tensor offsets, int block) -> Tensor");
@@ -412,7 +379,6 @@ TORCH_LIBRARY_IMPL(sora, CPU, m) {
   m.impl("native_gate_residual_norm_modulate", gate_residual_norm_modulate);
   m.impl("native_norm_rope", norm_rope);
   m.impl("native_attention", attention);
-  m.impl("native_causal_norm_silu", causal_norm_silu);
   m.impl("native_lora_linear", lora_linear);
   m.impl("native_plan_tiles", plan_tiles);
 }

@@ -18,6 +18,7 @@ vars(clips)["__getattr__"] = lambda name: getattr(import_module("sora_engine.req
 if TYPE_CHECKING:
     from sora_engine.config import Limits, ParallelConfig
     from sora_engine.errors import (
+        ActionError,
         BackendError,
         CheckpointError,
         DeadlineExceededError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         JobFailedError,
         JobMemoryError,
         LayoutError,
+        MarkError,
         MediaError,
         MemoryLimitError,
         NonFiniteError,
@@ -36,13 +38,19 @@ if TYPE_CHECKING:
         RankFailedError,
         RefusedError,
         RequestError,
+        SessionClosedError,
+        SessionError,
+        SessionLimitError,
+        SessionLostError,
         SoraError,
         UpsamplingError,
     )
+    from sora_engine.request.actions import Action
     from sora_engine.request.cascade import Stage
     from sora_engine.request.guidance import Guidance
     from sora_engine.request.lora import Lora
     from sora_engine.request.request import Clip, Footage, Shot, VideoRequest
+    from sora_engine.request.session import SessionRequest
     from sora_engine.request.windows import SparsePlan, WindowPlan
     from sora_engine.runtime.async_engine import AsyncEngine
     from sora_engine.runtime.cascade import CascadeJob, submit_cascade
@@ -50,6 +58,7 @@ if TYPE_CHECKING:
     from sora_engine.runtime.hooks import FrameSpan, Hooks
     from sora_engine.runtime.job import Job, JobState, Progress
     from sora_engine.runtime.memory import MemoryPlan
+    from sora_engine.runtime.session import Session
     from sora_engine.video import Receipt, Video
 
 _HOMES = {
@@ -60,6 +69,8 @@ _HOMES = {
     "submit_cascade": "runtime.cascade",
     "Stage": "request.cascade",
     "Engine": "runtime.engine",
+    "Action": "request.actions",
+    "ActionError": "errors",
     "BackendError": "errors",
     "CheckpointError": "errors",
     "DeadlineExceededError": "errors",
@@ -71,6 +82,7 @@ _HOMES = {
     "JobFailedError": "errors",
     "JobMemoryError": "errors",
     "LayoutError": "errors",
+    "MarkError": "errors",
     "MediaError": "errors",
     "MemoryLimitError": "errors",
     "NonFiniteError": "errors",
@@ -78,6 +90,10 @@ _HOMES = {
     "RankFailedError": "errors",
     "RefusedError": "errors",
     "RequestError": "errors",
+    "SessionClosedError": "errors",
+    "SessionError": "errors",
+    "SessionLimitError": "errors",
+    "SessionLostError": "errors",
     "SoraError": "errors",
     "UpsamplingError": "errors",
     "Guidance": "request.guidance",
@@ -94,11 +110,15 @@ _HOMES = {
     "Shot": "request.request",
     "VideoRequest": "request.request",
     "Video": "video",
+    "SessionRequest": "request.session",
+    "Session": "runtime.session",
     "SparsePlan": "request.windows",
     "WindowPlan": "request.windows",
 }
 
 __all__ = [
+    "Action",
+    "ActionError",
     "AsyncEngine",
     "BackendError",
     "CascadeJob",
@@ -122,6 +142,7 @@ __all__ = [
     "LayoutError",
     "Limits",
     "Lora",
+    "MarkError",
     "MediaError",
     "MemoryLimitError",
     "MemoryPlan",
@@ -133,6 +154,12 @@ __all__ = [
     "Receipt",
     "RefusedError",
     "RequestError",
+    "Session",
+    "SessionClosedError",
+    "SessionError",
+    "SessionLimitError",
+    "SessionLostError",
+    "SessionRequest",
     "Shot",
     "SoraError",
     "SparsePlan",

@@ -17,6 +17,7 @@ class Limits:
     Checked when a request is submitted, before it is queued:
 
     max_queued_jobs: the most jobs that wait, for each replica. One more raises QueueFullError.
+    max_sessions: the most sessions that are open at a time. One more raises SessionLimitError.
     max_pixels: the most pixels of a frame, `height * width` as the model makes it, margin included.
         More raise RequestError.
     max_frames: the most frames as the model makes them, those left out at the end included. More
@@ -53,6 +54,7 @@ class Limits:
     """
 
     max_queued_jobs: int = 256
+    max_sessions: int = 64
     max_running_jobs: int = 16
     max_pixels: int = 2048 * 2048
     max_frames: int = 100_000

@@ -50,6 +50,20 @@ class RequestError(SoraError, ValueError):
     """A request asks for what the model or the limits cannot give."""
 
 
+class ActionError(RequestError):
+    """An action that cannot be done; the message names the nearest that can."""
+
+
+class SessionError(RequestError):
+    """A session that cannot be: the checkpoint takes no actions, or the request's values do not
+    go together."""
+
+
+class MarkError(RequestError):
+    """A mark of another session, or of steps that are forgotten; the message names the oldest
+    step that is kept."""
+
+
 class MemoryLimitError(RequestError):
     """A request needs more memory than `Limits` or the device gives: `needed` and `limit` bytes."""
 
@@ -138,6 +152,10 @@ class EngineClosedError(SoraError, RuntimeError):
     """The engine was closed, and takes no requests."""
 
 
+class SessionClosedError(EngineClosedError):
+    """The session was closed, and takes no actions."""
+
+
 class EngineDeadError(EngineClosedError):
     """The device does not answer any more: this engine is done, and a new process is needed."""
 
@@ -152,3 +170,29 @@ class QueueFullError(SoraError):
     def __init__(self, message: str, *, retry_after_s: float):
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class SessionLimitError(QueueFullError):
+    """No further session has room: `Limits.max_sessions`, or memory; one may in `retry_after_s`
+    seconds."""
+
+
+class SessionLostError(SoraError, RuntimeError):
+    """The device failed in the middle of a session's step.
+
+    mark: what the session was before it, for `rewind` and `save`; it stays in this process. log:
+    the actions until there, as `[[action, times], ...]` of JSON values: with the seed they make it
+    again.
+    """
+
+    def __init__(self, message: str, *, mark: Any = None, log: Any = ()):
+        self.mark, self.log = mark, list(log)
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), str(self), {**self.__dict__, "mark": None})
+
+    def to_fields(self) -> dict[str, Any]:
+        """As of other errors, without the mark."""
+        fields = {"error": type(self).__name__, "why": str(self)}
+        return {**fields, "attributes": {"mark": None, "log": self.log}}

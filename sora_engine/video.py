@@ -30,6 +30,7 @@ class Receipt:
     cut_prompts: a line for each text of which the text encoder did not read the end.
     texts_reused: how many of its texts had been encoded for an earlier request, and were kept.
     loras: the adapters that it was made with, as `--lora` has them.
+    camera: how the camera was told to move: the moves, or the name of the pose file.
     chosen: on a CPU, why settings that were "auto" have become what they have: `dtype`,
         `vae_dtype`, and attention over long sequences, with the measured rates.
     quantised: by format, which of the transformer's layers have weights that stay quantised.
@@ -57,6 +58,7 @@ class Receipt:
     cut_prompts: list[str] = field(default_factory=list)
     texts_reused: int = 0
     loras: list[str] = field(default_factory=list)
+    camera: str | None = None
     chosen: dict[str, str] = field(default_factory=dict)
     quantised: dict[str, str] = field(default_factory=dict)
     lossy: dict[str, float] = field(default_factory=dict)

@@ -13,15 +13,37 @@ namespace {
 constexpr int kRows = 8;  // 8 accumulators hide the latency of two FMA ports
 constexpr int64_t kKeys = 512;  // with their values 512 KiB at head_dim 128, of the second cache
 
-// C[kRows, kLanes] = sum over i < n of A[r, i] B[i], where A[r, i] lies at a[r * row + i * step].
+// With 32 registers: 16 sums at a time, whose operands take fewer loads a product than the ports have.
+constexpr bool kMany = kLanes == 16;
+
+// C[kTile, kLanes] = sum over i < n of A[r, i] B[i], where A[r, i] lies at a[r * row + i * step].
+template <int kTile = kRows>
 SORA_INLINE void tile(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb,
                       int64_t n, Vec* c) {
-  Vec acc[kRows] = {};
+  Vec acc[kTile] = {};
   for (int64_t i = 0; i < n; ++i) {
     const Vec column = load(floats(b + i * ldb));
-    for (int r = 0; r < kRows; ++r) acc[r] += a[r * row + i * step] * column;
+    for (int r = 0; r < kTile; ++r) acc[r] += a[r * row + i * step] * column;
   }
-  for (int r = 0; r < kRows; ++r) c[r] = acc[r];
+  for (int r = 0; r < kTile; ++r) c[r] = acc[r];
+}
+
+// The same for two columns of B, which lie `apart`: C[2, kRows, kLanes].
+SORA_INLINE void tile_pair(const float* a, int64_t row, int64_t step, const float* b, int64_t apart,
+                           int64_t ldb, int64_t n, Vec* c) {
+  Vec first[kRows] = {}, second[kRows] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const Vec left = load(floats(b + i * ldb)), right = load(floats(b + apart + i * ldb));
+    for (int r = 0; r < kRows; ++r) {
+      const Vec both = splat(a[r * row + i * step]);
+      first[r] += both * left;
+      second[r] += both * right;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    c[r] = first[r];
+    c[kRows + r] = second[r];
+  }
 }
 
 // Rows of a sequence into the second-level cache: they lie whole frames apart, which no hardware
@@ -103,10 +125,14 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
         for (int64_t i = 0; i < d; ++i) before += padding_key[i] * load(floats(q_turned + i * kLanes));
       }
       Vec top = before;
-      for (int64_t j = 0; j < keys; j += kRows) {
-        Vec scores[kRows];
-        tile(rows_of_k + j * wide_d, wide_d, 1, q_turned, kLanes, d, scores);
-        for (int r = 0; r < kRows; ++r) {
+      for (int64_t j = 0, step; j < keys; j += step) {
+        Vec scores[2 * kRows];
+        step = kMany && keys - j > kRows ? 2 * kRows : kRows;
+        if (step > kRows)
+          tile<2 * kRows>(rows_of_k + j * wide_d, wide_d, 1, q_turned, kLanes, d, scores);
+        else
+          tile(rows_of_k + j * wide_d, wide_d, 1, q_turned, kLanes, d, scores);
+        for (int r = 0; r < step; ++r) {
           if (j + r < keys) top = maximum(top, scores[r]);
           store(floats(weights + (j + r) * kLanes), scores[r]);
         }
@@ -135,27 +161,34 @@ void attend(const sora::AttentionArgs& a, sora::Span q, sora::Span k, int64_t he
       if (ahead) fetch<false>(q_rows + a.q_head_stride, q.step * a.q_stride, rows, d);
       // Lanes past the last query hold weights of zero queries, which are not stored.
       for (int64_t first = 0; first < rows; first += kRows) {
-        for (int64_t i = 0; i < d; i += kLanes) {
-          Vec result[kRows];
-          tile(weights + first, 1, kLanes, panels_of_v + i * most, kLanes, keys, result);
-          for (int64_t r = 0; r < kRows && first + r < rows; ++r) {
-            float* sum = sums + (first + r) * wide_d + i;
-            if (!is_first)
-              result[r] += load(floats(sum)) * shrunk[first + r];
-            else if (padded)
-              result[r] += load(floats(padding_value + i), d - i) * shrunk[first + r];
-            if (!is_last) {
-              store(floats(sum), result[r]);
-              continue;
+        for (int64_t i = 0, columns; i < d; i += columns) {
+          Vec result[2 * kRows];
+          columns = kMany && d - i > kLanes ? 2 * kLanes : kLanes;
+          const float* panel = panels_of_v + i * most;
+          if (columns > kLanes)
+            tile_pair(weights + first, 1, kLanes, panel, kLanes * most, kLanes, keys, result);
+          else
+            tile(weights + first, 1, kLanes, panel, kLanes, keys, result);
+          for (int64_t at = i; at < i + columns; at += kLanes)
+            for (int64_t r = 0; r < kRows && first + r < rows; ++r) {
+              Vec value = result[(at - i) / kLanes * kRows + r];
+              float* sum = sums + (first + r) * wide_d + at;
+              if (!is_first)
+                value += load(floats(sum)) * shrunk[first + r];
+              else if (padded)
+                value += load(floats(padding_value + at), d - at) * shrunk[first + r];
+              if (!is_last) {
+                store(floats(sum), value);
+                continue;
+              }
+              const int64_t token = q.first + (start + first + r) * q.step;
+              T* to = (T*)a.out + (token * a.heads + head) * d + at;
+              value *= inverse[first + r];
+              if (streams)
+                put<true>(to, value, d - at);
+              else
+                put<false>(to, value, d - at);
             }
-            const int64_t token = q.first + (start + first + r) * q.step;
-            T* to = (T*)a.out + (token * a.heads + head) * d + i;
-            const Vec value = result[r] * inverse[first + r];
-            if (streams)
-              put<true>(to, value, d - i);
-            else
-              put<false>(to, value, d - i);
-          }
         }
       }
     }

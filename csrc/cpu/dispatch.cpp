@@ -10,6 +10,8 @@
   void rope(const sora::RopeArgs&, int64_t, int64_t, float*);                               \
   void attention(const sora::AttentionArgs&, sora::Span, sora::Span, int64_t, float, float*); \
   void causal(const sora::CausalArgs&, int64_t, int64_t);                                   \
+  void group_moments(const sora::GroupNormArgs&, int64_t, int64_t, float*);                 \
+  void group_norm(const sora::GroupNormArgs&, int64_t, int64_t, float*);                    \
   void lora(const sora::LoraArgs&, const sora::LoraGroup*, int64_t, int64_t, int64_t,       \
             float*);                                                                        \
   void unpack(const sora::UnpackArgs&, int64_t, int64_t, float*);                           \
@@ -20,7 +22,8 @@
   int64_t attention_scratch(int64_t, int64_t, int64_t);                                     \
   }                                                                                         \
   static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
-                                              isa::causal, isa::lora, isa::unpack,                  \
+                                              isa::causal, isa::group_moments, isa::group_norm, \
+                                              isa::lora, isa::unpack,                           \
                                               isa::quant_linear, isa::quant_linear_scratch,     \
                                               isa::quantise, isa::finish, isa::attention_scratch};
 

@@ -63,14 +63,33 @@ struct AttentionArgs {
 };
 
 struct CausalArgs {
-  Type type;               // of all but the weight
-  const void* x;           // [batch, frames, pixels, channels], dense like the others
-  const void* past;        // [batch, kept, pixels, channels]
-  void* joined;            // [batch, kept + frames, pixels, channels]
-  void* cache;             // [batch, kept, pixels, channels]
-  const float* weight;     // [channels]
+  Type type;                      // of all but weight and bias
+  const void* x;                  // [batch, frames, pixels, channels], dense like the others
+  const void* past;               // [batch, kept, pixels, channels]
+  void* joined;                   // [batch, before + kept + frames + after, pixels, channels]
+  void* cache;                    // [batch, keep, pixels, channels]
+  const float* weight = nullptr;  // [channels]
+  const float* bias = nullptr;
   int64_t frames, kept, pixels, channels;
+  int64_t before, after;          // how often the first frame stands before itself, the last behind
+  int64_t keep;
   float eps;
+};
+
+// Pixels whose moments are one task: a picture's do not depend on the number of threads.
+constexpr int64_t kPixelShare = 64;
+
+struct GroupNormArgs {
+  Type type;                      // of x and y
+  const void* x;                  // [pictures, pixels, channels], dense
+  void* y;
+  const float* weight = nullptr;  // [channels]
+  const float* bias = nullptr;
+  int64_t pixels, channels, groups;
+  int64_t shares;                 // of a picture's pixels
+  double* parts;                  // [pictures, shares, groups, 2]: mean, sum of squares about it
+  float eps;
+  bool silu;
 };
 
 struct LoraArgs {
@@ -149,6 +168,8 @@ struct Kernels {
   void (*attention)(const AttentionArgs&, Span q, Span k, int64_t head, float padding,
                     float* scratch);
   void (*causal)(const CausalArgs&, int64_t begin, int64_t end);  // rows of `joined`
+  void (*group_moments)(const GroupNormArgs&, int64_t begin, int64_t end, float* scratch);  // shares
+  void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, float* scratch);  // pixels
   void (*lora)(const LoraArgs&, const LoraGroup* groups, int64_t count, int64_t begin,
                int64_t end, float* scratch);  // rows that all of the groups change
   void (*unpack)(const UnpackArgs&, int64_t begin, int64_t end, float* scratch);  // [ins]
@@ -167,6 +188,8 @@ inline int64_t norm_scratch(int64_t channels) { return channels + 16; }
 inline int64_t rope_scratch(int64_t heads, int64_t head_dim) {
   return heads * head_dim + 2 * head_dim + 48;
 }
+
+inline int64_t group_norm_scratch(int64_t channels) { return 3 * (channels + 16); }
 
 inline int64_t lora_scratch(int64_t ins, int64_t ranks) { return 4 * (ins + 16 + ranks); }
 

@@ -15,15 +15,20 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import sora_engine
 from examples.meadow import reader, world
 from examples.meadow.walks import as_frames, as_video, some_clip
 from examples.sprites.training import Clock, Muon, save, say, start
 from sora_engine.vae.wan import WanVAE
 from sora_engine.vae.wan_config import WanVAEConfig
 
+START = Path(sora_engine.__file__).parent / (
+    "checkpoints/sprites/vae/diffusion_pytorch_model.safetensors"
+)
+"""The weights that it begins with."""
 CHANNELS = 24
 CONFIG = {
     "base_dim": 16,
@@ -47,19 +52,26 @@ LATENT_NOISE = 0.05
 """Of each channel's deviation: it keeps the decoder smooth in its latents."""
 
 
-def new_vae() -> WanVAE:
-    """A VAE whose residual branches start small and whose attention starts, and stays, silent:
-    what is on a tile hangs on what is near it alone."""
-    torch.manual_seed(0)
+def new_vae(start: Path = START) -> WanVAE:
+    """A VAE that begins as that of sprites, which has its layout, and whose attention is, and
+    stays, silent: what is on a tile hangs on what is near it alone."""
     vae = WanVAE(WanVAEConfig(**CONFIG))
+    vae.load_state_dict(load_file(start))
+    vae.float()
     with torch.no_grad():
         for name, param in vae.named_parameters():
-            if name.endswith("bias") or "attentions.0.proj" in name:
+            if "attentions.0.proj" in name:
                 param.zero_()
-            elif "conv2.weight" in name or "resample.1.weight" in name:
-                param.mul_(0.3)
             param.requires_grad_("attentions" not in name)
     return vae
+
+
+def load_vae(folder: Path) -> WanVAE:
+    """The VAE of a folder that `export` wrote."""
+    vae = WanVAE(WanVAEConfig.from_dict(json.loads((folder / "config.json").read_text())))
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    vae.load_state_dict({name: value.float() for name, value in weights.items()})
+    return vae.eval().requires_grad_(False)
 
 
 def batch(rng: random.Random, clips: int) -> Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import world
 from clips import ANCHORS, SHIFT
+from encoder import TEXT_DIM, encode, new_text_encoder
 from safetensors.torch import load_file, save_file
-from text import TEXT_DIM, encode, new_text_encoder, new_tokenizer
+from text import new_tokenizer
 from torch import Tensor, nn
 
 from sora_engine.denoise.conditioning import Context

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 import world
+from encoder import new_text_encoder
 from safetensors.torch import save_file
-from text import CODE_DIM, GROUNDS, GROUPS, WORDS, code, new_text_encoder, new_tokenizer
+from text import CODE_DIM, GROUNDS, GROUPS, WORDS, code, new_tokenizer
 from torch import Tensor
 from training import Muon, say
 

@@ -65,7 +65,7 @@ class Muon:
             param.grad = None
 
     def _orthogonal_updates(self) -> dict[str, Tensor]:
-        """Each matrix's update, bf16. Processes share the work out and exchange the results."""
+        """Each matrix's update. Processes share the work out and exchange the results."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if shared() else (0, 1)
         updates = {}
         for i, (name, param) in enumerate(self.params.items()):
@@ -75,9 +75,8 @@ class Muon:
             first.lerp_(grad, 0.05)
             update = torch.lerp(grad, first, 0.95).flatten(1)
             mine = i % world_size == rank
-            updates[name] = (
-                orthogonal(update) if mine else update.new_zeros(update.shape).bfloat16()
-            )
+            kind = quick_dtype(update.device)
+            updates[name] = orthogonal(update) if mine else torch.zeros_like(update, dtype=kind)
         if world_size > 1:
             flat = torch.cat([update.flatten() for update in updates.values()])
             dist.all_reduce(flat)
@@ -104,9 +103,16 @@ class Muon:
             param.copy_(self.master[name])
 
 
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """bf16, but on a CPU that has no products of it, which takes longer over them than in fp32."""
+    able = torch.cpu.get_capabilities()
+    slow = device.type == "cpu" and not (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.float32 if slow else torch.bfloat16
+
+
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of a matrix, roughly: its singular values come near one. In bf16."""
-    x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
+    """The orthogonal factor of a matrix, roughly: its singular values come near one."""
+    x = (matrix / (matrix.norm() + 1e-7)).to(quick_dtype(matrix.device))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     for _ in range(5):

@@ -15,6 +15,7 @@ from sora_kernels.causal.api import causal_norm_silu
 from sora_kernels.dispatch import KernelUnavailableError, backends
 from sora_kernels.factorised.api import spatial_attention, temporal_attention
 from sora_kernels.gated.api import gate_residual_norm_modulate
+from sora_kernels.grouped.api import group_norm
 from sora_kernels.invariant.api import invariant_linear
 from sora_kernels.lora.api import lora_linear
 from sora_kernels.modulate.api import norm_modulate
@@ -31,6 +32,7 @@ __all__ = [
     "backends",
     "causal_norm_silu",
     "gate_residual_norm_modulate",
+    "group_norm",
     "invariant_linear",
     "lora_linear",
     "norm_modulate",

@@ -18,12 +18,13 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
 
     long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
     Groups in `BY_NAME` run where they are asked for: `cpu`, a step and a decode in fp32 and bf16
-    (4 minutes), and `errors`, how far bf16 is from fp32 (1 minute).
+    (4 minutes), `errors`, how far bf16 is from fp32 (1 minute), `session`, a world that is played
+    (long: 10 minutes of a stream and 10,000 steps).
     tiny: everything once, at sizes that show no more than that it runs.
     """
     from dataclasses import replace
 
-    from sora_engine.bench import http, serving
+    from sora_engine.bench import http, serving, session
     from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
     from sora_engine.bench.linear import linear
     from sora_engine.bench.ops import block, ops
@@ -53,6 +54,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
                 polls_s=0.3,
                 clients=5,
             ),
+            "session": lambda: session.session(seconds=1.0, players=(2,), steps=2, long_steps=10),
             "cpu": lambda: precision(shape, (1, 2, 2), (2, 2, 2), rounds=1),
             "errors": lambda: errors(
                 shape, (VideoRequest("a", num_frames=1, height=16, width=16, seed=1),)
@@ -71,12 +73,14 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
             serving.burst(rounds=2),
         ],
         "http": http.over_http,
+        "session": session.session,
         "cpu": precision,
         "errors": errors,
     }
     if long:
         groups["end-to-end"] = lambda: end_to_end(four, replace(run, steps=20))
         groups["serving"] = lambda: [*serving.serving(), serving.burst()]
+        groups["session"] = lambda: session.session(seconds=600.0, steps=300, long_steps=10_000)
         whole = replace(four, vae_base_dim=WAN_1_3B.vae_base_dim)
         groups["memory"] = lambda: peak_memory(whole, replace(run, steps=3))
     return groups
@@ -95,7 +99,7 @@ def h200_groups(tiny: bool = False, say: Say = print) -> Mapping[str, Group]:
 
 
 PROFILES = ("cpu", "cpu-long", "h200")
-BY_NAME = ("cpu", "errors", "http")
+BY_NAME = ("cpu", "errors", "http", "session")
 """Groups that run where they are asked for; `http` needs an extra, and a server of its own."""
 
 

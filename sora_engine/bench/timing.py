@@ -29,12 +29,24 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU time that this process spends on one call, in all its threads: it hardly notices who else
+    is at work on the machine."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def interleaved(
-    rivals: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 1
+    rivals: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] = seconds,
 ) -> dict[str, list[float]]:
     """Seconds of every rival in each of `rounds`; entry i of all lists is one round.
 
-    The order of a round is the last one's, reversed.
+    The order of a round is the last one's, reversed. clock: measures one call.
     """
     order = list(rivals)
     for name in order * warmup:
@@ -42,7 +54,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in order}
     for _ in range(rounds):
         for name in order:
-            times[name].append(seconds(rivals[name]))
+            times[name].append(clock(rivals[name]))
         order.reverse()
     return times
 

@@ -16,7 +16,10 @@ def bench(
         str, typer.Option(help="cpu (under 5 minutes), cpu-long or h200 (under 9).")
     ] = "cpu",
     only: Annotated[
-        str, typer.Option(help="Groups of the profile: ops,block,end-to-end,serving,http,memory.")
+        str,
+        typer.Option(
+            help="Groups of the profile: ops,block,end-to-end,serving,http,session,memory."
+        ),
     ] = "",
     output: Annotated[
         str | None,

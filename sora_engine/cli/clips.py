@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sora_engine.cli.app import UsageError
-from sora_engine.cli.options import Common, Frames, Prompt, Strength
+from sora_engine.cli.options import CameraMoves, Common, Frames, Prompt, Strength
 from sora_engine.cli.work import Command, video_command
 
 if TYPE_CHECKING:
@@ -47,13 +48,16 @@ def animate(
     image: Annotated[str, typer.Argument(help="The picture that is the first frame.")],
     prompt: Prompt = None,
     frames: Frames = None,
+    camera: CameraMoves = None,
     *,
     common: Common,
 ) -> Command:
     """Make a video that begins with a picture."""
     from sora_engine import tasks
 
-    return _plan(tasks.animate, image, prompt=prompt, common=common, num_frames=frames)
+    options = {"num_frames": frames, "camera": camera}
+    command = _plan(tasks.animate, image, prompt=prompt, common=common, **options)
+    return command._replace(early=replace(command.early, camera=camera))
 
 
 @video_command

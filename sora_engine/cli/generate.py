@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sora_engine.cli.app import UsageError
-from sora_engine.cli.options import DEFAULT_MODEL, Common, Frames, as_option
+from sora_engine.cli.options import DEFAULT_MODEL, CameraMoves, Common, Frames, as_option
 from sora_engine.cli.work import Command, video_command
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
     frames: Frames = None,
     image: Annotated[str | None, typer.Option(help="An image that is the first frame.")] = None,
+    camera: CameraMoves = None,
     loop: Annotated[bool, typer.Option("--loop", help="Its end joins its beginning.")] = False,
     shot: Annotated[
         list[str] | None, typer.Option(help="A shot's prompt, in place of PROMPT; repeat it.")
@@ -68,6 +69,8 @@ def generate(
         settings["num_frames"] = frames
     if image is not None:
         settings["clips"] = (Clip(image, at=0),)
+    if camera is not None:
+        settings["camera"] = camera
     if loop:
         settings["loop"] = True
     if shot or shot_frames:

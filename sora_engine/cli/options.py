@@ -24,6 +24,7 @@ _OPTION_OF = {
     "num_frames": "--frames",
     "negative_prompt": "--negative-prompt",
     "label": "--label",
+    "camera": "--camera",
     "height": "--size",
     "width": "--size",
     "fps": "--fps",
@@ -79,6 +80,15 @@ Prompt = Annotated[
     ),
 ]
 Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames.")]
+CameraMoves = Annotated[
+    str | None,
+    typer.Option(
+        "--camera",
+        metavar="MOVES|FILE",
+        help="How the camera moves, for a model that takes that: such as 'pan left, zoom in x0.5', "
+        "or a file of poses.",
+    ),
+]
 Strength = Annotated[
     float, typer.Option(help="In (0, 1]: low keeps the clip, high keeps only its layout.")
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.denoise.adapting import Adapters
+from sora_engine.denoise.camera import CameraRays
 from sora_engine.denoise.conditioning import Context, Prompts
 from sora_engine.denoise.drive import Drive
 from sora_engine.denoise.model import DiffusionModel
@@ -31,8 +32,8 @@ from sora_kernels.transfer import to_device
 class Known:
     """Known content of a canvas.
 
-    latents: `[C, T, H, W]`; mask: bool `[T, H, W]`, True where known. Both are None in mode
-        CHANNELS and VACE, where `channels [C', T, H, W]` go beside the sample instead.
+    latents: `[C, T, H, W]`; mask: bool `[T, H, W]`, True where known. Both are None in modes
+        CHANNELS, FIRST_FRAME and VACE, where `channels [C', T, H, W]` go beside the sample instead.
     levels: the mask on the host, where the model is told of it by the noise level: tokens' levels
         are laid out there, and a step does not wait for it.
     """
@@ -44,7 +45,7 @@ class Known:
     levels: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.mask is not None and self.mode is KnownMode.NOISE_LEVEL:
+        if self.mask is not None and self.mode.by_level:
             object.__setattr__(self, "levels", self.mask.cpu())
 
 
@@ -63,6 +64,7 @@ class Canvas:
     contexts: by expert, the keys and values of `prompts.texts` and then of `prompts.negative`.
     adapters: for each expert those of the request; empty where it has none.
     drive: of a canvas that is driven while it is made; it is denoised in one window.
+    camera: how the camera moves; controls: by expert, what that adds to each latent frame's tokens.
     chain: with chained windows all of them, in the order in which they are denoised; windows_done:
         how many of them are. Every one is taken through the whole schedule: `step` and `num_steps`
         count over all.
@@ -87,6 +89,8 @@ class Canvas:
     windows_done: int = 0
     adapters: tuple[Adapters | None, ...] = ()
     drive: Drive | None = None
+    camera: CameraRays | None = None
+    controls: dict[int, Tensor] = field(default_factory=dict)
     chain: tuple[Window, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -215,6 +219,7 @@ class Canvas:
         """Denoising is over: let go of all that only steps need."""
         assert self.finished
         self.contexts.clear()
+        self.controls.clear()
         self.adapters = ()
         self.noise = self.latents
         self.solver_state = SolverState(step=self.step_index)
@@ -241,7 +246,16 @@ class Canvas:
             fps=self.fps,
             actions=None if self.drive is None else self.drive.actions,
             places=None if self.drive is None else self.drive.places,
+            control=self._control(window, expert),
         )
+
+    def _control(self, window: Window, expert: int) -> Tensor | None:
+        if self.camera is None:
+            return None
+        own = window.of(self.controls[expert], 0)
+        if self.anchors is None:
+            return own
+        return torch.cat([self.anchors.of(self.controls[expert], 0), own])
 
     def _sees(self, window: Window) -> Tensor | None:
         plan = self.window_plan
@@ -325,6 +339,7 @@ def lay_out_canvas(
         window_plan=request.window,
         solver_state=solver.init(),
         adapters=tuple(model.adapters_of(request.loras)) if request.loras else (),
+        camera=CameraRays.of(request, model.grid),
     )
 
 

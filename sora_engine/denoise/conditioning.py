@@ -91,3 +91,9 @@ class Context:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Tensor | None = None
     adapters: Adapters | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what cross-attention and self-attention read."""
+        both = [tensor for kv in self.sources.values() for tensor in (kv.keys, kv.values)]
+        return sum(tensor.nbytes for tensor in (*both, *self.tokens.values()))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.denoise.adapting import AdapterRun, Adapters
+from sora_engine.denoise.camera import camera_control
 from sora_engine.denoise.canvas import Canvas, lay_out_canvas, solver_of
 from sora_engine.denoise.conditioning import NEGATIVE, Context, Embedding, Prompts
 from sora_engine.denoise.guidance import guide
@@ -217,6 +218,9 @@ def predict(
         if expert not in canvas.contexts:
             branches = [_on_device(branch, model.device) for branch in canvas.prompts.branches]
             canvas.contexts[expert] = _contexts(branches, transformer, canvas.adapters_at(expert))
+        if canvas.camera is not None and expert not in canvas.controls:
+            found = camera_control(canvas.camera, transformer, model.device)
+            canvas.controls[expert] = found
         canvas.impose_known()
 
     parts = [part for canvas in canvases for part in split(canvas, expert)]

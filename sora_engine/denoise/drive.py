@@ -41,12 +41,11 @@ def sight(recalled: int, context: int, new: int = 1) -> Tensor:
     """Bool `[n, n]`, which of n latent frames each attends to: those that are recalled, those just
     before, and the new ones.
 
-    Recalled frames see each other, a frame of the context itself and what was before it, a new one
-    everything: what is past is then the same whatever comes.
+    A frame of the past sees itself alone, a new one everything. What the model makes of a past
+    frame is then the same whatever is recalled beside it: clips to train on show it so too, many
+    new frames at once.
     """
     known = recalled + context
-    total = known + new
-    seen = torch.ones(total, total, dtype=torch.bool).tril()
-    seen[:recalled, :recalled] = True
-    seen[known:, known:] = True
+    seen = torch.eye(known + new, dtype=torch.bool)
+    seen[known:] = True
     return seen

@@ -1,4 +1,5 @@
-"""What positions may be relative to: the size of a token's picture, the rate of its frames."""
+"""What positions may be relative to: the size of a token's picture, the rate of its frames, and
+where in the world its view lies."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from sora_kernels.transfer import to_device
 
 
 def extents_of(grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
@@ -41,3 +44,26 @@ def rates_of(
     if len(filled) == 1:
         return filled[known[0]].expand(sum(lengths))
     return torch.cat([filled[r].expand(n) for r, n in zip(known, lengths, strict=True)])
+
+
+def places_of(
+    places: Sequence[Tensor | None],
+    grids: Sequence[tuple[int, int, int]],
+    patch_frames: int,
+    device: torch.device,
+) -> Tensor | None:
+    """float32 `[N, 2]`, how far each token's view lies from the newest one, spread on the device;
+    None where no segment says.
+
+    places: of each segment `[T, 2]` on the host. grids: its patches in frames, rows and columns.
+    """
+    if all(place is None for place in places):
+        return None
+    own = [
+        torch.zeros(T, 2) if place is None else place[::patch_frames].to(torch.float32)
+        for place, (T, _, _) in zip(places, grids, strict=True)
+    ]
+    parts = zip(to_device(torch.cat(own), device).split([len(p) for p in own]), grids, strict=True)
+    return torch.cat(
+        [part[:, None].expand(-1, H * W, 2).flatten(0, 1) for part, (_, H, W) in parts]
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,8 +141,13 @@ def encode_known(
     if not request.clips:
         return None, None
     line = TimeLine(request)
-    if model.known_mode is KnownMode.CHANNELS:
-        return (yield from _encode_channels(line, request, model)), _image_tokens(line, model)
+    if model.known_mode.animates:
+        encode = {
+            KnownMode.CHANNELS: _encode_channels,
+            KnownMode.FIRST_FRAME: _encode_first_frame,
+            KnownMode.CHANNELS_AND_LEVEL: _encode_channels_and_level,
+        }[model.known_mode]
+        return (yield from encode(line, request, model)), _image_tokens(line, model)
     return (yield from _encode_latents(line, request, model)), None
 
 
@@ -229,6 +235,51 @@ def _encode_channels(
     mask = torch.cat([mask[:1].expand(grid.time, -1, -1), mask[1:]])
     channels = mask.unflatten(0, (-1, grid.time)).transpose(0, 1).to(latents)
     return Known(KnownMode.CHANNELS, channels=torch.cat([channels, latents]))
+
+
+def _encode_first_frame(
+    line: TimeLine, request: ResolvedRequest, model: DiffusionModel
+) -> Generator[None, None, Known]:
+    """The first frame's latents as further channels, and zeros behind them.
+
+    Written after VideoX-Fun's `WanFunControlPipeline`. Raises RequestError where another frame is
+    known, or not all of this one.
+    """
+    known = line.known_frames
+    if known.tolist() != [0] or not line.mask[0].all():
+        raise RequestError(
+            f"this checkpoint is told its first frame, whole, and no other; the clips give "
+            f"{len(known)} frames, the first of them frame {known[0]}: Clip(image, at=0) would work"
+        )
+    latents = yield from _encode(line.frames[:1], model, before=None)
+    channels = latents.new_zeros(request.latent_shape(model.grid))
+    channels[:, :1] = latents
+    return Known(KnownMode.FIRST_FRAME, channels=channels)
+
+
+def _encode_channels_and_level(
+    line: TimeLine, request: ResolvedRequest, model: DiffusionModel
+) -> Generator[None, None, Known]:
+    """As `_encode_channels`, and the first latent frame stands in the sample, too.
+
+    Written after VideoX-Fun's `Wan2_2FunControlPipeline`, which holds that frame for autoencoders
+    of 16 pixels to a latent. Raises RequestError where it is not known whole.
+    """
+    if not line.mask[0].all():
+        raise RequestError(
+            "this checkpoint begins with a frame that is known whole: Clip(image, at=0) would work"
+        )
+    known = yield from _encode_channels(line, request, model)
+    assert known.channels is not None
+    latents = known.channels[model.grid.time :]
+    mask = torch.zeros(latents.shape[1:], dtype=torch.bool)
+    mask[0] = True
+    return replace(
+        known,
+        mode=KnownMode.CHANNELS_AND_LEVEL,
+        latents=latents,
+        mask=to_device(mask, model.device),
+    )
 
 
 def _encode_control(

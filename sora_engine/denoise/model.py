@@ -28,6 +28,8 @@ class TransformerShape:
         learned variance included.
     ffn_dim: width of the feed-forward's middle. text_tokens: what cross-attention reads a text as,
         padding included; 0 without cross-attention.
+    action_dim: numbers that tell it what was done to make a latent frame; None: it is not told.
+    places: whether it is told where the camera was.
     """
 
     num_layers: int
@@ -38,6 +40,8 @@ class TransformerShape:
     out_channels: int
     text_tokens: int = 0
     cross_attn_norm: bool = False
+    action_dim: int | None = None
+    places: bool = False
 
     @property
     def inner_dim(self) -> int:
@@ -57,6 +61,11 @@ class Transformer(Protocol):
 
     def encode_contexts(self, embeddings: Sequence[Embedding]) -> list[Context]:
         """What each embedding is to attention, for every layer: once a request."""
+        ...
+
+    def encode_camera(self, rays: Tensor) -> Tensor:
+        """What the camera's rays in a latent frame, float32 `[6 * frames, height, width]`, add to
+        its tokens, `[tokens, inner_dim]`. Raises ValueError where it takes no camera."""
         ...
 
     def __call__(self, batch: PackedBatch) -> Tensor:

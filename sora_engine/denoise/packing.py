@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sora_engine.denoise.adapting import AdapterRun, adapter_runs
+from sora_engine.denoise.camera import token_control
 from sora_engine.denoise.conditioning import Context, KeyValues
-from sora_engine.denoise.extents import extents_of, rates_of
+from sora_engine.denoise.extents import extents_of, places_of, rates_of
 from sora_engine.denoise.rows import Conditions, modulation_rows, token_rows
 from sora_engine.denoise.windows import token_sight
 from sora_kernels import AttentionPlan, BlockPlan
@@ -35,6 +36,7 @@ ANCHOR_GAP = 8
 """Frames of tokens that are left free between anchors and the others, in RoPE's time."""
 # Plans of packed attention by head_dim and dtype, each beside the offsets that it is for.
 Plans = dict[tuple[int, torch.dtype], tuple[Tensor, AttentionPlan]]
+SparsePlans = dict[tuple[int, torch.dtype], BlockPlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class Segment:
         models that are driven; None: nothing.
     places: float32 `[T, 2]` on the host, in latents: how far down and right of the newest frame's
         view each frame's lies, for models that know where their camera is; None: nowhere else.
+    control: `[T, tokens of a frame, dim]`, what is added to its tokens once they are embedded, for
+        models that are told how the camera moves; None: nothing.
     """
 
     latents: Tensor
@@ -65,6 +69,7 @@ class Segment:
     fps: float | None = None
     actions: Tensor | None = None
     places: Tensor | None = None
+    control: Tensor | None = None
 
 
 class SelfAttention(Protocol):
@@ -97,10 +102,11 @@ class Stream:
     plans: what attention planned for these offsets. The video's are its layout's (over ranks, its
         shard's) and live from step to step, as offsets stay the same; a context's are this batch's.
     sees: for each segment bool `[T, T]`, which frames of tokens each one attends to; None: all, in
-        every segment. It changes with each step.
-    sparse_plans: what attention planned for `sees`. They are this batch's, for all of its layers.
+        every segment.
+    sparse_plans: what attention planned for `sees`, for all layers; kept in the layout.
     places: float32 `[N, 2]`, how far down and right, in latents, the view that each token is of
         lies from its segment's newest; None: none lies elsewhere.
+    control: `[N, dim]`, what is added to each token once it is embedded; None: nothing to any.
     """
 
     tokens: Tensor
@@ -114,8 +120,9 @@ class Stream:
     attend: SelfAttention | None = None
     plans: Plans = field(default_factory=dict)
     sees: tuple[Tensor, ...] | None = None
-    sparse_plans: dict[tuple[int, torch.dtype], BlockPlan] = field(default_factory=dict)
+    sparse_plans: SparsePlans = field(default_factory=dict)
     places: Tensor | None = None
+    control: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +190,15 @@ class PackLayout:
     grids: tuple[Grid, ...]
     contexts: Mapping[str, ContextRuns]
     plans: Plans = field(default_factory=dict)
+    sparse: dict[bytes, SparsePlans] = field(default_factory=dict)
+
+    def plans_for(self, sees: tuple[Tensor, ...] | None) -> SparsePlans:
+        """What attention plans for this sight. It is kept until there is another one: sessions see
+        alike at every step."""
+        key = b"" if sees is None else b"".join(seen.numpy().tobytes() for seen in sees)
+        if key not in self.sparse:
+            self.sparse.clear()
+        return self.sparse.setdefault(key, {})
 
 
 @dataclass(slots=True)
@@ -209,6 +225,7 @@ class Packer:
             [_conditions(s, grid, frames) for s, grid in zip(segments, layout.grids, strict=True)]
         )
         alone = len(rows.timesteps) == 1
+        sees = token_sight([s.sees for s in segments], layout.grids, frames)
         video = Stream(
             tokens=tokens,
             rows=None if alone else token_rows(rows.read, layout.grids, self.device),
@@ -219,8 +236,10 @@ class Packer:
             max_seqlen=layout.max_seqlen,
             grids=layout.grids,
             plans=layout.plans,
-            sees=token_sight([s.sees for s in segments], layout.grids, frames),
-            places=_token_places(segments, layout.grids, frames, self.device),
+            sees=sees,
+            sparse_plans=layout.plans_for(sees),
+            places=places_of([s.places for s in segments], layout.grids, frames, self.device),
+            control=token_control([s.control for s in segments], layout.grids, self.device),
         )
         streams = {VIDEO: video}
         for name in segments[0].contexts[0][0].tokens:
@@ -381,23 +400,6 @@ def _conditions(segment: Segment, grid: Grid, patch_frames: int) -> Conditions:
     actions = None if segment.actions is None else segment.actions[::patch_frames].float()
     assert actions is None or len(actions) == T, (actions.shape, T)
     return Conditions(levels, spans, actions, T)
-
-
-def _token_places(
-    segments: Sequence[Segment], grids: Sequence[Grid], patch_frames: int, device: torch.device
-) -> Tensor | None:
-    """For each token how far its view lies from the newest one, float32 `[N, 2]`, spread on the
-    device."""
-    if all(segment.places is None for segment in segments):
-        return None
-    own = [
-        torch.zeros(T, 2) if s.places is None else s.places[::patch_frames].to(torch.float32)
-        for s, (T, _, _) in zip(segments, grids, strict=True)
-    ]
-    parts = zip(to_device(torch.cat(own), device).split([len(p) for p in own]), grids, strict=True)
-    return torch.cat(
-        [part[:, None].expand(-1, H * W, 2).flatten(0, 1) for part, (_, H, W) in parts]
-    )
 
 
 def _context_stream(

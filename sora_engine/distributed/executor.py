@@ -73,6 +73,7 @@ class RemoteModel:
     weights_hash: str
     known_mode: KnownMode
     labels: Labels | None = None
+    takes_camera: bool = False
     loras: tuple[LoraRecord, ...] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
     dtype_name: str = ""
@@ -96,6 +97,7 @@ class RemoteModel:
             weights_hash=fields["weights_hash"],
             known_mode=KnownMode(fields["known_mode"]),
             labels=Labels.from_json(fields["labels"]),
+            takes_camera=fields["takes_camera"],
             loras=tuple(LoraRecord(**record) for record in fields["loras"]),
             chosen=fields["chosen"],
             dtype_name=fields["dtype_name"],

@@ -212,6 +212,7 @@ class _Rank:
             "weights_hash": model.weights_hash,
             "known_mode": model.known_mode,
             "labels": None if model.labels is None else asdict(model.labels),
+            "takes_camera": model.takes_camera,
             "loras": [record.to_json() for record in model.loras],
             "latents_mean": list(model.vae.config.latents_mean),
             "latents_std": list(model.vae.config.latents_std),

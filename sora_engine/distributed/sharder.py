@@ -58,6 +58,7 @@ class BatchSharder:
             extents=None if video.extents is None else video.extents[mine],
             rates=None if video.rates is None else video.rates[mine],
             places=None if video.places is None else video.places[mine],
+            control=None if video.control is None else video.control[mine],
             attend=ShardedAttention(shard),
             plans=shard.plans,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from sora_engine.denoise.canvas_state import CanvasState
 from sora_engine.distributed.message import Message
 from sora_engine.request import Clip, Guidance, ResolvedRequest, Shot, SparsePlan, WindowPlan
+from sora_engine.request.camera import CameraPath
 from sora_engine.request.frames import load_frames
 from sora_engine.request.lora import LoraRecord
 
@@ -55,6 +56,8 @@ def request_to_message(kind: str, request: ResolvedRequest) -> Message:
             values[name] = asdict(value)
         elif name == "window":
             values[name] = None if value is None else [type(value).__name__, asdict(value)]
+        elif name == "camera":
+            values[name] = None if value is None else value.to_json()
         elif name == "loras":
             values[name] = [record.to_json() for record in value]
         elif name == "sigmas":
@@ -82,6 +85,7 @@ def request_from_message(message: Message) -> ResolvedRequest:
         kind, plan = values["window"]
         values["window"] = PLANS[kind](**plan)
     values["sigmas"] = None if values["sigmas"] is None else tuple(values["sigmas"])
+    values["camera"] = CameraPath.from_json(values["camera"])
     values["loras"] = tuple(LoraRecord(**record) for record in values["loras"])
     return ResolvedRequest(**values)
 

@@ -146,6 +146,7 @@ class GraphedPasses:
             and len(batch.streams) == 1
             and video.attend is None
             and video.sees is None
+            and video.control is None
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and all(getattr(batch, name) is default for name, default in _UNKNOWN.items())

@@ -20,6 +20,7 @@ from sora_engine.io.weights.merging import Merge
 from sora_engine.models.folder import Component, FolderLayout
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.driving import Driving
 from sora_engine.request.labels import Labels
 from sora_engine.request.ladders import Ladder
 from sora_engine.samplers.config import Spread
@@ -103,6 +104,7 @@ class Checkpoint:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     labels: the classes that it makes, where it reads a class in place of a text.
+    takes_camera: whether it is told how the camera moves.
     shares_tokens: whether ranks can share the tokens of one pass out (ulysses, ring).
     spread: how its pipelines spread levels; None: as the scheduler's class does by itself.
     defaults: of the family's published pipelines; a checkpoint's own go before them.
@@ -122,10 +124,13 @@ class Checkpoint:
     takes_last_image: bool = False
     learned_variance: bool = False
     labels: Labels | None = None
+    takes_camera: bool = False
     shares_tokens: bool = True
     spread: Spread | None = None
     scheduler_path: Path | None = None
     """The file of `scheduler_config`, where it is one, for errors."""
+    driving: Driving | None = None
+    """How its worlds are driven, where it takes actions."""
     tiny_vae: Path | None = None
     """A tiny autoencoder for its latents, where one was given: see `models.tiny_vae`."""
 

@@ -13,11 +13,14 @@ from sora_engine.io.config_file import read_json_object
 from sora_engine.models.family import Checkpoint
 from sora_engine.request import GenerationDefaults, KnownMode
 from sora_engine.request.checks import finite, integer, positive, shown
+from sora_engine.request.driving import Driving, driving_of
 from sora_engine.request.ladders import ladder_named
 from sora_engine.request.windows import SCHEDULES, default_plan
 from sora_engine.samplers import SOLVERS
 
 GENERATION_CONFIG = "generation_config.json"
+_DRIVING = ("actions", "session")
+"""Of a checkpoint that takes actions: see `request.driving`."""
 
 
 def read_generation_config(folder: Path) -> Mapping[str, Any]:
@@ -30,7 +33,7 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     settings = read_json_object(path)
-    known = {f.name for f in fields(GenerationDefaults)} | {"text_tokens"}
+    known = {f.name for f in fields(GenerationDefaults)} | {"text_tokens", *_DRIVING}
     strange = sorted(key for key in settings if key not in known and not key.startswith("_"))
     if strange:
         raise CheckpointError(f"unknown keys {strange}; known are {sorted(known)}", path=path)
@@ -65,6 +68,7 @@ def with_own_defaults(found: Checkpoint, settings: Mapping[str, Any], folder: Pa
         _check_values(own)
         defaults = on_ladder(replace(found.defaults, **own), own)
         default_plan(defaults, defaults.window_schedule)  # what long videos will be made in
+        driving = _driving(found, settings, defaults.fps)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error), path=folder / GENERATION_CONFIG) from error
     if defaults.window_schedule == "chained" and found.known_mode is not KnownMode.NOISE_LEVEL:
@@ -73,7 +77,7 @@ def with_own_defaults(found: Checkpoint, settings: Mapping[str, Any], folder: Pa
             "level (expand_timesteps in model_index.json); 'static' or 'moving' would work",
             path=folder / GENERATION_CONFIG,
         )
-    return replace(found, defaults=defaults)
+    return replace(found, defaults=defaults, driving=driving)
 
 
 def on_ladder(
@@ -91,6 +95,18 @@ def on_ladder(
         )
     scale = own.get("guidance_scale", 1.0)
     return replace(defaults, num_inference_steps=steps, guidance_scale=scale)
+
+
+def _driving(found: Checkpoint, settings: Mapping[str, Any], fps: float) -> Driving | None:
+    """How its worlds are driven. RequestError for values that cannot be, and for actions that its
+    transformer does not read."""
+    driving = driving_of(settings, fps)
+    if driving is not None and driving.actions.width != (found.shape.action_dim or 0):
+        raise RequestError(
+            f"actions has {driving.actions.width} buttons and axes, and the transformer reads "
+            f"{found.shape.action_dim or 0} numbers (its action_dim)"
+        )
+    return driving
 
 
 def _check_values(own: Mapping[str, Any]) -> None:

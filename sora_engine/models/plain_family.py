@@ -30,6 +30,7 @@ from sora_engine.models.transformer_files import (
     shapes_in,
     without_prefix,
 )
+from sora_engine.request import GenerationDefaults, LatentGrid
 from sora_engine.request.ladders import Ladder
 from sora_engine.vae.registry import read_vae_config
 from sora_engine.vae.shapes import VAEConfig
@@ -203,6 +204,47 @@ class PlainFamily(ABC, Generic[ConfigT]):
             num_parameters=source.num_parameters,
             build=self._builder(source.config),
             fill=source.load,
+        )
+
+    def trained_at_one_size(
+        self,
+        path: Path,
+        source: TransformerSource[ConfigT],
+        parts: Mapping[str, Component],
+        *,
+        channels: int,
+        side: int,
+        patch: int,
+        defaults: Mapping[str, Any],
+        **more: Any,
+    ) -> Checkpoint:
+        """A checkpoint of square videos or pictures, for which known frames are the first thing
+        that the family's capabilities name.
+
+        channels: of latents, which the autoencoder must have: CheckpointError. side: of the
+        latents. patch: of a patch, in latents. defaults: of a request, without its size, and of
+        pictures without length and rate. more: what is this family's own of a `Checkpoint`.
+        """
+        coder = vae_of(parts, channels)
+        pictures = self.capabilities.makes == "pictures"
+        size = side * coder.factor_spatial
+        still: dict[str, Any] = {"num_frames": 1, "fps": 1.0} if pictures else {}
+        return Checkpoint(
+            family=self.name,
+            path=path,
+            experts=(self.expert(source),),
+            vae=parts["vae"],
+            **self.scheduler(parts),
+            grid=LatentGrid(
+                channels=channels,
+                vae_spatial=coder.factor_spatial,
+                patch=(1, patch, patch),
+                time=1 if pictures else coder.factor_temporal,
+                images=pictures,
+            ),
+            known_mode=self.capabilities.known_modes[0],
+            defaults=GenerationDefaults(height=size, width=size, **still, **defaults),
+            **more,
         )
 
     def scheduler(self, parts: Mapping[str, Component]) -> dict[str, Any]:

@@ -71,6 +71,11 @@ class DiffusionTransformer(nn.Module, ABC):
     def encode_contexts(self, embeddings: Sequence[Embedding]) -> list[Context]:
         """What each embedding is to attention, for every layer: once a request."""
 
+    def encode_camera(self, rays: Tensor) -> Tensor:
+        """What the camera's rays in a latent frame add to its tokens, `[tokens, inner_dim]`: for
+        transformers that take a camera, once a request."""
+        raise ValueError(f"{type(self).__name__} of this configuration takes no camera")
+
     @abstractmethod
     def forward(self, batch: PackedBatch) -> Tensor:
         """Predictions for the video's tokens, `[N, patch volume * out_channels]`, channel last."""

@@ -18,6 +18,7 @@ from sora_engine.models.lora import AdapterSet
 from sora_engine.models.quantised import errors_of, formats_of
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request.driving import Driving
 from sora_engine.request.labels import Labels
 from sora_engine.request.lora import LoraRecord
 from sora_engine.samplers import SamplerConfig
@@ -51,11 +52,13 @@ class VideoModel:
     takes_last_image: whether the image encoder is shown the last frame too.
     learned_variance: whether predictions carry as many channels again, of a variance.
     labels: the classes that it makes, where it reads a class in place of a text.
+    takes_camera: whether it is told how the camera moves.
     weights_hash: `sampled_hash` of all weights, by which results name what made them.
     preview: latents to pictures, where the checkpoint brings that or a tiny decoder was given.
     loras: adapters that are merged into its transformers. adapters: those that requests ask for.
     offload: which weights wait in host memory: one of `models.offload.LEVELS`.
     kind: how weights of its blocks are quantised: one of `models.quantised.KINDS`, or "".
+    driving: how its worlds are driven; None where it takes no actions.
     chosen: why settings that were "auto" have become what they have, by name.
     """
 
@@ -76,11 +79,13 @@ class VideoModel:
     family: str = ""
     learned_variance: bool = False
     labels: Labels | None = None
+    takes_camera: bool = False
     preview: Preview | None = None
     loras: tuple[LoraRecord, ...] = ()
     adapters: AdapterStore | None = None
     offload: str = "none"
     kind: str = ""
+    driving: Driving | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
 
     @property

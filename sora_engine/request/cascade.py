@@ -151,6 +151,7 @@ def staged(
     settings: dict[str, Any] = {
         "height": height, "width": width, "num_frames": num_frames, "fps": fps * stage.frames,
         "num_inference_steps": stage.steps, "sigmas": stage.sigmas, "clips": (), "latents": None,
+        "camera": None,  # what it has done is seen in the frames
         "shift": 1.0 if stage.sigmas else base.shift,
     }  # fmt: skip
     if stage.prompt is not None:
@@ -182,10 +183,11 @@ def spread(frames: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:
     known = np.arange(count) % times == 0
     out = np.empty((count, *frames.shape[1:]), np.uint8)
     out[known] = frames
-    for step in range(1, times):
-        part = step / times
-        between = (1 - part) * frames[:-1].astype(np.float32) + part * frames[1:]
-        out[step::times] = between.round().astype(np.uint8)
+    for i in range(len(frames) - 1):  # a pair at a time: all of them as floats take twelve times it
+        before, after = (frame.astype(np.float32) for frame in frames[i : i + 2])
+        for step in range(1, times):
+            part = step / times
+            out[i * times + step] = ((1 - part) * before + part * after).round()
     return out, known
 
 

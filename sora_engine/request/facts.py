@@ -17,12 +17,28 @@ class KnownMode(StrEnum):
     """Known tokens stand in the sample at noise level 0 (Wan 2.2 TI2V-5B)."""
     CHANNELS = "channels"
     """A mask and the known latents come as further input channels (Wan I2V)."""
+    FIRST_FRAME = "first_frame"
+    """The latents of the first frame come as further input channels, zeros behind them, and no mask
+    (Wan 2.1 Fun-Control-Camera)."""
+    CHANNELS_AND_LEVEL = "channels_and_level"
+    """As CHANNELS, and the first frame stands in the sample at noise level 0 too (Wan 2.2
+    Fun-5B-Control-Camera)."""
     VACE = "vace"
     """Control latents come as further input channels: known content, unknown content, and a mask
     (arXiv 2503.07598)."""
     REPLACEMENT = "replacement"
     """The model knows nothing of it: the known part of the sample is replaced by the known content
     at the step's noise level (arXiv 2201.09865)."""
+
+    @property
+    def animates(self) -> bool:
+        """Whether a checkpoint makes nothing without a picture to begin with."""
+        return self in (KnownMode.CHANNELS, KnownMode.FIRST_FRAME, KnownMode.CHANNELS_AND_LEVEL)
+
+    @property
+    def by_level(self) -> bool:
+        """Whether the noise level tells a model what of its sample is known."""
+        return self in (KnownMode.NOISE_LEVEL, KnownMode.CHANNELS_AND_LEVEL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

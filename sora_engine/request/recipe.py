@@ -95,6 +95,8 @@ def provenance_of(request: ResolvedRequest, model: Maker) -> Provenance:
         settings["clips"] = [_clip_to_json(clip) for clip in request.clips]
     if request.init is not None:
         settings["init"] = _frames_to_json(request.init)
+    if request.camera is not None:
+        settings["camera"] = {"told": request.camera.told, "sha256": request.camera.sha256}
     if request.latents is not None:
         noise = request.latents.detach().float().cpu().contiguous().numpy()
         settings["latents"] = {"sha256": _hash(noise.tobytes())}
@@ -144,6 +146,8 @@ def request_of(provenance: Provenance, make: Make, *, folder: Path | None = None
             values["clips"] = tuple(
                 _clip_from_json(clip, make, folder) for clip in settings["clips"]
             )
+        if "camera" in settings:
+            values["camera"] = _camera_from_json(settings["camera"], folder)
         if "init" in settings:
             values["init"] = _frames_from_json(settings["init"], make, folder)
     except (TypeError, KeyError, AttributeError) as error:
@@ -165,6 +169,18 @@ def loras_of(provenance: Provenance, *, folder: Path | None = None) -> tuple[Lor
         )
         for r in records
     )
+
+
+def _camera_from_json(record: dict[str, Any], folder: Path | None) -> str | Path:
+    """Moves as they were told, or the pose file."""
+    if not record["sha256"]:
+        return str(record["told"])
+    if not record["told"]:
+        raise RequestError(
+            f"it was made from camera poses given in memory (sha256 {record['sha256'][:12]}), not "
+            "from a file; give them in a request of your own"
+        )
+    return _find(Path(Path(record["told"]).name), record["sha256"], folder, "pose file")
 
 
 def _clip_to_json(clip: Clip) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from sora_engine.video import Video
 
+    Camera: TypeAlias = str | PathLike[str] | Sequence[str] | Sequence[Sequence[float]] | np.ndarray
     WholeFrames: TypeAlias = np.ndarray | PIL.Image.Image | str | PathLike[str] | Video
     Frames: TypeAlias = "WholeFrames | Footage"
 
@@ -126,6 +127,11 @@ class VideoRequest:
             `Engine.from_pretrained(loras=...)`.
         label: the class that a checkpoint of classes makes a picture of, by its number, or by its
             name where the checkpoint tells names.
+        camera: how the camera moves, for checkpoints that take one: the path of a pose file (a row
+            of 19 numbers a frame: see `request.camera`), such rows, or moves such as `"pan left,
+            zoom in x0.5"`, in one text or a list. Moves that follow each other share the time out,
+            and `+` makes several at once. None: nothing is said of it. A pose file is read when the
+            request is submitted, and needs a pose for each frame.
         original_prompt: what the prompt was before a prompt upsampler rewrote it; kept with the
             result, and nothing else.
     """
@@ -158,3 +164,4 @@ class VideoRequest:
     loras: Sequence[Lora] = ()
     original_prompt: str | None = None
     label: int | str | None = None
+    camera: Camera | None = None

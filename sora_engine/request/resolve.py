@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
+from sora_engine.request.camera import CameraPath, resolve_camera
 from sora_engine.request.checks import finite, flag, integer, positive, several
 from sora_engine.request.facts import (
     GenerationDefaults,
@@ -78,6 +79,7 @@ class ResolvedRequest:
     ladder: str = ""
     loras: tuple[LoraRecord, ...] = ()
     label: int | None = None
+    camera: CameraPath | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -116,6 +118,7 @@ class ResolvedRequest:
             "init": self.init is not None,
             "latents": self.latents is not None,
             "shots": tuple(shot.num_frames for shot in self.shots),
+            "camera": self.camera is not None,
         }
         names = [f.name for f in fields(self) if f.name not in contents]
         return tuple(reduced.get(name, getattr(self, name)) for name in names)
@@ -195,21 +198,29 @@ def resolve_request(
         resample=resample,
         original_prompt=request.original_prompt,
         ladder=ladder,
+        camera=resolve_camera(request.camera, num_frames),
     )
 
 
-def check_for_mode(request: ResolvedRequest, mode: KnownMode) -> None:
-    """Refuse what a checkpoint that is told of known frames in this way cannot do."""
+def check_for_mode(request: ResolvedRequest, mode: KnownMode, takes_camera: bool = False) -> None:
+    """Refuse what a checkpoint that is told of known frames in this way, and of the camera or not,
+    cannot do."""
+    if request.camera is not None and not takes_camera:
+        raise RequestError(
+            f"camera is {request.camera}, and this checkpoint takes none: those with a control "
+            "adapter do, the Control-Camera ones (`sora inspect` tells); leave it out, or say in "
+            "the prompt how the camera moves"
+        )
     if request.resample > 1 and mode is not KnownMode.REPLACEMENT:
         raise RequestError(
             f"resample is {request.resample}: this checkpoint was trained for known frames, and "
             "takes each step once; 1 would work"
         )
-    if mode is KnownMode.CHANNELS and not request.clips:
+    if mode.animates and not request.clips:
         raise RequestError(
             "this checkpoint animates an image: give one, as Clip(image, at=0) in `clips`"
         )
-    if mode is KnownMode.CHANNELS and request.loop:
+    if mode.animates and request.loop:
         raise RequestError(
             "this checkpoint takes a video whose first latent frame holds one frame alone, and a "
             "loop has no such frame; loop=False would work"

@@ -29,8 +29,7 @@ def resolve_steps(
         )
     if request.sigmas is None:
         return None, steps
-    levels = several("sigmas", request.sigmas, "noise levels")
-    sigmas = tuple(finite("sigmas", s, None) for s in levels)
+    sigmas = levels("sigmas", request.sigmas)
     if len(sigmas) > limits.max_inference_steps:
         raise RequestError(
             f"sigmas has {len(sigmas)} noise levels; at most {limits.max_inference_steps}"
@@ -39,7 +38,13 @@ def resolve_steps(
         raise RequestError(
             f"num_inference_steps = {steps} and {len(sigmas)} sigmas disagree; leave one out"
         )
+    return sigmas, len(sigmas)
+
+
+def levels(name: str, values: object) -> tuple[float, ...]:
+    """Noise levels that fall within (0, 1]. Raises RequestError."""
+    sigmas = tuple(finite(name, s, None) for s in several(name, values, "noise levels"))
     falling = all(a > b for a, b in itertools.pairwise(sigmas))
     if not sigmas or not falling or not all(0 < s <= 1 for s in sigmas):
-        raise RequestError(f"sigmas must fall strictly, within (0, 1], got {list(sigmas)}")
-    return sigmas, len(sigmas)
+        raise RequestError(f"{name} must fall strictly, within (0, 1], got {list(sigmas)}")
+    return sigmas

@@ -19,6 +19,11 @@ def unread(request: VideoRequest, resolved: ResolvedRequest, num_experts: int) -
         lines.append("guidance_scale_2 is not read: this checkpoint has one expert")
     if resolved.resample > 1 and not resolved.clips:
         lines.append("resample is not read: there are no clips that the rest could agree with")
+    if resolved.camera is not None and resolved.camera.left_over:
+        lines.append(
+            f"the last {resolved.camera.left_over} of the camera's poses are not read: the video "
+            f"has {resolved.num_frames} frames"
+        )
     scales = (resolved.guidance_scale, resolved.guidance_scale_2)[:num_experts]
     steps = resolved.steps_taken
     guided = any(

@@ -13,8 +13,11 @@ import numpy as np
 
 from sora_engine.errors import EngineDeadError
 from sora_engine.request.request import VideoRequest
+from sora_engine.request.session import SessionRequest
+from sora_engine.runtime.async_session import AsyncSession
 from sora_engine.runtime.engine import Engine
 from sora_engine.runtime.job import Job, Progress
+from sora_engine.runtime.recall import Memory
 from sora_engine.video import Video
 
 
@@ -48,6 +51,25 @@ class AsyncEngine:
     def unload_lora(self, name: str) -> None:
         """As `Engine.unload_lora`."""
         self.engine.unload_lora(name)
+
+    async def open_session(
+        self, request: SessionRequest, *, memory: Memory | None = None
+    ) -> AsyncSession:
+        """As `Engine.open_session`, without holding up the event loop."""
+        opened = asyncio.to_thread(self.engine.open_session, request, memory=memory)
+        return AsyncSession(await opened)
+
+    async def reopen_session(self, path: str | PathLike[str]) -> AsyncSession:
+        """As `Engine.reopen_session`."""
+        return AsyncSession(await asyncio.to_thread(self.engine.reopen_session, path))
+
+    async def replay(
+        self, path: str | PathLike[str], *, record: str | PathLike[str] | None = None
+    ) -> AsyncIterator[np.ndarray]:
+        """As `Engine.replay`."""
+        frames = await asyncio.to_thread(self.engine.replay, path, record=record)
+        while (chunk := await asyncio.to_thread(next, frames, None)) is not None:
+            yield chunk
 
     async def generate(self, request: VideoRequest, **options: Any) -> Video:
         """Make a video. Cancelling the task cancels the job, within one step or latent frame."""

@@ -30,16 +30,18 @@ CascadeCallback = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True)
 class CascadePlan:
-    """What a cascade will take: the plan of each pass, and the largest video that is held beside
-    one. Weights are loaded already, and count for nothing."""
+    """What a cascade will take: the plan of each pass, and the bytes of the video that each is
+    handed, which goes as soon as it is encoded. Weights are loaded already, and count for
+    nothing."""
 
     passes: tuple[MemoryPlan, ...]
-    held: int
+    handed: tuple[int, ...]
 
     @property
     def peak(self) -> int:
         """Bytes at most, at any time."""
-        return max(plan.peak for plan in self.passes) + self.held
+        each = zip(self.passes, self.handed, strict=True)
+        return max(max(plan.encode + video, plan.denoise, plan.decode) for plan, video in each)
 
     def __str__(self) -> str:
         each = "; ".join(f"pass {i + 1}: {plan}" for i, plan in enumerate(self.passes))
@@ -81,8 +83,12 @@ class CascadeJob:
         planned."""
         if len(self._plans) < len(self.requests):
             return None
-        held = max(height * width * frames * 3 for height, width, frames in self._sizes)
-        return CascadePlan(tuple(self._plans), held)
+        handed = [0]
+        for stage, (height, width, frames) in zip(self.cascade.stages, self._sizes, strict=False):
+            given = frames if stage.frames == 1 else (frames - 1) * stage.frames + 1
+            # The video made before, and where frames stand between its own, those of both.
+            handed.append(height * width * 3 * (frames + (given if stage.frames > 1 else 0)))
+        return CascadePlan(tuple(self._plans), tuple(handed))
 
     @property
     def progress(self) -> Progress:
@@ -182,18 +188,10 @@ class CascadeJob:
 
     def _run(self) -> None:
         try:
-            self._pass(self._engines[None], self.cascade.base)
+            self._pass(self._engines[None], [self.cascade.base])
             for i, stage in enumerate(self.cascade.stages):
-                engine, made = self._engine(stage), self._videos[-1]
-                size, fps = self._sizes[i], self._rates[i]
-                request = staged(stage, self.cascade.base, made, size, fps, engine.model)
-                if stage.upsampler is not None:
-                    request = self._from_latents(stage, request, made, engine)
-                self._pass(engine, request)
-                # Only its receipt is wanted from here on; views would keep all of it.
-                nothing = made.frames[:0].copy(), made.latents[:0].clone()
-                self._videos[-2] = replace(made, frames=nothing[0], latents=nothing[1])
-                del made, request
+                engine = self._engine(stage)
+                self._pass(engine, [self._next(i, stage, engine)])
             self._videos[-1] = self._summed()
         except BaseException as error:
             self._error = error
@@ -201,11 +199,24 @@ class CascadeJob:
             self._done.set()
             self._tell(None)
 
-    def _pass(self, engine: Engine, request: VideoRequest) -> None:
+    def _next(self, number: int, stage: Stage, engine: Engine) -> VideoRequest:
+        """The request over the last pass's video, which it alone holds from here on."""
+        made, size, fps = self._videos[-1], self._sizes[number], self._rates[number]
+        request = staged(stage, self.cascade.base, made, size, fps, engine.model)
+        if stage.upsampler is not None:
+            request = self._from_latents(stage, request, made, engine)
+        # Only its receipt is wanted; views would keep all of it.
+        nothing = made.frames[:0].copy(), made.latents[:0].clone()
+        self._videos[-1] = replace(made, frames=nothing[0], latents=nothing[1])
+        return request
+
+    def _pass(self, engine: Engine, request: list[VideoRequest]) -> None:
+        """request: the one, which is taken from the list, so that nobody but its job holds what it
+        was given. The job lets go of that once it is encoded."""
         with self._lock:
             if self._cancelled.is_set():
                 raise JobCancelledError("the cascade was cancelled between two passes")
-            self._job = engine.submit(request, on_progress=self._tell)
+            self._job = engine.submit(request.pop(), on_progress=self._tell)
         video = self._job.result()
         with self._lock:
             self._videos.append(video)

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
 
+import numpy as np
 import torch
 
 from sora_engine.config import Limits, ParallelConfig
-from sora_engine.denoise.denoise import num_steps, step_tokens
 from sora_engine.distributed.executor import settle_layout, start_replicas
 from sora_engine.errors import EngineDeadError, LayoutError, RequestError
-from sora_engine.models.adapter_store import AdapterStore, LoadedAdapter
 from sora_engine.models.device import own_device
 from sora_engine.models.loading import USABLE, load_video_model
 from sora_engine.models.registry import Components, ModelPath
 from sora_engine.models.video_model import VideoModel
-from sora_engine.request import ResolvedRequest, VideoRequest, check_for_mode, resolve_request
-from sora_engine.request.checks import several, shown
+from sora_engine.request import ResolvedRequest, SessionRequest, VideoRequest
+from sora_engine.request.checks import shown
 from sora_engine.request.lora import Lora
-from sora_engine.request.unread import unread
 from sora_engine.runtime.executor import AnyExecutor, LocalExecutor, ServedModel
 from sora_engine.runtime.hooks import Hooks
+from sora_engine.runtime.intake import Intake
 from sora_engine.runtime.job import (
     FramesCallback,
     Job,
@@ -36,16 +32,15 @@ from sora_engine.runtime.job import (
 )
 from sora_engine.runtime.lifetime import Origin, stop_when_dropped
 from sora_engine.runtime.memory import MemoryPlan, MemoryPlanner, default_peak
-from sora_engine.runtime.options import check_types, checked_options, path_of
-from sora_engine.runtime.savepoint import Savepoint, load_state
-from sora_engine.runtime.saving import check_unshared
+from sora_engine.runtime.options import check_types, path_of
+from sora_engine.runtime.recall import Memory
+from sora_engine.runtime.savepoint import load_state
+from sora_engine.runtime.session import Session
+from sora_engine.runtime.sessions import Sessions
 from sora_engine.runtime.warming import compile_kernels
-from sora_engine.runtime.worker import DECODE_STEPS, Worker
-from sora_engine.samplers import SOLVERS
+from sora_engine.runtime.worker import Worker
 from sora_engine.vae.free_memory import free_bytes
 from sora_engine.video import Video
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -92,6 +87,10 @@ class Engine:
         self._workers = [
             Worker(replica, self.limits, self.hooks, self._planner) for replica in replicas
         ]
+        self._intake = Intake(
+            self.model, self.limits, self.hooks, self._planner, self._workers, self._origin
+        )
+        self._sessions = Sessions(self._intake)
         stop_when_dropped(self, self._workers)
 
     @classmethod
@@ -214,10 +213,10 @@ class Engine:
                 f"a request must be a VideoRequest, or several of them, got {shown(request)}"
             )
         requests = [request] if isinstance(request, VideoRequest) else list(request)
-        taken = [self._taken(r) for r in requests]
+        taken = [self._intake.taken(r) for r in requests]
         jobs: list[Job] = []
         try:
-            jobs += [self._enqueue(r, JobOptions(), held) for r, held in taken]
+            jobs += [self._intake.enqueue(r, JobOptions(), held) for r, held in taken]
             videos = [job.result() for job in jobs]
         except BaseException:  # KeyboardInterrupt too: nothing is left running
             for job in jobs:
@@ -237,6 +236,7 @@ class Engine:
         save_to: str | PathLike[str] | None = None,
         save_every: int = 1,
         save_every_s: float | None = None,
+        save_last_s: float = 0.0,
         keep_frames: bool = True,
     ) -> Job:
         """Queue a request and return its job at once.
@@ -247,11 +247,13 @@ class Engine:
                 bounds the job and does not hurry it.
             on_frames: gets uint8 `[n, height, width, 3]` as frames come.
             on_latents: gets the finished latents, as `Video.latents`, before they are decoded.
-            on_progress: gets the `Progress` as denoising begins, and after each step and each latent
-                frame that is decoded.
+            on_progress: gets the `Progress` as denoising begins, after each step and after each
+                latent frame that is decoded.
             save_to: a file that holds the job's state after every `save_every` steps, for `resume`,
                 and after the last. No other job that is not done has it.
-            save_every_s: seconds between two of these, at least; the last step's is always written.
+            save_every_s: seconds between two of these, at least, but for the last step's.
+            save_last_s: the last step's is left out where this job's share of the time of its steps
+                since the last file is less: so little work is sooner done again.
             keep_frames: False where `on_frames` has them all: `Video.frames` is empty then.
 
         The callbacks are called on the engine's thread; an exception in one fails the job. Raises
@@ -267,10 +269,11 @@ class Engine:
             save_to=None if save_to is None else path_of("save_to", save_to),
             save_every=save_every,
             save_every_s=save_every_s,
+            save_last_s=save_last_s,
             keep_frames=keep_frames,
         )
-        resolved, held = self._taken(request)
-        return self._enqueue(resolved, options, held)
+        resolved, held = self._intake.taken(request)
+        return self._intake.enqueue(resolved, options, held)
 
     @own_device()
     def resume(self, path: str | PathLike[str], **options: Any) -> Job:
@@ -286,25 +289,62 @@ class Engine:
             options["save_to"] = path_of("save_to", options["save_to"])
         saved = load_state(path_of("a saved job", path), self.model, self.limits)
         records = saved.request.loras
-        held = self._adapters().held(records) if records else []
+        held = self._intake.adapters.held(records) if records else []
         if self._planner is not None:
             saved.canvas(self._planner.model)  # what is damaged is told here; ranks tell it later
-        return self._enqueue(saved.request, JobOptions(**options), held, saved)
+        return self._intake.enqueue(saved.request, JobOptions(**options), held, saved)
 
     def resolve(self, request: VideoRequest) -> ResolvedRequest:
         """The request with the checkpoint's defaults, checked; raises RequestError."""
-        return self._resolved(request)[0]
+        return self._intake.resolved(request)[0]
 
     @own_device()
-    def plan(self, request: VideoRequest) -> MemoryPlan:
-        """The memory that a request would take, stage by stage; raises as `submit`.
+    def open_session(self, request: SessionRequest, *, memory: Memory | None = None) -> Session:
+        """Open a world that is driven while it is made, with its first frame.
+
+        memory: another session's `Session.memory`, to share: what one paints the other sees.
+
+        Raises SessionError for a checkpoint that takes no actions, and over ranks; RequestError for
+        a bad value; SessionLimitError where `Limits.max_sessions` are open or no memory is left;
+        MemoryLimitError; RefusedError; EngineClosedError, EngineDeadError.
+        """
+        return self._sessions.open(self, request, memory)
+
+    @own_device()
+    def reopen_session(self, path: str | PathLike[str]) -> Session:
+        """Go on with a session that `Session.save` left in a file: the same actions make the same
+        frames. Raises CheckpointError for a file that is none, or that another model or dtype left;
+        and as `open_session`."""
+        return self._sessions.reopen(self, path_of("a saved session", path))
+
+    @own_device()
+    def replay(
+        self, path: str | PathLike[str], *, record: str | PathLike[str] | None = None
+    ) -> Iterator[np.ndarray]:
+        """The frames of a recording (`Session.record`) once more, from its seed and actions: uint8
+        `[n, height, width, 3]`, a step's at a time, as they are made.
+
+        record: a file that takes them. Of a recording whose steps were packed with nobody they are
+        the same, byte for byte; in company they were within rounding of them, at each step.
+        Raises MediaError for a file that is no recording, CheckpointError for another model's,
+        SessionError for one that followed from another session's steps too, and as `open_session`.
+        """
+        to = None if record is None else path_of("record", record)
+        return self._sessions.replay(self, path_of("a recording", path), to)
+
+    @own_device()
+    def plan(self, request: VideoRequest | SessionRequest) -> MemoryPlan:
+        """The memory that a request would take, stage by stage; raises as `submit`. A session's
+        `held` is what it takes for as long as it is open.
 
         RequestError for an engine over several ranks, whose memory is not planned.
         """
         self._origin.check()
+        if isinstance(request, SessionRequest):
+            return self._sessions.plan(request)
         if self._planner is None:
             raise RequestError("the memory of several ranks is not planned")
-        resolved, _held = self._resolved(request)
+        resolved, _held = self._intake.resolved(request)
         return self._planner.plan(resolved)
 
     @own_device()
@@ -317,24 +357,17 @@ class Engine:
         own = Path(path_of("the file of an adapter", path)).stem if name is None else name
         if not isinstance(own, str) or not own:
             raise RequestError(f"the name of an adapter must be a text, got {shown(name)}")
-        self._adapters().load(path, own)
+        self._intake.adapters.load(path, own)
         return own
 
     def unload_lora(self, name: str) -> None:
         """Forget an adapter; its memory is free once no job has it. RequestError for no name."""
-        self._adapters().unload(name)
+        self._intake.adapters.unload(name)
 
     @property
     def loras(self) -> tuple[str, ...]:
         """The names of the adapters that are loaded."""
-        return self._adapters().names
-
-    def _adapters(self) -> AdapterStore:
-        self._origin.check()
-        store = self._workers[0].executor.adapters
-        if store is None:
-            raise RequestError("this model takes no adapters of requests")
-        return store
+        return self._intake.adapters.names
 
     @property
     def plans_memory(self) -> bool:
@@ -390,60 +423,5 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_raised: object) -> None:
         self.close()
-
-    @own_device()
-    def _resolved(self, request: VideoRequest) -> tuple[ResolvedRequest, list[LoadedAdapter]]:
-        """As `resolve`, and the adapters, which stay for as long as they are held."""
-        resolved = resolve_request(request, self.model, self.limits, solvers=SOLVERS)
-        check_for_mode(resolved, self.model.known_mode)
-        if not several("loras", request.loras, "Lora(path_or_name, strength)"):
-            return resolved, []
-        records, held = self._adapters().take(request.loras)
-        return replace(resolved, loras=records), held
-
-    def _taken(self, request: VideoRequest) -> tuple[ResolvedRequest, list[LoadedAdapter]]:
-        """A request that is to be made: as `resolve`, and what of it nothing reads is logged."""
-        resolved, held = self._resolved(request)
-        for line in unread(request, resolved, self.model.num_experts):
-            logger.warning("%s", line)
-        return resolved, held
-
-    @own_device()
-    def _enqueue(
-        self,
-        request: ResolvedRequest,
-        options: JobOptions,
-        adapters: Sequence[LoadedAdapter] = (),
-        saved: Savepoint | None = None,
-    ) -> Job:
-        self._origin.check()
-        options = checked_options(options)
-        check_unshared(options.save_to, [job for worker in self._workers for job in worker.jobs])
-        if options.on_latents is not None and self.hooks.check_frames is not None:
-            raise RequestError("on_latents is not to be had where a hook checks all frames")
-        if self.hooks.check_request is not None:
-            self.hooks.check_request(request)
-        job = Job(request, options)
-        job.adapters = adapters
-        job.batch_tokens = self.limits.max_batch_tokens
-        if self._planner is not None:
-            job.plan = self._planner.plan(request)
-            job.batch_tokens = job.plan.batch_tokens
-        job.tokens = step_tokens(request, self.model.grid)
-        steps = job.planned_steps = num_steps(request, self.model.grid)
-        if saved is not None:
-            steps = max(0, steps - saved.step)
-            job.resumed_at = saved.step
-            job.provenance = saved.provenance
-            job.saved = saved
-        alive = [worker for worker in self._workers if worker.error is None] or self._workers
-        idlest = min(alive, key=lambda worker: worker.num_queued + worker.num_running)
-        idlest.enqueue(job, steps + DECODE_STEPS)
-        return job

@@ -8,15 +8,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
 
 from sora_engine.errors import DeadlineExceededError, JobCancelledError, JobFailedError
 from sora_engine.io.provenance import Provenance
 from sora_engine.request import ResolvedRequest
-from sora_engine.runtime.executor import ServedCanvas
+from sora_engine.runtime.executor import AnyExecutor, ServedCanvas
+from sora_engine.runtime.hooks import Hooks
 from sora_engine.runtime.lifetime import Origin
 from sora_engine.runtime.memory import MemoryPlan
 from sora_engine.runtime.savepoint import Savepoint
@@ -82,6 +83,7 @@ class JobOptions:
     save_to: Path | None = None
     save_every: int = 1
     save_every_s: float | None = None
+    save_last_s: float = 0.0
     keep_frames: bool = True
 
 
@@ -94,11 +96,41 @@ class SaveOrder:
         self.over = threading.Event()
 
 
+StageResult: TypeAlias = "int | Video"
+"""What a turn of decoding made: so many frames, or at the end the video."""
+
+
+class Stages(Protocol):
+    """How a job begins and ends. Between the two are its steps, which are like any other job's."""
+
+    @property
+    def brief(self) -> bool:
+        """Whether it is one of many small ones that come one after the other: it waits for no
+        place among the jobs that run, and what its steps laid out is kept for the next one's."""
+        ...
+
+    @property
+    def alone(self) -> bool:
+        """Whether its steps are packed with nobody."""
+        ...
+
+    def preparing(self, job: Job, executor: AnyExecutor) -> Generator[None, None, ServedCanvas]:
+        """As `executor.Executor.preparing`."""
+        ...
+
+    def decoding(self, job: Job, executor: AnyExecutor, hooks: Hooks) -> Iterator[StageResult]:
+        """From a canvas that is denoised to the video, which comes last."""
+        ...
+
+
 class Job:
     """One request on its way through the engine. Safe to use from any thread."""
 
-    def __init__(self, request: ResolvedRequest, options: JobOptions | None = None) -> None:
+    def __init__(
+        self, request: ResolvedRequest, options: JobOptions | None, stages: Stages
+    ) -> None:
         self.request = request
+        self.stages = stages
         self.options = options or JobOptions()
         save_to = self.options.save_to
         self.kept_in = None if save_to is None else os.path.realpath(save_to)
@@ -117,7 +149,7 @@ class Job:
         self.canvas_or_none: ServedCanvas | None = None
         self.preparing: Generator[None, None, ServedCanvas] | None = None
         self.saved: Savepoint | None = None
-        self.decoding: Iterator[int] | None = None
+        self.decoding: Iterator[StageResult] | None = None
         self.adapters: Sequence[object] = ()  # they are loaded for as long as it is not done
         self.tokens = 0
         self.planned_steps = request.steps_taken  # the engine counts chained windows in
@@ -130,6 +162,7 @@ class Job:
         self.provenance: Provenance | None = None  # from encoding on
         self.save_orders: list[SaveOrder] = []
         self.kept_at = time.monotonic()  # when `save_to` was last written, or would have been first
+        self.unkept_s = 0.0  # its share of the time of its steps since then
         self._ticket: Ticket | None = None
 
         self._cut_prompts: tuple[str, ...] = ()
@@ -273,7 +306,9 @@ class Job:
         self._state = state
 
     def begin(self, canvas: ServedCanvas) -> None:
-        """Denoising begins: at the first step, or where a saved job was left."""
+        """Denoising begins: at the first step, or where a saved job was left. What was given as
+        frames is in the canvas by now, and nobody reads it again."""
+        self.request = replace(self.request, clips=(), init=None)
         self._steps_done = self._first_step = canvas.step
         self.kept_at = time.monotonic()
         self.canvas_or_none = canvas

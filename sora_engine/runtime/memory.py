@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -130,17 +130,26 @@ class MemoryPlanner:
         self._hollow: VideoModel | None = None
         self._repeats: Repeats
 
-    def reserve(self, size: int) -> None:
-        """Adapters take so many bytes more, or less: requests have what is left. Raises
-        MemoryLimitError where less is left than that."""
+    def reserve(
+        self,
+        size: int,
+        what: str = "an adapter",
+        advice: str = "unload others, or merge it on loading",
+        beside: int = 0,
+    ) -> None:
+        """Adapters, or a session, take so many bytes more, or less: requests have what is left.
+
+        beside: what must be left for its work. Raises MemoryLimitError where less is left than
+        that.
+        """
         with self._reserving:
             if self.limit is None:
                 return
-            if size > self.limit:
+            if size + beside > self.limit:
                 raise MemoryLimitError(
-                    f"an adapter takes {_mib(size)}, and {_mib(self.limit)} are to be had; unload "
-                    "others, or merge it on loading",
-                    needed=size,
+                    f"{what} takes {_mib(size + beside)}, and {_mib(self.limit)} are to be had; "
+                    f"{advice}",
+                    needed=size + beside,
                     limit=self.limit,
                 )
             self.limit -= size
@@ -202,7 +211,7 @@ class MemoryPlanner:
             low = self._rehearsed(request, 1, batch_tokens)
             share = (sum(lengths) / len(lengths) - 1) / max(1, longest - 2)
             found = low.towards(high, share)
-        encode = self._encode(request, lengths, found.begin, found.texts)
+        encode = self.encoding(request, lengths, found.begin, found.texts)
         stages = encode, found.denoise, found.decode, found.held
         encode, denoise, decode, held = (math.ceil(size * (1 + MARGIN)) for size in stages)
         return MemoryPlan(encode, denoise, decode, held, batch_tokens)
@@ -220,7 +229,7 @@ class MemoryPlanner:
 
     def _fewer(self, request: ResolvedRequest, batch_tokens: int) -> int | None:
         """The next smaller batch: half of the parts of a step that it held; None at one part."""
-        canvas = self._canvas(request, 1)
+        canvas = self.canvas(request, 1)
         part = self._part_tokens(canvas)
         parts = len(canvas.windows()) * (1 if canvas.prompts.negative is None else 2)
         held = min(parts, max(1, batch_tokens // part))
@@ -249,17 +258,30 @@ class MemoryPlanner:
 
     # The rehearsal.
 
-    def _rehearse(self, request: ResolvedRequest, text_tokens: int, batch_tokens: int) -> Rehearsal:
+    def rehearsed(self, key: tuple[object, ...], canvas_of: Callable[[], Canvas]) -> Rehearsal:
+        """Steps of any other canvas with known content, once for a key. `texts` are what its texts
+        are to the model, and nothing of it is decoded."""
+        with self._lock:
+            if key not in self._rehearsals:
+                canvas, begin, denoise, held = self._steps(
+                    canvas_of, self.max_batch_tokens, known=True
+                )
+                texts = sum(text.nbytes for each in canvas.contexts.values() for text in each)
+                self._rehearsals[key] = Rehearsal(begin, texts, denoise, 0, held)
+            return self._rehearsals[key]
+
+    def _steps(
+        self, canvas_of: Callable[[], Canvas], batch_tokens: int, *, known: bool
+    ) -> tuple[Canvas, int, int, int]:
+        """Steps of a canvas on meta tensors: it, its bytes, their peak, what is held between."""
         model = self._on_meta()
-        if request.loras:  # made before anything is counted: they are loaded already
-            model.adapters_of(request.loras)
         packer = Packer(model.grid.patch, META)
         weights = model.loaded_transformer.parameters()
         with torch.inference_mode(), OnOneDevice(), StorageMeter(weights) as meter:
             self._repeats.count_with(meter)
-            canvas = self._canvas(request, text_tokens)
-            known = torch.empty_like(canvas.latents) if request.clips else None
-            meter.count([*tensors_of(canvas), known])
+            canvas = canvas_of()
+            content = torch.empty_like(canvas.latents) if known else None
+            meter.count([*tensors_of(canvas), content])
             begin = meter.now
             solver = canvas.solver
             held = begin
@@ -274,6 +296,14 @@ class MemoryPlanner:
                 del predictions, fresh
                 held = max(held, meter.now)
             denoise = meter.peak
+        return canvas, begin, denoise, held
+
+    def _rehearse(self, request: ResolvedRequest, text_tokens: int, batch_tokens: int) -> Rehearsal:
+        if request.loras:  # made before anything is counted: they are loaded already
+            self._on_meta().adapters_of(request.loras)
+        canvas, begin, denoise, held = self._steps(
+            lambda: self.canvas(request, text_tokens), batch_tokens, known=bool(request.clips)
+        )
         graphs = self.model.loaded_transformer.graphs
         if graphs is not None and graphs.replays(self._part_tokens(canvas)):
             held = denoise  # what a recorded pass works in stays reserved between two steps
@@ -287,11 +317,11 @@ class MemoryPlanner:
         packer = Packer(model.grid.patch, META)
         with self._lock, torch.inference_mode(), OnOneDevice(), StorageMeter() as meter:
             self._repeats.count_with(meter)
-            canvases = [self._canvas(request, 1 + i) for i, request in enumerate(requests)]
+            canvases = [self.canvas(request, 1 + i) for i, request in enumerate(requests)]
             expert = model.expert_at(canvases[0].timestep)
             predict(canvases, expert, model, packer, self.max_batch_tokens)
 
-    def _canvas(self, request: ResolvedRequest, text_tokens: int) -> Canvas:
+    def canvas(self, request: ResolvedRequest, text_tokens: int) -> Canvas:
         """The request's canvas on meta tensors, at its second window where those are chained."""
         model = self.model
         shape = request.latent_shape(model.grid)
@@ -320,21 +350,22 @@ class MemoryPlanner:
         self, request: ResolvedRequest, shape: tuple[int, int, int, int]
     ) -> Known | None:
         mode = self.model.known_mode
-        if mode in (KnownMode.CHANNELS, KnownMode.VACE):
+        channels = mask = None
+        if mode.animates or mode is KnownMode.VACE:
             more = self.model.loaded_transformer.shape.in_channels - shape[0]
             channels = torch.empty(more, *shape[1:], dtype=torch.float32, device=META)
-            return Known(mode, channels=channels)
-        if not request.clips:
+        elif not request.clips:
             return None
-        if mode is KnownMode.NOISE_LEVEL:
+        if mode.by_level:
             # On the host, where levels of tokens are read; its latents are counted apart.
             mask = torch.zeros(shape[1:], dtype=torch.bool)
             mask[0] = True
-            return Known(mode, mask=mask)
+        if mode is not KnownMode.REPLACEMENT:
+            return Known(mode, mask=mask, channels=channels)
         mask = torch.empty(shape[1:], dtype=torch.bool, device=META)
         return Known(mode, torch.empty(shape, dtype=torch.float32, device=META), mask)
 
-    def _encode(
+    def encoding(
         self, request: ResolvedRequest, lengths: Sequence[int], canvas: int, texts: int
     ) -> int:
         """Peak of texts and clips, beside a canvas of so many bytes that grows meanwhile."""
@@ -342,7 +373,7 @@ class MemoryPlanner:
         if not request.clips and request.init is None:
             return text
         unit = self.model.grid.vae_spatial
-        coder = self._coding(
+        coder = self.coding(
             "encode", (request.canvas_height // unit, request.canvas_width // unit), request
         )
         values = request.canvas_height * request.canvas_width * 3 * self.model.grid.time
@@ -354,7 +385,7 @@ class MemoryPlanner:
     def _decode(self, request: ResolvedRequest, canvas: Canvas, texts: int) -> tuple[int, int]:
         """Peak, and what is held between two turns."""
         _, _, height, width = canvas.latents.shape
-        coder = self._coding("decode", (height, width), request)
+        coder = self.coding("decode", (height, width), request)
         frames = request.num_frames * request.height * request.width * 3
         shape = canvas.latents.shape
         preview = 0 if self.model.preview is None else self.model.preview.nbytes(shape)
@@ -365,7 +396,7 @@ class MemoryPlanner:
             rest += canvas.latents.numel() * self.model.vae_dtype.itemsize
         return rest + coder.peak, rest + coder.cache
 
-    def _coding(
+    def coding(
         self, side: Literal["encode", "decode"], size: tuple[int, int], request: ResolvedRequest
     ) -> CodingMemory:
         model = self.model

@@ -47,5 +47,6 @@ def receipt_of(job: Job, executor: AnyExecutor) -> Receipt:
         quantised=dict(model.quantised),
         lossy=dict(model.lossy),
         texts_reused=job.canvas.texts_reused,
+        camera=None if request.camera is None else str(request.camera),
         loras=[str(record) for record in (*model.loras, *request.loras)],
     )

@@ -29,6 +29,7 @@ from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.provenance import Provenance
 from sora_engine.io.whole_file import read_whole
 from sora_engine.request import Guidance, LatentGrid, ResolvedRequest, Shot, SparsePlan, WindowPlan
+from sora_engine.request.camera import CameraPath
 from sora_engine.request.lora import LoraRecord
 from sora_engine.request.recipe import Maker
 from sora_engine.request.resolve import check_saved
@@ -96,6 +97,7 @@ def save_state(
             "window": None if request.window is None else asdict(request.window),
             "sparse": isinstance(request.window, SparsePlan),
             "loras": [record.to_json() for record in request.loras],
+            "camera": None if request.camera is None else request.camera.to_json(),
         },
         "noise_given": request.latents is not None,
         "frame_texts": list(state.frame_texts),
@@ -197,4 +199,5 @@ def _request_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R
         init=None,
         latents=tensors["noise"] if metadata["noise_given"] else None,
         loras=tuple(LoraRecord(**record) for record in plain.get("loras", ())),
+        camera=CameraPath.from_json(plain.get("camera")),
     )

@@ -110,16 +110,21 @@ class Scheduler:
         *,
         tokens_of: Callable[[J], int],
         expert_of: Callable[[J], int],
+        alone: Callable[[J], bool] = lambda job: False,
     ) -> list[J]:
-        """Of `jobs`, which are in order: the first, and who joins its step (rule 3)."""
+        """Of `jobs`, which are in order: the first, and who joins its step (rule 3). Those that are
+        to be `alone` join nobody, and nobody joins them."""
         if not jobs:
             return []
+        if alone(jobs[0]):
+            return [jobs[0]]
         expert = expert_of(jobs[0])
         chosen = [jobs[0]]
         tokens = tokens_of(jobs[0])
         for job in jobs[1:]:
             size = tokens_of(job)
-            if Scheduler.may_join(size, tokens, pack_tokens) and expert_of(job) == expert:
+            joins = Scheduler.may_join(size, tokens, pack_tokens) and not alone(job)
+            if joins and expert_of(job) == expert:
                 chosen.append(job)
                 tokens += size
         return chosen

@@ -12,7 +12,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -27,16 +27,15 @@ from sora_engine.errors import (
     SoraError,
 )
 from sora_engine.io.media_limits import MediaLimits, set_media_limits
-from sora_engine.request.frames import crop_middle
 from sora_engine.request.recipe import provenance_of
 from sora_engine.runtime.executor import AnyExecutor
 from sora_engine.runtime.failures import failure_of, is_device_error, is_out_of_memory
-from sora_engine.runtime.hooks import FrameSpan, Hooks
+from sora_engine.runtime.hooks import Hooks
 from sora_engine.runtime.job import Job, JobState
 from sora_engine.runtime.memory import MemoryPlanner
-from sora_engine.runtime.receipt import video_of
 from sora_engine.runtime.saving import carry_out_orders, is_due, keep_state
 from sora_engine.runtime.scheduler import Scheduler
+from sora_engine.video import Video
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +66,7 @@ class Worker:
         self._closed = False
         self._let_go = False
         self._idle = False
+        self._untidy = False
         self._dead: EngineDeadError | None = None
         self._seconds_a_pixel: float | None = None
         self._ends: list[float] = []
@@ -140,6 +140,13 @@ class Worker:
         if idle:  # no caller's code is on its way there, so this cannot wait for itself
             self.join()
 
+    def tidy(self) -> None:
+        """A session has ended: forget what its steps laid out, once nothing runs. Called by the
+        garbage collector too."""
+        with self._wake:
+            self._untidy = True
+            self._wake.notify_all()
+
     def join(self, timeout_s: float | None = None) -> None:
         """Wait for the thread's end, unless this is it."""
         if threading.current_thread() is not self._thread:
@@ -159,10 +166,13 @@ class Worker:
         set_media_limits(MediaLimits(self.limits.max_clip_pixels, self.limits.max_clip_bytes))
         while True:
             with self._wake:
-                while not (self._queue or self._running or self._closed):
+                while not (self._queue or self._running or self._closed or self._untidy):
                     self._idle = True
                     self._wake.wait()
                     self._idle = False
+                if self._untidy and not self._running:
+                    self._untidy = False
+                    self.executor.clear()
                 if self._closed and not (self._queue or self._running):
                     break
             try:
@@ -197,6 +207,7 @@ class Worker:
             [job for job in ordered if job.state is JobState.DENOISING],
             self._pack_limit() if len(ordered) > 1 else 0,
             tokens_of=lambda job: job.tokens,
+            alone=lambda job: job.stages.alone,
             expert_of=lambda job: self.model.expert_at(job.canvas.timestep),
         )
         while len(batch) > 1 and not self._fits(self._running, batch):
@@ -218,19 +229,21 @@ class Worker:
                 if job.state is JobState.DECODING or not joins:
                     continue
                 if job.state is JobState.QUEUED:
-                    if len(self._running) >= self.limits.max_running_jobs:
+                    if self._is_full(job):
                         return
                     if self._running and not self._fits([*self._running, job], []):
                         return  # it waits for memory, and those behind it with it
                     self._queue.remove(job)
                     self._running.append(job)
-                    if job.saved is not None:
-                        job.preparing = self.executor.resuming(job.saved.request, job.saved.state)
-                        job.saved = None
-                    else:
-                        job.preparing = self.executor.preparing(job.request)
+                    job.preparing = job.stages.preparing(job, self.executor)
                     job.enter(JobState.ENCODING)
                 tokens += job.tokens
+
+    def _is_full(self, job: Job) -> bool:
+        """Whether a job must wait for a place. Sessions' steps do not: `Limits.max_sessions` bounds
+        them, and a player does not wait for whole videos."""
+        places = [other for other in self._running if not other.stages.brief]
+        return not job.stages.brief and len(places) >= self.limits.max_running_jobs
 
     def _pack_limit(self) -> int:
         if self._pack_tokens is None:
@@ -262,7 +275,7 @@ class Worker:
         for cut in job.canvas.cut_prompts:
             logger.warning("%s", cut)
         self._attempt(job, Job.tell_progress)
-        if job.done:
+        if job.done():
             return
         if job.canvas.finished:  # it was saved after its last step
             self._finish_denoising(job)
@@ -278,6 +291,7 @@ class Worker:
             # More windows at a time than saturate the device cost memory and save no time: a long
             # video takes no more of it than a short one.
             limit = min(limit, self._pack_limit())
+        started = time.monotonic()
         try:
             failures = self.executor.step(canvases, limit)
         except Exception as error:
@@ -297,7 +311,9 @@ class Worker:
             else:
                 self._fail(jobs, failure_of(error))
             return
-        self._scheduler_serve(sum(job.tokens for job in jobs))
+        all_tokens = sum(job.tokens for job in jobs)
+        self._scheduler_serve(all_tokens)
+        seconds_a_token = (time.monotonic() - started) / all_tokens
         tokens = sum(min(job.tokens, limit) for job in jobs)
         for i, job in enumerate(jobs):
             job.most_in_company = max(job.most_in_company, len(jobs))
@@ -305,6 +321,7 @@ class Worker:
             if i in failures:
                 self._failed(job, failures[i])
             else:
+                job.unkept_s += seconds_a_token * job.tokens
                 job.count_step()
                 self._attempt(job, self._after_step)
 
@@ -317,64 +334,26 @@ class Worker:
 
     def _finish_denoising(self, job: Job) -> None:
         job.enter(JobState.DECODING)
-        canvas = job.canvas
-        canvas.keep_latents_alone()
-        self.executor.clear()  # layouts hold the texts' keys
-        # Kept on the job from here on: a decode that fails does not lose them.
-        latents = self.model.vae.denormalise(canvas.latents[None])[0].float().cpu()
-        if self.hooks.check_frames is None:
-            job.latents = latents
-            if job.options.on_latents is not None:
-                job.options.on_latents(latents.clone())  # it may write into what it gets
-        job.decoding = self._decoded(job, latents)
+        job.canvas.keep_latents_alone()
+        if not job.stages.brief:
+            self.executor.clear()  # layouts hold the texts' keys
+        job.decoding = job.stages.decoding(job, self.executor, self.hooks)
 
     def _decode(self, job: Job) -> None:
         assert job.decoding is not None
         started = time.monotonic()
-        frames = next(job.decoding, 0)
+        made = next(job.decoding)
         # The last turn's too: what a job was entered with and is never served would stay, and slow
         # the virtual time down for all that come, the more the longer the engine lives.
         self._scheduler_serve(
             DECODE_STEPS * job.tokens / max(1, -(-job.request.num_frames // self.model.grid.time))
         )
-        if frames:
-            pixels = frames * job.request.height * job.request.width
+        if isinstance(made, Video):
+            self._retire(job)
+            job.complete(made)
+        elif made:
+            pixels = made * job.request.height * job.request.width
             self._seconds_a_pixel = (time.monotonic() - started) / pixels
-
-    @torch.inference_mode()
-    def _decoded(self, job: Job, latents: torch.Tensor) -> Iterator[int]:
-        """Decode a job's latents (`Video.latents`); yields how many frames each turn made.
-        Completes the job at its end."""
-        request, canvas = job.request, job.canvas
-        kept = request.num_frames if job.options.keep_frames else 0
-        frames = torch.empty((kept, request.height, request.width, 3), dtype=torch.uint8)
-        stop = 0
-        chunks = self.executor.decoding(canvas, latents)
-        del latents
-        for chunk in chunks:
-            if chunk is None:
-                yield 0
-                continue
-            start, stop = stop, min(stop + len(chunk), request.num_frames)
-            cropped = crop_middle(chunk[: stop - start], request.height, request.width)
-            passed = self.hooks.pass_frames(
-                cropped.contiguous().numpy(), FrameSpan(request, start, stop)
-            )
-            if kept:
-                frames[start:stop] = torch.from_numpy(passed)
-            if job.options.on_frames is not None:
-                job.options.on_frames(passed)
-            del chunk, cropped, passed
-            job.count_frames(stop - start)
-            job.tell_progress()
-            if stop < request.num_frames:
-                yield stop - start
-        self._complete(job, frames[:stop])
-
-    def _complete(self, job: Job, frames: torch.Tensor) -> None:
-        video = video_of(job, frames, self.executor)
-        self._retire(job)
-        job.complete(video)
 
     # When things go wrong.
 
@@ -436,7 +415,7 @@ class Worker:
                 self._ends = [*self._ends[-15:], time.monotonic()]
             if job in self._queue:
                 self._queue.remove(job)
-        if not self._running:
+        if not (self._running or job.stages.brief):
             self.executor.clear()
 
     def _scheduler_serve(self, tokens: float) -> None:

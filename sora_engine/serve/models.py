@@ -40,6 +40,7 @@ def _models(request: Request) -> list[dict[str, Any]]:
         "ladders": _ladders(model.defaults.ladder, settings.loras.values()),
         "experts": model.num_experts,
         "labels": None if model.labels is None else asdict(model.labels),
+        "camera": model.takes_camera,
         "max_priority": service_of(request).most_priority(owner_of(request)),
     }
     names = dict.fromkeys((model.name, *settings.aliases))

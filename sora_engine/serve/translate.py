@@ -182,6 +182,9 @@ class Translator:
 
     def _settings(self, fields: dict[str, Any]) -> dict[str, Any]:
         settings = {name: fields[name] for name in PLAIN if name in fields}
+        if "camera" in fields:  # a list is never the path of a file
+            camera = fields["camera"]
+            settings["camera"] = [camera] if isinstance(camera, str) else camera
         if "guidance" in fields:
             settings["guidance"] = Guidance(**fields["guidance"])
         if "window" in fields:

@@ -13,6 +13,14 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Sha = Annotated[str, Field(pattern=r"^upload_[0-9a-f]{64}$")]
 
 
+Pose = Annotated[list[float], Field(min_length=19, max_length=19)]
+Moves = (
+    Annotated[str, Field(max_length=1000)]
+    | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100)]
+    | Annotated[list[Pose], Field(max_length=100_000)]
+)
+
+
 class Body(BaseModel):
     """What all bodies have in common: nothing unknown, no NaN."""
 
@@ -152,6 +160,13 @@ class Sampling(Body):
     label: Annotated[
         int | Annotated[str, Field(max_length=200)] | None,
         Field(description="The class, by its number or name, of a checkpoint of classes."),
+    ] = None
+    camera: Annotated[
+        Moves | None,
+        Field(
+            description="How the camera moves, for a model that takes that: `pan left, zoom in "
+            "x0.5`, a list of such moves, or a pose of 19 numbers for each frame."
+        ),
     ] = None
     round_to_grid: bool = False
     strict_grid: bool = False

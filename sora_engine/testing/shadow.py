@@ -74,7 +74,7 @@ class Sizes:
     def request(self, latent_frames: int = 3, **fields: object) -> VideoRequest:
         """A request with what its model cannot do without: a first frame, and a last one."""
         clips: list[Clip] = []
-        if self.model.known_mode is KnownMode.CHANNELS:
+        if self.model.known_mode.animates:
             clips.append(self.clip(1))
             if self.model.takes_last_image:
                 clips.append(self.clip(1, at=self.frames(latent_frames) - 1))
@@ -145,7 +145,7 @@ def suits(task: str, model: VideoModel) -> bool:
         return mode is KnownMode.REPLACEMENT
     if model.takes_last_image and task in ("known", "extend"):
         return False
-    return mode is not KnownMode.CHANNELS or (task != "image" and "loop" not in task)
+    return not mode.animates or (task != "image" and "loop" not in task)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,7 +190,7 @@ def walk(model: VideoModel, request: VideoRequest, shadow: Shadow, *, decode: bo
     """What an engine's worker does for one request, turn after turn."""
     executor = LocalExecutor(model)
     resolved = resolve_request(request, model, Limits(), solvers=SOLVERS)
-    check_for_mode(resolved, model.known_mode)
+    check_for_mode(resolved, model.known_mode, model.takes_camera)
     if request.loras and model.adapters is not None:
         records, _held = model.adapters.take(request.loras)
         resolved = replace(resolved, loras=records)

@@ -28,11 +28,13 @@ class CausalConv3d(PackableConv3d):
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], stride_t: int = 1):
         super().__init__(c_in, c_out, kernel, stride=(stride_t, 1, 1))
 
-    def valid(self, x: Tensor) -> Tensor:
-        """`[B, c_in, T, H, W] -> [B, c_out, (T - k) // stride + 1, H, W]`, no padding in time."""
+    def valid(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """`[B, c_in, T, H, W] -> [B, c_out, (T - k) // stride + 1, H, W]`, no padding in time, and
+        the sum with `beside` of that shape where it is given."""
         if self.layouts.wanted:
-            return self.packed()(x)
-        return F.conv3d(x, self.weight, self.bias, self.stride, self.spatial_padding)
+            return self.packed()(x, beside)
+        y = F.conv3d(x, self.weight, self.bias, self.stride, self.spatial_padding)
+        return y if beside is None else beside + y
 
     def _last_tap(self, x: Tensor) -> Tensor:
         if self.layouts.wanted:

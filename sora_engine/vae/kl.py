@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from sora_engine.vae.blocks import CausalConv3d, Downsample, Upsample
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.kl_config import KLConfig
-from sora_engine.vae.native import Layouts
+from sora_engine.vae.native import Layouts, fuses
 from sora_engine.vae.state import FeatureCache
+from sora_kernels import group_norm
 
 EPS = 1e-6
 """Of every norm, as in the published models."""
@@ -43,6 +44,8 @@ class PictureNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x, self.weight):
+            return self._fused(x, silu=False)
         pictures = x.transpose(1, 2).flatten(0, 1)  # no copy: channels lie last
         if x.device.type == "cuda" or (x.device.type == "meta" and torch.cuda.is_available()):
             # CUDA's norm takes channels first and converts by itself: so it is seen and counted.
@@ -52,9 +55,17 @@ class PictureNorm(nn.GroupNorm):
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the norm."""
+        if fuses(x, self.weight):
+            return self._fused(x, silu=True)
         y = self(x)
         wants_grad = torch.is_grad_enabled() and y.requires_grad
         return F.silu(y, inplace=not wants_grad and not torch.compiler.is_compiling())
+
+    def _fused(self, x: Tensor, *, silu: bool) -> Tensor:
+        batch, _, time, height, width = x.shape
+        pixels = x.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2)  # no copy
+        y = group_norm(pixels, self.num_groups, self.weight, self.bias, silu=silu, eps=self.eps)
+        return y.view(batch, time, height, width, -1).permute(0, 4, 1, 2, 3)
 
 
 class Resnet(nn.Module):
@@ -71,8 +82,7 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut.valid(x)
         y = self.conv1.valid(self.norm1.silu(x))
-        y = self.conv2.valid(self.norm2.silu(y))
-        return shortcut + y
+        return self.conv2.valid(self.norm2.silu(y), beside=shortcut)
 
 
 class Attention(nn.Module):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_engine.vae.causal import CausalVAE
@@ -18,10 +17,10 @@ from sora_engine.vae.ltx_blocks import (
     Downsample,
     LevelEmbedder,
     LTXConv,
+    Norm,
     Resnet,
     StridedConv,
     Upsample,
-    pixel_norm,
 )
 from sora_engine.vae.ltx_config import DOWN_095, LTXVAEConfig
 from sora_engine.vae.state import FeatureCache
@@ -148,7 +147,7 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             x = stage(x, cache)
         x = self.mid_block(x, cache)
-        x, _ = self.conv_out.stretch(F.silu(pixel_norm(x)), cache)
+        x, _ = self.conv_out.stretch(x, cache, Norm())
         # All channels have one log-variance.
         return torch.cat([x, x[:, -1:].expand(-1, x.shape[1] - 2, -1, -1, -1)], dim=1)
 
@@ -202,13 +201,13 @@ class Decoder(nn.Module):
         return cache.in_parts(run, x, PART)
 
     def _out(self, x: Tensor, cache: FeatureCache, level: Tensor | None) -> Tensor:
-        x = pixel_norm(x)
+        norm = Norm()
         if self.time_embedder is not None:
             assert self.scale_shift_table is not None
             table = self.scale_shift_table + self.time_embedder(level).unflatten(0, (2, -1))
-            shift, scale = table[:, :, None, None, None].unbind()
-            x = torch.addcmul(shift, x, 1 + scale)
-        x, _ = self.conv_out.stretch(F.silu(x), cache)
+            shift, scale = table.unbind()
+            norm = Norm(scale, shift)
+        x, _ = self.conv_out.stretch(x, cache, norm)
         return unfold_pixels(x, self.patch)
 
 

@@ -9,14 +9,17 @@ those of diffusers' `AutoencoderKLLTXVideo` but for `.conv.` before weights and 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_engine.vae.blocks import CausalConv3d
-from sora_engine.vae.native import PackableConv3d
+from sora_engine.vae.native import PackableConv3d, fuses
 from sora_engine.vae.state import FeatureCache
+from sora_kernels import causal_norm_silu
 from sora_kernels.transfer import to_device
 
 NORM_EPS = 1e-8
@@ -37,33 +40,61 @@ class LTXConv(CausalConv3d):
         PackableConv3d.__init__(self, c_in, c_out, (kernel, kernel, kernel), stride=stride)
         self.causal = causal
 
-    def stretch(self, x: Tensor, cache: FeatureCache) -> tuple[Tensor, bool]:
+    def stretch(
+        self,
+        x: Tensor,
+        cache: FeatureCache,
+        norm: Norm | None = None,
+        beside: Callable[[int], Tensor] | None = None,
+    ) -> tuple[Tensor, bool]:
         """The next frames of the input to those of the output that are known by now, and whether
-        the video's first is among them."""
+        the video's first is among them.
+
+        norm: x goes through `norm` and SiLU first. beside: gives as many frames as it is told,
+        which are added to those of the output.
+        """
         past, step = cache.take(), self.stride[0]
         begins = past is None or (not self.causal and past.shape[2] == 1)
         if past is None and x.shape[2] == 0:
             cache.leave(None)
-            return self._nothing(x), False
-        frames = x if past is None else torch.cat([past, x], dim=2)
-        parts = [frames]
-        if begins:
-            before = 2 if self.causal else 1
-            parts.insert(0, frames[:, :, :1].expand(-1, -1, before, -1, -1))
-        if cache.last and not self.causal:
-            parts.append(frames[:, :, -1:])
-        whole = torch.cat(parts, dim=2) if len(parts) > 1 else frames
-        made = (whole.shape[2] - 3) // step + 1
+            if beside is not None:
+                beside(0)
+            return self.nothing(x), False
+        frames = x.shape[2] + (0 if past is None else past.shape[2])
+        before = (2 if self.causal else 1) if begins else 0
+        after = int(cache.last and not self.causal)
+        made = (before + frames + after - 3) // step + 1
+        if made < 1:  # it waits, and what has come stays as it is
+            before, kept = 0, frames
+        else:
+            kept = before + frames + after - made * step
+        if norm is not None and norm.fuses(x):
+            whole, left = norm.silu_behind(past, x, before, after, kept if cache.keeps else 0)
+            cache.put(left)
+        else:
+            whole = _joined(past, x if norm is None else norm.silu(x), before, after)
+            cache.leave(whole, kept)
+        shortcut = None if beside is None else beside(max(made, 0))
         if made < 1:
-            cache.leave(frames, frames.shape[2])
-            return self._nothing(x), False
-        cache.leave(whole, whole.shape[2] - made * step)
-        return self.valid(whole), begins
+            return self.nothing(x), False
+        return self.valid(whole, shortcut), begins
 
-    def _nothing(self, x: Tensor) -> Tensor:
+    def nothing(self, x: Tensor) -> Tensor:
+        """No frames, of the output's shape."""
         batch, _, _, height, width = x.shape
         size = (math.ceil(height / self.stride[1]), math.ceil(width / self.stride[2]))
         return x.new_empty(batch, self.out_channels, 0, *size)
+
+
+def _joined(past: Tensor | None, x: Tensor, before: int, after: int) -> Tensor:
+    """x behind its past, with the first frame repeated before both and the last one behind."""
+    frames = x if past is None else torch.cat([past, x], dim=2)
+    if not before + after:
+        return frames
+    first, last = frames[:, :, :1], frames[:, :, -1:]
+    return torch.cat(
+        [first.expand(-1, -1, before, -1, -1), frames, last.expand(-1, -1, after, -1, -1)], dim=2
+    )
 
 
 def held_back(x: Tensor, count: int, cache: FeatureCache) -> Tensor:
@@ -76,10 +107,41 @@ def held_back(x: Tensor, count: int, cache: FeatureCache) -> Tensor:
     return frames[:, :, :count]
 
 
-def pixel_norm(x: Tensor) -> Tensor:
-    """RMSNorm over the channels, without a weight."""
-    rows = x.permute(0, 2, 3, 4, 1)
-    return F.rms_norm(rows, rows.shape[-1:], eps=NORM_EPS).permute(0, 4, 1, 2, 3)
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm over the channels without a weight of its own, times `1 + scale`, plus `shift`: what
+    a noise level says, `[C]` each, or nothing."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the norm of `x [B, C, T, H, W]`."""
+        rows = x.permute(0, 2, 3, 4, 1)
+        y = F.rms_norm(rows, rows.shape[-1:], eps=NORM_EPS)
+        if self.scale is not None and self.shift is not None:
+            y = torch.addcmul(self.shift, y, 1 + self.scale)
+        wants_grad = torch.is_grad_enabled() and y.requires_grad
+        return F.silu(y, inplace=not wants_grad).permute(0, 4, 1, 2, 3)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether `silu_behind` serves `x`."""
+        return fuses(x, self.scale, self.shift)
+
+    def silu_behind(
+        self, past: Tensor | None, x: Tensor, before: int, after: int, keep: int
+    ) -> tuple[Tensor, Tensor]:
+        """`silu(x)` behind the frames of `past`, with the first of them repeated `before` times and
+        the last one `after` times, and its last `keep` frames, in one pass over memory."""
+        rows = x.permute(0, 2, 3, 4, 1)
+        old = rows[:, :0] if past is None else past.permute(0, 2, 3, 4, 1)
+        made = causal_norm_silu(
+            rows.flatten(2, 3), old.flatten(2, 3), None if self.scale is None else 1 + self.scale,
+            bias=self.shift, before=before, after=after, keep=keep, eps=NORM_EPS,
+        )  # fmt: skip
+        size = rows.shape[2:4]
+        joined, left = (t.unflatten(2, size).permute(0, 4, 1, 2, 3) for t in made)
+        return joined, left
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -138,21 +200,28 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache, level: Tensor | None = None) -> Tensor:
         """level: `[4 * c_in]`, what the block knows of the noise level."""
-        table: list[Tensor | None] = [None] * 4
+        first = second = Norm()
         if self.scale_shift_table is not None:
             assert level is not None
-            table = list((self.scale_shift_table + level.unflatten(0, (4, -1))).unbind())
-        y = _silu(_modulated(pixel_norm(x), table[1], table[0]))
-        y, _ = self.conv1.stretch(y, cache)
+            table = (self.scale_shift_table + level.unflatten(0, (4, -1))).unbind()
+            first, second = Norm(table[1], table[0]), Norm(table[3], table[2])
+        y, _ = self.conv1.stretch(x, cache, first)
         y = self._noised(y, self.per_channel_scale1, 0)
-        y = _silu(_modulated(pixel_norm(y), table[3], table[2]))
-        y, _ = self.conv2.stretch(y, cache)
+        if self.per_channel_scale2 is None:
+            return self.conv2.stretch(
+                y, cache, second, lambda count: self._beside(x, count, cache)
+            )[0]
+        y, _ = self.conv2.stretch(y, cache, second)
         y = self._noised(y, self.per_channel_scale2, 1)
+        return self._beside(x, y.shape[2], cache) + y
+
+    def _beside(self, x: Tensor, count: int, cache: FeatureCache) -> Tensor:
+        """The shortcut of the next `count` frames."""
         if not self.causal:
-            x = held_back(x, y.shape[2], cache)
-        if self.norm3 is not None and self.conv_shortcut is not None and x.shape[2]:
-            x = self.conv_shortcut.valid(self.norm3(x))
-        return x + y if y.shape[2] else y
+            x = held_back(x, count, cache)
+        if self.norm3 is not None and self.conv_shortcut is not None:
+            x = self.conv_shortcut.valid(self.norm3(x)) if count else self.conv_shortcut.nothing(x)
+        return x
 
     def _noised(self, y: Tensor, scale: Tensor | None, which: int) -> Tensor:
         if scale is None or not y.shape[2]:
@@ -168,17 +237,6 @@ def picture_noise(number: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(NOISE_SEED + number)
     noise = torch.randn(like.shape[-2:], generator=generator)
     return to_device(noise.to(like.dtype), like.device)
-
-
-def _modulated(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    if scale is None or shift is None:
-        return x
-    return torch.addcmul(shift.view(-1, 1, 1, 1), x, 1 + scale.view(-1, 1, 1, 1))
-
-
-def _silu(x: Tensor) -> Tensor:
-    wants_grad = torch.is_grad_enabled() and x.requires_grad
-    return F.silu(x, inplace=not wants_grad)
 
 
 class StridedConv(LTXConv):

@@ -22,6 +22,17 @@ def native_kernels() -> bool:
     return csrc.problem() is None
 
 
+def fuses(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the compiled passes serve `x` with these parameters: on a CPU, where no gradient is
+    wanted. On the meta device the answer is that of this machine's own devices."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
+        return False
+    if torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
+    on_cpu = x.device.type == "cpu" or (x.device.type == "meta" and not torch.cuda.is_available())
+    return on_cpu and native_kernels()
+
+
 def give_back() -> None:
     """Have the C library return freed memory to the system, where it can (glibc).
 
@@ -103,11 +114,19 @@ class PackedConv:
         with torch.inference_mode(False), torch.no_grad():
             return self.weight.to_dense() if self.blocked else self.weight.clone()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[B, c_in, T, H, W] -> [B, c_out, T', H', W']`."""
+    def __call__(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """`[B, c_in, T, H, W] -> [B, c_out, T', H', W']`, and the sum with `beside` of that shape
+        where it is given."""
         if not self.blocked:
-            return F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+            y = F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+            return y if beside is None else y.add_(beside)
         ones = (1, 1, 1)
+        if beside is not None:
+            # Added where the products are summed up: a pass over memory less, and a result less.
+            return torch.ops.mkldnn._convolution_pointwise.binary(
+                x, beside.contiguous(memory_format=torch.channels_last_3d), self.weight, self.bias,
+                self.padding, self.stride, ones, 1, "add", None, None, [], "",
+            )  # fmt: skip
         return torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, self.padding, self.stride, ones, 1, "none", [], ""
         )

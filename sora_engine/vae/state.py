@@ -80,6 +80,11 @@ class FeatureCache:
         """Whether the frames of this pass begin with the first frame of the video."""
         return self._old is None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept for a next pass."""
+        return self._keep
+
     def take(self) -> Tensor | None:
         """The next layer's cache; None means an empty past."""
         if self._old is None:

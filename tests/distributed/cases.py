@@ -35,7 +35,7 @@ from sora_engine.models.wan.checkpoint import TransformerSource
 from sora_engine.models.wan.model import WanTransformer, transformer_shape
 from sora_engine.request import Clip, Shot, SparsePlan, VideoRequest, WindowPlan, resolve_request
 from sora_engine.vae.decoding import decoding as decode
-from tests.distributed.tiny import CPU, Z_DIM, tiny_config, tiny_model, tiny_vae
+from tests.distributed.tiny import CPU, Z_DIM, tiny_camera_model, tiny_config, tiny_model, tiny_vae
 
 _meshes: dict[ParallelConfig, Mesh] = {}
 
@@ -167,6 +167,14 @@ REQUESTS = {
     "windowed loop": [
         VideoRequest("a", seed=9, height=16, width=24, num_frames=10, loop=True, window=WINDOWS)
     ],
+    # Beside a video of which nothing is said of the camera.
+    "camera": [
+        VideoRequest("a cat", seed=13, camera="pan left + acw x3, zoom in x5"),
+        VideoRequest("a dog", seed=14, height=8, width=40, num_frames=3),
+        VideoRequest(
+            "a", seed=15, height=16, width=24, num_frames=13, camera="zoom out x5", window=WINDOWS
+        ),
+    ],
     "shots": [VideoRequest("", seed=10, num_frames=5, shots=[Shot("x", 3), Shot("a long y", 2)])],
 }
 
@@ -197,7 +205,7 @@ def denoise(layout, request, heads=5, max_tokens=10**6, weights=None, dtype="flo
     mesh = mesh_of(layout)
     if mesh is None:
         return None
-    whole = model = tiny_model(heads)
+    whole = model = (tiny_camera_model if request == "camera" else tiny_model)(heads)
     held = {}
     if weights is not None:
         if dtype != "float32":

@@ -107,6 +107,7 @@ def test_every_field_of_a_request_crosses(ends, tmp_path):
         window=WindowPlan(2, 1, weights="flat"),
         latents=torch.randn(4, 3, 6, 10),
         guidance=Guidance(kind="apg", eta=0.3, momentum=-0.5),
+        camera="pan left, zoom in",
     )
     resolved = resolve_request(request, model, Limits())
     a.send(request_to_message("prepare", resolved))

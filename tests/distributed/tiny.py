@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from dataclasses import replace
 
 import torch
 
@@ -76,16 +77,25 @@ def tiny_vae(residual=False) -> WanVAE:
     return seeded(WanVAE(vae_config(residual)), 5).prepare()
 
 
-def tiny_config(heads: int = 5) -> WanConfig:
+def tiny_config(heads: int = 5, **more: int) -> WanConfig:
     return WanConfig(
         num_attention_heads=heads, attention_head_dim=12, in_channels=Z_DIM, out_channels=Z_DIM,
-        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2,
+        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, **more,
     )  # fmt: skip
 
 
 @functools.cache
 def tiny_transformer(heads: int = 5) -> WanTransformer:
     return seeded(WanTransformer(tiny_config(heads), text_tokens=16), 3)
+
+
+@functools.cache
+def tiny_camera_model(heads: int = 5) -> VideoModel:
+    """The same, and it takes a camera."""
+    config = tiny_config(heads, in_dim_control_adapter=12, downscale_factor_control_adapter=4)
+    transformer = seeded(WanTransformer(config, text_tokens=16), 4)
+    experts = [Expert(lambda: transformer, 0.0, 1, transformer)]
+    return replace(tiny_model(heads), experts=experts, takes_camera=True)
 
 
 @functools.cache

@@ -146,6 +146,9 @@ def causal_cases(draw, max_pixels=12, channels=(1, 7, 16, 33, 64, 96, 200)):
         "batch": draw(st.integers(1, 2)),
         "frames": draw(st.integers(0, 4)),
         "kept": draw(st.integers(0, 3)),
+        "around": draw(st.sampled_from([(0, 0), (1, 0), (2, 1), (0, 1)])),
+        "keep": draw(st.sampled_from([None, 0, 1, 2])),
+        "rows": draw(st.sampled_from(["weight", "both", "bias", "none"])),
         "pixels": draw(st.integers(0, max_pixels)),
         "channels": draw(st.sampled_from(channels)),
         "dtype": draw(dtypes),
@@ -155,27 +158,92 @@ def causal_cases(draw, max_pixels=12, channels=(1, 7, 16, 33, 64, 96, 200)):
     }
 
 
+def plain_causal(case):
+    """A case of what every backend has: a weight, nothing repeated, as much kept as was given."""
+    return {**case, "around": (0, 0), "keep": None, "rows": "weight"}
+
+
 def check_causal(case, backend, device="cpu"):
     rng = generator(case["seed"])
     made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
     inside = (case["pixels"], case["channels"])
     x = guarded((case["batch"], case["frames"], *inside), case["dtype"], rng, **made)
     past = guarded((case["batch"], case["kept"], *inside), case["dtype"], rng, **made)
-    weight = guarded((case["channels"],), torch.float32, rng, device=device)
+    weight, bias = (
+        guarded((case["channels"],), torch.float32, rng, device=device) for _ in range(2)
+    )
+    weight = weight if case["rows"] in ("weight", "both") else None
+    bias = bias if case["rows"] in ("bias", "both") else None
+    frames = case["frames"] + case["kept"]
+    before, after = case["around"] if frames else (0, 0)
+    total = before + frames + after
+    keep = case["kept"] if case["keep"] is None else min(case["keep"], total)
 
     def call(backend, cast=lambda t: t, x=x, past=past):
-        return sk.causal_norm_silu(cast(x), cast(past), cast(weight), backend=backend)
+        return sk.causal_norm_silu(
+            cast(x), cast(past), cast(weight), bias=cast(bias), before=before, after=after,
+            keep=keep, backend=backend,
+        )  # fmt: skip
 
     outs, lows, refs = call(backend), call("reference"), call("reference", wide)
     for name, out, low, ref in zip(("joined", "cache"), outs, lows, refs, strict=True):
         check_within_budget(name, out, ref, low, SLACK[case["dtype"]])
-    # The past is copied, not computed.
-    assert torch.equal(outs[0][:, : case["kept"]], past)
-    assert torch.equal(outs[0][:, case["frames"] :], outs[1])
+    # The past is copied, not computed, and so are frames that repeat.
+    joined, cache = outs
+    assert torch.equal(joined[:, before : before + case["kept"]], past)
+    assert torch.equal(joined[:, total - keep :], cache)
+    assert torch.equal(
+        joined[:, :before], joined[:, before : before + 1].expand(-1, before, -1, -1)
+    )
+    last = joined[:, total - after - 1 : total - after]
+    assert torch.equal(joined[:, total - after :], last.expand(-1, after, -1, -1))
     assert all(map(torch.equal, outs, call(backend)))
     order = order_of(case["pixels"])
     shuffled = call(backend, x=x[:, :, order], past=past[:, :, order])
     assert all(map(torch.equal, shuffled, (out[:, :, order] for out in outs)))
+
+
+@st.composite
+def group_cases(draw, max_pixels=150):
+    """Pictures of more than one share of pixels, too, with a tail."""
+    groups = draw(st.sampled_from([1, 2, 3, 8]))
+    return {
+        "pictures": draw(st.integers(0, 3)),
+        "pixels": draw(st.integers(0, max_pixels)),
+        "groups": groups,
+        "channels": groups * draw(st.sampled_from([1, 4, 7, 16])),
+        "parts": draw(st.sets(st.sampled_from(["weight", "bias"]))),
+        "silu": draw(st.booleans()),
+        "dtype": draw(dtypes),
+        "seed": draw(seeds),
+        "layout": draw(layouts),
+        "magnitude": draw(far_magnitudes),
+        "mean": draw(st.sampled_from([0.0, 0.0, 100.0])),
+    }
+
+
+def check_group_norm(case, backend, device="cpu"):
+    rng = generator(case["seed"])
+    channels, dtype = case["channels"], case["dtype"]
+    shape = (case["pictures"], case["pixels"], channels)
+    made = {"layout": case["layout"], "magnitude": case["magnitude"], "device": device}
+    x = guarded(shape, dtype, rng, **made)
+    x += case["mean"]
+    weight, bias = (
+        guarded((channels,), torch.float32, rng, device=device) if name in case["parts"] else None
+        for name in ("weight", "bias")
+    )
+
+    def call(backend, cast=lambda t: t, x=x):
+        return sk.group_norm(
+            cast(x), case["groups"], cast(weight), cast(bias), silu=case["silu"], backend=backend
+        )
+
+    out = call(backend)
+    check_within_budget("y", out, call("reference", wide), call("reference"), SLACK[dtype])
+    assert torch.equal(out, call(backend))
+    for picture in range(len(x)):
+        assert torch.equal(call(backend, x=x[picture : picture + 1])[0], out[picture])
 
 
 BOTH_WEIGHTS = ("both", "both, of two dtypes")

@@ -237,6 +237,10 @@ def test_windowed_attention_refuses(change, named):
         ({"past": torch.randn(2, 2, 5, 8)}, "[2, 2, 5, 8]"),
         ({"past": torch.randn(1, 2, 5, 8).half()}, "float16"),
         ({"weight": torch.ones(7)}, "[7]"),
+        ({"bias": torch.ones(9)}, "[9]"),
+        ({"before": -1}, "-1 frames before"),
+        ({"x": torch.randn(1, 0, 5, 8), "past": torch.randn(1, 0, 5, 8), "after": 1}, "1 behind 0"),
+        ({"keep": 8, "before": 1, "after": 1}, "keep is 8; 0 to 7"),
         ({"backend": "nope"}, "nope"),
     ],
 )
@@ -250,6 +254,31 @@ def test_causal_norm_silu_refuses(change, named):
     with pytest.raises(ValueError, match=r".") as caught:
         sk.causal_norm_silu(**inputs)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.randn(1, 3, 5, 8)}, "[1, 3, 5, 8]"),
+        ({"x": torch.ones(1, 5, 8, dtype=torch.int64)}, "int64"),
+        ({"groups": 3}, "3 groups"),
+        ({"groups": 0}, "0 groups"),
+        ({"weight": torch.ones(7)}, "[7]"),
+        ({"bias": torch.ones(9)}, "[9]"),
+        ({"backend": "triton"}, "triton"),
+    ],
+)
+def test_group_norm_refuses(change, named):
+    inputs = {"x": torch.randn(1, 5, 8), "groups": 2, **change}
+    with pytest.raises(ValueError, match=r".") as caught:
+        sk.group_norm(**inputs)
+    assert named in str(caught.value)
+
+
+def test_what_triton_lacks_of_causal_norm_silu_is_refused_by_name():
+    x = torch.randn(1, 1, 5, 8)
+    with pytest.raises(sk.KernelUnavailableError, match="repeats no frames"):
+        sk.causal_norm_silu(x, x, torch.ones(8), before=1, backend="triton")
 
 
 def test_gradients_flow_through_the_reference_alone():

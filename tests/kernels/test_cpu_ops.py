@@ -26,8 +26,10 @@ from norm_checks import (
     causal_cases,
     check_causal,
     check_gated,
+    check_group_norm,
     check_norm_modulate,
     check_rope,
+    group_cases,
     modulation_cases,
     rope_cases,
 )
@@ -123,6 +125,47 @@ def test_native_gate_residual_norm_modulate(case):
 @given(causal_cases())
 def test_native_causal_norm_silu(case):
     check_causal(case, "native")
+
+
+@pytest.mark.usefixtures("native_library")
+@given(group_cases())
+def test_native_group_norm(case):
+    check_group_norm(case, "native")
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norms_reference_is_pytorchs(silu):
+    rng = generator(5)
+    x = torch.randn(2, 6, 24, generator=rng, dtype=torch.float64) * 3 + 7
+    weight, bias = torch.randn(2, 24, generator=rng, dtype=torch.float64)
+    expected = torch.nn.functional.group_norm(x.transpose(1, 2), 4, weight, bias, 1e-6)
+    expected = expected * expected.sigmoid() if silu else expected
+    out = sk.group_norm(x, 4, weight, bias, silu=silu, backend="reference")
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("native_library")
+def test_native_group_norm_of_a_far_mean():
+    """A mean 10,000 times the deviation leaves the variance its digits."""
+    x = torch.randn(1, 5000, 8, generator=generator(6)) + 1e4
+    out = sk.group_norm(x, 2, backend="native")
+    exact = sk.group_norm(x.double(), 2, backend="reference")
+    assert (out - exact).abs().max() < 2e-3  # by half a unit of x in its last place, over deviation
+    assert abs(out.std().item() - 1) < 1e-4
+
+
+@pytest.mark.usefixtures("native_library")
+def test_native_group_norms_bits_are_the_same_on_any_number_of_threads():
+    x = torch.randn(3, 3000, 64, generator=generator(7))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(sk.group_norm(x, 8, silu=True, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.usefixtures("native_library")

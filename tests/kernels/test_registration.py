@@ -28,8 +28,9 @@ CALLS = {
         X, X, TABLE, TABLE, None, INDEX, "rms", TABLE[0], None, 1e-6, "auto",
     ),
     "causal_norm_silu": (
-        X.view(2, 3, 4, -1), X.view(2, 3, 4, -1)[:, :2], TABLE[0], 1e-6, "auto",
+        X.view(2, 3, 4, -1), X.view(2, 3, 4, -1)[:, :2], TABLE[0], TABLE[1], 1e-6, 1, 1, 3, "auto",
     ),
+    "group_norm": (X.view(2, 12, -1), 4, TABLE[0], TABLE[1], 1e-6, True, "auto"),
     "invariant_linear": (X, X[:3].contiguous(), X[0, :3].contiguous(), "tanh", "auto"),
     "lora_linear": (
         X, X, [TABLE, TABLE[:1]], [TABLE.T, TABLE[:1].T], [0, 9, 5, TOKENS], [1.0, 0.5], "auto",

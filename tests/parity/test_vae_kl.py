@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sora_engine.errors import CheckpointError
 from sora_engine.models.autoencoder import load_vae
 from sora_engine.models.folder import Component
-from sora_engine.vae import stream_decode
+from sora_engine.vae import kl, stream_decode
 from sora_engine.vae.decoding import last_lap_state
 from sora_engine.vae.kl import KLVAE
 from sora_engine.vae.kl_config import KLConfig
@@ -95,6 +95,16 @@ def test_frames_equal_diffusers(layout, prepared):
     assert relative(mean, want) < TOLERANCE
     assert relative(raw(oracle, ours.encode(video)), want) < TOLERANCE
     assert relative(logvar[:, :, 2], oracle.encode(video[:, :, 2]).latent_dist.logvar) < TOLERANCE
+
+
+def test_fused_norms_are_those_op_by_op(monkeypatch):
+    _, ours = make_pair("published-depth")
+    latents = torch.randn(2, ours.z_dim, 2, 5, 7)
+    with torch.inference_mode():
+        fused = ours.decode(latents)
+        monkeypatch.setattr(kl, "group_norm", None)  # nobody asks for it
+        monkeypatch.setattr(kl, "fuses", lambda *tensors: False)
+        assert relative(fused, ours.decode(latents)) < 1e-6
 
 
 @pytest.mark.parametrize("part", ["attentions.0.to_v", "attentions.0.group_norm", "conv_shortcut"])

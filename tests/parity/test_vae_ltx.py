@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders import autoencoder_kl_ltx
 
 from sora_engine.errors import BackendError, RequestError
+from sora_engine.vae import ltx_blocks
 from sora_engine.vae.backend import open_coder
 from sora_engine.vae.coder import stream_decode, stream_encode
 from sora_engine.vae.ltx import LTXVAE, latent_noise
@@ -17,6 +18,7 @@ from sora_engine.vae.ltx_checkpoint import to_own_name
 from sora_engine.vae.ltx_config import LTXVAEConfig
 from sora_engine.vae.onnx_export import export_onnx
 from sora_engine.vae.rehearsal import decode_memory
+from sora_kernels import causal_norm_silu
 from tests.parity.ltx_models import VAES, tiny_ltx_vae
 from tests.parity.vae_models import relative
 
@@ -158,3 +160,30 @@ def test_memory_of_a_decode_counts_what_is_seen_ahead(pairs):
     for latent in latents.split(1, dim=2):
         _, state = ours.decode_chunk(latent, state, consume=True)
     assert state.nbytes <= large.cache
+
+
+@pytest.mark.parametrize("version", VAES)
+def test_fused_passes_are_those_op_by_op(pairs, version, monkeypatch):
+    """Whole, and in stretches of one latent frame, with a past and ends of their own."""
+    _, ours = pairs[version]
+    latents = torch.randn(1, ours.z_dim, 3, 3, 2, generator=torch.Generator().manual_seed(8))
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return causal_norm_silu(*args, **kwargs)
+
+    def both():
+        return ours.decode(latents), torch.cat(list(stream_decode(ours, latents)), dim=2)
+
+    monkeypatch.setattr(ltx_blocks, "causal_norm_silu", counted)
+    with torch.inference_mode():
+        fused = both()
+        assert {call["before"] for call in calls} >= {0, 1}
+        assert {call["after"] for call in calls} == {0, 1}
+        before = len(calls)
+        monkeypatch.setattr(ltx_blocks, "fuses", lambda *tensors: False)
+        plain = both()
+        assert len(calls) == before
+    for got, want in zip(fused, plain, strict=True):
+        assert relative(got, want) < 1e-6

@@ -19,6 +19,7 @@ import sora_engine as sora
 from sora_engine import tasks
 from sora_engine.io.video_writer import write_video
 from sora_engine.request import VideoRequest
+from sora_engine.request.camera import resolve_camera
 from sora_engine.serve import wire
 from sora_engine.serve.orders import checked
 from sora_engine.serve.translate import Translator, stored_of
@@ -186,6 +187,7 @@ def test_what_a_body_says_is_what_the_engine_is_asked(translator: Translator, fo
         "resample": 2,
         "loras": [{"name": "detail", "strength": 0.5, "expert": "high"}],
         "window": {"reach": 2, "num_keys": 1},
+        "camera": "pan left, zoom in x0.5",
     }
     want = VideoRequest(
         "a",
@@ -198,8 +200,22 @@ def test_what_a_body_says_is_what_the_engine_is_asked(translator: Translator, fo
         resample=2,
         loras=(sora.Lora("detail", 0.5, "high"),),
         window=sora.SparsePlan(2, 1),
+        camera=["pan left, zoom in x0.5"],
     )
     same(request_for(translator, "create", wire.CreateVideo, **more), want)
+
+
+def test_a_camera_is_never_a_path(translator: Translator, folder: Path):
+    """Moves and poses come through; a text that is none of them names no file of the server's."""
+    poses = folder / "poses.txt"
+    pose = [0.0, 0.5, 0.9, 0.5, 0.5, 0.0, 0.0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
+    poses.write_text("\n".join(" ".join(map(str, pose)) for _ in range(9)))
+    for camera in ([pose] * 9, ["acw"]):
+        asked = request_for(translator, "create", wire.CreateVideo, prompt="a", camera=camera)
+        assert asked.camera == camera
+    asked = request_for(translator, "create", wire.CreateVideo, prompt="a", camera=str(poses))
+    with pytest.raises(sora.RequestError, match=r"camera move '.*poses\.txt' is none of static"):
+        resolve_camera(asked.camera, 9)
 
 
 def test_each_task_is_the_tasks_own_request(translator: Translator, folder: Path, made_engine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from concurrent.futures import Future
 
 import numpy as np
@@ -14,7 +15,8 @@ import sora_engine as sora
 from sora_engine import tasks
 from sora_engine.cli import main
 from sora_engine.errors import JobCancelledError, MemoryLimitError, RequestError
-from sora_engine.request.cascade import Stage, spread
+from sora_engine.request.cascade import Stage, spread, staged
+from sora_engine.runtime import cascade as cascade_of_runtime
 from tests.parity.latent_models import tiny_latte_pipeline
 
 BASE = sora.VideoRequest(
@@ -63,11 +65,35 @@ def test_it_is_what_its_passes_are_by_themselves(engine):
     assert told[-1].frames_decoded == told[-1].num_frames == 17
     # One plan and one receipt.
     assert len(job.plan.passes) == len(job.requests) == 3
-    assert job.plan.peak > max(plan.peak for plan in job.plan.passes)
+    assert job.plan.handed == (0, 9 * 32 * 32 * 3, (9 + 17) * 64 * 64 * 3)
+    decodes = max(plan.decode for plan in job.plan.passes)
+    assert job.plan.peak == decodes  # what was handed on is gone by then
     assert made.receipt.promised_bytes == job.plan.peak
     assert len(made.receipt.stages) == 2
     assert made.receipt.to_dict()["stages"][0]["seed"] == 3
     assert set(made.timings_s) >= {"denoising", "decoding"}
+
+
+def test_nobody_holds_a_pass_s_video_once_the_next_has_encoded_it(engine, monkeypatch):
+    given, left = [], []
+
+    def watched(*arguments):
+        request = staged(*arguments)
+        if arguments[2] is not None:
+            start = request.init if isinstance(request.init, np.ndarray) else request.init.frames
+            given.extend(weakref.ref(array) for array in (start, arguments[2].frames))
+        return request
+
+    def look(progress):
+        if progress.state is sora.JobState.DENOISING and given:
+            left.append(sum(ref() is not None for ref in given))
+
+    monkeypatch.setattr(cascade_of_runtime, "staged", watched)
+    stages = [Stage(scale=2, strength=0.5), Stage(frames=2, strength=0.5)]
+    sora.submit_cascade(tasks.cascade(BASE, stages), engine, on_progress=look).result(120)
+    assert len(given) == 4
+    assert len(left) > 4
+    assert not any(left)
 
 
 def test_stages_may_have_engines_of_their_own(engine):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import sora_engine as sora
 from sora_engine.io.video_reader import read_video
+from tests.unit.world_folder import save_world
 
 FOLDER = Path(__file__).parents[2] / "examples" / "embedding"
 
@@ -68,3 +69,37 @@ def test_a_progress_ui_in_the_terminal():
     assert all(isinstance(video.frames, np.ndarray) for video in videos)
     assert "a green triangle grows" in text.getvalue()
     assert "completed" in text.getvalue()
+
+
+def test_a_world_as_an_environment(tmp_path, capsys):
+    """Episodes of one seed are the same, and are what a session does."""
+    folder = save_world(tmp_path / "world")
+    module = example("world_env")
+    with sora.Engine.from_pretrained(folder) as engine:
+        env = module.WorldEnv(engine, reward=lambda before, after: float(after.max()), max_steps=3)
+        with pytest.raises(RuntimeError, match="reset begins an episode"):
+            env.step(0)
+        assert env.action_space.n == 6
+        assert {env.action_space.sample() for _ in range(200)} == set(range(6))
+        episodes = []
+        for _ in range(2):
+            first, info = env.reset(seed=7)
+            assert (first.dtype, first.shape) == (np.uint8, (32, 32, 3))
+            assert (info["step"], info["seed"], info["place"]) == (0, 7, (0.0, 0.0))
+            steps = [env.step(action) for action in (4, 0, 5)]
+            episodes.append([first, *(step[0] for step in steps)])
+        assert [step[2:4] for step in steps] == [(False, False), (False, False), (False, True)]
+        assert [step[1] for step in steps] == [float(step[0].max()) for step in steps]
+        assert steps[-1][4]["place"] == (0.0, 8.0)
+        assert np.array_equal(np.stack(episodes[0]), np.stack(episodes[1]))
+        with engine.open_session(sora.SessionRequest(seed=7)) as world:
+            for i, action in enumerate(world.actions.parse("right still act")):
+                frames = world.step(action)
+                assert np.array_equal(frames, steps[i][4]["frames"])
+        other, _ = env.reset(seed=7, options={"prompt": "another meadow"})
+        assert not np.array_equal(other, episodes[0][0])
+        with pytest.raises(ValueError, match="action 6 is none of 0 to 5"):
+            env.step(6)
+        env.close()
+    assert module.main(str(folder), 2) > 0
+    assert "2 steps, at " in capsys.readouterr().out

@@ -24,7 +24,8 @@ import train_transformer
 import train_vae
 import training
 import world
-from text import encode, new_tokenizer
+from encoder import encode
+from text import new_tokenizer
 
 from sora_engine.denoise.packing import Packer, Segment
 

@@ -186,3 +186,30 @@ def test_the_figures_of_a_published_wan_are_what_the_script_prints(function: str
     script = runpy.run_path(str(ROOT / "benchmarks" / "predict_memory.py"))
     table = "\n".join(script[function]())
     assert table in (ROOT / "docs" / "wan.md").read_text()
+
+
+def test_the_example_of_worlds_runs(tmp_path: Path) -> None:
+    from tests.unit.world_folder import save_world
+
+    (example,) = re.findall(r"^```python\n(.*?)^```$", read_worlds(), re.DOTALL | re.MULTILINE)
+    named = re.findall(r'from_pretrained\("(.+?)"\)', example)
+    assert len(named) == 1
+    there: dict[str, object] = {}
+    exec(example.replace(named[0], str(save_world(tmp_path / "world"))), there)
+    world = there["world"]
+    assert isinstance(world, sora.Session)
+    assert world.closed
+    assert world.num_steps == 1  # rewound to the mark behind the first step
+
+
+def read_worlds() -> str:
+    return (ROOT / "docs" / "worlds.md").read_text()
+
+
+def test_the_keys_of_sora_play_are_those_of_its_table() -> None:
+    from sora_engine.cli.play.player import COMMANDS
+
+    table = read_worlds().split("| key | what it does |\n", 1)[1].split("\n\n", 1)[0]
+    told = {key.strip("`") for line in table.splitlines() for key in re.findall(r"`\w`", line)}
+    assert told == {key for key in COMMANDS if len(key) == 1}
+    assert "| Tab |" in table

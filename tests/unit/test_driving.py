@@ -275,12 +275,12 @@ def test_a_driven_canvas_denoises_its_newest_frame_alone():
     )
 
 
-def test_what_is_past_does_not_see_what_comes():
-    assert sight(2, 2).int().tolist() == [
-        [1, 1, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
+def test_what_is_past_sees_itself_alone():
+    assert sight(1, 2, 2).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1],
     ]
 
@@ -306,3 +306,20 @@ def test_the_configuration_is_read_back_and_checked():
     shapes = {name: tuple(p.shape) for name, p in sharpened(WORLD).named_parameters()}
     with pytest.raises(CheckpointError, match=r"a folder with transformer/config\.json would work"):
         infer_config(shapes, head_dim=20)
+
+
+def test_what_attention_plans_is_kept_while_frames_see_alike():
+    text = Context()
+    packer = Packer((1, 2, 2), CPU)
+
+    def plans(seen: torch.Tensor | None) -> dict[object, object]:
+        segment = Segment(torch.randn(3, 4, 2, 2), torch.zeros(4), ((text, 4),), sees=seen)
+        return packer.pack([segment]).video.sparse_plans
+
+    first = plans(sight(1, 2))
+    assert plans(sight(1, 2)) is first
+    assert plans(sight(0, 3)) is first  # the two see alike
+    other = plans(torch.ones(4, 4, dtype=torch.bool).tril())
+    assert other is not first
+    assert plans(sight(1, 2)) is not first
+    assert plans(None) is not other

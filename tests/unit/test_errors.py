@@ -22,6 +22,8 @@ MADE = [
     errors.RankFailedError(3, "was killed by SIGKILL"),
     errors.DeadlineExceededError("the job was queued when its deadline of 1 s passed"),
     errors.QueueFullError("8 jobs are queued", retry_after_s=2.5),
+    errors.SessionLimitError("8 sessions are open", retry_after_s=2.5),
+    errors.SessionLostError("the device failed", log=[[{"press": ["right"]}, 3]]),
     errors.NonFiniteError("denoising: step 3", stage="denoising", step=3),
 ]
 
@@ -36,8 +38,8 @@ def same(a: SoraError, b: SoraError) -> bool:
 
 
 def takes_more(kind: type[SoraError]) -> bool:
-    """Whether its constructor takes more than a message."""
-    return "__init__" in vars(kind)
+    """Whether its constructor, of its own or of an error above it, takes more than a message."""
+    return any("__init__" in vars(k) for k in kind.__mro__ if issubclass(k, SoraError))
 
 
 def test_no_class_is_left_out() -> None:

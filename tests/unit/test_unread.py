@@ -20,7 +20,7 @@ def told(caplog, made, **values):
     """The lines that a request brings, and its video."""
     caplog.clear()
     video = made.generate(sora.VideoRequest("a red circle", **{**SMALL, **values}))
-    return [r.getMessage() for r in caplog.records if r.name == "sora_engine.runtime.engine"], video
+    return [r.getMessage() for r in caplog.records if r.name == "sora_engine.runtime.intake"], video
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,31 @@ def test_blocks_give_the_weight_back_bit_for_bit(outs, ins, kernel, dtype):
     assert torch.equal(packed.plain_weight(), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["channels last", "channels first", "part of a longer one"])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_what_stands_beside_a_convolution_is_added(onednn, layout, dtype):
+    rng = torch.Generator().manual_seed(3)
+    weight, bias = (torch.randn(*s, generator=rng) for s in ((5, 7, 3, 3, 3), (5,)))
+    x, beside = (torch.randn(2, c, t, 4, 3, generator=rng) for c, t in ((7, 5), (5, 4)))
+    x, weight, bias, beside = (t.to(dtype) for t in (x, weight, bias, beside))
+    convolution = PackedConv(weight, bias, (1, 1, 1), (0, 1, 1), onednn=onednn)
+    beside, given = beside[:, :, :3], beside[:, :, :3]
+    if layout == "channels last":
+        given = given.contiguous(memory_format=torch.channels_last_3d)
+    elif layout == "channels first":
+        given = given.contiguous()
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    kept = given.clone()
+    made = convolution(x, given)
+    exact = torch.nn.functional.conv3d(x.double(), weight.double(), bias.double(), 1, (0, 1, 1))
+    exact += beside.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(made.double(), exact, rtol=tolerance, atol=10 * tolerance)
+    assert torch.equal(given, kept)
+    assert torch.equal(made, convolution(x) + beside) or dtype == torch.bfloat16  # rounded once
+
+
 def test_a_second_video_and_layers_that_keep_their_weights_give_the_same_bits(vae):
     keeping = WanVAE(CONFIG).eval()
     keeping.load_state_dict(vae.state_dict())

@@ -13,5 +13,16 @@ def unsupported(case: Case) -> str | None:
     return csrc.unsupported(case)
 
 
-def run(x: Tensor, past: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.sora.native_causal_norm_silu(x, past, weight, eps)
+def run(
+    x: Tensor,
+    past: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float,
+    bias: Tensor | None = None,
+    before: int = 0,
+    after: int = 0,
+    keep: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    keep = past.shape[1] if keep is None else keep
+    return torch.ops.sora.native_causal_norm_silu(x, past, weight, bias, eps, before, after, keep)

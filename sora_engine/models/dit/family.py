@@ -15,9 +15,9 @@ from sora_engine.models.dit.model import DiT
 from sora_engine.models.family import Capabilities, Checkpoint, Shapes, TextSource
 from sora_engine.models.folder import INDEX, Component, FolderLayout
 from sora_engine.models.patch_transformer import patch_shape
-from sora_engine.models.plain_family import DISCRETE_SCHEDULERS, PlainFamily, vae_of
+from sora_engine.models.plain_family import DISCRETE_SCHEDULERS, PlainFamily
 from sora_engine.models.transformer_files import TransformerSource
-from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request import KnownMode
 
 _EACH = "transformer_blocks.*.norm1.emb"
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -134,35 +134,18 @@ class DiTFamily(PlainFamily[DiTConfig]):
     ) -> Checkpoint:
         """What was found, as the engine sees it."""
         config = source.config
-        coder = vae_of(parts, config.in_channels)
-        labels = read_labels(settings.get("id2label"), config.num_embeds_ada_norm, path / INDEX)
-        size = config.sample_size * coder.factor_spatial
         # No part of its own: the classes' embedding is the transformer's.
         classes = Component("label", "ClassLabels", source.path, {})
-        return Checkpoint(
-            family=self.name,
+        return self.trained_at_one_size(
+            path,
+            source,
+            parts,
+            channels=config.in_channels,
+            side=config.sample_size,
+            patch=config.patch_size,
+            defaults={"num_inference_steps": 50, "guidance_scale": 4.0},
             variant="class-conditional",
-            path=path,
-            experts=(self.expert(source),),
-            vae=parts["vae"],
-            **self.scheduler(parts),
-            grid=LatentGrid(
-                channels=config.in_channels,
-                vae_spatial=coder.factor_spatial,
-                patch=(1, config.patch_size, config.patch_size),
-                time=1,
-                images=True,
-            ),
-            known_mode=KnownMode.REPLACEMENT,
-            defaults=GenerationDefaults(
-                height=size,
-                width=size,
-                num_frames=1,
-                fps=1.0,
-                num_inference_steps=50,
-                guidance_scale=4.0,
-            ),
             text_encoders={"label": TextSource(encoder=classes, tokenizer=None, max_tokens=1)},
             learned_variance=config.learned_variance,
-            labels=labels,
+            labels=read_labels(settings.get("id2label"), config.num_embeds_ada_norm, path / INDEX),
         )

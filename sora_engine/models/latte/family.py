@@ -16,10 +16,9 @@ from sora_engine.models.plain_family import (
     PlainFamily,
     check_texts,
     t5_texts,
-    vae_of,
 )
 from sora_engine.models.transformer_files import TransformerSource
-from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request import KnownMode
 
 
 class LatteFamily(PlainFamily[LatteConfig]):
@@ -91,32 +90,22 @@ class LatteFamily(PlainFamily[LatteConfig]):
     ) -> Checkpoint:
         """What was found, as the engine sees it."""
         config = source.config
-        coder = vae_of(parts, config.in_channels)
         check_texts(parts, config.caption_channels)
-        size = config.sample_size * coder.factor_spatial
-        return Checkpoint(
-            family=self.name,
+        return self.trained_at_one_size(
+            path,
+            source,
+            parts,
+            channels=config.in_channels,
+            side=config.sample_size,
+            patch=config.patch_size,
+            defaults={
+                "num_frames": config.video_length,
+                "fps": 8.0,
+                "num_inference_steps": 50,
+                "guidance_scale": 7.5,
+                "max_window": config.video_length,
+            },
             variant="t2v",
-            path=path,
-            experts=(self.expert(source),),
-            vae=parts["vae"],
-            **self.scheduler(parts),
-            grid=LatentGrid(
-                channels=config.in_channels,
-                vae_spatial=coder.factor_spatial,
-                patch=(1, config.patch_size, config.patch_size),
-                time=coder.factor_temporal,
-            ),
-            known_mode=KnownMode.REPLACEMENT,
-            defaults=GenerationDefaults(
-                height=size,
-                width=size,
-                num_frames=config.video_length,
-                fps=8.0,
-                num_inference_steps=50,
-                guidance_scale=7.5,
-                max_window=config.video_length,
-            ),
             text_encoders=t5_texts(parts, TEXT_TOKENS),
             learned_variance=True,
             shares_tokens=False,

@@ -18,10 +18,9 @@ from sora_engine.models.plain_family import (
     PlainFamily,
     check_texts,
     t5_texts,
-    vae_of,
 )
 from sora_engine.models.transformer_files import TransformerSource
-from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request import KnownMode
 
 _HEAD_DIM = 72
 """Of the published ones, whose files do not tell it."""
@@ -149,32 +148,16 @@ class PixArtFamily(PlainFamily[PixArtConfig]):
         """What was found, as the engine sees it."""
         config = source.config
         assert config.caption_channels is not None
-        coder = vae_of(parts, config.in_channels)
         check_texts(parts, config.caption_channels)
-        size = config.sample_size * coder.factor_spatial
-        return Checkpoint(
-            family=self.name,
+        return self.trained_at_one_size(
+            path,
+            source,
+            parts,
+            channels=config.in_channels,
+            side=config.sample_size,
+            patch=config.patch_size,
+            defaults={"num_inference_steps": 20, "guidance_scale": 4.5},
             variant="t2i",
-            path=path,
-            experts=(self.expert(source),),
-            vae=parts["vae"],
-            **self.scheduler(parts),
-            grid=LatentGrid(
-                channels=config.in_channels,
-                vae_spatial=coder.factor_spatial,
-                patch=(1, config.patch_size, config.patch_size),
-                time=1,
-                images=True,
-            ),
-            known_mode=KnownMode.REPLACEMENT,
-            defaults=GenerationDefaults(
-                height=size,
-                width=size,
-                num_frames=1,
-                fps=1.0,
-                num_inference_steps=20,
-                guidance_scale=4.5,
-            ),
             text_encoders=t5_texts(parts, TEXT_TOKENS),
             learned_variance=config.learned_variance,
         )

@@ -10,11 +10,11 @@ from sora_engine.denoise.model import TransformerShape
 from sora_engine.models.authors_names import AuthorsNames, number_of
 from sora_engine.models.family import Capabilities, Checkpoint, Shapes
 from sora_engine.models.folder import Component, FolderLayout
-from sora_engine.models.plain_family import PlainFamily, check_texts, t5_texts, vae_of
+from sora_engine.models.plain_family import PlainFamily, check_texts, t5_texts
 from sora_engine.models.stdit.config import STDiTConfig
 from sora_engine.models.stdit.model import FPS, STDiT, transformer_shape
 from sora_engine.models.transformer_files import TransformerSource
-from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request import KnownMode
 
 _HEAD_DIM = 72
 """Of the published one, whose norms of queries have that many channels."""
@@ -146,31 +146,21 @@ class STDiTFamily(PlainFamily[STDiTConfig]):
     ) -> Checkpoint:
         """What was found, as the engine sees it."""
         config = source.config
-        coder = vae_of(parts, config.in_channels)
         check_texts(parts, config.caption_channels)
-        size = config.sample_size * coder.factor_spatial
-        return Checkpoint(
-            family=self.name,
+        return self.trained_at_one_size(
+            path,
+            source,
+            parts,
+            channels=config.in_channels,
+            side=config.sample_size,
+            patch=config.patch_size,
+            defaults={
+                "num_frames": FRAMES,
+                "fps": FPS,
+                "num_inference_steps": 30,
+                "guidance_scale": 7.0,
+            },
             variant="t2v",
-            path=path,
-            experts=(self.expert(source),),
-            vae=parts["vae"],
-            **self.scheduler(parts),
-            grid=LatentGrid(
-                channels=config.in_channels,
-                vae_spatial=coder.factor_spatial,
-                patch=(1, config.patch_size, config.patch_size),
-                time=coder.factor_temporal,
-            ),
-            known_mode=KnownMode.NOISE_LEVEL,
-            defaults=GenerationDefaults(
-                height=size,
-                width=size,
-                num_frames=FRAMES,
-                fps=FPS,
-                num_inference_steps=30,
-                guidance_scale=7.0,
-            ),
             text_encoders=t5_texts(parts, config.text_tokens),
             learned_variance=config.learned_variance,
             shares_tokens=False,

@@ -12,11 +12,11 @@ from sora_engine.errors import CheckpointError
 from sora_engine.models.authors_names import AuthorsNames, number_of
 from sora_engine.models.family import Capabilities, Checkpoint, Shapes, TextSource
 from sora_engine.models.folder import Component, FolderLayout
-from sora_engine.models.plain_family import DISCRETE_SCHEDULERS, PlainFamily, vae_of
+from sora_engine.models.plain_family import DISCRETE_SCHEDULERS, PlainFamily
 from sora_engine.models.transformer_files import TransformerSource
 from sora_engine.models.uvit.config import UViTConfig
 from sora_engine.models.uvit.model import UViT, transformer_shape
-from sora_engine.request import GenerationDefaults, KnownMode, LatentGrid
+from sora_engine.request import KnownMode
 from sora_engine.request.labels import Labels
 
 _HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}
@@ -128,31 +128,15 @@ class UViTFamily(PlainFamily[UViTConfig]):
     ) -> Checkpoint:
         """What was found, as the engine sees it."""
         config = source.config
-        coder = vae_of(parts, config.in_chans)
-        size = config.img_size * coder.factor_spatial
-        return Checkpoint(
-            family=self.name,
+        return self.trained_at_one_size(
+            path,
+            source,
+            parts,
+            channels=config.in_chans,
+            side=config.img_size,
+            patch=config.patch_size,
+            defaults={"num_inference_steps": 50, "guidance_scale": 2.0},
             variant="class-conditional" if config.reads_classes else "t2i",
-            path=path,
-            experts=(self.expert(source),),
-            vae=parts["vae"],
-            **self.scheduler(parts),
-            grid=LatentGrid(
-                channels=config.in_chans,
-                vae_spatial=coder.factor_spatial,
-                patch=(1, config.patch_size, config.patch_size),
-                time=1,
-                images=True,
-            ),
-            known_mode=KnownMode.REPLACEMENT,
-            defaults=GenerationDefaults(
-                height=size,
-                width=size,
-                num_frames=1,
-                fps=1.0,
-                num_inference_steps=50,
-                guidance_scale=2.0,
-            ),
             text_encoders=_encoders(config, source, parts),
             labels=Labels(config.num_classes - 1) if config.reads_classes else None,
             shares_tokens=False,

@@ -101,6 +101,14 @@ _DEFAULT_SCHEDULER = {
 }
 
 
+# What VideoX-Fun's examples and configurations for Control-Camera have.
+_FUN_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 5.0,
+}
+
+
 def open_transformer(path: Path) -> WeightSource:
     """The transformer of a file, which an all-in-one file has under a prefix."""
     return under_prefix(open_weights(path), [prefix for prefix in PREFIXES if prefix])
@@ -303,7 +311,7 @@ def _from_files(
 ) -> WanCheckpoint:
     paths = [source.path for source in sources]
     config = sources[0].config
-    expand_timesteps = config.in_channels == config.out_channels == 48  # TI2V-5B alone has 48
+    expand_timesteps = config.out_channels == 48  # TI2V-5B and what was made of it have 48
     experts_meet = 0.875 if config.in_channels == config.out_channels else 0.9  # T2V, I2V
 
     needed = ["vae", "text_encoder"]
@@ -344,7 +352,9 @@ def _assemble(
                 path=path,
             )
     scheduler = parts.get("scheduler")
-    shift = 5.0 if expand_timesteps else 3.0
+    default = {**_DEFAULT_SCHEDULER, "flow_shift": 5.0 if expand_timesteps else 3.0}
+    if config.in_dim_control_adapter is not None:
+        default = _FUN_SCHEDULER
     return WanCheckpoint(
         path=path,
         transformer=sources[0],
@@ -354,9 +364,7 @@ def _assemble(
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
         tokenizer=parts.get("tokenizer"),
-        scheduler_config=scheduler.config
-        if scheduler is not None
-        else {**_DEFAULT_SCHEDULER, "flow_shift": shift},
+        scheduler_config=scheduler.config if scheduler is not None else default,
         scheduler_path=scheduler.config_path if scheduler is not None else None,
         image_encoder=parts.get("image_encoder"),
         image_processor=parts.get("image_processor"),
@@ -372,7 +380,10 @@ def transformer_in_file(path: Path, head_dim: int = 128) -> TransformerSource:
     config_path = path.parent / config_file("transformer")
     if config_path.is_file():
         config = read_json_object(config_path)
-        if config.get("_class_name") in CLASS_NAMES:
+        dim, heads = config.get("dim"), config.get("num_heads")
+        if type(dim) is int and type(heads) is int and heads > 0:  # as authors' own code has it
+            head_dim = dim // heads
+        elif config.get("_class_name") in CLASS_NAMES:
             return TransformerSource(path, WanConfig.from_dict(config, path=config_path))
     with open_transformer(path) as weights:
         shapes = {to_diffusers_name(name): weights.info(name).shape for name in weights}

@@ -15,7 +15,9 @@ VACE_CLASS_NAME = "WanVACETransformer3DModel"
 WORLD_CLASS_NAME = "WanWorldTransformer3DModel"
 """Of the engine's own: Wan that is driven by actions and knows where its camera is. diffusers has
 no such class, and a model of another name would be taken for one without them there."""
-CLASS_NAMES = (CLASS_NAME, VACE_CLASS_NAME, WORLD_CLASS_NAME)
+CAMERA_CLASS_NAME = "WanCameraTransformer3DModel"
+"""Of the engine's own too: Wan with the control adapter of Fun-Control-Camera checkpoints."""
+CLASS_NAMES = (CLASS_NAME, VACE_CLASS_NAME, WORLD_CLASS_NAME, CAMERA_CLASS_NAME)
 
 MAX_LAYERS = 1000  # a configuration must not keep the engine busy building a model for hours
 
@@ -30,6 +32,7 @@ _POSITIVE = (
     "freq_dim",
     "ffn_dim",
     "rope_max_seq_len",
+    "downscale_factor_control_adapter",
 )
 _POSITIVE_OR_NONE = (
     "image_dim",
@@ -37,10 +40,12 @@ _POSITIVE_OR_NONE = (
     "pos_embed_seq_len",
     "vace_in_channels",
     "action_dim",
+    "in_dim_control_adapter",
 )
 _OF_CLASS = {
     VACE_CLASS_NAME: ("vace_layers", "vace_in_channels"),
     WORLD_CLASS_NAME: ("action_dim", "rope_pairs", "rope_theta"),
+    CAMERA_CLASS_NAME: ("in_dim_control_adapter", "downscale_factor_control_adapter"),
 }
 """Keys that one class alone has."""
 
@@ -49,8 +54,8 @@ _OF_CLASS = {
 class WanConfig:
     """The configuration of a Wan 2.1 or 2.2 transformer. Fields and defaults are those of
     diffusers' `WanTransformer3DModel`, and with `vace_layers` of its `WanVACETransformer3DModel`;
-    the last three are of a model that is driven. A value that no Wan can have raises
-    `CheckpointError`."""
+    the last five are of models that are driven, and of those that are told where the camera is,
+    the latter as VideoX-Fun names them. A value that no Wan can have raises `CheckpointError`."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -83,6 +88,10 @@ class WanConfig:
     the view, row and column in the world. None: Wan's shares of time, row and column."""
     rope_theta: float = 10_000.0
     """Of the pairs' frequencies, the base."""
+    in_dim_control_adapter: int | None = None
+    """Numbers that a latent frame has of the rays of one pixel; None for a model without camera."""
+    downscale_factor_control_adapter: int = 8
+    """Pixels to a latent, each way, as the control adapter folds them."""
 
     def __post_init__(self) -> None:
         patch = self.patch_size
@@ -151,6 +160,12 @@ class WanConfig:
                 )
 
         self._check_world()
+        if self.in_dim_control_adapter is not None and (self.patch_size[0] > 1 or layers):
+            raise CheckpointError(
+                f"in_dim_control_adapter is {self.in_dim_control_adapter} beside patch_size "
+                f"{patch} and vace_layers {layers}; a camera goes with patches of one latent frame "
+                "and without VACE"
+            )
 
     def _check_world(self) -> None:
         """What a model that is driven has of its own."""
@@ -210,6 +225,8 @@ class WanConfig:
                 known[key] = tuple(known[key])
         if name == WORLD_CLASS_NAME and known.get("action_dim") is None:
             raise CheckpointError("action_dim is missing; a world's transformer has it", path=path)
+        if name == CAMERA_CLASS_NAME:
+            known.setdefault("in_dim_control_adapter", 24)
         if name == VACE_CLASS_NAME:
             layers = known.setdefault("vace_layers", [0, 5, 10, 15, 20, 25, 30, 35])
             if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
@@ -231,6 +248,8 @@ class WanConfig:
             name = VACE_CLASS_NAME
         elif self.action_dim is not None:
             name = WORLD_CLASS_NAME
+        elif self.in_dim_control_adapter is not None:
+            name = CAMERA_CLASS_NAME
         others = {key for of, keys in _OF_CLASS.items() if of != name for key in keys}
         values = {key: value for key, value in asdict(self).items() if key not in others}
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

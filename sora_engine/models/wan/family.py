@@ -1,4 +1,5 @@
-"""Wan behind the seam: 2.1 T2V, I2V and VACE, 2.2 A14B (two experts), 2.2 TI2V-5B."""
+"""Wan behind the seam: 2.1 T2V, I2V and VACE, 2.2 A14B (two experts), 2.2 TI2V-5B, and the
+Fun-Control-Camera ones of each."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sora_engine.denoise.camera import RAY
 from sora_engine.errors import CheckpointError
 from sora_engine.models.family import (
     Capabilities,
@@ -57,7 +59,7 @@ class WanFamily:
     ladders: Mapping[str, Ladder] = WAN_LADDERS
     capabilities = Capabilities(
         makes="videos, pictures",
-        reads="texts, images, control clips",
+        reads="texts, images, control clips, camera paths",
         known_modes=tuple(KnownMode),
         windows=("static", "moving", "chained", "sparse"),
         ranks=("ulysses", "ring", "guidance", "window", "data"),
@@ -78,15 +80,19 @@ class WanFamily:
         if module:
             return f"{self.name} {describe_module(path)}"
         config = transformer_in_file(path).config
-        five = config.in_channels == config.out_channels == 48
+        five = config.out_channels == 48
         kind = "vace" if config.vace_layers is not None else "t2v"
         if kind == "t2v" and config.in_channels != config.out_channels:
             kind = "i2v"
+        if five:
+            kind = "ti2v"
+        if config.in_dim_control_adapter is not None:
+            kind += " with a camera (Control-Camera)"
         needs = ["wan2.2_vae" if five else "wan_2.1_vae", "umt5_xxl"]
         needs += ["clip_vision_h"] if config.image_dim is not None else []
         width = config.num_attention_heads * config.attention_head_dim
         return (
-            f"{self.name} transformer, {'ti2v' if five else kind}: {config.num_layers} layers, "
+            f"{self.name} transformer, {kind}: {config.num_layers} layers, "
             f"{width} wide, {config.in_channels} channels in; goes with {', '.join(needs)}"
         )
 
@@ -155,6 +161,7 @@ def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
         time=vae.factor_temporal,
     )
     known_mode = _known_mode(found, grid)
+    _check_camera(found, grid)
     sources = [found.transformer]
     if found.transformer_2 is not None:
         sources.append(found.transformer_2)
@@ -192,6 +199,7 @@ def describe(found: WanCheckpoint, settings: Mapping[str, Any]) -> Checkpoint:
         # Only checkpoints that are shown two pictures, the first and the last frame, learned
         # positions for the pictures' tokens.
         takes_last_image=config.pos_embed_seq_len is not None,
+        takes_camera=config.in_dim_control_adapter is not None,
     )
 
 
@@ -200,10 +208,10 @@ def _build(config: WanConfig, text_tokens: int, attention_backend: str) -> WanTr
 
 
 def _variant(found: WanCheckpoint, known_mode: KnownMode) -> str:
-    if found.expand_timesteps:
-        return "ti2v"
-    modes = {KnownMode.VACE: "vace", KnownMode.CHANNELS: "i2v"}
-    mode = modes.get(known_mode, "t2v")
+    modes = {KnownMode.VACE: "vace", KnownMode.REPLACEMENT: "t2v"}
+    mode = "ti2v" if found.expand_timesteps else modes.get(known_mode, "i2v")
+    if found.transformer.config.in_dim_control_adapter is not None:
+        mode += " with a camera"
     return mode if found.transformer_2 is None else f"{mode}, two experts"
 
 
@@ -213,6 +221,9 @@ def _published_defaults(found: WanCheckpoint, grid: LatentGrid) -> GenerationDef
     if found.expand_timesteps:  # TI2V-5B
         height, width, num_frames, fps = 704, 1280, 121, 24.0
     two = found.transformer_2 is not None
+    steps, scale, scale_2 = (40, 4.0, 3.0) if two else (50, 5.0, None)
+    if found.transformer.config.in_dim_control_adapter is not None:  # as VideoX-Fun's examples
+        steps, scale, scale_2 = 50, 6.0, None
     # What was published is a number of latent frames, told in frames of Wan's VAEs, of which a
     # latent frame holds 4. With a VAE of another factor the latent frames stay the same.
     latent_frames = (num_frames - 1) // 4 + 1
@@ -221,9 +232,9 @@ def _published_defaults(found: WanCheckpoint, grid: LatentGrid) -> GenerationDef
         width=width,
         num_frames=(latent_frames - 1) * grid.time + 1,
         fps=fps,
-        num_inference_steps=40 if two else 50,
-        guidance_scale=4.0 if two else 5.0,
-        guidance_scale_2=3.0 if two else None,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        guidance_scale_2=scale_2,
         max_window=latent_frames,
     )
 
@@ -231,6 +242,9 @@ def _published_defaults(found: WanCheckpoint, grid: LatentGrid) -> GenerationDef
 def _known_mode(found: WanCheckpoint, grid: LatentGrid) -> KnownMode:
     """What the checkpoint was trained to do with known content, from its input channels."""
     config = found.transformer.config
+    with_mask = 2 * config.out_channels + grid.time
+    if found.expand_timesteps and config.in_channels == with_mask:
+        return KnownMode.CHANNELS_AND_LEVEL
     if found.expand_timesteps:
         return KnownMode.NOISE_LEVEL
     if config.vace_layers is not None:
@@ -245,12 +259,25 @@ def _known_mode(found: WanCheckpoint, grid: LatentGrid) -> KnownMode:
         return KnownMode.VACE
     if config.in_channels == config.out_channels:
         return KnownMode.REPLACEMENT
-    with_mask = 2 * config.out_channels + grid.time
+    if config.in_channels == 2 * config.out_channels:
+        return KnownMode.FIRST_FRAME
     if config.in_channels != with_mask:
         raise CheckpointError(
             f"the transformer takes {config.in_channels} channels and makes "
-            f"{config.out_channels}; {config.out_channels} (text to video) or {with_mask} "
-            "(with mask and known latents) would work",
+            f"{config.out_channels}; {config.out_channels} (text to video), {with_mask} (with mask "
+            f"and known latents) or {2 * config.out_channels} (with the first frame's) would work",
             path=found.path,
         )
     return KnownMode.CHANNELS
+
+
+def _check_camera(found: WanCheckpoint, grid: LatentGrid) -> None:
+    """That a control adapter folds pixels and frames as the autoencoder does. CheckpointError."""
+    config = found.transformer.config
+    rays, fold = config.in_dim_control_adapter, config.downscale_factor_control_adapter
+    if rays is not None and (rays, fold) != (RAY * grid.time, grid.vae_spatial):
+        raise CheckpointError(
+            f"the control adapter reads {rays} channels of {fold} x {fold} pixels; with this VAE "
+            f"{RAY * grid.time} of {grid.vae_spatial} x {grid.vae_spatial} would work",
+            path=found.path,
+        )

@@ -24,6 +24,7 @@ from sora_engine.models.layers import scale_shift_table
 from sora_engine.models.linear import embed_patches, steady
 from sora_engine.models.transformer import DiffusionTransformer
 from sora_engine.models.wan.blocks import Modulation, VaceBlock, WanBlock
+from sora_engine.models.wan.camera import CameraAdapter
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.embedders import ConditionEmbedder, rope_tables
 from sora_kernels import norm_modulate
@@ -73,6 +74,9 @@ class WanTransformer(DiffusionTransformer):
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.condition_embedder = ConditionEmbedder(config)
+        self.control_adapter = None
+        if config.in_dim_control_adapter is not None:
+            self.control_adapter = CameraAdapter(config)
         blocks = [WanBlock(config) for _ in range(config.num_layers)]
         self.blocks: Sequence[WanBlock] = cast("Sequence[WanBlock]", nn.ModuleList(blocks))
         self.vace_blocks: Sequence[VaceBlock] = ()
@@ -161,6 +165,13 @@ class WanTransformer(DiffusionTransformer):
         keys, values = zip(*pairs, strict=True)
         return torch.stack(keys), torch.stack(values)
 
+    def encode_camera(self, rays: Tensor) -> Tensor:
+        """What the rays of a latent frame, `[in_dim_control_adapter, height, width]` in pixels, add
+        to its tokens: `[tokens, inner_dim]`. It hangs on no noise level: once a request."""
+        if self.control_adapter is None:
+            return super().encode_camera(rays)
+        return self.control_adapter(rays)
+
     def _embed_image(self, image: Tensor) -> Tensor:
         embedder = self.condition_embedder.image_embedder
         if embedder is None:
@@ -177,6 +188,8 @@ class WanTransformer(DiffusionTransformer):
         tokens = stream.tokens.to(self.dtype)
         sample_size = self.config.in_channels * math.prod(self.config.patch_size)
         x = embed_patches(tokens[:, :sample_size], self.patch_embedding)
+        if stream.control is not None:
+            x = x + stream.control
         rope = rope_tables(stream.coords, self.config, stream.places)
         level, level_projection = self.condition_embedder.embed_timesteps(
             batch.timesteps, self.dtype, batch.actions
@@ -286,4 +299,6 @@ def transformer_shape(config: WanConfig, text_tokens: int) -> TransformerShape:
         out_channels=config.out_channels,
         text_tokens=text_tokens,
         cross_attn_norm=config.cross_attn_norm,
+        action_dim=config.action_dim,
+        places=config.rope_pairs is not None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from sora_engine.errors import CheckpointError
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.vace import spread
+
+RAYS = 24
+"""Channels that a latent frame has of one pixel's rays: six numbers for each of four frames."""
 
 
 def infer_config(
@@ -63,8 +67,27 @@ def infer_config(
             path=path,
             tensor=embedder + "action_embedder.linear_1.weight",
         )
+    if "ref_conv.weight" in shapes:
+        raise CheckpointError(
+            "the transformer reads a reference picture (ref_conv), which is not built; those of "
+            "Control-Camera without it would work",
+            path=path,
+            tensor="ref_conv.weight",
+        )
     image = embedder + "image_embedder.norm1.weight" in shapes
     positions = embedder + "image_embedder.pos_embed"
+    rays, fold = None, 8
+    if "control_adapter.conv.weight" in shapes:
+        folded = shape("control_adapter.conv.weight", 4)[1]
+        fold = math.isqrt(folded // RAYS)
+        if folded != RAYS * fold**2:
+            raise CheckpointError(
+                f"the control adapter reads {folded} channels; {RAYS} rays of 8 x 8 or 16 x 16 "
+                f"pixels, {RAYS * 64} or {RAYS * 256}, would work",
+                path=path,
+                tensor="control_adapter.conv.weight",
+            )
+        rays = RAYS
     vace = {int(m[1]) for name in shapes if (m := re.match(r"vace_blocks\.(\d{1,6})\.", name))}
     vace_layers = spread(len(vace), len(blocks)) if vace else None
     try:
@@ -84,6 +107,8 @@ def infer_config(
             pos_embed_seq_len=shape(positions, 3)[1] if positions in shapes else None,
             vace_layers=vace_layers,
             vace_in_channels=shape("vace_patch_embedding.weight", 5)[1] if vace else None,
+            in_dim_control_adapter=rays,
+            downscale_factor_control_adapter=fold,
         )
     except CheckpointError as error:
         if error.path is not None or path is None:
