@@ -6,8 +6,9 @@ are of the standard library. Both sides have the same threads, and take turns.
 What each side does for a job. The *embedded engine* leaves its frames in memory. The *embedded
 engine that saves* writes them as an MP4, beside the engine's own thread; nothing of a job survives
 a kill before that. The *server* commits its row before the answer, at its start and at its end,
-keeps its state after the last step, and has its MP4, its request and its receipt on the disk,
-flushed, before it says `completed`. Pictures of a video it makes when they are asked for.
+keeps its state after the last step of what takes a second or more, and has its MP4, its request and
+its receipt on the disk, flushed, before it says `completed`. Pictures of a video it makes when they
+are asked for.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
     Groups in `BY_NAME` run where they are asked for: `cpu`, a step and a decode in fp32 and bf16
     (4 minutes), `errors`, how far bf16 is from fp32 (1 minute), `session`, a world that is played
-    (4 minutes; long: 10 minutes of a stream and 10,000 steps).
+    (long: 10 minutes of a stream and 10,000 steps).
     tiny: everything once, at sizes that show no more than that it runs.
     """
     from dataclasses import replace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -169,8 +170,8 @@ def _transformers() -> str:
     return _version("transformers") or "not installed; text cannot be encoded"
 
 
-def _sprites() -> str:
-    folder = Path(__file__).parents[1] / "checkpoints" / "sprites"
+def _bundled(name: str) -> str:
+    folder = Path(__file__).parents[1] / "checkpoints" / name
     files = [p for p in folder.rglob("*.safetensors") if p.is_file()]
     if not files:
         return "not in this installation; name a checkpoint with --model"
@@ -190,5 +191,6 @@ _PARTS: dict[str, Callable[[], str]] = {
     "speed of a core": _speed,
     "FFmpeg": _ffmpeg,
     "transformers": _transformers,
-    "sprites": _sprites,
+    "sprites": functools.partial(_bundled, "sprites"),
+    "meadow": functools.partial(_bundled, "meadow"),
 }

@@ -37,8 +37,8 @@ _FAMILIES: list[Family | str] = [
 ]
 """Each family, or where its class is: a new one is a line here."""
 
-BUNDLED = {"sprites": Path(__file__).parents[1] / "checkpoints" / "sprites"}
-"""Checkpoints that come with the package, by name."""
+BUNDLED = {name: Path(__file__).parents[1] / "checkpoints" / name for name in ("sprites", "meadow")}
+"""Checkpoints that come with the package, by name: plain shapes that move, and a world."""
 
 ModelPath = str | PathLike[str] | Sequence[str | PathLike[str]]
 """A folder in diffusers' or ComfyUI's layout, a transformer file or two, or a bundled checkpoint's

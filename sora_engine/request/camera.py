@@ -83,10 +83,13 @@ class CameraPath:
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | None) -> CameraPath | None:
-        """What `to_json` wrote; None as it is."""
+        """What `to_json` wrote; None as it is. Raises ValueError or TypeError for anything else."""
         if values is None:
             return None
-        return cls(**{**values, "poses": tuple(map(tuple, values["poses"]))})
+        poses = tuple(map(tuple, values["poses"]))
+        if not poses or any(len(pose) != 16 or not all(map(math.isfinite, pose)) for pose in poses):
+            raise ValueError("a camera's poses are 16 finite numbers each")
+        return cls(**{**values, "poses": poses})
 
 
 def resolve_camera(camera: object, num_frames: int) -> CameraPath | None:
@@ -144,7 +147,7 @@ def spoken_path(legs: Sequence[str], num_frames: int) -> CameraPath:
 
 def _move(text: str) -> tuple[float, ...]:
     """The sum of moves that are made at once."""
-    total = (0.0, 0.0, 0.0, 0.0)
+    total: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     for part in text.split("+"):
         name, speed = _speed(part)
         if speed > MAX_SPEED:

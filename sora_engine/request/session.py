@@ -111,7 +111,7 @@ class ResolvedSession:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All but the picture, as JSON values: `from_json` of `SessionRequest`s takes them."""
+        """All but the picture, as JSON values, for `request_from_json`."""
         video, driving = self.video, self.driving
         return {
             "prompt": video.prompt,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
@@ -237,6 +236,7 @@ class Engine:
         save_to: str | PathLike[str] | None = None,
         save_every: int = 1,
         save_every_s: float | None = None,
+        save_last_s: float = 0.0,
         keep_frames: bool = True,
     ) -> Job:
         """Queue a request and return its job at once.
@@ -251,7 +251,9 @@ class Engine:
                 latent frame that is decoded.
             save_to: a file that holds the job's state after every `save_every` steps, for `resume`,
                 and after the last. No other job that is not done has it.
-            save_every_s: seconds between two of these, at least; the last step's is always written.
+            save_every_s: seconds between two of these, at least, but for the last step's.
+            save_last_s: the last step's is left out where this job's share of the time of its steps
+                since the last file is less: so little work is sooner done again.
             keep_frames: False where `on_frames` has them all: `Video.frames` is empty then.
 
         The callbacks are called on the engine's thread; an exception in one fails the job. Raises
@@ -267,6 +269,7 @@ class Engine:
             save_to=None if save_to is None else path_of("save_to", save_to),
             save_every=save_every,
             save_every_s=save_every_s,
+            save_last_s=save_last_s,
             keep_frames=keep_frames,
         )
         resolved, held = self._intake.taken(request)
@@ -420,10 +423,5 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_raised: object) -> None:
         self.close()

@@ -83,6 +83,7 @@ class JobOptions:
     save_to: Path | None = None
     save_every: int = 1
     save_every_s: float | None = None
+    save_last_s: float = 0.0
     keep_frames: bool = True
 
 
@@ -161,6 +162,7 @@ class Job:
         self.provenance: Provenance | None = None  # from encoding on
         self.save_orders: list[SaveOrder] = []
         self.kept_at = time.monotonic()  # when `save_to` was last written, or would have been first
+        self.unkept_s = 0.0  # its share of the time of its steps since then
         self._ticket: Ticket | None = None
 
         self._cut_prompts: tuple[str, ...] = ()

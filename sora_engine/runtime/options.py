@@ -11,7 +11,7 @@ from pathlib import Path
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
 from sora_engine.io.atomic import refuse_no_name
-from sora_engine.request.checks import flag, integer, positive, shown
+from sora_engine.request.checks import finite, flag, integer, positive, shown
 from sora_engine.runtime.hooks import Hooks
 from sora_engine.runtime.job import JobOptions
 from sora_engine.runtime.scheduler import MAX_PRIORITY
@@ -44,6 +44,9 @@ def checked_options(options: JobOptions) -> JobOptions:
     keep_frames = flag("keep_frames", options.keep_frames)
     if not keep_frames and options.on_frames is None:
         raise RequestError("keep_frames=False: on_frames must take the frames, or they are lost")
+    save_last_s = finite("save_last_s", options.save_last_s, 0.0)
+    if save_last_s < 0:
+        raise RequestError(f"save_last_s must be seconds, 0 or more, got {save_last_s:g}")
     for name in ("on_frames", "on_latents", "on_progress"):
         given = getattr(options, name)
         if given is not None and not callable(given):
@@ -58,6 +61,7 @@ def checked_options(options: JobOptions) -> JobOptions:
         priority=priority,
         save_every=save_every,
         save_every_s=None if save_every_s is None else positive("save_every_s", save_every_s),
+        save_last_s=save_last_s,
         keep_frames=keep_frames,
         deadline_s=None if deadline_s is None else positive("deadline_s", deadline_s),
     )

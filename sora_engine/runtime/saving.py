@@ -40,11 +40,12 @@ def carry_out_orders(job: Job, executor: AnyExecutor) -> None:
 def is_due(job: Job) -> bool:
     """Whether `save_to` is written after the step that a job has just taken.
 
-    After the last one it always is: from there a job that is killed while it is decoded goes on.
+    After the last one it is where the steps since then are `save_last_s` of work: from there a job
+    that is killed while it is decoded goes on.
     """
     canvas, options = job.canvas, job.options
     if canvas.finished:
-        return True
+        return job.unkept_s >= options.save_last_s
     if canvas.step % options.save_every:
         return False
     every_s = options.save_every_s
@@ -56,7 +57,7 @@ def keep_state(job: Job, path: Path, executor: AnyExecutor) -> None:
     the job goes on, and its `save_error` says so. A device that failed is no such thing."""
     try:
         write_state(job, path, executor)
-        job.save_error, job.kept_at = None, time.monotonic()
+        job.save_error, job.kept_at, job.unkept_s = None, time.monotonic(), 0.0
     except Exception as error:
         if is_device_error(error):
             raise

@@ -88,9 +88,11 @@ class Texts:
 
 @dataclass(slots=True, eq=False)
 class StepStages:
-    """The stages of a session's step: `job.Stages`. `made` is what the step led to.
+    """The stages of a session's step: `job.Stages`.
 
-    before: None for the first latent frame. action: that leads to the new one. seed: of its noise.
+    before: None for the first latent frame. action: that leads to the new one.
+    moment, decoder, frames: what the step led to, once its job is done: the new latent frame, the
+        decoder's state after it, and uint8 `[n, height, width, 3]`.
     """
 
     session: ResolvedSession

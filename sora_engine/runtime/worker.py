@@ -291,6 +291,7 @@ class Worker:
             # More windows at a time than saturate the device cost memory and save no time: a long
             # video takes no more of it than a short one.
             limit = min(limit, self._pack_limit())
+        started = time.monotonic()
         try:
             failures = self.executor.step(canvases, limit)
         except Exception as error:
@@ -310,7 +311,9 @@ class Worker:
             else:
                 self._fail(jobs, failure_of(error))
             return
-        self._scheduler_serve(sum(job.tokens for job in jobs))
+        all_tokens = sum(job.tokens for job in jobs)
+        self._scheduler_serve(all_tokens)
+        seconds_a_token = (time.monotonic() - started) / all_tokens
         tokens = sum(min(job.tokens, limit) for job in jobs)
         for i, job in enumerate(jobs):
             job.most_in_company = max(job.most_in_company, len(jobs))
@@ -318,6 +321,7 @@ class Worker:
             if i in failures:
                 self._failed(job, failures[i])
             else:
+                job.unkept_s += seconds_a_token * job.tokens
                 job.count_step()
                 self._attempt(job, self._after_step)
 

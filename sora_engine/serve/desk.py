@@ -7,7 +7,7 @@ acknowledged. So a server that is killed at any point goes on from the rows, the
 results that are in place (`recovery`).
 
 Threads: callers' (creating, deleting), one that feeds the engine, the engine's own (callbacks that
-never wait), and for each job that decodes one that writes its files and ends it (`finishing`).
+never wait), and for each job at the engine one that writes its files and ends it (`finishing`).
 """
 
 from __future__ import annotations

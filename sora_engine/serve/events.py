@@ -132,7 +132,8 @@ class Events:
                 if told["status"] in FINAL:
                     return
                 try:
-                    await asyncio.wait_for(woken.wait(), self._quiet_s)
+                    async with asyncio.timeout(self._quiet_s):  # which makes no task of the wait
+                        await woken.wait()
                 except TimeoutError:
                     yield b": still here\n\n"
         finally:

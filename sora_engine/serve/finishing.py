@@ -34,19 +34,20 @@ LATENTS = "latents.safetensors"
 
 
 class Finisher:
-    """Ends the jobs of a desk. `start`, `engine_done` and `end` never wait."""
+    """Ends the jobs of a desk. `start`, `engine_done` and `end` wait for no disk."""
 
     def __init__(self, desk: Jobs) -> None:
         self._desk = desk
 
     def start(self, live: Live) -> None:
-        """Begin to write a job's frames, once."""
+        """Begin to write a job's frames as they come, once; RuntimeError where no thread is to be had."""
         with live.started:
             if live.finisher is None:
-                live.finisher = threading.Thread(
+                writer = threading.Thread(
                     target=self._finish, args=(live,), name="sora-writer", daemon=True
                 )
-                live.finisher.start()
+                writer.start()
+                live.finisher = writer
 
     def engine_done(self, live: Live) -> None:
         """The engine has done with a job, one way or the other."""

@@ -120,7 +120,8 @@ class _Watched:
         now = time.monotonic()
         until = self._begun + bounds.body_s + self._size / bounds.bytes_per_s
         try:
-            message = await asyncio.wait_for(self._receive(), min(bounds.body_s, until - now))
+            async with asyncio.timeout(min(bounds.body_s, until - now)):  # no task, as `wait_for`
+                message = await self._receive()
         except TimeoutError:
             raise self._refused(
                 _refusal(

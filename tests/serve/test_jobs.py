@@ -167,3 +167,44 @@ def test_an_answer_never_goes_back(service: Service):
     name = service.ended(service.create()["id"])["id"]
     before = replace(desk.store.get(name), state="running")
     assert video_of(desk, before).status == "completed"
+
+
+def test_steps_that_take_less_than_a_second_are_not_kept_at_their_end(tmp_path, monkeypatch):
+    """They are sooner made again; those of a job that was lost once are kept, each."""
+    asked: list[dict[str, object]] = []
+    submit = sora.Engine.submit
+
+    def note(engine: sora.Engine, request: sora.VideoRequest, **options: object) -> sora.Job:
+        asked.append(options)
+        return submit(engine, request, **options)
+
+    monkeypatch.setattr(sora.Engine, "submit", note)
+    with served(tmp_path / "data", save_every_s=20.0) as made:
+        made.ended(made.create()["id"])
+        assert (asked[-1]["save_every_s"], asked[-1]["save_last_s"]) == (20.0, 1.0)
+        fail = [True]
+        step = Worker._step
+
+        def once(worker: Worker, jobs: list[sora.Job]) -> None:
+            if fail.pop() if fail else False:
+                worker._device_failed(torch.AcceleratorError("CUDA error: an illegal access"))
+                return
+            step(worker, jobs)
+
+        monkeypatch.setattr(Worker, "_step", once)
+        assert made.ended(made.create()["id"])["status"] == "completed"
+        assert (asked[-1]["save_every_s"], asked[-1]["save_last_s"]) == (None, 0.0)
+
+
+def test_a_writer_that_finds_no_thread_begins_at_the_end(service: Service, monkeypatch):
+    plain, refused = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "sora-writer" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert service.ended(service.create()["id"])["status"] == "completed"
+    assert refused

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_engine import VideoRequest
+from sora_engine import VideoRequest, tasks
 from sora_engine.cli import main
 from sora_engine.config import Limits
 from sora_engine.errors import RequestError
 from sora_engine.request import resolve_request
 from sora_engine.request.camera import COLUMNS, MOVES, CameraPath, resolve_camera
+from sora_engine.request.cascade import staged
 from sora_engine.request.unread import unread
 from tests.unit.test_request import FACTS
 
@@ -104,8 +105,18 @@ def test_a_file_is_read(tmp_path):
         assert resolve_camera(other, 5).poses == found.poses
     assert CameraPath.from_json(found.to_json()) == found
     assert CameraPath.from_json(None) is None
+    for poses in ([], [[1.0] * 15], [[math.nan] * 16], ["x" * 16]):
+        with pytest.raises((ValueError, TypeError)):
+            CameraPath.from_json({"poses": poses, "told": "", "sha256": ""})
     # A file may be called as a move is.
     assert resolve_camera(str(written(tmp_path, rows, name="zoom in")), 5).poses == found.poses
+
+
+def test_stages_of_a_cascade_are_told_of_no_camera():
+    base = VideoRequest("a", num_frames=5, camera="acw")
+    assert tasks.cascade(base, [tasks.Stage(scale=2)]).base.camera == "acw"
+    after = staged(tasks.Stage(frames=2), base, None, (32, 32, 5), 8.0, FACTS)
+    assert (after.num_frames, after.camera) == (9, None)
 
 
 def test_what_is_left_over_is_told():

@@ -35,6 +35,9 @@ def test_fields_and_defaults_are_those_of_diffusers():
     assert ours.pop("action_dim") is None
     assert ours.pop("rope_pairs") is None
     assert ours.pop("rope_theta") == 10_000.0
+    # And of one that is told where the camera is.
+    assert ours.pop("in_dim_control_adapter") is None
+    assert ours.pop("downscale_factor_control_adapter") == 8
     assert ours == theirs
 
 

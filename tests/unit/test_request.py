@@ -306,7 +306,7 @@ def test_what_a_way_of_knowing_frames_cannot_do_is_told_at_once(mode):
     else:
         with pytest.raises(RequestError, match="resample is 2: this checkpoint was trained"):
             check_for_mode(often, mode)
-    if mode is KnownMode.CHANNELS:
+    if mode in (KnownMode.CHANNELS, KnownMode.FIRST_FRAME, KnownMode.CHANNELS_AND_LEVEL):
         with pytest.raises(RequestError, match="animates an image: give one"):
             check_for_mode(resolve(), mode)
         with pytest.raises(

@@ -12,7 +12,7 @@ import torch
 
 from sora_engine.bench.models import WAN_1_3B, WAN_14B
 from sora_engine.config import Limits
-from sora_engine.denoise.packing import PackedBatch, Packer, Segment
+from sora_engine.denoise.packing import VIDEO, PackedBatch, Packer, Segment
 from sora_engine.errors import BackendError
 from sora_engine.models import cuda_graph, loading
 from sora_engine.models.cuda_graph import EAGER_PASSES, MOST_GRAPHS, GraphedPasses
@@ -344,3 +344,15 @@ def test_the_arithmetic_of_a_block_is_that_of_its_weights():
         most[name] = int(cuda_graph.MOST_BLOCK_FLOP / cuda_graph.block_flop(shape))
     assert 3000 < most["1.3B"] < 4500
     assert 400 < most["14B"] < 800
+
+
+def test_what_is_added_to_tokens_is_read_anew():
+    """Passes that a camera adds to run as they are: no graph has another step's windows in it."""
+    setting = Setting()
+    for step in range(EAGER_PASSES + 3):
+        batch = setting.batch(0, 1, step=step)
+        added = torch.randn(len(batch.video.tokens), 24)
+        video = replace(batch.video, control=added)
+        made = setting.check(replace(batch, streams={VIDEO: video}))
+        assert not torch.allclose(made, setting.plain(batch))
+    assert setting.graphs.num_graphs == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socketserver
 import threading
 import time
 from http import HTTPStatus
@@ -28,7 +29,7 @@ _SAFE = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": (
-        "default-src 'none'; img-src 'self'; connect-src 'self'; "
+        "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
         "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
     ),
 }
@@ -52,6 +53,11 @@ class PageServer(ThreadingHTTPServer):
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             raise UsageError(f"--page: port {port} cannot be had: {error}") from error
+
+    def server_bind(self) -> None:
+        """Without the look-up of a name that the library's own does, which may take long."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = HOST, self.port
 
     @property
     def port(self) -> int:

@@ -128,7 +128,7 @@ def cut(line: str, width: int) -> str:
     """What fits of a line: whole parts of it, where it has parts."""
     if len(line) <= width:
         return line
-    whole = max(line.rfind(between, 0, width + 1) for between in (" | ", ", "))
+    whole = max(line.rfind(end, 0, width + len(end)) for end in (" | ", ", "))
     return line[:whole] if whole > 0 else line[:width]
 
 

@@ -76,7 +76,7 @@ def infer_config(
         )
     image = embedder + "image_embedder.norm1.weight" in shapes
     positions = embedder + "image_embedder.pos_embed"
-    camera = {}
+    rays, fold = None, 8
     if "control_adapter.conv.weight" in shapes:
         folded = shape("control_adapter.conv.weight", 4)[1]
         fold = math.isqrt(folded // RAYS)
@@ -87,7 +87,7 @@ def infer_config(
                 path=path,
                 tensor="control_adapter.conv.weight",
             )
-        camera = {"in_dim_control_adapter": RAYS, "downscale_factor_control_adapter": fold}
+        rays = RAYS
     vace = {int(m[1]) for name in shapes if (m := re.match(r"vace_blocks\.(\d{1,6})\.", name))}
     vace_layers = spread(len(vace), len(blocks)) if vace else None
     try:
@@ -107,7 +107,8 @@ def infer_config(
             pos_embed_seq_len=shape(positions, 3)[1] if positions in shapes else None,
             vace_layers=vace_layers,
             vace_in_channels=shape("vace_patch_embedding.weight", 5)[1] if vace else None,
-            **camera,
+            in_dim_control_adapter=rays,
+            downscale_factor_control_adapter=fold,
         )
     except CheckpointError as error:
         if error.path is not None or path is None:

@@ -45,6 +45,8 @@ export class Gallery {
     this.jobs = new Map();
     /** @type {Map<string, HTMLElement>} */
     this.shown = new Map();
+    /** @type {Set<string>} Jobs that are over: a list that was on its way meanwhile does not bring them back. */
+    this.over = new Set();
     /** @type {Map<string, number>} Videos that are deleted once their time is over. */
     this.leaving = new Map();
     this.last = null;
@@ -114,8 +116,10 @@ export class Gallery {
 
   /** @param {any} video @param {boolean} [atEnd] */
   put(video, atEnd = false) {
-    if (video.status === "queued" || video.status === "in_progress") this.working(video);
-    else {
+    if (video.status === "queued" || video.status === "in_progress") {
+      if (!this.over.has(video.id)) this.working(video);
+    } else {
+      this.over.add(video.id);
       if (this.jobs.has(video.id)) {
         const failed = video.error && video.error.code !== "cancelled";
         this.page.say(failed ? `failed: ${video.error.message}` : video.error ? "cancelled" : `done: ${video.prompt ?? "a video"}`);
@@ -285,6 +289,8 @@ export class Gallery {
       this.leaving.delete(video.id);
       await api.remove(video.id).catch((error) => { if (error.status !== 404) throw error; });
       this.shown.delete(video.id);
+      const next = gone.nextElementSibling ?? gone.previousElementSibling;
+      if (gone.contains(document.activeElement)) (next?.querySelector("button") ?? $("bring")).focus();
       gone.remove();
       this.empty();
     };
