@@ -186,4 +186,4 @@ def test_fused_passes_are_those_op_by_op(pairs, version, monkeypatch):
         plain = both()
         assert len(calls) == before
     for got, want in zip(fused, plain, strict=True):
-        assert relative(got, want) < 1e-6
+        assert relative(got, want) < 5e-6  # some sixty layers of fp32
