@@ -29,7 +29,7 @@ const STAND_MS = 5000;
 /** @type {any} */
 let model = null;
 /** What the head of the page says: what happened last, and how the jobs stand. */
-const head = { event: "", standing: "", timer: 0, at: 0 };
+const head = { event: "", standing: "", timer: 0, later: 0, at: 0 };
 /** Whether the problem that is shown is of the plan: the next plan that succeeds takes it away. */
 let ofPlan = false;
 
@@ -43,8 +43,12 @@ function say(/** @type {string} */ words) {
 
 /** Tells how the jobs stand; "" where none is under way. */
 function stand(/** @type {string} */ words) {
+  const isNew = words.split(" ")[0] !== $("status").textContent.split(" ")[0]; // from waiting to its steps, from steps to frames
+  const left = STAND_MS - (Date.now() - head.at);
   head.standing = words;
-  if (!words || Date.now() - head.at >= STAND_MS) showHead();
+  window.clearTimeout(head.later);
+  if (isNew || left <= 0) showHead();
+  else head.later = window.setTimeout(showHead, left);
 }
 
 function showHead() {
