@@ -84,7 +84,7 @@ def share(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", help="a folder, or the name of a bundled one")
     parser.add_argument("--sessions", type=int, default=100)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--begin", choices=("given", "dreamt"), default="given")
