@@ -9,7 +9,6 @@ those of diffusers' `AutoencoderKLLTXVideo` but for `.conv.` before weights and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,24 +40,17 @@ class LTXConv(CausalConv3d):
         self.causal = causal
 
     def stretch(
-        self,
-        x: Tensor,
-        cache: FeatureCache,
-        norm: Norm | None = None,
-        beside: Callable[[int], Tensor] | None = None,
+        self, x: Tensor, cache: FeatureCache, norm: Norm | None = None
     ) -> tuple[Tensor, bool]:
         """The next frames of the input to those of the output that are known by now, and whether
         the video's first is among them.
 
-        norm: x goes through `norm` and SiLU first. beside: gives as many frames as it is told,
-        which are added to those of the output.
+        norm: x goes through `norm` and SiLU first.
         """
         past, step = cache.take(), self.stride[0]
         begins = past is None or (not self.causal and past.shape[2] == 1)
         if past is None and x.shape[2] == 0:
             cache.leave(None)
-            if beside is not None:
-                beside(0)
             return self.nothing(x), False
         frames = x.shape[2] + (0 if past is None else past.shape[2])
         before = (2 if self.causal else 1) if begins else 0
@@ -74,10 +66,7 @@ class LTXConv(CausalConv3d):
         else:
             whole = _joined(past, x if norm is None else norm.silu(x), before, after)
             cache.leave(whole, kept)
-        shortcut = None if beside is None else beside(max(made, 0))
-        if made < 1:
-            return self.nothing(x), False
-        return self.valid(whole, shortcut), begins
+        return (self.valid(whole), begins) if made >= 1 else (self.nothing(x), False)
 
     def nothing(self, x: Tensor) -> Tensor:
         """No frames, of the output's shape."""
@@ -207,10 +196,6 @@ class Resnet(nn.Module):
             first, second = Norm(table[1], table[0]), Norm(table[3], table[2])
         y, _ = self.conv1.stretch(x, cache, first)
         y = self._noised(y, self.per_channel_scale1, 0)
-        if self.per_channel_scale2 is None:
-            return self.conv2.stretch(
-                y, cache, second, lambda count: self._beside(x, count, cache)
-            )[0]
         y, _ = self.conv2.stretch(y, cache, second)
         y = self._noised(y, self.per_channel_scale2, 1)
         return self._beside(x, y.shape[2], cache) + y
