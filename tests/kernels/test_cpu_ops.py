@@ -155,6 +155,16 @@ def test_native_group_norm_of_a_far_mean():
 
 
 @pytest.mark.usefixtures("native_library")
+def test_native_group_norm_adds_eps_to_the_variance():
+    x = 1e-3 * torch.randn(1, 100, 8, generator=generator(8))
+    out, exact = (
+        sk.group_norm(t, 2, eps=1e-6, backend=b)
+        for t, b in ((x, "native"), (x.double(), "reference"))
+    )
+    assert (out - exact).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("native_library")
 def test_native_group_norms_bits_are_the_same_on_any_number_of_threads():
     x = torch.randn(3, 3000, 64, generator=generator(7))
     threads, found = torch.get_num_threads(), []
