@@ -160,7 +160,7 @@ def test_the_keys_of_a_page_that_has_gone_are_let_go(served, monkeypatch) -> Non
         ("POST", "/do", {"do": "mark"}, {"Origin": "http://evil.example"}, 403, "may not play"),
         ("POST", "/do", {"do": "mark"}, {"Origin": "null"}, 403, "may not play here"),
         ("POST", "/do", {"do": "mark"}, {"Content_Type": "text/plain"}, 400, "application/json"),
-        ("POST", "/do", {"do": "quit"}, {}, 400, "a page can do rewind, mark"),
+        ("POST", "/do", {"do": "quit"}, {}, 400, "a page can do rewind, record, mark"),
         ("POST", "/do", b"[1]", {}, 400, "the body must be a JSON object"),
         ("POST", "/do", b"{", {}, 400, "Expecting property name"),
         ("POST", "/do", b"\xff", {}, 400, "utf-8"),
