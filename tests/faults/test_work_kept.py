@@ -295,7 +295,7 @@ def test_a_second_interrupt_still_tells_where_the_latents_are(tmp_path, monkeypa
     result, interrupts = Job.result, [KeyboardInterrupt(), KeyboardInterrupt()]
 
     def interrupted(job, timeout_s=None):
-        while job.latents is None and not job.done:  # a quick job may be done by the first look
+        while job.latents is None and not job.done():  # a quick job may be done by the first look
             time.sleep(0.001)
         if interrupts:
             raise interrupts.pop()

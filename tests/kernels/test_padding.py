@@ -164,6 +164,9 @@ def test_two_ways_for_libraries_without_it(way, dtype):
         padding=sk.Padding(key.double(), value.double(), padding.counts), backend="reference",
     )  # fmt: skip
     error = 2e-6 if dtype == torch.float32 else 2e-2
+    if way == "laid out" and dtype == torch.float32:
+        # 509 equal addends are all rounded one way; how many in a row is the library's affair.
+        error = max(COUNTS) * torch.finfo(dtype).eps / 4
     torch.testing.assert_close(out.double(), due, rtol=error, atol=error)
     torch.testing.assert_close(lse.double(), due_lse, rtol=error, atol=error)
 

@@ -64,6 +64,14 @@ def unpack(call: Operands, first: int, count: int) -> Tensor:
     )
 
 
+@functools.cache
+def in_float32() -> bool:
+    """Whether bf16 is multiplied as float32: on a processor without products of bf16. What oneDNN
+    and MKL have in their place is slower, and a row's bits depend on how many others there are."""
+    own = torch.ops.sora.native_quant_linear_serves()
+    return not own and not torch.cpu._is_amx_tile_supported()
+
+
 def run(call: Operands) -> Tensor:
     x, rows = call.x, call.x.shape[0]
     if x.dtype == torch.bfloat16 and call.ins % 32 == 0 and has_pairs():
@@ -76,18 +84,20 @@ def run(call: Operands) -> Tensor:
     least = 8 * torch.get_num_threads()
     if rows < least:
         x = F.pad(x, (0, 0, 0, least - rows))
-    outs = call.outs
+    outs, dtype = call.outs, x.dtype
+    if dtype == torch.bfloat16 and in_float32():
+        x = x.float()
     if x.dtype in ONEDNN and tile_rows(call.ins, x.element_size(), outs) == outs:
         bias = None if call.bias is None else call.bias.to(x.dtype)
         activation = ("gelu", call.gelu) if call.gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(
-            x, unpack(call, 0, outs), bias, activation[0], [], activation[1]
-        )[:rows]
+            x, unpack(call, 0, outs).to(x.dtype), bias, activation[0], [], activation[1]
+        )[:rows].to(dtype)
     step = tile_rows(call.ins, x.element_size(), outs)
     out = x.new_empty(x.shape[0], outs)
     bias = None if call.bias is None else call.bias.to(x.dtype)
     for first in range(0, outs, step):
-        tile = unpack(call, first, min(step, outs - first))
+        tile = unpack(call, first, min(step, outs - first)).to(x.dtype)
         own = out[:, first : first + len(tile)]
         if bias is None:
             torch.mm(x, tile.T, out=own)
@@ -95,4 +105,4 @@ def run(call: Operands) -> Tensor:
             torch.addmm(bias[first : first + len(tile)], x, tile.T, out=own)
         if call.gelu:
             torch.ops.sora.native_gelu_rows(own, GELUS.index(call.gelu))
-    return out[:rows]
+    return out[:rows].to(dtype)

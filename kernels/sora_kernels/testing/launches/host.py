@@ -116,7 +116,8 @@ def as_card(kind: str, arch: int, driver: Driver | None = None) -> Iterator[Driv
         patch(mock.patch.object(library, "on_card", _anything))
         for op in OPS.values():
             patch(mock.patch.dict(op._chosen, clear=True))
-            patch(mock.patch.dict(op.order, {kind: op.order["cuda"]}))
+            if "cuda" in op.order:  # some are for CPUs alone
+                patch(mock.patch.dict(op.order, {kind: op.order["cuda"]}))
         patch(mock.patch.dict(triton_support.__dict__, {"problem": lambda device_type: None}))
         forget()
         try:
