@@ -93,6 +93,7 @@ class Window:
         """The pty sends it signals, as a shell's terminal does."""
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it
         # A session's leader is orphaned, and no terminal stops such: so a child is in front.
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
