@@ -18,6 +18,9 @@ WINDOW = 256
 """The last steps, of which times are told."""
 SLACK_S = 0.005
 """Of a tick: what a sleep may last too long is not late."""
+LAST, RESERVE_S = 16, 0.02
+"""A step is begun so long before its frames are due as the longest of the last ones took, and a
+reserve: no later, so that it is in time, and no sooner, so that it knows the latest input."""
 
 Source: TypeAlias = "Callable[[], Action | None] | Iterable[Action]"
 
@@ -102,7 +105,11 @@ class Pace:
     ) -> Iterator[Tick]:
         """See `Session.stream`."""
         ask, due, before = asked(source), None, None
+        taken: deque[float] = deque(maxlen=LAST)
         while True:
+            # As late as it can: what is pressed until then is in the frames that are due next.
+            if due is not None and (begin := due - max(taken) - RESERVE_S) > clock():
+                sleep(begin - clock())
             began = clock()
             action = ask()
             if action is None:
@@ -112,6 +119,7 @@ class Pace:
             before = began
             frames = world.step(action)
             spent, period = clock() - began, len(frames) / fps
+            taken.append(spent)
             due = began + spent if due is None else due
             if clock() < due:
                 sleep(due - clock())

@@ -235,8 +235,8 @@ class Session:
             or any function that returns None at the end. Actions one after the other, too.
         fps: frames a second; None: the session's own.
 
-        Nothing is made ahead of what is shown, so an action is seen after one latent frame's time
-        at most, and its making. A tick that is late is given at once; one that is late by a latent
+        A latent frame is begun as late as it can be done in time, by what the last ones took: so an
+        action is seen after one latent frame's time at most, and its making. A tick that is late is given at once; one that is late by a latent
         frame's time or more is a stall, and what follows keeps its distance from there. Raises as
         `step`.
         """
