@@ -235,10 +235,10 @@ class Session:
             or any function that returns None at the end. Actions one after the other, too.
         fps: frames a second; None: the session's own.
 
-        A latent frame is begun as late as it can be done in time, by what the last ones took: so an
-        action is seen after one latent frame's time at most, and its making. A tick that is late is given at once; one that is late by a latent
-        frame's time or more is a stall, and what follows keeps its distance from there. Raises as
-        `step`.
+        A latent frame is begun as late as it can be done in time, by what the last ones took: so
+        an action is seen after one latent frame's time at most, and its making. A tick that is late
+        is given at once; one that is late by a latent frame's time or more is a stall, and what
+        follows keeps its distance from there. Raises as `step`.
         """
         rate = self.fps if fps is None else positive("fps", fps)
         return self._pace.in_time(self, source, rate, clock, sleep)
