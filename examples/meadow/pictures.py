@@ -1,9 +1,10 @@
-"""The pictures of permanence in docs/worlds.md, and a film of a walk, played by the engine's sessions.
+"""The pictures of permanence in docs/worlds.md, and a film of a walk, played by the engine.
 
     python -m examples.meadow.pictures --still docs/pictures/meadow.webp --film docs/meadow.gif
 
-Each row of the still is a session of its own: it is painted in, walked away from until nothing of it
-is in view, and walked back to. The last column has the same actions without the memory of places.
+Each row of the still is a session of its own: tiles are acted on, the player walks away until
+nothing of them is in view, and walks back. The last column has the same actions without the memory
+of places.
 """
 
 from __future__ import annotations
