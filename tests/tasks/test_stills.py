@@ -1,4 +1,4 @@
-"""A picture on the time line, or a clip that is shorter than a latent frame: seen where it was put."""
+"""A picture on the time line, or a clip shorter than a latent frame: seen where it was put."""
 
 from __future__ import annotations
 
