@@ -31,7 +31,7 @@ const KINDS = {
 
 /** What was done, where it is more than a video from words. @param {any} video */
 function kind(video) {
-  const name = video.draft ? "Draft" : video.remixed_from_video_id ? "Remix" : KINDS[/** @type {keyof KINDS} */ (video.task)];
+  const name = video.draft ? "Draft" : video.remixed_from_video_id ? "Remix" : KINDS[/** @type {keyof typeof KINDS} */ (video.task)];
   return name ? `${name}: ` : "";
 }
 

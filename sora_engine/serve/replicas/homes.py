@@ -36,8 +36,8 @@ DOWN, LOADING, READY = "down", "loading", "ready"
 @dataclass(eq=False)
 class Home:
     """One server. name: the replica in its jobs' ids. transport: how it is asked. state: `down`,
-    or what its `/ready` says. load: as it told last, at told_at. sent: of each request for work that
-    this does not count yet, the moment from which it does."""
+    or what its `/ready` says. load: as it told last, at told_at. sent: of each request for work
+    that this does not count yet, the moment from which it does."""
 
     name: str
     transport: httpx.AsyncBaseTransport
