@@ -141,3 +141,24 @@ def test_the_time_is_told_once_it_is_known(browser: Any, tmp_path: Path) -> None
         assert "about" not in plan.inner_text()
         page.done(page.make())
         sync_api.expect(plan).to_contain_text("about")
+
+
+def test_a_quick_stroke_of_the_brush_has_no_gaps(browser: Any, service: Service) -> None:
+    with opened(browser, service, **LAPTOP) as page:
+        page.fill("a red circle", steps="3")
+        card = page.done(page.make())
+        card.get_by_role("button", name="Inpaint").click()
+        canvas = page.tab.locator("#brush-canvas")
+        box = canvas.bounding_box()
+        row = box["y"] + box["height"] / 2
+        page.tab.mouse.move(box["x"] + 0.1 * box["width"], row)
+        page.tab.mouse.down()
+        page.tab.mouse.move(box["x"] + 0.9 * box["width"], row)  # in one jump
+        page.tab.mouse.up()
+        painted = canvas.evaluate(
+            "one => [...one.getContext('2d').getImageData(0, one.height / 2, one.width, 1).data]"
+            ".filter((_, i) => i % 4 === 3).map(alpha => alpha > 127)"
+        )
+        inside = painted[round(0.1 * len(painted)) : round(0.9 * len(painted))]
+        assert all(inside), inside
+        page.tab.keyboard.press("Escape")
