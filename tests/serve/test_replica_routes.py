@@ -13,7 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from sora_engine.serve.document import document
+from sora_engine.serve.__main__ import document
 from tests.serve.clusters import Cluster, home_of
 from tests.serve.servers import SMALL, Nursery
 
