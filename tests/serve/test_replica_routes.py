@@ -93,7 +93,7 @@ def what_concerns_a_video_goes_to_its_server(two: Cluster, name: str) -> None:
         ]
     again = ask(two, f"{name}/again", seed=SMALL["seed"])
     looped = ask(two, f"{name}/loop", gap_s=0.5)
-    larger = ask(two, f"{name}/upscale", scale=2)
+    larger = ask(two, f"{name}/upscale", scale=2, strength=0.6)
     remix = ask(two, f"{name}/remix", prompt="a blue square")
     assert {home_of(one["id"]) for one in (again, looped, larger, remix)} == {home_of(name)}
     contents = [two.http.get(f"/v1/videos/{one}/content").content for one in (name, again["id"])]
@@ -124,9 +124,9 @@ def clips_of_either_server_are_worked_on(two: Cluster, homes: dict[str, str]) ->
     for name in homes.values():
         clip = {"video_id": name}
         assert ask(two, "extensions", video=clip, seconds=0.5)["num_frames"] == 9
-        assert ask(two, "edits", video=clip, strength=0.5)["task"] == "edit"
+        assert ask(two, "edits", video=clip, strength=0.5, prompt="a")["task"] == "edit"
         assert ask(two, "loop", video=clip, gap_s=0.5)["num_frames"] == 12
-        assert ask(two, "upscale", video=clip, scale=2)["size"] == "64x64"
+        assert ask(two, "upscale", video=clip, scale=2, strength=0.6)["size"] == "64x64"
     first, second = ({"video_id": name} for name in homes.values())
     assert ask(two, "connect", first=first, second=second, gap_s=0.5)["num_frames"] == 14
 
