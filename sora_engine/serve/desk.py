@@ -313,6 +313,12 @@ class Desk:
         """The engine has done with a job: another one may begin."""
         with self._wake:
             self._at_engine.discard(live)
+            self._nudge()
+
+    def _nudge(self) -> None:
+        """A place is free, for whoever waits for one: nobody is woken for nothing, as that would
+        take the interpreter from the engine."""
+        if self._waiting or self.draining:
             self._wake.notify_all()
 
     def again(self, live: Live, *, pause: bool = False) -> None:
@@ -329,11 +335,12 @@ class Desk:
         self.tell(fresh)
 
     def gone(self, live: Live) -> None:
-        """A job ended before or after its time at the engine; of one that is deleted nothing stays
-        behind."""
-        row = self.store.get(live.row.id)
-        if row is None or row.state == "deleting":
-            self.remove(live.row.id)
+        """A job ended before or after its time at the engine, as `live.row` says or as its row
+        does; of one that is deleted nothing stays behind."""
+        if live.row.state not in DONE:
+            row = self.store.get(live.row.id)
+            if row is None or row.state == "deleting":
+                self.remove(live.row.id)
         self._drop(live)
         self.tell(live)
 
@@ -341,7 +348,7 @@ class Desk:
         with self._wake:
             self._at_engine.discard(live)
             self._lives.pop(live.row.id, None)
-            self._wake.notify_all()
+            self._nudge()
         if not live.done.done():
             live.done.set_result(None)
 

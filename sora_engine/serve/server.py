@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 DRAINED, FAILED, DEAD = 0, 1, 70
 WRITE_S = 60.0
 """After how long a client is let go that takes nothing of what is sent to it."""
+WATCH_S = 0.25
+"""How often a server that is ready looks for a signal or a dead engine."""
 LINGER_S = 2.0
 """How long a drained server still answers, so that those who poll see the end."""
 
@@ -175,7 +177,7 @@ class Server(SignalledServer):
                 told = True
                 if self._on_ready is not None:
                     self._on_ready()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(WATCH_S if told else 0.05)
 
     async def _drain(self) -> None:
         at_work = self._service.has_desk and self._service.desk.counts[1] > 0
