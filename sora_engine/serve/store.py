@@ -125,7 +125,7 @@ class Store:
             self._write.close()
         self._read.close()
 
-    def _change(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` in one transaction. In the caller's thread: handing it to another and back
         would take the interpreter twice from the engine."""
         with self._writing:
@@ -165,7 +165,7 @@ class Store:
             )
             return replace(row, number=int(made.lastrowid or 0))
 
-        return self._change(work)
+        return self.transact(work)
 
     def given(self, owner: str, key: str, body: str) -> Row | None:
         """The job that an idempotency key has made, or None; `Mismatch` for another body."""
@@ -204,7 +204,7 @@ class Store:
             )
             return str(row[0])
 
-        return self._change(work)
+        return self.transact(work)
 
     def requeue(self, rows: Collection[Row], forget: str) -> None:
         """Bring jobs to `queued`, with the attempts and facts of these rows, and forget a fact of
@@ -215,7 +215,7 @@ class Store:
             db.executemany("UPDATE jobs SET state='queued', attempts=?, facts=? WHERE id=?", told)
             db.execute("DELETE FROM facts WHERE name=?", (forget,))
 
-        self._change(work)
+        self.transact(work)
 
     def remove(self, name: str) -> None:
         """Forget a job, and the idempotency key that made it."""
@@ -224,15 +224,15 @@ class Store:
             db.execute("DELETE FROM jobs WHERE id=?", (name,))
             db.execute("DELETE FROM idempotency WHERE job=?", (name,))
 
-        self._change(work)
+        self.transact(work)
 
     def forget_keys(self, before: float) -> None:
         """Forget the idempotency keys that were given before a time."""
-        self._change(lambda db: db.execute("DELETE FROM idempotency WHERE created<?", (before,)))
+        self.transact(lambda db: db.execute("DELETE FROM idempotency WHERE created<?", (before,)))
 
     def note(self, name: str, value: str) -> None:
         """Keep a fact of the whole service."""
-        self._change(
+        self.transact(
             lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (name, value))
         )
 

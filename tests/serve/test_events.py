@@ -242,7 +242,7 @@ def test_quick_steps_are_told_together_and_the_end_at_once() -> None:
         events, began = Events(pace_s=0.3), time.monotonic()
 
         async def read() -> None:
-            async for line in events.stream("job", lambda: now):
+            async for line in events.stream("job", lambda: dict(now)):
                 said.append((time.monotonic() - began, line.partition(b"\n")[0]))
 
         reader = asyncio.create_task(read())
