@@ -49,6 +49,14 @@ def test_all_that_is_sent_is_made(
     assert alone.spread(http.EMBEDDED).median > 0
 
 
+def test_the_default_jobs_are_what_words_alone_become(engine: sora.Engine) -> None:
+    made = engine.resolve(sora.VideoRequest(prompt="a red circle"))
+    kind = http.DEFAULT
+    asked = (kind.width, kind.height, kind.num_frames, kind.steps)
+    assert asked == (made.width, made.height, made.num_frames, made.num_inference_steps)
+    assert "64x64, 17 frames, 40 steps" in http._size(kind)
+
+
 def test_polls_and_cancels_leave_nothing(service: Service, monkeypatch) -> None:
     monkeypatch.setattr(http, "KEPT_POLLS", 10**6)
     found: list[Measurement] = [
