@@ -100,6 +100,15 @@ class Desk:
             raise ApiError(404, "expired", "the video was kept for its time, and is gone")
         return row
 
+    def watched(self, owner: str, name: str, kind: str | None = None) -> Row:
+        """As `row`, for a stream that asks often: of a job under way memory has all. What is being
+        stopped may be deleted, as its row says."""
+        live = self._lives.get(name)
+        if live is None or live.stopping:
+            return self.row(owner, name, kind)
+        own = live.row.owner == owner and kind in (None, live.row.kind)
+        return live.row if own else self.row(owner, name, kind)
+
     def lives(self) -> list[Live]:
         """All jobs that are not done."""
         with self._wake:
