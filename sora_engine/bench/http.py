@@ -157,9 +157,9 @@ def over_http(
                     client.wait(name)
                 engine.generate([kind.request(seed) for seed in (1, 2)])
         return [
-            _throughput(engine, address, default, count, max(1, rounds - 1), warmup=0),
+            _throughput(engine, address, default, count, max(1, rounds // 2)),
             _throughput(engine, address, small, count, rounds),
-            _latency(engine, address, default, max(2, count // 5)),
+            _latency(engine, address, default, max(2, count // 10)),
             _latency(engine, address, small, count),
             _polls(address, large, clients, polls_s),
             _poll_latency(address, large, count),
@@ -172,9 +172,7 @@ def _size(kind: Kind) -> str:
     return f"{kind.width}x{kind.height}, {kind.num_frames} frames, {kind.steps} steps"
 
 
-def _throughput(
-    engine: Engine, address: str, kind: Kind, count: int, rounds: int, *, warmup: int = 1
-) -> Measurement:
+def _throughput(engine: Engine, address: str, kind: Kind, count: int, rounds: int) -> Measurement:
     seeds = range(1, count + 1)
     requests = [kind.request(seed) for seed in seeds]
 
@@ -193,7 +191,7 @@ def _throughput(
             list(pool.map(lambda job, file: job.result().save(file), jobs, files))
 
     rivals = {SUBJECT: served, EMBEDDED: embedded, SAVING: saving}
-    times = interleaved(rivals, rounds, warmup=warmup)
+    times = interleaved(rivals, rounds, warmup=0)
     rates = {name: [count / s for s in values] for name, values in times.items()}
     told = f"http: throughput of {count} jobs of {_size(kind)}"
     found = Measurement(told, "videos/s", rates, "higher")
