@@ -39,9 +39,9 @@ from sora_engine.runtime.engine import Engine
 EMBEDDED = "embedded engine"
 SAVING = "embedded engine that saves"
 SMALL = Kind(64, 64, 5, 4, share=1)
-"""Some 60 ms of work, so that what the service adds to each job shows."""
-ORDINARY = Kind(96, 64, 17, 20, share=1, small=False)
-"""As people ask of the bundled checkpoint."""
+"""Hardly any work, so that what the service adds to each job shows."""
+DEFAULT = Kind(64, 64, 17, 40, share=1, small=False)
+"""What the bundled checkpoint makes of words alone, by its `generation_config.json`."""
 LARGE = Kind(192, 192, 33, 60, share=1, small=False)
 START_S = 120.0
 KEPT_POLLS, LEAST_POLLS = 500, 20
@@ -139,29 +139,37 @@ def over_http(
     *,
     model: str | Path = "sprites",
     small: Kind = SMALL,
-    ordinary: Kind = ORDINARY,
+    default: Kind = DEFAULT,
     large: Kind = LARGE,
     count: int = 50,
     rounds: int = 3,
     polls_s: float = 3.0,
     clients: int = 100,
 ) -> list[Measurement]:
-    """Throughput and latency of small jobs, polling, cancelling, and a small job behind a large
-    one: over HTTP, and of an engine in this process."""
+    """Throughput and latency of jobs of two sizes, polling, cancelling, and a small job behind a
+    large one: over HTTP, and of an engine in this process."""
     threads = torch.get_num_threads()
     with Engine.from_pretrained(model, device="cpu") as engine, server(model, threads) as address:
+        # Twice two: what a batch may hold is measured when requests meet for the first time.
         with connected(address) as client:
-            client.wait(client.create(small, 0))
-        engine.generate(small.request(0))
+            for kind in (small, default):
+                for name in [client.create(kind, seed) for seed in (1, 2)]:
+                    client.wait(name)
+                engine.generate([kind.request(seed) for seed in (1, 2)])
         return [
+            _throughput(engine, address, default, count, max(1, rounds // 2)),
             _throughput(engine, address, small, count, rounds),
-            _throughput(engine, address, ordinary, max(2, count // 5), max(1, rounds - 1)),
+            _latency(engine, address, default, max(2, count // 10)),
             _latency(engine, address, small, count),
             _polls(address, large, clients, polls_s),
             _poll_latency(address, large, count),
             _cancel(address, large, max(3, count // 5)),
             _behind(engine, address, small, large, max(2, count // 10)),
         ]
+
+
+def _size(kind: Kind) -> str:
+    return f"{kind.width}x{kind.height}, {kind.num_frames} frames, {kind.steps} steps"
 
 
 def _throughput(engine: Engine, address: str, kind: Kind, count: int, rounds: int) -> Measurement:
@@ -182,10 +190,11 @@ def _throughput(engine: Engine, address: str, kind: Kind, count: int, rounds: in
             files = [Path(folder) / f"{i}.mp4" for i in seeds]
             list(pool.map(lambda job, file: job.result().save(file), jobs, files))
 
-    times = interleaved({SUBJECT: served, EMBEDDED: embedded, SAVING: saving}, rounds)
+    rivals = {SUBJECT: served, EMBEDDED: embedded, SAVING: saving}
+    times = interleaved(rivals, rounds, warmup=0)
     rates = {name: [count / s for s in values] for name, values in times.items()}
-    size = "small" if kind.small else "ordinary"
-    found = Measurement(f"http: throughput of {count} {size} jobs", "videos/s", rates, "higher")
+    told = f"http: throughput of {count} jobs of {_size(kind)}"
+    found = Measurement(told, "videos/s", rates, "higher")
     own = 1 / found.spread(SUBJECT).median
     added = {
         f"ms a job beyond {name}": 1000 * (own - 1 / found.spread(name).median)
@@ -203,7 +212,8 @@ def _latency(engine: Engine, address: str, kind: Kind, count: int) -> Measuremen
             SAVING: lambda: engine.generate(kind.request(1)).save(f"{folder}/a.mp4"),
         }
         times = interleaved(rivals, count)
-    found = Measurement("http: latency of a small job alone", "s", times, paired=False)
+    told = f"http: latency of a job alone of {_size(kind)}"
+    found = Measurement(told, "s", times, paired=False)
     beyond = found.spread(SUBJECT).median - found.spread(EMBEDDED).median
     return with_percentiles(replace(found, figures={"beyond the embedded engine": beyond}))
 

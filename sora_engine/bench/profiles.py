@@ -47,7 +47,7 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
             ],
             "http": lambda: http.over_http(
                 small=replace(http.SMALL, width=32, height=32, num_frames=1, steps=1),
-                ordinary=replace(http.ORDINARY, width=32, height=32, num_frames=5, steps=2),
+                default=replace(http.DEFAULT, width=32, height=32, num_frames=5, steps=2),
                 large=replace(http.LARGE, width=64, height=64, num_frames=5, steps=200),
                 count=3,
                 rounds=1,

@@ -25,6 +25,7 @@ from sora_engine.serve.keys import Keys
 from sora_engine.serve.metrics import Metrics
 from sora_engine.serve.session_files import SharedSessions
 from sora_engine.serve.settings import Settings
+from sora_engine.serve.store import DONE
 from sora_engine.serve.tracing import Tracing
 from sora_engine.serve.turns import Turn, Turns
 
@@ -145,11 +146,11 @@ def _watch(desk: Desk, metrics: Metrics, events: Events, tracing: Tracing | None
             if ended or not live.done.done():
                 metrics.saw(live)
         if ended:
-            row = desk.store.get(live.row.id)
+            row = live.row if live.row.state in DONE else desk.store.get(live.row.id)
             metrics.ended(live, row)
             if tracing is not None:
                 tracing.ended(row or replace(live.row, state="cancelled"), desk.clock.now())
-        events.tell(live.row.id)
+        events.tell(live.row.id, last=ended)
 
     desk.on_change.append(changed)
 

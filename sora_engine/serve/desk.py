@@ -101,6 +101,15 @@ class Desk:
             raise ApiError(404, "expired", "the video was kept for its time, and is gone")
         return row
 
+    def watched(self, owner: str, name: str, kind: str | None = None) -> Row:
+        """As `row`, for a stream that asks often: of a job under way memory has all. What is being
+        stopped may be deleted, as its row says."""
+        live = self._lives.get(name)
+        if live is None or live.stopping:
+            return self.row(owner, name, kind)
+        own = live.row.owner == owner and kind in (None, live.row.kind)
+        return live.row if own else self.row(owner, name, kind)
+
     def lives(self) -> list[Live]:
         """All jobs that are not done."""
         with self._wake:
@@ -320,6 +329,12 @@ class Desk:
         """The engine has done with a job: another one may begin."""
         with self._wake:
             self._at_engine.discard(live)
+            self._nudge()
+
+    def _nudge(self) -> None:
+        """A place is free, for whoever waits for one: nobody is woken for nothing, as that would
+        take the interpreter from the engine."""
+        if self._waiting or self.draining:
             self._wake.notify_all()
 
     def again(self, live: Live, *, pause: bool = False) -> None:
@@ -336,11 +351,12 @@ class Desk:
         self.tell(fresh)
 
     def gone(self, live: Live) -> None:
-        """A job ended before or after its time at the engine; of one that is deleted nothing stays
-        behind."""
-        row = self.store.get(live.row.id)
-        if row is None or row.state == "deleting":
-            self.remove(live.row.id)
+        """A job ended before or after its time at the engine, as `live.row` says or as its row
+        does; of one that is deleted nothing stays behind."""
+        if live.row.state not in DONE:
+            row = self.store.get(live.row.id)
+            if row is None or row.state == "deleting":
+                self.remove(live.row.id)
         self._drop(live)
         self.tell(live)
 
@@ -348,7 +364,7 @@ class Desk:
         with self._wake:
             self._at_engine.discard(live)
             self._lives.pop(live.row.id, None)
-            self._wake.notify_all()
+            self._nudge()
         if not live.done.done():
             live.done.set_result(None)
 

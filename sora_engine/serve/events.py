@@ -18,6 +18,9 @@ from sora_engine.serve.failures import ApiError
 
 MOST_STREAMS = 4
 """Of one client."""
+PACE_S = 0.1
+"""The least time between two words on a job, but for its last: each takes the interpreter from the
+engine's thread, and short steps would spend more on their telling than on themselves."""
 QUIET_S = 15.0
 """After so long without a word a comment is sent: proxies close what is silent."""
 FINAL = frozenset({"completed", "failed"})
@@ -25,9 +28,11 @@ FINAL = frozenset({"completed", "failed"})
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """number: of the last word. readers: to be woken."""
+    """news: there is what its readers were not woken for. resting: they were a moment ago, or are
+    about to be. readers: to be woken."""
 
-    number: int = 0
+    news: bool = False
+    resting: bool = False
     readers: set[asyncio.Event] = field(default_factory=set)
 
 
@@ -35,10 +40,15 @@ class Events:
     """All streams of a server. `tell` is for any thread; all else for the loop's own."""
 
     def __init__(
-        self, *, quiet_s: float = QUIET_S, most: int = MOST_STREAMS, watch: Any = None
+        self,
+        *,
+        pace_s: float = PACE_S,
+        quiet_s: float = QUIET_S,
+        most: int = MOST_STREAMS,
+        watch: Any = None,
     ) -> None:
         """watch: a gauge of streams, with `inc` and `dec`."""
-        self._quiet_s, self._most, self._watch = quiet_s, most, watch
+        self._pace_s, self._quiet_s, self._most, self._watch = pace_s, quiet_s, most, watch
         self._slots: dict[str, _Slot] = {}
         self._open: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -48,22 +58,33 @@ class Events:
     def num_open(self) -> int:
         return self._open.total()
 
-    def tell(self, job: str) -> None:
-        """A job has got further. Never waits; nothing happens where nobody reads."""
-        loop = self._loop
-        if loop is None or job not in self._slots:
+    def tell(self, job: str, *, last: bool = False) -> None:
+        """A job has got further, or has ended: the `last` word is told at once. Never waits;
+        nothing happens where nobody reads."""
+        loop, slot = self._loop, self._slots.get(job)
+        if loop is None or slot is None:
             return
+        slot.news = True  # before it is asked whether they rest: one of the two threads sees it
+        if slot.resting and not last:
+            return
+        slot.resting = True
         try:
-            loop.call_soon_threadsafe(self._wake, job)
+            loop.call_soon_threadsafe(self._wake, slot)
         except RuntimeError:  # the loop is closed: nobody reads any more
             return
 
-    def _wake(self, job: str) -> None:
-        slot = self._slots.get(job)
-        if slot is not None:
-            slot.number += 1
-            for reader in slot.readers:
-                reader.set()
+    def _wake(self, slot: _Slot) -> None:
+        slot.news = False
+        for reader in slot.readers:
+            reader.set()
+        assert self._loop is not None
+        self._loop.call_later(self._pace_s, self._rested, slot)
+
+    def _rested(self, slot: _Slot) -> None:
+        slot.resting = False
+        if slot.news and slot.readers:
+            slot.resting = True
+            self._wake(slot)
 
     def close(self) -> None:
         """The server is about to stop: streams end, and clients come back to the next one."""

@@ -105,11 +105,13 @@ class Files:
             folder.mkdir(mode=0o700)
         return folder
 
-    def place(self, name: str) -> None:
-        """Move a job's finished results to where they are found; raises OSError."""
+    def place(self, name: str, flushed: Collection[str] = ()) -> None:
+        """Move a job's finished results to where they are found; raises OSError. flushed: names of
+        those files whose writers have done so."""
         folder, target = self.tmp / name, self.video(name)
         for file in folder.iterdir():
-            _flush(file)
+            if file.name not in flushed:
+                _flush(file)
         _flush(folder)
         if target.exists():
             shutil.rmtree(target, ignore_errors=True)

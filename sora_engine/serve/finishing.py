@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from sora_engine.errors import (
     DeviceError,
@@ -91,8 +92,9 @@ class Finisher:
         assert job is not None
         assert spool is not None
         error: BaseException | None = None
+        receipt: dict[str, Any] | None = None
         try:
-            self._write(live)
+            receipt = self._write(live)
         except Exception as failed:
             error = failed
             job.cancel()  # nobody takes its frames any more
@@ -102,10 +104,11 @@ class Finisher:
         if error is not None and not (live.stopping or live.keeping):
             own = None  # it was cancelled here, and by nobody else
         writing_s = time.monotonic() - (live.engine_done_at or time.monotonic())
-        self._close(live, own if own is not None else error, writing_s)
+        self._close(live, own if own is not None else error, writing_s, receipt)
 
-    def _write(self, live: Live) -> None:
-        """Frames as they come, up to the results in place; nothing for a job that fails."""
+    def _write(self, live: Live) -> dict[str, Any] | None:
+        """Frames as they come, up to the results in place; nothing for a job that fails. The
+        receipt that stands beside them."""
         job, spool, trail, files = live.job, live.spool, live.trail, self._desk.files
         assert job is not None
         assert spool is not None
@@ -126,20 +129,27 @@ class Finisher:
                 writer.write(frames)
                 trail.writes(writer.count)
             if job.exception() is not None or writer is None:
-                return
+                return None
             trail.writes("end")
             video = self._desk.marks.told(job.result(), request)
-            writer.close(video, live.row)
+            receipt = writer.close(video, live.row)
             if self._desk.settings.keep_latents and job.latents is not None:
                 latents = SavedLatents(job.latents, request.fps, request.loop, "")
                 latents.write(files.tmp / name / LATENTS)
             trail.writes("place")
-            files.place(name)
+            files.place(name, writer.flushed)
+            return receipt
         finally:
             if writer is not None:
                 writer.abort()  # which does nothing to a file that is closed
 
-    def _close(self, live: Live, error: BaseException | None, writing_s: float) -> None:
+    def _close(
+        self,
+        live: Live,
+        error: BaseException | None,
+        writing_s: float,
+        receipt: dict[str, Any] | None = None,
+    ) -> None:
         """Bring the row to where the job is, however long the disk keeps it from that."""
         desk, name = self._desk, live.row.id
         if live.trail is not None:
@@ -158,9 +168,7 @@ class Finisher:
         now = desk.clock.now()
         if error is None:
             assert live.job is not None
-            video = desk.marks.told(live.job.result(), live.job.request)
-            receipt = None if video.receipt is None else video.receipt.to_dict()
-            facts = finished_facts(video.timings_s, receipt, writing_s)
+            facts = finished_facts(live.job.result().timings_s, receipt, writing_s)
             desk.pace.learn(live.job.request, facts["inference_time_s"])
             state = "completed"
         else:
@@ -168,9 +176,12 @@ class Finisher:
             state = "cancelled" if isinstance(error, JobCancelledError) else "failed"
             if _code(error) == "internal":
                 logger.error("job %s failed", name, exc_info=error)
-        self._insist(
+        before = self._insist(
             lambda: desk.store.change(name, state, when={"running"}, completed=now, facts=facts)
         )
+        if before is not None:
+            row = live.row
+            live.row = replace(row, state=state, completed=now, facts={**row.facts, **facts})
         try:
             desk.files.remove(name, results=error is not None)
         except OSError:

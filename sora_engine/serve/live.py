@@ -29,11 +29,12 @@ then it takes no other along, and is no other's victim."""
 class Live:
     """A job that is not done.
 
-    row: as it was when it came in; its state there is not kept up. request: None until it is made
-    anew from the row. job: the engine's, once it has it. done: is set, with nothing, when the row
-    has its last state, or is gone. stopping: it is to be cancelled. keeping: what is cancelled is
-    to be queued again, as the server stops or the disk is full. retried: the device or a rank
-    failed under it before. engine_done_at: by the steady clock. counted: its end is in the metrics.
+    row: as it was when it came in; its state there is not kept up before its last. request: None
+    until it is made anew from the row. job: the engine's, once it has it. done: is set, with
+    nothing, when the row has its last state, or is gone. steps: that it has done, as it last told.
+    stopping: it is to be cancelled. keeping: what is cancelled is to be queued again, as the server
+    stops or the disk is full. retried: the device or a rank failed under it before. engine_done_at:
+    by the steady clock. counted: its end is in the metrics.
     """
 
     row: Row
@@ -45,6 +46,7 @@ class Live:
     done: Future[None] = field(default_factory=Future)
     stopping: bool = False
     keeping: bool = False
+    steps: int = 0
     retried: bool = False
     engine_done_at: float | None = None
     counted: bool = False

@@ -70,6 +70,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.model = ""
         self._clock = clock
+        self._own_step: Histogram
         self._seen: dict[str, _Seen] = {}
 
         def counter(name: str, told: str, *labels: str) -> Counter:
@@ -128,6 +129,7 @@ class Metrics:
 
         Series that are 0 are there from the start: an alert on their increase works."""
         self.model = model
+        self._own_step = self.step.labels(model)  # after each step: looked up once
         for outcome, code in (("completed", "none"), ("cancelled", "cancelled")):
             self.jobs.labels(self.model, outcome, code)
         for stage in STAGES:
@@ -154,11 +156,10 @@ class Metrics:
         if not seen.resumed and job.resumed_at is not None:
             seen.resumed = True
             self.resumed.labels(self.model).inc()
-        steps = job.progress.steps_done
+        steps = live.steps
         if job.state == "denoising" and steps > seen.steps:
             if seen.stepped:
-                taken = (now - seen.stepped) / (steps - seen.steps)
-                self.step.labels(self.model).observe(taken)
+                self._own_step.observe((now - seen.stepped) / (steps - seen.steps))
             seen.steps, seen.stepped = steps, now
 
     def _stages(self, live: Live, seen: _Seen, now: float, facts: dict[str, Any]) -> None:

@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 DRAINED, FAILED, DEAD = 0, 1, 70
 WRITE_S = 60.0
 """After how long a client is let go that takes nothing of what is sent to it."""
+SWITCH_S = 0.0005
+"""How long a thread computes in Python while another one waits to: the engine's comes back from
+each operation to find it taken, and would wait for 5 ms, which is Python's own value."""
+WATCH_S = 0.25
+"""How often a server that is ready looks for a signal or a dead engine."""
 LINGER_S = 2.0
 """How long a drained server still answers, so that those who poll see the end."""
 
@@ -55,10 +60,13 @@ def run(
     os.umask(0o077)
     app = make_app(make_engine, settings)
     listener = listener_for(settings)
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
     try:
         server = Server(app, settings, on_listening, on_ready)
         server.run(sockets=[listener])
     finally:
+        sys.setswitchinterval(before_s)
         listener.close()
     service: Service = app.state.service
     if server.startup_error is not None:
@@ -175,7 +183,7 @@ class Server(SignalledServer):
                 told = True
                 if self._on_ready is not None:
                     self._on_ready()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(WATCH_S if told else 0.05)
 
     async def _drain(self) -> None:
         at_work = self._service.has_desk and self._service.desk.counts[1] > 0

@@ -77,7 +77,8 @@ def _submitted(desk: Jobs, live: Live) -> Job:
 
     def tell(progress: Progress) -> None:
         assert live.trail is not None
-        live.trail.goes(progress.steps_done, progress.frames_decoded)
+        live.steps = progress.steps_done
+        live.trail.goes(live.steps, progress.frames_decoded)
         desk.tell(live)
 
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The rows of jobs: SQLite, written by one thread, each change committed before it is told.
+"""The rows of jobs: SQLite, one change at a time, each committed before it is told.
 
 WAL with `synchronous=FULL`: what was acknowledged survives `kill -9` and a power cut. A job's state
 goes from one to the next by compare-and-set, so of two that race (a job that completes while it is
@@ -11,7 +11,6 @@ import json
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,13 +92,11 @@ class Store:
     def __init__(self, path: Path) -> None:
         """Opens or makes the file; ServeError, which names it, for one that is no such store."""
         self.path = path
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sora-store")
-        self._reading = threading.Lock()
+        self._reading, self._writing = threading.Lock(), threading.Lock()
         try:
-            self._write = self._thread.submit(self._open).result()
+            self._write = self._open()
             self._read = sqlite3.connect(path, check_same_thread=False, timeout=5.0)
         except sqlite3.Error as error:
-            self._thread.shutdown()
             raise ServeError(
                 f"{path} cannot be used ({error}): a server that is running has it locked, or it "
                 "is damaged; nothing was changed. A backup in its place, or another data folder, "
@@ -107,7 +104,9 @@ class Store:
             ) from error
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
+        connection = sqlite3.connect(
+            self.path, isolation_level=None, check_same_thread=False, timeout=5.0
+        )
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         found = connection.execute("PRAGMA quick_check").fetchone()[0]
@@ -121,15 +120,15 @@ class Store:
         return connection
 
     def close(self) -> None:
-        """Ends the thread; what was called before is done."""
-        self._thread.submit(self._write.close).result()
-        self._thread.shutdown()
+        """What was called before is done."""
+        with self._writing:
+            self._write.close()
         self._read.close()
 
-    def later(self, work: Callable[[sqlite3.Connection], T]) -> Future[T]:
-        """Run `work` in one transaction, on the writer's thread."""
-
-        def whole() -> T:
+    def transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` in one transaction. In the caller's thread: handing it to another and back
+        would take the interpreter twice from the engine."""
+        with self._writing:
             self._write.execute("BEGIN IMMEDIATE")
             try:
                 result = work(self._write)
@@ -139,8 +138,6 @@ class Store:
                     self._write.execute("ROLLBACK")
                 raise
             return result
-
-        return self._thread.submit(whole)
 
     def add(self, row: Row, idempotency: tuple[str, str] | None = None) -> Row:
         """A new row, with its number. idempotency: a key and the hash of its body: Taken, and no
@@ -168,7 +165,7 @@ class Store:
             )
             return replace(row, number=int(made.lastrowid or 0))
 
-        return self.later(work).result()
+        return self.transact(work)
 
     def given(self, owner: str, key: str, body: str) -> Row | None:
         """The job that an idempotency key has made, or None; `Mismatch` for another body."""
@@ -207,7 +204,7 @@ class Store:
             )
             return str(row[0])
 
-        return self.later(work).result()
+        return self.transact(work)
 
     def requeue(self, rows: Collection[Row], forget: str) -> None:
         """Bring jobs to `queued`, with the attempts and facts of these rows, and forget a fact of
@@ -218,7 +215,7 @@ class Store:
             db.executemany("UPDATE jobs SET state='queued', attempts=?, facts=? WHERE id=?", told)
             db.execute("DELETE FROM facts WHERE name=?", (forget,))
 
-        self.later(work).result()
+        self.transact(work)
 
     def remove(self, name: str) -> None:
         """Forget a job, and the idempotency key that made it."""
@@ -227,19 +224,17 @@ class Store:
             db.execute("DELETE FROM jobs WHERE id=?", (name,))
             db.execute("DELETE FROM idempotency WHERE job=?", (name,))
 
-        self.later(work).result()
+        self.transact(work)
 
     def forget_keys(self, before: float) -> None:
         """Forget the idempotency keys that were given before a time."""
-        self.later(
-            lambda db: db.execute("DELETE FROM idempotency WHERE created<?", (before,))
-        ).result()
+        self.transact(lambda db: db.execute("DELETE FROM idempotency WHERE created<?", (before,)))
 
     def note(self, name: str, value: str) -> None:
         """Keep a fact of the whole service."""
-        self.later(
+        self.transact(
             lambda db: db.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (name, value))
-        ).result()
+        )
 
     def noted(self, name: str) -> str | None:
         """What `note` kept."""

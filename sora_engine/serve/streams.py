@@ -48,7 +48,8 @@ async def events(video_id: str, request: Request) -> Response:
     streams.check(client)
 
     def word() -> dict[str, Any]:
-        return video_for(request, desk, desk.row(owner, video_id, "video")).model_dump(mode="json")
+        row = desk.watched(owner, video_id, "video")
+        return video_for(request, desk, row).model_dump(mode="json")
 
     async def lines() -> AsyncIterator[bytes]:
         leave = streams.enter(client)

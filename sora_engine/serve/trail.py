@@ -1,12 +1,15 @@
 """Where a job is, in a small file that is written over as it goes: a kill leaves the last word.
 
 Nothing is flushed: what was written is in the system's memory when the process dies, and that is
-all that is asked. After a power cut it may be an earlier word, or none.
+all that is asked. After a power cut it may be an earlier word, or none. The file is mapped: the
+engine's thread tells of every step, and a call of the system would let go of the interpreter each
+time, for the engine to wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -20,10 +23,15 @@ class Trail:
     def __init__(self, path: Path) -> None:
         self._words = ["", ""]
         self._lock = threading.Lock()
-        self._file: int | None = None
+        self._file: mmap.mmap | None = None
         with contextlib.suppress(OSError):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._put()
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                # Written, and not only made so long: its page then has its place on the disk.
+                if os.pwrite(file, b" " * (2 * _WIDTH), 0) == 2 * _WIDTH:
+                    self._file = mmap.mmap(file, 2 * _WIDTH)
+            finally:
+                os.close(file)
 
     def starts(self, step: int) -> None:
         """The engine has it, so many steps done; nothing where it has got further meanwhile."""
@@ -48,13 +56,12 @@ class Trail:
         """The file stays; nothing more is written."""
         with self._lock:
             if self._file is not None:
-                os.close(self._file)
+                self._file.close()
                 self._file = None
 
     def _put(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._file, "".join(w.ljust(_WIDTH) for w in self._words).encode(), 0)
+            self._file[:] = "".join(w.ljust(_WIDTH) for w in self._words).encode()
 
 
 def last_word(path: Path) -> str:

@@ -39,6 +39,8 @@ class ResultWriter:
         self._video = VideoWriter(
             folder / name, fps, num_frames=num_frames, provenance=provenance, **options
         )
+        self.flushed = (name,)
+        """Files that are on the disk once it is closed."""
         self.count = 0
         """Frames that were written."""
 
@@ -48,9 +50,9 @@ class ResultWriter:
             self._video.write(frame)
             self.count += 1
 
-    def close(self, video: Video, row: Row) -> None:
+    def close(self, video: Video, row: Row) -> dict[str, Any] | None:
         """Finishes the files, the receipt last, which says whose they are: other replicas read it
-        (`neighbours`), and what would make it again."""
+        (`neighbours`), and what would make it again. Returns the video's own receipt."""
         self._video.close()
         receipt = None if video.receipt is None else video.receipt.to_dict()
         told = {
@@ -62,6 +64,7 @@ class ResultWriter:
             "prompt": row.facts.get("prompt"),
         }
         (self._folder / "receipt.json").write_text(json.dumps(told), encoding="utf-8")
+        return receipt
 
     def abort(self) -> None:
         """Lets go of the file that is under way."""

@@ -123,8 +123,8 @@ def stall_while_writing(_: int) -> None:
 def stall_before_row(_: int) -> None:
     plain = files_module.Files.place
 
-    def place(self: files_module.Files, name: str) -> None:
-        plain(self, name)
+    def place(self: files_module.Files, *arguments: Any) -> None:
+        plain(self, *arguments)
         stall_here("placed")
 
     files_module.Files.place = place  # type: ignore[method-assign]
@@ -239,9 +239,9 @@ def full_disk(where: dict[str, str]) -> None:
                 db.execute("INSERT INTO more VALUES (zeroblob(100000))")
             return work(db)
 
-        return plain_later(self, within)
+        return plain(self, within)
 
-    plain_later = Store.later
+    plain = Store.transact
     match kind:
         case "savepoint":
             refuse(savepoint, "write_atomically")
@@ -256,7 +256,7 @@ def full_disk(where: dict[str, str]) -> None:
         case "place":
             refuse(files_module.Files, "place")
         case "commit":
-            Store.later = commit  # type: ignore[method-assign]
+            Store.transact = commit  # type: ignore[method-assign]
 
 
 FAULTS = {

@@ -43,10 +43,18 @@ def test_all_that_is_sent_is_made(
     found = http._throughput(engine, service.url, TINY, 4, 1)
     assert set(found.samples) == {SUBJECT, http.EMBEDDED, http.SAVING}
     assert all(value > 0 for values in found.samples.values() for value in values)
-    assert len(service.desk.store.all("completed")) - before == 2 * 4  # one round, and a warm-up
+    assert len(service.desk.store.all("completed")) - before == 4
     alone = http._latency(engine, service.url, TINY, 2)
-    assert len(service.desk.store.all("completed")) - before == 2 * 4 + 3
+    assert len(service.desk.store.all("completed")) - before == 4 + 3
     assert alone.spread(http.EMBEDDED).median > 0
+
+
+def test_the_default_jobs_are_what_words_alone_become(engine: sora.Engine) -> None:
+    made = engine.resolve(sora.VideoRequest(prompt="a red circle"))
+    kind = http.DEFAULT
+    asked = (kind.width, kind.height, kind.num_frames, kind.steps)
+    assert asked == (made.width, made.height, made.num_frames, made.num_inference_steps)
+    assert "64x64, 17 frames, 40 steps" in http._size(kind)
 
 
 def test_polls_and_cancels_leave_nothing(service: Service, monkeypatch) -> None:

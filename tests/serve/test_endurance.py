@@ -246,8 +246,9 @@ def test_two_hundred_deletes_at_random_moments_leave_nothing(nursery: Nursery, t
 @pytest.fixture
 def plain_nursery() -> Iterator[Nursery]:
     """One whose servers keep few of oneDNN's compiled products. There is one for each number of
-    packed tokens, up to 1024 of them: memory that grows for an hour, and then no more."""
-    made = Nursery(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8")
+    packed tokens and layer, up to 1024 of them, in oneDNN and once more in ideep, through which
+    torch calls it: memory that grows for an hour, and then no more."""
+    made = Nursery(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8", LRU_CACHE_CAPACITY="8")
     yield made
     made.close()
 

@@ -54,7 +54,7 @@ def streamed(service: Service, name: str, **headers: str) -> list[dict[str, str]
 
 
 def test_a_stream_tells_what_a_poll_would_and_ends(service: Service) -> None:
-    name = service.create(num_inference_steps=25)["id"]
+    name = service.create(num_inference_steps=200, size="64x64", num_frames=17)["id"]
     events = streamed(service, name)
     told = [json.loads(event["data"]) for event in events]
     assert {event["event"] for event in events[:-1]} == {"progress"}
@@ -231,6 +231,40 @@ def test_a_slow_reader_finds_the_latest_and_no_queue() -> None:
         b"retry: 2000",
         *(b"id: denoising-0-0", b"id: denoising-1000-0", b"id: denoising-1000-0"),
     ]
+
+
+def test_quick_steps_are_told_together_and_the_end_at_once() -> None:
+    """Of words within the pace the last is told after it, and a job's end does not wait for it."""
+    said: list[tuple[float, bytes]] = []
+    now = word(0)
+
+    async def run() -> None:
+        events, began = Events(pace_s=0.3), time.monotonic()
+
+        async def read() -> None:
+            async for line in events.stream("job", lambda: dict(now)):
+                said.append((time.monotonic() - began, line.partition(b"\n")[0]))
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        for steps in range(1, 51):
+            now.update(word(steps))
+            await asyncio.to_thread(events.tell, "job")
+        await asyncio.sleep(0.4)
+        assert said[-1][1] == b"id: denoising-50-0", "nothing more is told of it for now"
+        now.update(word(51))
+        events.tell("job")
+        now.update(word(52, "completed"))
+        events.tell("job", last=True)
+        told_s = time.monotonic() - began
+        await asyncio.wait_for(reader, 5)
+        assert said[-1][0] - told_s < 0.1
+
+    asyncio.run(run())
+    assert len(said) <= 5, (
+        said
+    )  # retry, the word as it came, the first of the 50, the last, the end
+    assert said[-1][1] == b"id: denoising-52-0"
 
 
 def test_a_server_that_stops_ends_its_streams() -> None:

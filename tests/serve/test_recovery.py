@@ -11,8 +11,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -226,18 +227,18 @@ def test_a_kill_within_the_recovery_changes_nothing(folder: Folder, monkeypatch)
     for name in "ab":
         folder.add(name, "queued")
     folder.begin("a", "b")
-    plain = folder.store.later
+    plain = folder.store.transact
 
     def killed_at(number: int) -> None:
         left = itertools.count(1)
 
-        def later(work: Callable[[sqlite3.Connection], object]) -> Future[object]:
+        def transact(work: Callable[[sqlite3.Connection], object]) -> object:
             if next(left) == number:
                 raise KeyboardInterrupt
             return plain(work)
 
         with monkeypatch.context() as patch:
-            patch.setattr(folder.store, "later", later)
+            patch.setattr(folder.store, "transact", transact)
             folder.recover()
 
     for number in (1, 2, 2, 3):
@@ -280,6 +281,41 @@ def test_a_trail_tells_the_last_word_and_no_earlier_attempts(tmp_path) -> None:
     assert last_word(path) == ""
     assert last_word(tmp_path / "none") == ""
     Trail(tmp_path / "none" / "a.at").goes(1, 0)  # a folder that is gone, a disk that is full
+
+
+def test_few_small_frames_wait_for_more_or_the_end(tmp_path) -> None:
+    """Whoever takes them is not woken for each; all that is put is got, in its order."""
+    spool = Spool(tmp_path / "overflow", worth=100)
+    got: list[int] = []
+
+    def read() -> None:
+        while (frames := spool.get()) is not None:
+            got.append(int(frames[0, 0, 0, 0]))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def put(number: int) -> None:
+        spool.put(np.full((1, 4, 4, 3), number, np.uint8))  # 48 bytes
+
+    def until(count: int) -> None:
+        end = time.monotonic() + 10
+        while len(got) < count:
+            assert time.monotonic() < end, got
+            time.sleep(0.001)
+
+    put(0)
+    put(1)
+    time.sleep(0.05)
+    assert got == []
+    put(2)
+    until(3)
+    put(3)
+    time.sleep(0.05)
+    assert got == [0, 1, 2]
+    spool.end()
+    reader.join(10)
+    assert got == [0, 1, 2, 3]
 
 
 def test_an_upload_is_there_once_it_was_checked(folder: Folder) -> None:
