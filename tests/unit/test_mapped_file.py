@@ -37,16 +37,11 @@ def spans():
         start += size
 
 
-def read_all(path, kept=True):
-    """Tensors of all sizes in turn; those of a kept kind share pages."""
+def read_all(path):
+    """Tensors of all sizes in turn."""
     file = MappedFile(path)
     try:
-        made = []
-        for start, size in spans():
-            target = room((size,), torch.uint8, kept=kept)
-            file.fill(start, target)
-            made.append(target)
-        return made, file
+        return [file.read(start, (size,), torch.uint8) for start, size in spans()], file
     except BaseException:
         file.close()
         raise
@@ -63,12 +58,13 @@ def open_files(path):
     return [f for f in found if os.path.lexists(f) and os.readlink(f) == str(path)]
 
 
-@pytest.mark.parametrize("shared", [1 << 19, 32 << 20])
 @pytest.mark.parametrize("kept", [False, True])
-def test_what_is_copied_behind_is_there_at_the_end(path, monkeypatch, shared, kept):
-    monkeypatch.setattr(mapped_file, "SHARED_BYTES", shared)
-    with Copies() as copies, copies.behind():
-        made, file = read_all(path, kept=kept)
+@pytest.mark.parametrize("run", [1 << 19, 1 << 30])
+def test_what_is_copied_behind_is_there_at_the_end(path, monkeypatch, run, kept):
+    monkeypatch.setattr(mapped_file, "RUN_BYTES", run)
+    monkeypatch.setattr(mapped_file, "PIECE_BYTES", 1 << 20)
+    with Copies() as copies, copies.behind(kept=kept):
+        made, file = read_all(path)
     file.close()
     check(made, path)
     made[2].zero_()  # and no other tensor has any of its bytes
@@ -76,6 +72,42 @@ def test_what_is_copied_behind_is_there_at_the_end(path, monkeypatch, shared, ke
     made[2] = rest.view(301, 301 + SIZES[2]).clone()
     rest.close()
     check(made, path)
+
+
+def test_kept_tensors_are_read_together_and_what_lies_between_is_not(path, monkeypatch):
+    """Near ones by one read; across a gap, backwards and in another file by reads of their own."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes()[::-1])
+    files, read = [MappedFile(path), MappedFile(other)], []
+    read_into = MappedFile._read_into
+
+    def noted(self, memory, start):
+        read.append((files.index(self), start, len(memory)))
+        read_into(self, memory, start)
+
+    monkeypatch.setattr(MappedFile, "_read_into", noted)
+    far = 1000 + mapped_file.GAP_BYTES + 1
+    wanted = [(0, 0, 10), (0, 500, 500), (0, far, 7), (0, 3, 20), (1, 0, 100)]
+    with Copies() as copies, copies.behind(kept=True):
+        made = [files[i].read(start, (size,), torch.uint8) for i, start, size in wanted]
+    assert sorted(read) == [(0, 0, 1000), (0, 3, 20), (0, far, 7), (1, 0, 100)]
+    for (i, start, size), tensor in zip(wanted, made, strict=True):
+        assert bytes(tensor.numpy()) == files[i].data[start : start + size]
+    for file in files:
+        file.close()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_another_dtype_is_converted_on_the_way(path, monkeypatch, stored, start):
+    monkeypatch.setattr(mapped_file, "PIECE_BYTES", 1 << 10)
+    values = torch.randn(70, 11).to(stored)
+    path.write_bytes(bytes(start) + bytes(values.view(torch.uint8).numpy()))
+    file = MappedFile(path)
+    with Copies() as copies, copies.behind(kept=True):
+        read = file.read(start, (70, 11), stored, dtype=torch.float16)
+        assert torch.equal(read, values.half())
+    file.close()
 
 
 @pytest.mark.parametrize("system", ["preadv", "none"])
@@ -144,7 +176,7 @@ def test_nobody_looks_at_what_is_not_there_yet(tmp_path, monkeypatch, kind):
 
 def test_two_loads_at_once_do_not_meet(path):
     def load(_):
-        with Copies() as copies, copies.behind():
+        with Copies() as copies, copies.behind(kept=True):
             made, file = read_all(path)
         file.close()
         check(made, path)
