@@ -108,17 +108,16 @@ def load_into(
             sharded.to_local().copy_(value)
 
     def way(name: str, source: str) -> AbstractContextManager[None]:
-        """Behind, where the file's bytes are put in place as they are and nobody looks at them
-        yet."""
-        if rows or (merge is not None and name in merge):
+        """Behind, where nobody looks yet at what the file's bytes become."""
+        if rows or (merge is not None and name in merge) or (keep is not None and not keep.copies):
             return nullcontext()
-        if keep is not None and keep.copies and weights.kept_format(source) is not None:
+        if keep is not None and weights.kept_format(source) is not None:
             return copies.behind(kept=True)
         stored = weights.info(source)
         target = _target(name, stored.dtype, dtype, keep_fp32)
-        if stored.is_plain and target in (None, stored.dtype):
-            return copies.behind()
-        return nullcontext()
+        # Beside weights that are kept, others are few: what is converted is so on this thread.
+        wanted_so = keep is not None or target in (None, stored.dtype)
+        return copies.behind() if stored.is_plain and wanted_so else nullcontext()
 
     with Copies() as copies:
         for name, source in sorted(sources.items(), key=lambda item: order[item[1]]):

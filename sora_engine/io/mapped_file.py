@@ -38,6 +38,9 @@ BEHIND_BYTES = 1 << 18
 """From here on a copy takes longer than handing it to another thread."""
 RELEASED_BYTES = 1 << 20
 """Fewer are not handed back before the file is closed: other processors would be interrupted."""
+SERIAL_VALUES = (1 << 15) - 1
+"""PyTorch converts so many on the thread that asks. Its others would wait, busy, for the next ones,
+and take the processor from those that copy."""
 THREADS = 4
 """Of `Copies`, at most: more wait for memory alone."""
 
@@ -186,7 +189,8 @@ class MappedFile:
         if same or target.is_meta:
             self.fill(start, target)
             return target
-        flat, step = target.view(-1), PIECE_BYTES // stored.itemsize
+        flat = target.view(-1)
+        step = PIECE_BYTES // stored.itemsize if copies is None else SERIAL_VALUES
         for first in range(0, flat.numel(), step):
             last = min(first + step, flat.numel())
             at, end = start + first * stored.itemsize, start + last * stored.itemsize

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sora_engine.errors import CheckpointError
@@ -17,6 +18,7 @@ from sora_engine.io.loading import load_into
 from sora_engine.io.mapped_file import Copies, MappedFile, room
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.models.quantised import Keeper, QuantLinear
+from sora_kernels.quant import int8
 from sora_kernels.quant.formats import dequantise
 from tests.unit.weight_recipes import write_gguf, write_safetensors
 
@@ -101,9 +103,11 @@ def test_kept_tensors_are_read_together_and_what_lies_between_is_not(path, monke
 @pytest.mark.parametrize("start", [0, 1, 8])
 def test_another_dtype_is_converted_on_the_way(path, monkeypatch, stored, start):
     monkeypatch.setattr(mapped_file, "PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr(mapped_file, "SERIAL_VALUES", 100)
     values = torch.randn(70, 11).to(stored)
     path.write_bytes(bytes(start) + bytes(values.view(torch.uint8).numpy()))
     file = MappedFile(path)
+    assert torch.equal(file.read(start, (70, 11), stored, dtype=torch.float16), values.half())
     with Copies() as copies, copies.behind(kept=True):
         read = file.read(start, (70, 11), stored, dtype=torch.float16)
         assert torch.equal(read, values.half())
@@ -141,6 +145,35 @@ def test_a_file_that_becomes_shorter_while_others_copy_behind(path):
     file.close()
 
 
+def slow_down(monkeypatch):
+    """Every copy takes its time."""
+    read_into = MappedFile._read_into
+
+    def slowly(self, memory, start):
+        time.sleep(0.02)
+        read_into(self, memory, start)
+
+    monkeypatch.setattr(MappedFile, "_read_into", slowly)
+
+
+@pytest.mark.skipif(int8.problem() is not None, reason="no int8 products here")
+def test_what_is_quantised_on_loading_is_there_by_then(tmp_path, monkeypatch):
+    """Float32 for a run in float32: read as it is stored, and looked at."""
+    weight, path = torch.randn(640, 512), tmp_path / "w.safetensors"
+    save_file({"blocks.0.weight": weight}, path)
+    slow_down(monkeypatch)
+    with torch.device("meta"):
+        module = nn.Module()
+        module.blocks = nn.ModuleList([nn.Linear(512, 640, bias=False)])
+    with open_weights(path) as weights:
+        load_into(module, weights, dtype=torch.float32, keep=Keeper("int8", ["blocks"]))
+    rows = weight.double()
+    step = rows.abs().amax(dim=1, keepdim=True) / 127
+    lost, whole = module.blocks[0].error
+    assert whole == pytest.approx(float(rows.square().sum()), rel=1e-5)
+    assert lost == pytest.approx(float((rows - (rows / step).round() * step).square().sum()), 0.01)
+
+
 @pytest.mark.parametrize("kind", ["fp8_scaled, legacy", "int8 by row", "Q8_0", "mxfp8"])
 def test_nobody_looks_at_what_is_not_there_yet(tmp_path, monkeypatch, kind):
     """A matrix that is kept, and beside it what is decoded: where every copy takes its time."""
@@ -151,13 +184,7 @@ def test_nobody_looks_at_what_is_not_there_yet(tmp_path, monkeypatch, kind):
     write(path, kind, {n: torch.randn(640, 512) for n in names}, chosen=lambda name, _: True)
     with open_weights(path) as weights:
         values = {name: weights.read(name) for name in names}
-    read_into = MappedFile._read_into
-
-    def slowly(self, memory, start):
-        time.sleep(0.02)
-        read_into(self, memory, start)
-
-    monkeypatch.setattr(MappedFile, "_read_into", slowly)
+    slow_down(monkeypatch)
     with torch.device("meta"):
         module = nn.Module()
         module.blocks = nn.ModuleList(nn.Linear(512, 640, bias=False) for _ in range(2))
