@@ -36,7 +36,7 @@ PIECE_BYTES = 16 << 20
 """What a device, another dtype or another thread is given at a time."""
 BEHIND_BYTES = 1 << 18
 """From here on a copy takes longer than handing it to another thread."""
-RELEASED_BYTES = 1 << 20
+RELEASED_BYTES = 1 << 16
 """Fewer are not handed back before the file is closed: other processors would be interrupted."""
 SERIAL_VALUES = (1 << 15) - 1
 """PyTorch converts so many on the thread that asks. Its others would wait, busy, for the next ones,
@@ -189,15 +189,17 @@ class MappedFile:
         if same or target.is_meta:
             self.fill(start, target)
             return target
-        flat = target.view(-1)
-        step = PIECE_BYTES // stored.itemsize if copies is None else SERIAL_VALUES
+        flat, step = target.view(-1), PIECE_BYTES // stored.itemsize
+        each = step if copies is None else SERIAL_VALUES
         for first in range(0, flat.numel(), step):
             last = min(first + step, flat.numel())
             at, end = start + first * stored.itemsize, start + last * stored.itemsize
             piece = self.view(at, end)
             if at % stored.itemsize:
                 piece = piece.clone()
-            flat[first:last].copy_(piece.view(stored))
+            parts = piece.view(stored).split(each)
+            for values, part in zip(flat[first:last].split(each), parts, strict=True):
+                values.copy_(part)
             self.release(at, end)
         return target
 
