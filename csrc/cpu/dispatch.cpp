@@ -14,6 +14,7 @@
   void group_norm(const sora::GroupNormArgs&, int64_t, int64_t, float*);                    \
   void lora(const sora::LoraArgs&, const sora::LoraGroup*, int64_t, int64_t, int64_t,       \
             float*);                                                                        \
+  void lora_transpose(sora::Type, const void*, int64_t, int64_t, float*);                   \
   void unpack(const sora::UnpackArgs&, int64_t, int64_t, float*);                           \
   void quant_linear(const sora::QuantLinearArgs&, int64_t, int64_t, int64_t, void*);        \
   int64_t quant_linear_scratch(int64_t);                                                    \
@@ -23,7 +24,7 @@
   }                                                                                         \
   static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
                                               isa::causal, isa::group_moments, isa::group_norm, \
-                                              isa::lora, isa::unpack,                           \
+                                              isa::lora, isa::lora_transpose, isa::unpack,      \
                                               isa::quant_linear, isa::quant_linear_scratch,     \
                                               isa::quantise, isa::finish, isa::attention_scratch};
 
