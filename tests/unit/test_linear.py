@@ -128,7 +128,8 @@ def test_widened_it_is_float64_rounded_once(rows, bias):
         for name in ("tanh", "none"):
             found[name] = linear_gelu(linear, x, name), F.gelu(expected, approximate=name)
     for result, wanted in found.values():
-        assert result.dtype == BF16 and result.shape == wanted.shape
+        assert result.dtype == BF16
+        assert result.shape == wanted.shape
         assert ((result.double() - wanted).abs() <= wanted.abs() * 2**-8 + 5e-6).all()
 
 
