@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sora_engine.bench.models import WAN_1_3B, WanShape
 from sora_engine.bench.ops import packed
 from sora_engine.bench.results import SUBJECT, Measurement, Spread
-from sora_engine.bench.timing import interleaved
+from sora_engine.bench.timing import cpu_seconds, interleaved
 from sora_engine.models.linear import linear_gelu
 from sora_engine.models.machine import has_bfloat16
 from sora_engine.models.quantised import Int8Linear
@@ -35,7 +35,7 @@ Rivals = dict[str, Callable[[], Any]]
 def precision(
     shape: WanShape | None = None,
     grid: tuple[int, int, int] = (2, 22, 24),
-    latents: tuple[int, int, int] = (2, 11, 12),
+    latents: tuple[int, int, int] = (2, 22, 24),
     rounds: int = 5,
 ) -> list[Measurement]:
     """A step with guidance of 4 Wan-shaped blocks, and the decoding of a few frames.
@@ -65,7 +65,8 @@ def step(shape: WanShape, grid: tuple[int, int, int], names: list[str], rounds: 
         rivals[f"diffusers {name}"] = task.theirs(name)
     if int8.problem() is None:
         rivals[f"{SUBJECT} int8"] = task.step_of(task.ours("int8"))
-    times = interleaved(rivals, rounds)
+    cpu: dict[str, list[float]] = {side: [] for side in rivals}
+    times = interleaved({side: _noting(rivals[side], cpu[side]) for side in rivals}, rounds)
     # Each has run so often; so the last of the steps that follow is its tenth.
     more = max(3, 9 - rounds)
     figures: dict[str, float | str] = {
@@ -77,6 +78,9 @@ def step(shape: WanShape, grid: tuple[int, int, int], names: list[str], rounds: 
     figures[f"times of {ALONE}, {names[-1]}"] = Spread.of(
         [ours / bare for ours, bare in pairs]
     ).median
+    for side, walls in times.items():
+        spent = zip(cpu[side][-rounds:], walls, strict=True)
+        figures[f"cores busy, {side}"] = Spread.of([own / wall for own, wall in spent]).median
     figures["GFLOP"] = step_work(shape, task.tokens) / 1e9
     return Measurement(
         f"precision: step with guidance, width {shape.width}, {shape.layers} layers, "
@@ -178,6 +182,15 @@ def _make_int8(module: nn.Module) -> None:
             setattr(module, name, Int8Linear(*int8.quantise_weight(child.weight), child.bias))
         else:
             _make_int8(child)
+
+
+def _noting(step: Callable[[], Any], spent: list[float]) -> Callable[[], None]:
+    """The step, which notes the CPU time of each run, all threads."""
+
+    def run() -> None:
+        spent.append(cpu_seconds(step))
+
+    return run
 
 
 def _faults(step: Callable[[], Any], steps: int) -> int:

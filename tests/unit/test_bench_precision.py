@@ -49,7 +49,10 @@ def test_a_step_and_a_decode_in_both_dtypes_beside_diffusers():
     both = {"sora", "sora fp32", "diffusers fp32", "diffusers bf16"}
     assert set(found[0].samples) - {"sora int8"} == both | {ALONE}
     assert set(found[1].samples) == both
-    assert found[0].figures[f"times of {ALONE}, bf16"] > 0
+    figures = found[0].figures
+    assert figures[f"times of {ALONE}, bf16"] > 0
+    for side in found[0].samples:
+        assert 0 < figures[f"cores busy, {side}"] < 1.2 * torch.get_num_threads()
     assert not {"cpu", "errors"} - set(BY_NAME)
 
 
