@@ -8,8 +8,9 @@ The work is that of `sora bench --only cpu`. OpenVINO runs diffusers' transforme
 fixed shapes, a pass for each branch. stable-diffusion.cpp runs its own program: what it says of
 sampling is taken, without loading, and its process ends before it decodes (`--decode` lets it, once
 a type, for its peak memory). It has no text encoder here, and gives a branch 256 tokens of text
-where the others have 512. It knows Wan by 30 or 40 layers: to run 4, take the condition
-`num_layers == 30` of its `src/wan.hpp` for all but 40.
+where the others have 512. Build it
+with `-DGGML_LLAMAFILE=ON`, its faster products. It knows Wan by 30 or 40 layers: to run 4, take the
+condition `num_layers == 30` of its `src/wan.hpp` for all but 40.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from sora_engine.vae.wan_config import WanVAEConfig
 from sora_kernels.quant import int8
 
 GRID = (2, 22, 24)
-STEPS = 2
+STEPS = 1
 """Of one run of stable-diffusion.cpp."""
 
 
