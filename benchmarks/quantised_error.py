@@ -120,6 +120,7 @@ def measure(
     components = None if path == "sprites" else SPRITES
     scenes = evaluate.scenes_of((64, 64), count, seed=1)
     made: Made = []
+    right: dict[str, float] = {}
     with ExitStack() as stack:
         engine: sora.Engine | None = None
         for low in range(0, count, TOGETHER):
@@ -127,7 +128,8 @@ def measure(
             key = json.dumps([Path(path).name, dtype, low, len(part), options], sort_keys=True)
             file = keep and keep / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
             if file and file.exists():
-                made += torch.load(file, weights_only=False)
+                new, found = torch.load(file, weights_only=False)
+                _add(made, right, new, found, count)
                 continue
             if engine is None:
                 engine = stack.enter_context(
@@ -140,14 +142,24 @@ def measure(
                 for i, scene in enumerate(part)
             ]
             new = [(video.latents, video.frames) for video in engine.generate(requests)]
-            made += new
+            found = evaluate.table(part, [frames for _, frames in new])["right"]
+            _add(made, right, new, found, count)
             if file:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 content = io.BytesIO()
-                torch.save(new, content)
+                torch.save((new, found), content)
                 write_atomically(file, content.getvalue())
                 print(f"{Path(path).name}, {dtype}: {low + len(part)} of {count}", flush=True)
-    return made, evaluate.table(scenes, [frames for _, frames in made])["right"]
+    return made, right
+
+
+def _add(
+    made: Made, right: dict[str, float], new: Made, found: dict[str, float], count: int
+) -> None:
+    """Put a part beside the others, its shares by its clips."""
+    made += new
+    for name, share in found.items():
+        right[name] = right.get(name, 0.0) + share * len(new) / count
 
 
 def compare(made: Made, exact: Made) -> dict[str, float]:
