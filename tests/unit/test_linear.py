@@ -144,6 +144,16 @@ def test_nor_does_a_number_of_rows_change_a_widened_row(sizes):
             assert torch.equal(linear_gelu(linear, x[:rows], "tanh"), together[:rows]), rows
 
 
+def test_nor_is_a_single_widened_row_another():
+    """Each by itself: of a sum in another order, rounding to bfloat16 shows one value in ten
+    thousand."""
+    linear = frozen(200, 130, dtype=BF16)
+    linear.__class__ = WidenedLinear
+    x = torch.randn(2000, 200).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(torch.cat([linear(row[None]) for row in x]), linear(x))
+
+
 @pytest.mark.parametrize("lacks", [True, False])
 def test_bfloat16_is_widened_where_the_processor_has_no_products_of_it(monkeypatch, lacks):
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
