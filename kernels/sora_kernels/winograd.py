@@ -2,8 +2,8 @@
 and what comes of them.
 
 A tile is 4 x 4 pixels that make 2 x 2; it stands every second row and column, and has a pixel of
-zeros around the picture. Between the ends lie 16 planes, one for each place in a tile, and a product
-of all channels on each: 16 where a convolution has 36.
+zeros around the picture. Between the ends lie 16 planes, one for each place in a tile, and a
+product of all channels on each: 16 where a convolution has 36.
 """
 
 from __future__ import annotations

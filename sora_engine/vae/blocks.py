@@ -29,8 +29,8 @@ class CausalConv3d(PackableConv3d):
     """A convolution that sees the present and the past: in time, all its padding comes before."""
 
     fewer_products: ClassVar[bool] = False
-    """Whether it may run as a `WinogradConv`: what is cut out of a frame then has other bits than in
-    the whole, within float32's rounding."""
+    """Whether it may run as a `WinogradConv`: a part of a frame then has other bits than in the
+    whole, within float32's rounding."""
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], stride_t: int = 1):
         super().__init__(c_in, c_out, kernel, stride=(stride_t, 1, 1))
