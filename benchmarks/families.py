@@ -5,7 +5,8 @@
 
 A step is one prediction with guidance (two branches) at the published width, with 1,024 tokens a
 branch and 2 layers of the published 28: a step is as many times longer as there are layers more.
-Weights are random, and the same on both sides; outputs are compared before anything is timed.
+A decode is of as many tokens: a picture of 512 x 512, or 25 frames of LTX's. Weights are random,
+and the same on both sides; outputs are compared before anything is timed.
 diffusers is as its pipelines run it: one batch of two, texts padded to their full length and
 masked, its own attention. Ours has the texts' keys from before, as the engine has in every step but
 the first. Attention is by the backend that the engine takes on this machine. `--dtype` is that of
@@ -73,7 +74,7 @@ class Size:
     frames: int = 16
     text_dim: int = 4096
     vae: tuple[int, ...] = (128, 256, 512, 512)
-    decoded: int = 24
+    decoded: int = 64
     dtype: torch.dtype = torch.float32
     """Of both sides."""
 
@@ -309,8 +310,8 @@ def decode(size: Size) -> Pair:
 
 
 def decode_ltx(size: Size) -> Pair:
-    """Of 0.9.0's layout: 9 frames, as large as the pictures of the other."""
-    widths = (8, 8, 8, 8) if size.decoded < 24 else (128, 256, 512, 512)
+    """Of 0.9.0's layout: as many tokens, and as large, as the pictures of the other."""
+    widths = (8, 8, 8, 8) if size.decoded < 64 else (128, 256, 512, 512)
     oracle = size.frozen(
         AutoencoderKLLTXVideo(block_out_channels=widths, decoder_block_out_channels=widths)
     )
@@ -318,7 +319,7 @@ def decode_ltx(size: Size) -> Pair:
     ours.load_state_dict({to_own_name(k): v for k, v in oracle.state_dict().items()})
     size.frozen(ours).prepare()
     side = size.decoded // 4
-    latents = size.random(1, 128, 2, side, side)
+    latents = size.random(1, 128, 4, side, side)
     return lambda: ours.decode(latents), lambda: oracle.decode(latents).sample
 
 
@@ -342,7 +343,9 @@ def checked(name: str, pair: Pair, most: float = 1e-3) -> Pair:
 def name_of(kind: str, size: Size, *, cpu: bool) -> str:
     """What a measurement is called."""
     tokens = (size.side // 2) ** 2
-    what = f"{tokens} tokens a branch" if "step" in kind else f"{8 * size.decoded} pixels a side"
+    what = f"{tokens} tokens a branch"
+    if "decode" in kind:
+        what = f"{(size.decoded // 2) ** 2} tokens, {8 * size.decoded} pixels a side"
     dtype = str(size.dtype).removeprefix("torch.")
     return f"families/{kind}, {what}, {dtype}" + (", CPU time on one thread" if cpu else "")
 
@@ -353,7 +356,7 @@ def measured(kind: str, size: Size, rounds: int, *, cpu: bool) -> Measurement:
     ours, theirs = checked(kind, KINDS[kind](size), most)
     clock = cpu_seconds if cpu else seconds
     with torch.inference_mode():
-        times = interleaved({"sora": ours, "diffusers": theirs}, rounds, clock=clock)
+        times = interleaved({"sora": ours, "diffusers": theirs}, rounds, warmup=0, clock=clock)
     return Measurement(name_of(kind, size, cpu=cpu), "s", times)
 
 
