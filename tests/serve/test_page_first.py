@@ -75,22 +75,28 @@ def test_a_job_and_then_its_video_come_into_sight(
     browser: Any, service: Service, options: dict[str, Any]
 ) -> None:
     with opened(browser, service, **options) as page:
-        page.fill("a red circle", steps="20")
+        page.fill("a red circle", steps="60")
         page.tab.locator("#length").select_option("17")
+        page.tab.locator("#make").evaluate("make => make.scrollIntoView({block: 'end'})")
         name = page.make()
-        sync_api.expect(page.tab.locator(f"#queue [data-id='{name}']")).to_be_in_viewport()
+        job = page.tab.locator(f"#queue [data-id='{name}']")
+        sync_api.expect(job).to_be_in_viewport(ratio=0.9)
         sync_api.expect(page.tab.locator(f"#gallery [data-id='{name}'] video")).to_be_in_viewport(
             ratio=0.9
         )
 
 
 def test_who_writes_on_is_not_taken_away(browser: Any, service: Service) -> None:
-    with opened(browser, service, **PHONE) as page:
-        page.fill("a red circle", steps="20")
-        name = page.make()
-        page.tab.get_by_label("Prompt").first.focus()
-        page.tab.locator(f"#gallery [data-id='{name}']").wait_for()
-        sync_api.expect(page.tab.get_by_label("Prompt").first).to_be_in_viewport()
+    tall = {"viewport": {"width": 900, "height": 900}}
+    for writes in (True, False):
+        with opened(browser, service, **tall) as page:
+            page.fill("a red circle", steps="60")
+            page.tab.get_by_text("More settings").click()
+            name = page.make()
+            page.tab.locator("#prompt" if writes else "#make").focus()
+            sync_api.expect(page.tab.locator(f"#queue [data-id='{name}']")).to_be_in_viewport()
+            page.tab.locator(f"#gallery [data-id='{name}']").wait_for()
+            assert (page.tab.evaluate("scrollY") == 0) == writes
 
 
 def test_nothing_moves_as_jobs_come_and_go(browser: Any, service: Service) -> None:
@@ -103,6 +109,18 @@ def test_nothing_moves_as_jobs_come_and_go(browser: Any, service: Service) -> No
         assert heights(page, *parts) == before
         page.done(name)
         assert heights(page, *parts) == before
+    lefts = []
+    for previews in (False, True):
+        with opened(browser, service, **LAPTOP) as page:
+            if not previews:
+                page.tab.route("**/preview*", lambda route: route.fulfill(status=404))
+            page.fill("a red circle", steps="40")
+            name = page.make()
+            words = page.tab.locator(f"#queue [data-id='{name}'] .words")
+            if previews:
+                page.tab.locator(f"#queue [data-id='{name}'] img").wait_for()
+            lefts.append(words.evaluate("e => e.getBoundingClientRect().left"))
+    assert lefts[0] == lefts[1]
     with opened(browser, service, **PHONE) as page:
         before = pytest.approx(heights(page, "#prompt", "#make"), abs=1)
         page.fill("a red circle moves right over a field of many words", steps="3")
@@ -135,7 +153,8 @@ def test_a_video_says_what_was_done(browser: Any, service: Service) -> None:
 
 def test_the_time_is_told_once_it_is_known(browser: Any, tmp_path: Path) -> None:
     with served(tmp_path) as fresh, opened(browser, fresh) as page:
-        page.fill("a red circle", steps="3")
+        page.fill("a red circle", steps="150")
+        page.tab.locator("#length").select_option("17")  # it outlasts the plans of the form's own
         plan = page.tab.locator("#plan")
         sync_api.expect(plan).to_contain_text("promised")
         assert "about" not in plan.inner_text()

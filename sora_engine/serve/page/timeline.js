@@ -189,18 +189,18 @@ export class Timeline {
       const words = this.field(item, "Words", () => card.words ?? "", (text) => { card.words = text; }, "words", "What it shows from here");
       tools.append(words);
     }
-    tools.append(this.word("from frame"), this.field(item, "From frame", () => card.at, (text) => {
+    tools.append(this.pair("from frame", this.field(item, "From frame", () => card.at, (text) => {
       card.at = this.fit(card, Number(text) || 0);
-    }));
+    })));
     if (card.kind === "clip") {
-      tools.append(this.word("its frames"), this.field(item, "First frame of the clip", () => card.start ?? 0, (text) => {
+      tools.append(this.pair("its frames", this.field(item, "First frame of the clip", () => card.start ?? 0, (text) => {
         card.start = Math.max(0, Math.min(Number(text) || 0, (card.stop ?? this.whole(card)) - 1));
-      }));
-      tools.append(this.word("up to"), this.field(item, "Frame after its last", () => card.stop ?? this.whole(card), (text) => {
+      })));
+      tools.append(this.pair("up to", this.field(item, "Frame after its last", () => card.stop ?? this.whole(card), (text) => {
         const stop = Number(text) || 0;
         card.stop = stop > (card.start ?? 0) && stop < this.whole(card) ? stop : null;
         card.at = this.fit(card, card.at);
-      }));
+      })));
     }
     tools.append(
       this.button(card.muted ? "Unmute" : "Mute", `${card.muted ? "Unmute" : "Mute"} ${name}`, () => {
@@ -291,6 +291,14 @@ export class Timeline {
       card.start = (card.start ?? 0) + to - card.at;
       card.at = to;
     }
+  }
+
+  /** A field and what is said before it, on one line. @param {string} text @param {HTMLElement} field */
+  pair(text, field) {
+    const pair = document.createElement("span");
+    pair.className = "pair";
+    pair.append(this.word(text), field);
+    return pair;
   }
 
   /** @param {string} text */
