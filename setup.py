@@ -30,6 +30,7 @@ PER_ISA = [
     "csrc/cpu/attention.cpp",
     "csrc/cpu/causal.cpp",
     "csrc/cpu/group_norm.cpp",
+    "csrc/cpu/winograd.cpp",
     "csrc/cpu/lora.cpp",
     "csrc/cpu/quant_linear.cpp",
     "csrc/cpu/quantise.cpp",

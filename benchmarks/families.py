@@ -1,23 +1,27 @@
 """A step and a decode of each family beside diffusers, on the CPU, interleaved.
 
-    python benchmarks/families.py -o benchmarks/results/families.json [--only dit latte] [--tiny]
+    python benchmarks/families.py -o benchmarks/results/families.json [--only dit decode]
+        [--dtype bfloat16] [--tiny]
 
 A step is one prediction with guidance (two branches) at the published width, with 1,024 tokens a
 branch and 2 layers of the published 28: a step is as many times longer as there are layers more.
-Weights are random, and the same on both sides; outputs are compared before anything is timed.
+A decode is of as many tokens: a picture of 512 x 512, or 25 frames of LTX's. Weights are random,
+and the same on both sides; outputs are compared before anything is timed.
 diffusers is as its pipelines run it: one batch of two, texts padded to their full length and
 masked, its own attention. Ours has the texts' keys from before, as the engine has in every step but
-the first. Attention is by the backend that the engine takes on this machine. `--cpu` measures the
-process's CPU time on one thread, for a machine that others use meanwhile. `--tiny` shows no more
-than that it runs.
+the first. Attention is by the backend that the engine takes on this machine. `--dtype` is that of
+both sides. What a file that is given with `-o` has already is not measured again. `--cpu` measures
+the process's CPU time on one thread, for a machine that others use meanwhile. `--tiny` shows no
+more than that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import (
@@ -55,6 +59,7 @@ from sora_engine.vae.ltx_config import LTXVAEConfig
 
 LEVEL, TEXT, WORDS = 500, 300, 40
 """Of texts the padded length of PixArt's pipeline (Latte's is 120), and of them a prompt's own."""
+T = TypeVar("T", bound=torch.nn.Module)
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
@@ -69,7 +74,16 @@ class Size:
     frames: int = 16
     text_dim: int = 4096
     vae: tuple[int, ...] = (128, 256, 512, 512)
-    decoded: int = 24
+    decoded: int = 64
+    dtype: torch.dtype = torch.float32
+    """Of both sides."""
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape).to(self.dtype)
+
+    def frozen(self, module: T) -> T:
+        torch.nn.Module.to(module, self.dtype)  # diffusers' own says what is of no matter here
+        return module.eval().requires_grad_(False)
 
     @property
     def shape(self) -> dict[str, object]:
@@ -90,12 +104,12 @@ COMMON = {
 }  # fmt: skip
 
 
-def filled(ours: DiffusionTransformer, oracle: torch.nn.Module) -> DiffusionTransformer:
+def filled(ours: DiffusionTransformer, oracle: torch.nn.Module, size: Size) -> DiffusionTransformer:
     """With the oracle's weights, laid out for the processor."""
     state = dict(oracle.state_dict())
     state["pos_embed.proj.weight"] = state["pos_embed.proj.weight"].unsqueeze(2)
     ours.load_state_dict(state)
-    return ours.eval().requires_grad_(False).prepare()
+    return size.frozen(ours).prepare()
 
 
 def config_of(oracle: torch.nn.Module) -> dict[str, object]:
@@ -116,9 +130,9 @@ def dit(size: Size) -> Pair:
     oracle = DiTTransformer2DModel(
         **size.shape, **COMMON, sample_size=size.side, norm_type="ada_norm_zero"
     )
-    oracle.eval().requires_grad_(False)
-    ours = filled(DiT(DiTConfig.from_dict(config_of(oracle))), oracle)
-    x = torch.randn(1, 4, size.side, size.side)
+    size.frozen(oracle)
+    ours = filled(DiT(DiTConfig.from_dict(config_of(oracle))), oracle, size)
+    x = size.random(1, 4, size.side, size.side)
     batch = packed(ours, [x.transpose(0, 1)] * 2, [{"label": torch.tensor(n)} for n in (7, -1)])
     both, levels, labels = x.expand(2, -1, -1, -1), torch.full((2,), LEVEL), torch.tensor([7, 1000])
     return (
@@ -128,7 +142,7 @@ def dit(size: Size) -> Pair:
 
 
 def texts(size: Size, length: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    made = torch.randn(2, length, size.text_dim)
+    made = size.random(2, length, size.text_dim)
     return made, [{"text": text, "count": torch.tensor(WORDS)} for text in made]
 
 
@@ -138,9 +152,9 @@ def pixart(size: Size) -> Pair:
         caption_channels=size.text_dim, cross_attention_dim=size.heads * size.head_dim,
         norm_eps=1e-6,
     )  # fmt: skip
-    oracle.eval().requires_grad_(False)
-    ours = filled(PixArt(PixArtConfig.from_dict(config_of(oracle))), oracle)
-    x = torch.randn(1, 4, size.side, size.side)
+    size.frozen(oracle)
+    ours = filled(PixArt(PixArtConfig.from_dict(config_of(oracle))), oracle, size)
+    x = size.random(1, 4, size.side, size.side)
     padded, embeddings = texts(size, TEXT)
     batch = packed(ours, [x.transpose(0, 1)] * 2, embeddings)
     mask = (torch.arange(TEXT) < WORDS).long().expand(2, -1)
@@ -165,9 +179,9 @@ def latte(size: Size) -> Pair:
         caption_channels=size.text_dim, cross_attention_dim=size.heads * size.head_dim,
         video_length=size.frames,
     )  # fmt: skip
-    oracle.eval().requires_grad_(False)
-    ours = filled(LatteTransformer(LatteConfig.from_dict(config_of(oracle))), oracle)
-    x = torch.randn(1, 4, size.frames, side, side)
+    size.frozen(oracle)
+    ours = filled(LatteTransformer(LatteConfig.from_dict(config_of(oracle))), oracle, size)
+    x = size.random(1, 4, size.frames, side, side)
     padded, embeddings = texts(size, 120)
     batch = packed(ours, [x[0]] * 2, embeddings)
     cut = padded[:, :WORDS]
@@ -186,17 +200,17 @@ def latte(size: Size) -> Pair:
 def uvit(size: Size) -> Pair:
     """diffusers has its blocks alone: the tokens around them are given to it as they are."""
     dim, side = size.heads * size.head_dim, size.side
-    oracle = UTransformer2DModel(
+    oracle = size.frozen(UTransformer2DModel(
         **size.shape, out_channels=4, sample_size=side, activation_fn="gelu",
         attention_bias=False, block_type="paper", pre_layer_norm=True,
-    ).eval().requires_grad_(False)  # fmt: skip
+    ))  # fmt: skip
     for block in oracle.transformer_out_blocks:
         block["skip"].norm = torch.nn.Identity()
     config = UViTConfig(
         img_size=side, embed_dim=dim, depth=size.layers, num_heads=size.heads, num_classes=1001,
         conv=False,
     )  # fmt: skip
-    ours = UViT(config).eval().requires_grad_(False)
+    ours = size.frozen(UViT(config))
     state = dict(ours.state_dict())
     theirs = oracle.state_dict()
     for own, other in (("in_blocks", "in_blocks"), ("mid_blocks", "mid_block")):
@@ -215,13 +229,13 @@ def uvit(size: Size) -> Pair:
     out, places = ours.decoder_pred, ours.pos_embed
     patch, classes = ours.patch_embed["proj"], ours.label_emb
     ours.prepare()
-    x = torch.randn(1, 4, side, side)
+    x = size.random(1, 4, side, side)
     batch = packed(ours, [x.transpose(0, 1)] * 2, [{"label": torch.tensor(n)} for n in (7, -1)])
 
     def step() -> Tensor:
         half = torch.arange(dim // 2)
         angles = LEVEL * torch.exp(-half * torch.log(torch.tensor(1e4)) / (dim // 2))
-        time = torch.cat([angles.cos(), angles.sin()]).expand(2, 1, -1)
+        time = torch.cat([angles.cos(), angles.sin()]).to(x.dtype).expand(2, 1, -1)
         patches = torch.nn.functional.conv2d(x, patch.weight[:, :, 0], patch.bias, stride=2)
         tokens = patches.flatten(2).transpose(1, 2).expand(2, -1, -1)
         words = classes(torch.tensor([[7], [1000]]))
@@ -236,17 +250,17 @@ def uvit(size: Size) -> Pair:
 
 def ltx(size: Size) -> Pair:
     """At the width of the 2B: 32 heads of 64. 1,024 tokens are 4 latent frames of 16 x 16."""
-    small = size is TINY
+    small = size.side < 64
     heads, head_dim = (2, 8) if small else (32, 64)
     frames, side = 4, 2 if small else 16
-    oracle = LTXVideoTransformer3DModel(
+    oracle = size.frozen(LTXVideoTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, num_layers=size.layers,
         cross_attention_dim=heads * head_dim, caption_channels=size.text_dim,
-    ).eval().requires_grad_(False)  # fmt: skip
+    ))  # fmt: skip
     ours = LTXTransformer(LTXConfig.from_dict(config_of(oracle)))
     ours.load_state_dict(oracle.state_dict())
-    ours.eval().requires_grad_(False).prepare()
-    x = torch.randn(128, frames, side, side)
+    size.frozen(ours).prepare()
+    x = size.random(128, frames, side, side)
     padded, embeddings = texts(size, 128)
     contexts = ours.encode_contexts(embeddings)
     levels = torch.full((frames,), float(LEVEL))
@@ -283,11 +297,11 @@ def decode(size: Size) -> Pair:
         layers_per_block=2,
         latent_channels=4,
     )
-    oracle.eval().requires_grad_(False)
+    size.frozen(oracle)
     ours = KLVAE(KLConfig.from_dict(config_of(oracle)))
     ours.load_state_dict(oracle.state_dict())
-    ours.eval().requires_grad_(False).prepare()
-    latents = torch.randn(1, 4, size.decoded, size.decoded)
+    size.frozen(ours).prepare()
+    latents = size.random(1, 4, size.decoded, size.decoded)
     normalised = ours.normalise(latents[:, :, None])
     return (
         lambda: ours.decode_chunk(normalised)[0],
@@ -296,65 +310,80 @@ def decode(size: Size) -> Pair:
 
 
 def decode_ltx(size: Size) -> Pair:
-    """Of 0.9.0's layout: 9 frames, as large as the pictures of the other."""
-    widths = (8, 8, 8, 8) if size is TINY else (128, 256, 512, 512)
-    oracle = AutoencoderKLLTXVideo(
-        block_out_channels=widths, decoder_block_out_channels=widths
-    ).eval().requires_grad_(False)  # fmt: skip
+    """Of 0.9.0's layout: as many tokens, and as large, as the pictures of the other."""
+    widths = (8, 8, 8, 8) if size.decoded < 64 else (128, 256, 512, 512)
+    oracle = size.frozen(
+        AutoencoderKLLTXVideo(block_out_channels=widths, decoder_block_out_channels=widths)
+    )
     ours = LTXVAE(LTXVAEConfig.from_dict(config_of(oracle)))
     ours.load_state_dict({to_own_name(k): v for k, v in oracle.state_dict().items()})
-    ours.eval().requires_grad_(False).prepare()
+    size.frozen(ours).prepare()
     side = size.decoded // 4
-    latents = torch.randn(1, 128, 2, side, side)
+    latents = size.random(1, 128, 4, side, side)
     return lambda: ours.decode(latents), lambda: oracle.decode(latents).sample
 
 
-def checked(name: str, pair: Pair) -> Pair:
-    """That both sides give one result, in whichever shape: of sorted values."""
+KINDS = {
+    **{f"step of {name}": make for name, make in FAMILIES.items()},
+    "decode by AutoencoderKL": decode,
+    "decode by AutoencoderKLLTXVideo": decode_ltx,
+}
+
+
+def checked(name: str, pair: Pair, most: float = 1e-3) -> Pair:
+    """That both sides give one result, in whichever shape: of sorted values, within `most`."""
     with torch.inference_mode():
         a, b = (torch.as_tensor(call()).double().flatten().sort().values for call in pair)
     error = float((a - b).norm() / b.norm())
-    if not error < 1e-3:
+    if not error < most:
         raise SystemExit(f"{name}: the two sides differ by {error:.2g}")
     return pair
 
 
-def measurements(
-    names: list[str], size: Size, rounds: int, *, cpu: bool = False
-) -> Iterator[Measurement]:
-    torch.manual_seed(0)
-    prefer_attention(machine_rates())
-    clock = cpu_seconds if cpu else seconds
+def name_of(kind: str, size: Size, *, cpu: bool) -> str:
+    """What a measurement is called."""
     tokens = (size.side // 2) ** 2
-    kinds = {f"step of {name}": FAMILIES[name] for name in names}
-    kinds["decode by AutoencoderKL"] = decode
-    if "ltx" in names:
-        kinds["decode by AutoencoderKLLTXVideo"] = decode_ltx
-    for name, make in kinds.items():
-        ours, theirs = checked(name, make(size))
-        with torch.inference_mode():
-            times = interleaved({"sora": ours, "diffusers": theirs}, rounds, clock=clock)
-        what = (
-            f"{tokens} tokens a branch" if "step" in name else f"{8 * size.decoded} pixels a side"
-        )
-        what += ", CPU time on one thread" if cpu else ""
-        yield Measurement(f"families/{name}, {what}", "s", times)
+    what = f"{tokens} tokens a branch"
+    if "decode" in kind:
+        what = f"{(size.decoded // 2) ** 2} tokens, {8 * size.decoded} pixels a side"
+    dtype = str(size.dtype).removeprefix("torch.")
+    return f"families/{kind}, {what}, {dtype}" + (", CPU time on one thread" if cpu else "")
+
+
+def measured(kind: str, size: Size, rounds: int, *, cpu: bool) -> Measurement:
+    torch.manual_seed(0)
+    most = 1e-3 if size.dtype == torch.float32 else 3e-2
+    ours, theirs = checked(kind, KINDS[kind](size), most)
+    clock = cpu_seconds if cpu else seconds
+    with torch.inference_mode():
+        times = interleaved({"sora": ours, "diffusers": theirs}, rounds, warmup=0, clock=clock)
+    return Measurement(name_of(kind, size, cpu=cpu), "s", times)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--only", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument(
+        "--only", nargs="*", default=[""], metavar="WORD", help="what has one of these in its name"
+    )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--cpu", action="store_true", help="CPU time, on one thread")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     if given.cpu:
         torch.set_num_threads(1)
-    made = []
-    for found in measurements(
-        given.only, TINY if given.tiny else Size(), given.rounds, cpu=given.cpu
-    ):
+    prefer_attention(machine_rates())
+    size = replace(TINY if given.tiny else Size(), dtype=getattr(torch, given.dtype))
+    made: list[Measurement] = []
+    if given.output is not None and given.output.exists():
+        before = Result.read(given.output)
+        made += before.measurements if before.commit == Result.here("", ()).commit else ()
+    for kind in KINDS:
+        names = {found.name for found in made}
+        if name_of(kind, size, cpu=given.cpu) in names or not any(w in kind for w in given.only):
+            continue
+        found = measured(kind, size, given.rounds, cpu=given.cpu)
         made.append(found)
         times, spread = found.ratios("diffusers"), found.spread
         print(

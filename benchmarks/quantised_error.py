@@ -5,13 +5,16 @@
 Of each form: relative error of the blocks' weights, relative error of final latents and PSNR of
 frames over the same prompts and seeds, and how often the reader finds what a prompt names. Files
 are made by `sora quantize`, and those of GGUF types that it does not write by the gguf package,
-which the tests install. `--memory 11` loads a transformer of Wan 1.3B's width from files of random
-weights instead, and says what it holds.
+which the tests install. `--forms` takes some of them. Videos are kept in `--keep FOLDER`, twenty to
+a file: a run that was ended goes on from there. `--memory 11` loads a transformer of Wan 1.3B's
+width from files of random weights instead, and says what it holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import math
 import shutil
@@ -19,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,8 @@ sys.path.insert(0, str(ROOT / "examples/sprites"))
 import evaluate  # noqa: E402 - the example's own
 
 SETTINGS = ("height", "width", "fps", "solver", "guidance_scale")
+TOGETHER = 20
+"""Clips that are made, and kept, at a time."""
 BLOCKS = {"Q8_0": 32, "Q5_1": 32, "Q5_0": 32, "Q4_1": 32, "Q4_0": 32}
 
 
@@ -72,61 +78,117 @@ def gguf_file(path: Path, kind: str, tensors: dict[str, torch.Tensor]) -> float:
     return math.sqrt(lost / whole)
 
 
-def forms(folder: Path) -> Iterator[tuple[str, Path, str, float]]:
-    """Name, file, dtype and error of the weights."""
+def forms(folder: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, Path, str, float]]:
+    """Name, file, dtype and error of the weights; of `only`, where it names some."""
+
+    def is_wanted(*names: str) -> bool:
+        return not only or any(name in only for name in names)
+
     for to, suffix in (("int8", "safetensors"), ("fp8", "safetensors"), ("q8_0", "gguf")):
+        kept = to.upper() if to == "q8_0" else f"{to}, kept"
+        lossy = f"{to}, {to} products"
+        if not is_wanted(kept, *([lossy, f"{lossy}, bfloat16"] if to == "int8" else [])):
+            continue
         path = folder / f"{to}.{suffix}"
         report = quantise_model("sprites", path, to)
-        yield to.upper() if to == "q8_0" else f"{to}, kept", path, "as-stored:float32", report.error
+        if is_wanted(kept):
+            yield kept, path, "as-stored:float32", report.error
         if to == "int8":
-            yield "int8, int8 products", path, "int8:float32", report.error
-    with Weights.open(SPRITES / "transformer/diffusion_pytorch_model.safetensors") as weights:
-        tensors = {to_wan_name(name): weights.read(name, dtype=torch.float32) for name in weights}
-    for kind in BLOCKS:
-        if kind != "Q8_0":
-            path = folder / f"{kind}.gguf"
-            yield kind, path, "as-stored:float32", gguf_file(path, kind, tensors)
+            for name, dtype in ((lossy, "int8:float32"), (f"{lossy}, bfloat16", "int8:bfloat16")):
+                if is_wanted(name):
+                    yield name, path, dtype, report.error
+    blocks = [kind for kind in BLOCKS if kind != "Q8_0" and is_wanted(kind)]
+    if blocks:
+        with Weights.open(SPRITES / "transformer/diffusion_pytorch_model.safetensors") as weights:
+            tensors = {to_wan_name(n): weights.read(n, dtype=torch.float32) for n in weights}
+    for kind in blocks:
+        path = folder / f"{kind}.gguf"
+        yield kind, path, "as-stored:float32", gguf_file(path, kind, tensors)
+
+
+Made = list[tuple[torch.Tensor, np.ndarray]]
+"""Latents and frames of each clip."""
 
 
 def measure(
-    path: Path | str, dtype: str, count: int, options: dict[str, Any]
-) -> tuple[list[sora.Video], dict[str, Any]]:
-    """Videos of held-out prompts, and what the reader finds in them."""
+    path: Path | str, dtype: str, count: int, options: dict[str, Any], keep: Path | None
+) -> tuple[Made, dict[str, Any]]:
+    """Videos of held-out prompts, and what the reader finds in them.
+
+    keep: the folder of what was made before; it is taken for the same settings alone.
+    """
     components = None if path == "sprites" else SPRITES
     scenes = evaluate.scenes_of((64, 64), count, seed=1)
-    with sora.Engine.from_pretrained(
-        path, components=components, device="cpu", dtype=dtype
-    ) as engine:
-        videos = [
-            engine.generate(sora.VideoRequest(scene.caption(size=True), seed=i, **options))
-            for i, scene in enumerate(scenes)
-        ]
-    found = evaluate.table(scenes, [video.frames for video in videos])["right"]
-    return videos, found
+    made: Made = []
+    right: dict[str, float] = {}
+    with ExitStack() as stack:
+        engine: sora.Engine | None = None
+        for low in range(0, count, TOGETHER):
+            part = scenes[low : low + TOGETHER]
+            key = json.dumps([Path(path).name, dtype, low, len(part), options], sort_keys=True)
+            file = keep and keep / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+            if file and file.exists():
+                new, found = torch.load(file, weights_only=False)
+                _add(made, right, new, found, count)
+                continue
+            if engine is None:
+                engine = stack.enter_context(
+                    sora.Engine.from_pretrained(
+                        path, components=components, device="cpu", dtype=dtype
+                    )
+                )
+            requests = [
+                sora.VideoRequest(scene.caption(size=True), seed=low + i, **options)
+                for i, scene in enumerate(part)
+            ]
+            new = [(video.latents, video.frames) for video in engine.generate(requests)]
+            found = evaluate.table(part, [frames for _, frames in new])["right"]
+            _add(made, right, new, found, count)
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                content = io.BytesIO()
+                torch.save((new, found), content)
+                write_atomically(file, content.getvalue())
+                print(f"{Path(path).name}, {dtype}: {low + len(part)} of {count}", flush=True)
+    return made, right
 
 
-def compare(videos: list[sora.Video], exact: list[sora.Video]) -> dict[str, float]:
-    """Latents: relative error over all. Frames: PSNR of 8-bit values."""
-    pairs = list(zip(videos, exact, strict=True))
-    lost = sum(float((v.latents - e.latents).square().sum()) for v, e in pairs)
-    whole = sum(float(e.latents.square().sum()) for e in exact)
-    frames = [np.square(v.frames.astype(np.float64) - e.frames) for v, e in pairs]
-    error = float(np.mean([f.mean() for f in frames]))
-    psnr = 10 * math.log10(255**2 / error) if error else math.inf
-    return {"latents": math.sqrt(lost / whole), "psnr_db": psnr}
+def _add(
+    made: Made, right: dict[str, float], new: Made, found: dict[str, float], count: int
+) -> None:
+    """Put a part beside the others, its shares by its clips."""
+    made += new
+    for name, share in found.items():
+        right[name] = right.get(name, 0.0) + share * len(new) / count
 
 
-def errors(count: int, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    exact, found = measure("sprites", "float32", count, options)
+def compare(made: Made, exact: Made) -> dict[str, float]:
+    """Latents: relative error over all. Frames: PSNR and mean difference of 8-bit values."""
+    pairs = list(zip(made, exact, strict=True))
+    lost = sum(float((latents - due).square().sum()) for (latents, _), (due, _) in pairs)
+    whole = sum(float(due.square().sum()) for due, _ in exact)
+    away = [np.abs(frames.astype(np.float64) - due) for (_, frames), (_, due) in pairs]
+    error = float(np.mean([np.square(one).mean() for one in away]))
+    return {
+        "latents": math.sqrt(lost / whole),
+        "psnr_db": 10 * math.log10(255**2 / error) if error else math.inf,
+        "levels": float(np.mean([one.mean() for one in away])),
+    }
+
+
+def errors(
+    count: int, options: dict[str, Any], only: Sequence[str] = (), keep: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    exact, found = measure("sprites", "float32", count, options, keep)
     rows: dict[str, dict[str, Any]] = {"float32": {"right": found}}
-    videos, found = measure("sprites", "bfloat16", count, options)
-    rows["bfloat16"] = {**compare(videos, exact), "right": found}
+    if not only or "bfloat16" in only:
+        made, found = measure("sprites", "bfloat16", count, options, keep)
+        rows["bfloat16"] = {**compare(made, exact), "right": found}
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(SPRITES / "transformer/config.json", folder)
-        for name, path, dtype, weights in forms(Path(folder)):
-            videos, found = measure(path, dtype, count, options)
-            rows[name] = {"weights": weights, **compare(videos, exact), "right": found}
-            print(row(name, rows[name]), flush=True)
+        for name, path, dtype, weights in forms(Path(folder), only):
+            made, found = measure(path, dtype, count, options, keep)
+            rows[name] = {"weights": weights, **compare(made, exact), "right": found}
     return rows
 
 
@@ -137,7 +199,7 @@ def row(name: str, told: dict[str, Any]) -> str:
     right = told["right"]["colour, shape and motion"]
     return (
         f"| {name} | {shown('weights', '{:.2%}')} | {shown('latents', '{:.2%}')} | "
-        f"{shown('psnr_db', '{:.1f} dB')} | {right:.0%} |"
+        f"{shown('psnr_db', '{:.1f} dB')} | {shown('levels', '{:.1f}')} | {right:.1%} |"
     )
 
 
@@ -225,6 +287,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, help="of a clip; the checkpoint's own by default")
     parser.add_argument("--steps", type=int, help="likewise")
     parser.add_argument("--memory", type=int, metavar="LAYERS", help="11 are 1 GB in bf16")
+    parser.add_argument("--forms", nargs="*", default=(), help="some forms of the table; all")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="videos made, to go on from")
     args = parser.parse_args()
     if args.memory:
         dense = 0
@@ -235,16 +299,16 @@ def main() -> None:
                 f"{load_s:.3f} s, its file read once in {read_s:.3f} s"
             )
         return
-    print("| form | weights | latents | frames | colour, shape and motion right |")
-    print("|---|---|---|---|---|")
     # A file by itself does not bring the folder's defaults.
     own = json.loads((SPRITES / "generation_config.json").read_text())
     options = {name: own[name] for name in SETTINGS}
     options["num_frames"] = args.frames or own["num_frames"]
     options["num_inference_steps"] = args.steps or own["num_inference_steps"]
-    rows = errors(args.clips, options)
-    for name in ("float32", "bfloat16"):
-        print(row(name, rows[name]))
+    rows = errors(args.clips, options, args.forms, args.keep)
+    print("| form | weights | latents | frames | levels | colour, shape and motion right |")
+    print("|---|---|---|---|---|---|")
+    for name, told in rows.items():
+        print(row(name, told))
     if args.output is not None:
         write_atomically(args.output, json.dumps(rows, indent=1).encode())
 

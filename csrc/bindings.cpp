@@ -284,7 +284,8 @@ Tensor lora_linear(const Tensor& x_in, const Tensor& base_in, at::TensorList dow
   args.out = out.mutable_data_ptr();
   args.ins = x.size(1);
   args.outs = base.size(1);
-  std::vector<Tensor> held;  // conversions, alive until the end
+  const auto& kernels = sora::kernels();
+  std::vector<Tensor> factors(2 * count), turned(2 * count);
   std::vector<sora::LoraGroup> groups(count);
   std::vector<int64_t> cuts = {0, tokens};
   for (int64_t i = 0; i < count; ++i) {
@@ -293,32 +294,55 @@ Tensor lora_linear(const Tensor& x_in, const Tensor& base_in, at::TensorList dow
                     0 <= rows[2 * i] && rows[2 * i] <= rows[2 * i + 1] &&
                     rows[2 * i + 1] <= tokens,
                 "sora: adapter ", i, " of ", down[i].sizes(), " and ", up[i].sizes());
-    held.push_back(down[i].to(at::kFloat).contiguous());
-    groups[i].down = held.back().const_data_ptr<float>();
-    held.push_back(up[i].to(at::kFloat).t().contiguous());
-    groups[i].up = held.back().const_data_ptr<float>();
+    factors[2 * i] = down[i].contiguous();
+    factors[2 * i + 1] = up[i].contiguous();
+    for (int64_t j = 2 * i; j < 2 * i + 2; ++j)
+      turned[j] = at::empty({factors[j].size(1), sora::lora_padded(factors[j].size(0))},
+                            x.options().dtype(at::kFloat));
+    groups[i].down = turned[2 * i].const_data_ptr<float>();
+    groups[i].up = turned[2 * i + 1].const_data_ptr<float>();
     groups[i].rank = down[i].size(0);
     groups[i].scale = static_cast<float>(scale[i]);
     cuts.insert(cuts.end(), {rows[2 * i], rows[2 * i + 1]});
   }
+  at::parallel_for(0, 2 * count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      kernels.lora_transpose(type_of(factors[j]), factors[j].const_data_ptr(), factors[j].size(0),
+                             factors[j].size(1), turned[j].mutable_data_ptr<float>());
+  });
+  // Tiles of rows that one set of adapters changes; those that none does are copied.
+  struct Tile {
+    int64_t begin, end;
+    const std::vector<sora::LoraGroup>* groups;
+  };
   std::sort(cuts.begin(), cuts.end());
-  const auto& kernels = sora::kernels();
+  std::vector<std::vector<sora::LoraGroup>> sets(cuts.size());
+  std::vector<Tile> tiles;
+  int64_t most = 0;
   for (size_t cut = 0; cut + 1 < cuts.size(); ++cut) {
     const int64_t start = cuts[cut], stop = cuts[cut + 1];
     if (start == stop) continue;
-    std::vector<sora::LoraGroup> own;
     int64_t ranks = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (rows[2 * i] > start || rows[2 * i + 1] < stop) continue;
-      own.push_back(groups[i]);
-      ranks += groups[i].rank;
+      sets[cut].push_back(groups[i]);
+      ranks += sora::lora_padded(groups[i].rank);
     }
-    const int64_t work = args.outs + ranks * (args.ins + args.outs) / 4;
-    at::parallel_for(start, stop, 4 * grain(work), [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(sora::lora_scratch(args.ins, ranks));
-      kernels.lora(args, own.data(), own.size(), begin, end, scratch.data());
-    });
+    most = std::max(most, ranks);
+    for (int64_t row = start; row < stop; row += sora::kLoraRows)
+      tiles.push_back({row, std::min(row + sora::kLoraRows, stop), &sets[cut]});
   }
+  // Each thread takes every n-th tile: stretches without adapters cost next to nothing.
+  const int64_t work = sora::kLoraRows * (args.outs + most * (args.ins + args.outs) / 4);
+  const int64_t all = tiles.size();
+  const int64_t threads = std::clamp<int64_t>(all / grain(work), 1, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(sora::lora_scratch(most));
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = thread; i < all; i += threads)
+        kernels.lora(args, tiles[i].groups->data(), tiles[i].groups->size(), tiles[i].begin,
+                     tiles[i].end, scratch.data());
+  });
   return out;
 }
 

@@ -102,6 +102,63 @@ Tensor group_norm(const Tensor& x_in, int64_t groups, const MaybeTensor& weight_
   return y;
 }
 
+sora::WinogradArgs tiles_of(at::IntArrayRef picture, int64_t first, int64_t rows) {
+  TORCH_CHECK(picture.size() == 4 && first >= 0 && rows > 0 && 2 * (first + rows) <= picture[1] + 1,
+              "sora: rows ", first, " to ", first + rows, " of tiles of ", picture);
+  sora::WinogradArgs args;
+  args.height = picture[1];
+  args.width = picture[2];
+  args.channels = picture[3];
+  args.first = first;
+  args.rows = rows;
+  args.across = (args.width + 1) / 2;
+  return args;
+}
+
+// [frames, height, width, channels] to `tiles [16, >= frames * rows * across * channels]`.
+void winograd_split(const Tensor& x, Tensor tiles, int64_t first, int64_t rows) {
+  sora::WinogradArgs args = tiles_of(x.sizes(), first, rows);
+  const int64_t count = x.size(0) * rows, used = count * args.across * args.channels;
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && tiles.dim() == 2 &&
+                  tiles.scalar_type() == at::kFloat && tiles.size(0) == 16 &&
+                  tiles.size(1) >= used && tiles.stride(1) == 1,
+              "sora: tiles ", tiles.sizes(), " of ", x.sizes());
+  args.x = x.const_data_ptr<float>();
+  args.tiles = tiles.mutable_data_ptr<float>();
+  args.plane = tiles.stride(0);
+  const auto& kernels = sora::kernels();
+  at::parallel_for(0, count, grain(16 * args.across * args.channels), [&](int64_t a, int64_t b) {
+    kernels.winograd_split(args, a, b);
+  });
+}
+
+// 16 products `[frames, rows, across, channels]` to those rows of `y [frames, height, width, channels]`.
+void winograd_join(at::TensorList products, const MaybeTensor& bias, const MaybeTensor& beside,
+                   Tensor y, int64_t first, int64_t rows) {
+  sora::WinogradArgs args = tiles_of(y.sizes(), first, rows);
+  const auto dense = [](const Tensor& t) {
+    return t.scalar_type() == at::kFloat && t.is_contiguous();
+  };
+  const int64_t count = y.size(0) * rows;
+  TORCH_CHECK(products.size() == 16 && dense(y) &&
+                  (!bias || (dense(*bias) && bias->numel() == args.channels)) &&
+                  (!beside || (dense(*beside) && beside->sizes() == y.sizes())),
+              "sora: ", products.size(), " products to ", y.sizes());
+  const float* planes[16];
+  for (size_t i = 0; i < 16; ++i) {
+    TORCH_CHECK(dense(products[i]) && products[i].numel() == count * args.across * args.channels,
+                "sora: products ", products[i].sizes(), " to ", y.sizes());
+    planes[i] = products[i].const_data_ptr<float>();
+  }
+  args.y = y.mutable_data_ptr<float>();
+  if (bias) args.bias = bias->const_data_ptr<float>();
+  if (beside) args.beside = beside->const_data_ptr<float>();
+  const auto& kernels = sora::kernels();
+  at::parallel_for(0, count, grain(16 * args.across * args.channels), [&](int64_t a, int64_t b) {
+    kernels.winograd_join(args, planes, a, b);
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sora, m) {
@@ -109,9 +166,14 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
         "int before, int after, int keep) -> (Tensor, Tensor)");
   m.def("native_group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, "
         "bool silu) -> Tensor");
+  m.def("native_winograd_split(Tensor x, Tensor(a!) tiles, int first, int rows) -> ()");
+  m.def("native_winograd_join(Tensor[] products, Tensor? bias, Tensor? beside, Tensor(a!) y, "
+        "int first, int rows) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sora, CPU, m) {
   m.impl("native_causal_norm_silu", causal_norm_silu);
   m.impl("native_group_norm", group_norm);
+  m.impl("native_winograd_split", winograd_split);
+  m.impl("native_winograd_join", winograd_join);
 }

@@ -12,8 +12,11 @@
   void causal(const sora::CausalArgs&, int64_t, int64_t);                                   \
   void group_moments(const sora::GroupNormArgs&, int64_t, int64_t, float*);                 \
   void group_norm(const sora::GroupNormArgs&, int64_t, int64_t, float*);                    \
+  void winograd_split(const sora::WinogradArgs&, int64_t, int64_t);                         \
+  void winograd_join(const sora::WinogradArgs&, const float* const*, int64_t, int64_t);     \
   void lora(const sora::LoraArgs&, const sora::LoraGroup*, int64_t, int64_t, int64_t,       \
             float*);                                                                        \
+  void lora_transpose(sora::Type, const void*, int64_t, int64_t, float*);                   \
   void unpack(const sora::UnpackArgs&, int64_t, int64_t, float*);                           \
   void quant_linear(const sora::QuantLinearArgs&, int64_t, int64_t, int64_t, void*);        \
   int64_t quant_linear_scratch(int64_t);                                                    \
@@ -23,7 +26,8 @@
   }                                                                                         \
   static const sora::Kernels isa##_kernels = {#isa, isa::norm, isa::rope, isa::attention,   \
                                               isa::causal, isa::group_moments, isa::group_norm, \
-                                              isa::lora, isa::unpack,                           \
+                                              isa::winograd_split, isa::winograd_join,          \
+                                              isa::lora, isa::lora_transpose, isa::unpack,      \
                                               isa::quant_linear, isa::quant_linear_scratch,     \
                                               isa::quantise, isa::finish, isa::attention_scratch};
 

@@ -92,6 +92,18 @@ struct GroupNormArgs {
   bool silu;
 };
 
+// Rows of tiles of 2x2 pixels, `first` and those below it, of all frames; float32, channels last.
+struct WinogradArgs {
+  const float* x = nullptr;       // [frames, height, width, channels], dense: what is split
+  float* tiles = nullptr;         // 16 planes of [frames, rows, across, channels]
+  int64_t plane = 0;              // floats from one to the next
+  float* y = nullptr;             // [frames, height, width, channels], dense: what is joined
+  const float* beside = nullptr;  // as y; may be y
+  const float* bias = nullptr;    // [channels]
+  int64_t height, width, channels;
+  int64_t first, rows, across;
+};
+
 struct LoraArgs {
   Type type;          // of x, base and out
   const void* x;      // [rows, ins]
@@ -102,7 +114,10 @@ struct LoraArgs {
   int64_t ins, outs;
 };
 
-// One adapter: `down` [rank, ins] and the transpose of `up`, [rank, outs], both dense.
+// A width that vectors of any instruction set divide.
+inline int64_t lora_padded(int64_t width) { return (width + 15) / 16 * 16; }
+
+// One adapter: `down` and `up` transposed, [ins, lora_padded(rank)] and [rank, lora_padded(outs)].
 struct LoraGroup {
   const float *down, *up;
   int64_t rank;
@@ -170,8 +185,13 @@ struct Kernels {
   void (*causal)(const CausalArgs&, int64_t begin, int64_t end);  // rows of `joined`
   void (*group_moments)(const GroupNormArgs&, int64_t begin, int64_t end, float* scratch);  // shares
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, float* scratch);  // pixels
+  void (*winograd_split)(const WinogradArgs&, int64_t begin, int64_t end);  // rows of all frames
+  void (*winograd_join)(const WinogradArgs&, const float* const* products, int64_t begin,
+                        int64_t end);
   void (*lora)(const LoraArgs&, const LoraGroup* groups, int64_t count, int64_t begin,
                int64_t end, float* scratch);  // rows that all of the groups change
+  // out[c, r] = in[r, c], `lora_padded(rows)` wide.
+  void (*lora_transpose)(Type, const void* in, int64_t rows, int64_t columns, float* out);
   void (*unpack)(const UnpackArgs&, int64_t begin, int64_t end, float* scratch);  // [ins]
   // Columns of the result by panels of 64, and rows of it. Scratch: `quant_linear_scratch` bytes on a
   // line of the cache, which is 0 where the instruction set has no such product.
@@ -191,7 +211,10 @@ inline int64_t rope_scratch(int64_t heads, int64_t head_dim) {
 
 inline int64_t group_norm_scratch(int64_t channels) { return 3 * (channels + 16); }
 
-inline int64_t lora_scratch(int64_t ins, int64_t ranks) { return 4 * (ins + 16 + ranks); }
+constexpr int64_t kLoraRows = 8;  // a tile, of which each instruction set takes one or two
+
+// ranks: of all groups, each padded.
+inline int64_t lora_scratch(int64_t ranks) { return kLoraRows * (256 + ranks); }
 
 // The best table for this processor.
 const Kernels& kernels();

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from examples.meadow import reader, world
 from examples.meadow.model import CONTEXT, RECALLED, SHIFT, Meadow
-from examples.meadow.pool import action_row
+from examples.meadow.pool import action_row, choose
 from examples.meadow.scoring import Tally, score
 from examples.meadow.train_vae import load_vae
 from examples.meadow.walks import as_frames, as_video
@@ -36,24 +36,21 @@ class Memory:
 
     def __init__(self, side: int) -> None:
         self.last = np.full((side, side), -1)
+        self.places: list[tuple[int, int]] = []
 
-    def add(self, number: int, place: tuple[int, int]) -> None:
-        self.last[world.in_view(place, len(self.last))] = number
+    def add(self, place: tuple[int, int]) -> None:
+        """One more latent frame, seen from there."""
+        self.last[world.in_view(place, len(self.last))] = len(self.places)
+        self.places.append(place)
 
-    def pick(
-        self, view: tuple[int, int], context: list[tuple[int, int]], before: int, most: int
-    ) -> list[int]:
-        """Of the frames before `before`, those that last saw most of what `view` shows and the
-        context does not; oldest first."""
+    def pick(self, view: tuple[int, int], context: list[tuple[int, int]], most: int) -> list[int]:
+        """The frames that show most of what `view` does and the context does not; oldest first."""
         side = len(self.last)
         need = np.zeros_like(self.last, bool)
         need[world.in_view(view, side)] = True
         for place in context:
             need[world.in_view(place, side)] = False
-        own = self.last[need]
-        ids, counts = np.unique(own[(own >= 0) & (own < before)], return_counts=True)
-        order = np.lexsort((ids, counts))[::-1][:most]
-        return sorted(int(ids[i]) for i in order)
+        return choose(self.last, self.places, need, most)
 
 
 class Dream:
@@ -78,7 +75,7 @@ class Dream:
         old: list[int] = []
         if self.recall == "places":
             seen = [self.places[i] for i in near]
-            old = self.memory.pick(self.view, seen, low, RECALLED)
+            old = self.memory.pick(self.view, seen, RECALLED)
         elif self.recall == "recency":
             old = list(range(max(0, low - RECALLED), low))
         self.ids, self.recalled = old + near, len(old)
@@ -111,7 +108,7 @@ class Dream:
         self.actions.append(self.action)
 
     def put(self, latent: Tensor) -> None:
-        self.memory.add(len(self.latents), self.view)
+        self.memory.add(self.view)
         self.latents.append(latent)
         self.places.append(self.view)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,13 @@ from examples.meadow import world
 from examples.meadow.model import CLEAN, CONTEXT, FRAMES, NEW, RECALLED, clip_sight
 from examples.meadow.walks import SIDES, as_video
 from sora_engine.vae.wan import WanVAE
+
+BACK, PLAYER, ACTED = 4.0, 2.0, 6.0
+"""What a tile counts that comes back into view, that the player is on, and that is acted on."""
+ANOTHER = 0.25
+"""Mean squared error of a tile's latents from which on it may be read as another."""
+Place = tuple[int, int]
+"""A player's tile: its row and column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +40,25 @@ class Walk:
 
 class Clips(NamedTuple):
     """A batch for `Meadow`: latents `[B, FRAMES, 24, h, w]`, of which the last NEW are to be made,
-    and what goes with them. firsts: the number in its walk of each clip's first new frame."""
+    and what goes with them. weights: float `[B, NEW, h, w]`, what each of the new tiles counts.
+    firsts: the number in its walk of each clip's first new frame."""
 
     latents: Tensor
     actions: Tensor
     places: Tensor
     sees: Tensor
+    weights: Tensor
     walks: list[Walk]
     firsts: list[int]
 
     def keep(self, made: Tensor, which: Tensor) -> None:
         """Note what the model made of the new frames, `[B, NEW, 24, h, w]`, of those `which` are
-        True, bool `[B, NEW]`."""
-        for walk, first, own, kept in zip(self.walks, self.firsts, made, which, strict=True):
-            walk.made[first : first + NEW][kept] = own[kept].half()
+        True, bool `[B, NEW]`. A tile that became another one stays true: what comes after it is to
+        be held against what was seen, not against what should have been."""
+        error = (made - self.latents[:, -NEW:]).pow(2).mean(dim=2, keepdim=True)
+        own = torch.where(error < ANOTHER, made, self.latents[:, -NEW:]).half()
+        for walk, first, frames, kept in zip(self.walks, self.firsts, own, which, strict=True):
+            walk.made[first : first + NEW][kept] = frames[kept]
 
 
 def action_row(button: str | None) -> Tensor:
@@ -74,38 +87,82 @@ def make_walk(vae: WanVAE, rng: random.Random, steps: int) -> Walk:
     )
 
 
+STALE = 0.5
+"""What a sight of a tile is worth that is not the last one of it: it may have changed since."""
+
+
+def choose(last: np.ndarray, places: Sequence[Place], need: np.ndarray, most: int) -> list[int]:
+    """Of the latent frames that are the last to have seen some tile, those that together show most
+    of what is needed, oldest first; as the engine's `Places.pick` does.
+
+    last: int `[N, N]`, which frame last saw each tile of a torus; -1: none. places: of the frames.
+    need: bool `[N, N]`.
+    """
+    kept = np.unique(last[last >= 0])
+    sights = np.zeros((len(kept), *last.shape), bool)
+    for sight, i in zip(sights, kept, strict=True):
+        sight[world.in_view(places[i], len(last))] = True
+    rows, columns = np.nonzero(need & (last >= 0))
+    own = last[rows, columns] == kept[:, None]
+    worth = np.where(own, 1.0, STALE) * sights[:, rows, columns]
+    shown, picked = np.zeros(len(rows)), []
+    while len(picked) < most and len(kept):
+        gain = (worth - shown).clip(min=0).sum(axis=1)
+        best = len(kept) - 1 - int(gain[::-1].argmax())
+        if gain[best] <= 0:
+            break
+        picked.append(int(kept[best]))
+        shown = np.maximum(shown, worth[best])
+    return sorted(picked)
+
+
 def recalled(walk: Walk, shown: range, before: int, most: int) -> list[int]:
-    """Of the latent frames before `before`, those that last saw what the frames `shown` show and
-    what the context just before them does not; oldest first."""
+    """Of the latent frames before `before`, those that show what the frames `shown` will and what
+    the context just before them does not; oldest first."""
     side = walk.side
+    places = [(int(row), int(column)) for row, column in walk.places]
     last = np.full((side, side), -1)
     for i in range(before):
-        last[world.in_view(tuple(walk.places[i]), side)] = i
+        last[world.in_view(places[i], side)] = i
     need = np.zeros((side, side), bool)
     for i in shown:
-        need[world.in_view(tuple(walk.places[i]), side)] = True
+        need[world.in_view(places[i], side)] = True
     for i in range(before, shown.start):
-        need[world.in_view(tuple(walk.places[i]), side)] = False
-    picked: list[int] = []
-    while len(picked) < most:
-        own = last[need]
-        own = own[own >= 0]
-        if not len(own):
-            break
-        ids, counts = np.unique(own, return_counts=True)
-        best = int(ids[counts.argmax()])
-        picked.append(best)
-        need[last == best] = False
-    return sorted(picked)
+        need[world.in_view(places[i], side)] = False
+    return choose(last, places, need, most)
+
+
+def tile_weights(walk: Walk, ids: Sequence[int], sees: np.ndarray) -> Tensor:
+    """What the tiles of a clip's new frames count, `[NEW, VIEW, VIEW]`. Most tiles are where the
+    frame before shows them; a world is kept by the few that are not: those that come back into
+    view, and the one under the player, above all when it is acted on.
+
+    ids: the numbers in the walk of the clip's frames; -1: of none. sees: bool `[FRAMES, FRAMES]`.
+    """
+    weights = np.ones((NEW, world.VIEW, world.VIEW), np.float32)
+    for i in range(NEW):
+        me = RECALLED + CLEAN + i
+        known = np.zeros((walk.side, walk.side), bool)
+        before = known.copy()
+        for j in np.flatnonzero(sees[me, :me]):
+            known[world.in_view(tuple(walk.places[ids[j]]), walk.side)] = True
+        if ids[me]:
+            before[world.in_view(tuple(walk.places[ids[me] - 1]), walk.side)] = True
+        view = world.in_view(tuple(walk.places[ids[me]]), walk.side)
+        weights[i][(known & ~before)[view]] = BACK
+        acted = bool(walk.actions[ids[me], world.BUTTONS.index("act")])
+        weights[i, world.CENTRE, world.CENTRE] = ACTED if acted else PLAYER
+    return torch.from_numpy(weights)
 
 
 def cut(
     walk: Walk, rng: random.Random, own: float = 0.0
-) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """A training clip of a walk: the number of its first new frame, and latents, actions, places
-    and sees (see `Clips`, without B). own: of so many clips the past is as the model made it."""
+) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """A training clip of a walk: the number of its first new frame, and latents, actions, places,
+    sees and weights (see `Clips`, without B). own: of so many clips the past is as the model made
+    it."""
     total = len(walk.places)
-    first = 0 if rng.random() < 0.1 else rng.randrange(1, total - NEW + 1)
+    first = 0 if rng.random() < 0.05 else rng.randrange(1, total - NEW + 1)
     before = max(0, first - CONTEXT)
     if rng.random() < 0.08:  # as a session begins: with little behind it
         before = rng.randrange(before, first + 1)
@@ -127,7 +184,8 @@ def cut(
     sees.fill_diagonal_(True)
     if before > first - CONTEXT and before > 0:  # what is left out of the context stays out of it
         sees[RECALLED + CLEAN :, RECALLED : RECALLED + before - (first - CONTEXT)] = False
-    return first, (latents, walk.actions[at], torch.from_numpy(offsets).float(), sees)
+    weights = tile_weights(walk, ids, sees.numpy())
+    return first, (latents, walk.actions[at], torch.from_numpy(offsets).float(), sees, weights)
 
 
 class Pool:
@@ -139,7 +197,7 @@ class Pool:
         self.next = 0
 
     def add(self) -> None:
-        walk = make_walk(self.vae, self.rng, self.rng.choice((24, 48, 48, 96)))
+        walk = make_walk(self.vae, self.rng, self.rng.choice((48, 96, 96, 144)))
         if len(self.walks) < self.size:
             self.walks.append(walk)
         else:
@@ -155,6 +213,6 @@ class Pool:
         chosen.sort(key=lambda walk: walk.look.caption())
         cuts = [cut(walk, self.rng, own) for walk in chosen]
         parts = zip(*(part for _, part in cuts), strict=True)
-        latents, actions, places, sees = (torch.stack(part) for part in parts)
-        assert latents.shape[1] == FRAMES
-        return Clips(latents, actions, places, sees, chosen, [first for first, _ in cuts])
+        whole = [torch.stack(part) for part in parts]
+        assert whole[0].shape[1] == FRAMES
+        return Clips(*whole, chosen, [first for first, _ in cuts])

@@ -3,7 +3,8 @@
     python -m examples.meadow.score sora_engine/checkpoints/meadow --sessions 100 --steps 200
     python -m examples.meadow.score sora_engine/checkpoints/meadow --sessions 20 --shared
 
-`--recall 0` takes its memory away. Sessions run side by side, and their steps are packed. With
+`--recall 0` takes its memory away, and `--by recency` has it recall the last latent frames before
+its context, wherever they were seen from. Sessions run side by side, and their steps are packed. With
 `--shared` each is two sessions with one memory: one walks off, paints, and comes back; then the
 other follows it. Does it see what was painted?
 """
@@ -25,12 +26,13 @@ import sora_engine as sora
 from examples.meadow import reader, world
 from examples.meadow.scoring import Share, Tally, score
 from examples.sprites.training import say
+from sora_engine.runtime.recall import Recent
 
 
 def play(
-    engine: sora.Engine, number: int, steps: int, *, given: bool, options: dict[str, Any]
+    engine: sora.Engine, number: int, steps: int, *, given: bool, by: str, options: dict[str, Any]
 ) -> tuple[Tally, np.ndarray]:
-    """One session: its tally, and the last frame of each step."""
+    """One session: its tally, and the last frame of each step. by: what is recalled, see `main`."""
     rng = random.Random(number)
     look = world.some_look(rng)
     first = world.World(rng, look).view() if given else None
@@ -38,7 +40,11 @@ def play(
     request = sora.SessionRequest(look.caption(), first=first, seed=number, rewind=0, **options)
     shown = []
     with engine.open_session(request) as session:
-        side = (session.settings.driving.world or (0, 0))[0]
+        driving = session.settings.driving
+        side = (driving.world or (0, 0))[0]
+        if by == "recency":
+            seen = session.memory.index.moments
+            session.memory.index = Recent(driving.context + driving.recall, seen)
         shown.append(session.frames[-1])
         for button in walk:
             shown.append(session.step(sora.Action(button) if button else None)[-1])
@@ -89,6 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--begin", choices=("given", "dreamt"), default="given")
     parser.add_argument("--recall", type=int, help="latent frames recalled; 0: none")
+    parser.add_argument("--by", choices=("places", "recency"), default="places", help="recalled")
     parser.add_argument("--denoise", type=int, help="steps of a latent frame")
     parser.add_argument("--together", type=int, default=8, help="sessions at once")
     parser.add_argument("--seed", type=int, default=1000, help="of the first session")
@@ -113,6 +120,7 @@ def main() -> None:
             threads.submit(
                 *(play, engine, args.seed + i, args.steps),
                 given=args.begin == "given",
+                by=args.by,
                 options=options,
             )
             for i in range(args.sessions)

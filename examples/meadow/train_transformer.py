@@ -33,8 +33,8 @@ FLAW = 0.25
 
 OWN, OWN_FROM = 0.5, 600
 """Of how many clips the past is the model's own, and from which step on."""
-OWN_LEVELS = (0.3, 0.9)
-"""Noise from which a frame counts as made by the model, and still as the frame that it was."""
+OWN_FROM_LEVEL = 0.3
+"""Noise from which a frame counts as made by the model."""
 
 
 def loss_of(model: Meadow, pool: Pool, rng: random.Random, count: int, own: float) -> Tensor:
@@ -58,8 +58,9 @@ def loss_of(model: Meadow, pool: Pool, rng: random.Random, count: int, own: floa
     predicted = model(
         torch.cat([past, new], dim=1), levels, clips.actions, clips.places, clips.sees, captions
     )
-    error = (predicted.float() - as_targets(x[:, -NEW:])).pow(2).mean(dim=(2, 3))
-    clips.keep(from_targets(predicted.detach()), (s > OWN_LEVELS[0]) & (s < OWN_LEVELS[1]))
+    error = from_targets((predicted.float() - as_targets(x[:, -NEW:])).pow(2)).mean(dim=2)
+    error = (clips.weights * error).mean(dim=(2, 3)) / clips.weights.mean()
+    clips.keep(from_targets(predicted.detach()), s > OWN_FROM_LEVEL)
     # As a velocity's error would be weighed, down to a level below which it is tiny anyway.
     weight = 1 / (s * s + 0.3)
     return (weight * error).sum() / weight.sum()

@@ -5,6 +5,9 @@
 Starting it again with the same `--out` resumes it. At the end it measures the latents' statistics,
 writes `OUT/vae`, a folder that diffusers and the engine read, and says what the reader makes of
 clips that went through it.
+
+With `--decoder FOLDER` it goes on with the decoder of such a folder alone. Latents then stay as they
+are, and a transformer that learnt them still fits.
 """
 
 from __future__ import annotations
@@ -48,8 +51,11 @@ CONFIG = {
 }
 LENGTHS = (0, 1, 2, 2, 3)
 """Actions of a clip."""
-LATENT_NOISE = 0.05
-"""Of each channel's deviation: it keeps the decoder smooth in its latents."""
+LATENT_NOISE, MOST_NOISE = 0.05, 0.2
+"""Of each channel's deviation: it keeps the decoder smooth in its latents. A decoder that learns
+alone meets up to the latter: the latents that it is for are a transformer's."""
+PLAYER = slice(world.CENTRE * world.TILE, (world.CENTRE + 1) * world.TILE)
+"""Rows, and columns, of the player's tile."""
 
 
 def new_vae(start: Path = START) -> WanVAE:
@@ -100,9 +106,20 @@ def read_back(vae: WanVAE, clips: int, seed: int = 99) -> tuple[float, float]:
     return right / tiles, quality
 
 
+def loss_of(restored: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch `[B, 3, n, SIDE, SIDE]`, and the mean squared error of each clip `[B]`.
+
+    The logarithm weighs all clips alike, as the mean of their PSNRs does. The player's tile is one
+    of 64, and on it little of the ground is left to be seen: it counts by itself.
+    """
+    error = (restored.float() - video).pow(2)
+    whole, player = (part.flatten(1).mean(1) for part in (error, error[..., PLAYER, PLAYER]))
+    return (whole + 2e-4).log().mean() + 0.5 * (player + 2e-4).log().mean(), whole
+
+
 @torch.no_grad()
-def export(vae: WanVAE, folder: Path) -> None:
-    """Measure the latents' statistics and write a diffusers folder, weights in fp16."""
+def measured(vae: WanVAE) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel of the latents of 60 clips."""
     rng = random.Random(7)
     latents = []
     for _ in range(60):
@@ -110,9 +127,19 @@ def export(vae: WanVAE, folder: Path) -> None:
         mean, _ = vae.encode_moments(as_video(frames)[None])
         latents.append(mean[0].flatten(1).float())
     values = torch.cat(latents, dim=1)
+    mean, std = ([round(v, 5) for v in part.tolist()] for part in (values.mean(1), values.std(1)))
+    return mean, std
+
+
+@torch.no_grad()
+def export(vae: WanVAE, folder: Path) -> None:
+    """Write a diffusers folder, weights in fp16. The latents' statistics are measured first where
+    they are not known."""
+    statistics = list(vae.config.latents_mean), list(vae.config.latents_std)
+    if statistics == (CONFIG["latents_mean"], CONFIG["latents_std"]):
+        statistics = measured(vae)
     config = {key: value for key, value in CONFIG.items() if key != "clip_output"}
-    config["latents_mean"] = [round(v, 5) for v in values.mean(dim=1).tolist()]
-    config["latents_std"] = [round(v, 5) for v in values.std(dim=1).tolist()]
+    config["latents_mean"], config["latents_std"] = statistics
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.42.1", **config}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -123,6 +150,7 @@ def export(vae: WanVAE, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run's state")
+    parser.add_argument("--decoder", type=Path, help="a VAE's folder whose decoder goes on")
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--clips", type=int, default=8, help="of one action, a step and process")
@@ -133,7 +161,12 @@ def main() -> None:
     if world_size > 1 and args.device == "cpu":
         torch.set_num_threads(1)
 
-    vae = new_vae().to(args.device)
+    vae = new_vae() if args.decoder is None else load_vae(args.decoder).train()
+    if args.decoder is not None:
+        for part in (vae.decoder, vae.post_quant_conv):
+            for name, param in part.named_parameters():
+                param.requires_grad_("attentions" not in name)
+    vae.to(args.device)
     optimiser = Muon(dict(vae.named_parameters()))
     step, seconds, path = 0, 0.0, args.out / "state.pt"
     if path.exists():
@@ -145,14 +178,16 @@ def main() -> None:
     shown, saved = None, clock.seconds
     while (rate := clock.rate(args.rate, step)) > 0:
         video = batch(rng, args.clips).to(args.device)
+        share = LATENT_NOISE
+        if args.decoder is not None:
+            share = MOST_NOISE * torch.rand(len(video), 1, 1, 1, 1, device=args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            latents, _ = vae.encode_moments(video, latents_per_call=None)
+            latents = vae.encode(video, latents_per_call=None)
             spread = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
-            noisy = latents + LATENT_NOISE * spread * torch.randn_like(latents)
+            noisy = latents + share * spread * torch.randn_like(latents)
             restored = vae.decode(noisy, latents_per_call=None)
-        error = (restored.float() - video).pow(2).flatten(1).mean(dim=1)
-        # The logarithm weighs all clips alike, as the mean of their PSNRs does.
-        (error + 2e-4).log().mean().backward()
+        loss, error = loss_of(restored, video)
+        loss.backward()
         optimiser.step(rate)
         step += 1
         quality = float(-10 * (error.detach() / 4).log10().mean())

@@ -73,7 +73,7 @@ def taken(chromium: str, url: str) -> bytes:
                 time.sleep(0.2)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1200, "height": 1340})
+        tab = browser.new_page(viewport={"width": 1440, "height": 940})
         tab.goto(url)
         tab.locator("#add-text").click()
         for label, words in LINE:

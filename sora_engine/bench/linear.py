@@ -15,7 +15,7 @@ from sora_engine.bench.results import SUBJECT, Measurement
 from sora_engine.bench.timing import interleaved
 from sora_engine.io.weights.opening import open_weights
 from sora_engine.io.weights.quantising import quantise
-from sora_engine.models.linear import BlockedLinear, can_block
+from sora_engine.models.linear import block_linears
 from sora_engine.models.lora import AdaptedLinear, LayerChange, Stretch
 from sora_engine.models.quantised import Int8Linear, Keeper, QuantLinear
 from sora_kernels.quant import int8
@@ -103,7 +103,9 @@ def _of_file(dense: nn.Linear, to: str) -> nn.Module:
 
 
 def _prepacked(layer: nn.Linear) -> nn.Module:
-    return BlockedLinear(layer) if can_block(layer.weight) else layer
+    holder = nn.Sequential(layer)
+    block_linears(holder)
+    return holder[0]
 
 
 def _call(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:

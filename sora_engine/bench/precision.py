@@ -1,5 +1,5 @@
-"""float32 and bfloat16 on a CPU: a step and a decode in both, beside diffusers in both; and how far
-bfloat16 is from float32."""
+"""float32, bfloat16 and int8 on a CPU: a step in each, and a decode, beside diffusers, and beside
+the step's products and attention alone."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sora_engine.bench.models import WAN_1_3B, WanShape
 from sora_engine.bench.ops import packed
 from sora_engine.bench.results import SUBJECT, Measurement, Spread
-from sora_engine.bench.timing import interleaved
-from sora_engine.models.machine import has_bfloat16, measure_rates
+from sora_engine.bench.timing import cpu_seconds, interleaved
+from sora_engine.models.linear import linear_gelu
+from sora_engine.models.machine import has_bfloat16
+from sora_engine.models.quantised import Int8Linear
 from sora_engine.models.wan.checkpoint import KEEP_FP32
 from sora_engine.models.wan.config import WanConfig
 from sora_engine.models.wan.model import WanTransformer
-from sora_engine.request import VideoRequest
-from sora_engine.runtime.engine import Engine
 from sora_engine.vae.registry import build_vae, read_vae_config
+from sora_kernels import packed_attention
+from sora_kernels.quant import int8
 
 Module = TypeVar("Module", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_TOKENS = 512
+
+
+Rivals = dict[str, Callable[[], Any]]
 
 
 def precision(
@@ -37,12 +41,13 @@ def precision(
     """A step with guidance of 4 Wan-shaped blocks, and the decoding of a few frames.
 
     grid: of the step's tokens, in patches. latents: frames, height and width of what is decoded.
-    bf16 is left out where oneDNN has none. Raises ImportError without diffusers.
+    bf16 is left out where oneDNN has none, int8 where PyTorch has none. Raises ImportError without
+    diffusers.
     """
     names = [name for name in DTYPES if name == "fp32" or has_bfloat16()]
     return [
         step(shape or replace(WAN_1_3B, layers=4), grid, names, rounds),
-        decode((shape or WAN_1_3B).vae_base_dim, latents, names, max(1, rounds - 2)),
+        decode((shape or WAN_1_3B).vae_base_dim, latents, names, rounds),
     ]
 
 
@@ -50,59 +55,149 @@ def precision(
 def step(shape: WanShape, grid: tuple[int, int, int], names: list[str], rounds: int) -> Measurement:
     """Both branches of a step: one packed pass here, two passes there, the texts' keys at hand
     here and made each time there, as both do from step to step."""
-    from diffusers import WanTransformer3DModel
+    task = StepTask(shape, grid)
+    rivals: Rivals = {}
+    for name in names:
+        ours = task.ours(name)
+        rivals[_subject(name, names)] = task.step_of(ours)
+        if name == names[-1]:
+            rivals[ALONE] = task.alone(ours, name)
+        rivals[f"diffusers {name}"] = task.theirs(name)
+    if int8.problem() is None:
+        rivals[f"{SUBJECT} int8"] = task.step_of(task.ours("int8"))
+    cpu: dict[str, list[float]] = {side: [] for side in rivals}
+    times = interleaved({side: _noting(rivals[side], cpu[side]) for side in rivals}, rounds)
+    # Each has run so often; so the last of the steps that follow is its tenth.
+    more = max(3, 9 - rounds)
+    figures: dict[str, float | str] = {
+        f"page faults of the tenth step, {side}": float(_faults(rivals[side], more))
+        for side in rivals
+        if side.startswith(SUBJECT)
+    }
+    pairs = zip(times[SUBJECT], times[ALONE], strict=True)
+    figures[f"times of {ALONE}, {names[-1]}"] = Spread.of(
+        [ours / bare for ours, bare in pairs]
+    ).median
+    for side, walls in times.items():
+        spent = zip(cpu[side][-rounds:], walls, strict=True)
+        figures[f"cores busy, {side}"] = Spread.of([own / wall for own, wall in spent]).median
+    figures["GFLOP"] = step_work(shape, task.tokens) / 1e9
+    return Measurement(
+        f"precision: step with guidance, width {shape.width}, {shape.layers} layers, "
+        f"{task.tokens} tokens",
+        "s",
+        times,
+        figures=figures,
+    )
 
-    config = shape.transformer_config()
-    torch.manual_seed(0)
-    plain = WanTransformer3DModel(**config).eval().requires_grad_(False)
-    sample = torch.randn(shape.channels, grid[0], 2 * grid[1], 2 * grid[2])
-    texts = [torch.randn(TEXT_TOKENS, shape.text_dim) for _ in range(2)]
-    rivals: dict[str, Callable[[], Any]] = {}
 
-    def ours(dtype: torch.dtype) -> Callable[[], Tensor]:
-        model = WanTransformer(WanConfig(**config))
-        model.load_state_dict(plain.state_dict())
-        model = _cast(model, dtype, KEEP_FP32).eval().requires_grad_(False).prepare()
-        batch = packed(model, [(sample, text) for text in texts])
+ALONE = "products and attention alone"
+
+
+class StepTask:
+    """One step with guidance, the same weights and inputs for all who take it.
+
+    shape: the transformer's. grid: of its tokens, in patches.
+    """
+
+    def __init__(
+        self,
+        shape: WanShape,
+        grid: tuple[int, int, int],
+        text_tokens: int = TEXT_TOKENS,
+        seed: int = 0,
+    ) -> None:
+        from diffusers import WanTransformer3DModel
+
+        self.shape, self.tokens = shape, grid[0] * grid[1] * grid[2]
+        torch.manual_seed(seed)
+        self.plain = WanTransformer3DModel(**shape.transformer_config())
+        self.plain.eval().requires_grad_(False)
+        self.sample = torch.randn(shape.channels, grid[0], 2 * grid[1], 2 * grid[2])
+        self.texts = [torch.randn(text_tokens, shape.text_dim) for _ in range(2)]
+
+    def ours(self, name: str) -> WanTransformer:
+        """The engine's transformer, prepared: in one of `DTYPES`, or "int8", what is not of blocks'
+        layers then in bf16 where oneDNN has it."""
+        model = WanTransformer(WanConfig(**self.shape.transformer_config()))
+        model.load_state_dict(self.plain.state_dict())
+        if name == "int8":
+            for block in model.blocks:
+                _make_int8(block)
+            name = "bf16" if has_bfloat16() else "fp32"
+        return cast_weights(model, DTYPES[name], KEEP_FP32).eval().requires_grad_(False).prepare()
+
+    def step_of(self, model: WanTransformer) -> Callable[[], Tensor]:
+        """Both branches, packed."""
+        batch = packed(model, [(self.sample, text) for text in self.texts])
         return lambda: model(batch)
 
-    def theirs(dtype: torch.dtype) -> Callable[[], None]:
-        model = WanTransformer3DModel(**config).eval().requires_grad_(False)
-        model.load_state_dict(plain.state_dict())
-        _cast(model, dtype, KEEP_FP32)
+    def alone(self, model: WanTransformer, name: str) -> Callable[[], None]:
+        """The products and the attention of such a step, by the same layers, and nothing else."""
+        width, dtype = self.shape.width, DTYPES[name]
+        rows = torch.randn(2 * self.tokens, width).to(dtype)
+        wide = torch.randn(2 * self.tokens, self.shape.ffn_dim).to(dtype)
+        heads = rows.view(len(rows), self.shape.heads, -1)
+        keys = torch.randn(2 * TEXT_TOKENS, *heads.shape[1:]).to(dtype)
+        own, text = (
+            torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (self.tokens, TEXT_TOKENS)
+        )
 
         def run() -> None:
-            for text in texts:
-                model(sample[None].to(dtype), torch.tensor([500.0]), text[None].to(dtype))
+            for block in model.blocks:
+                one, other, ffn = block.attn1, block.attn2, block.ffn.net
+                for layer in (one.to_q, one.to_k, one.to_v, one.to_out[0]):
+                    layer(rows)
+                for layer in (other.to_q, other.to_out[0]):
+                    layer(rows)
+                linear_gelu(ffn[0].proj, rows, "tanh")
+                ffn[2](wide)
+                for keyed, cu in ((heads, own), (keys, text)):
+                    packed_attention(
+                        heads, keyed, keyed, own, cu, max_seqlen_q=self.tokens,
+                        max_seqlen_k=len(keyed) // 2,
+                    )  # fmt: skip
 
         return run
 
-    for name in names:
-        rivals[_subject(name, names)] = ours(DTYPES[name])
-        rivals[f"diffusers {name}"] = theirs(DTYPES[name])
-    times = interleaved(rivals, rounds)
-    faults = {
-        f"page faults of a later step, {name}": float(_faults(rivals[_subject(name, names)]))
-        for name in names
-    }
-    tokens = grid[0] * grid[1] * grid[2]
-    measured = Measurement(
-        f"precision: step with guidance, width {shape.width}, {shape.layers} layers, "
-        f"{tokens} tokens",
-        "s",
-        times,
-        figures={"GFLOP": step_work(shape, tokens) / 1e9, **faults},
-    )
-    return replace(
-        measured, figures={**measured.figures, **_shares(measured, shape, tokens, names)}
-    )
+    def theirs(self, name: str) -> Callable[[], None]:
+        """diffusers: a pass for each branch."""
+        dtype = DTYPES[name]
+        model = type(self.plain)(**self.shape.transformer_config()).eval().requires_grad_(False)
+        model.load_state_dict(self.plain.state_dict())
+        cast_weights(model, dtype, KEEP_FP32)
+        sample, texts = self.sample[None].to(dtype), [text[None].to(dtype) for text in self.texts]
+
+        def run() -> None:
+            for text in texts:
+                model(sample, torch.tensor([500.0]), text)
+
+        return run
 
 
-def _faults(step: Callable[[], Any]) -> int:
-    """Pages that the system had to find for the last of three steps in a row."""
+def _make_int8(module: nn.Module) -> None:
+    """Give each linear layer within `module` the int8 layer that `dtype="int8"` makes of it."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(*int8.quantise_weight(child.weight), child.bias))
+        else:
+            _make_int8(child)
+
+
+def _noting(step: Callable[[], Any], spent: list[float]) -> Callable[[], None]:
+    """The step, which notes the CPU time of each run, all threads."""
+
+    def run() -> None:
+        spent.append(cpu_seconds(step))
+
+    return run
+
+
+def _faults(step: Callable[[], Any], steps: int) -> int:
+    """Pages that the system had to find for the last of so many steps in a row."""
     import resource  # not on Windows
 
-    for _ in range(3):
+    for _ in range(steps):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -121,23 +216,6 @@ def _work(shape: WanShape, tokens: int) -> tuple[float, float]:
     return 2.0 * shape.layers * products, 2.0 * shape.layers * attention
 
 
-def _shares(
-    measured: Measurement, shape: WanShape, tokens: int, names: list[str]
-) -> dict[str, float]:
-    """Of each of our medians, what products and attention alone would take at this machine's
-    rates."""
-    rates, threads = measure_rates(), torch.get_num_threads()
-    products, attention = _work(shape, tokens)
-    found = {}
-    for name in names:
-        dtype = str(DTYPES[name]).removeprefix("torch.")
-        best = max(rates.attention[dtype].values())
-        least = (products / rates.linear[dtype] + attention / best) / threads / 1e9
-        median = Spread.of(measured.samples[_subject(name, names)]).median
-        found[f"share of measured limit, {name}"] = least / median
-    return found
-
-
 @torch.inference_mode()
 def decode(base: int, latents: tuple[int, int, int], names: list[str], rounds: int) -> Measurement:
     """Latents to frames: a latent frame at a time here, as diffusers has it there."""
@@ -154,13 +232,13 @@ def decode(base: int, latents: tuple[int, int, int], names: list[str], rounds: i
     def ours(dtype: torch.dtype) -> Callable[[], Tensor]:
         vae = build_vae(config)
         vae.load_state_dict(weights)
-        vae = _cast(vae, dtype).eval().requires_grad_(False).prepare()
+        vae = cast_weights(vae, dtype).eval().requires_grad_(False).prepare()
         return lambda: vae.decode(z.to(dtype))
 
     def theirs(dtype: torch.dtype) -> Callable[[], Any]:
         vae = AutoencoderKLWan(base_dim=base).eval().requires_grad_(False)
         vae.load_state_dict(weights)
-        _cast(vae, dtype)
+        cast_weights(vae, dtype)
         return lambda: vae.decode(z.to(dtype), return_dict=False)
 
     for name in names:
@@ -188,7 +266,7 @@ _VAE_KEYS = (
 )
 
 
-def _cast(module: Module, dtype: torch.dtype, but: tuple[str, ...] = ()) -> Module:
+def cast_weights(module: Module, dtype: torch.dtype, but: tuple[str, ...] = ()) -> Module:
     """Its parameters in `dtype`, but for those with such parts in their names, which both sides
     keep in float32."""
     for name, parameter in module.named_parameters():
@@ -200,82 +278,3 @@ def _cast(module: Module, dtype: torch.dtype, but: tuple[str, ...] = ()) -> Modu
 def _subject(name: str, names: list[str]) -> str:
     """The fastest of ours is what all are compared with."""
     return SUBJECT if name == names[-1] else f"{SUBJECT} {name}"
-
-
-# How far bfloat16 is from float32.
-
-DEEP = WanShape(heads=4, head_dim=64, ffn_dim=1024, layers=30, text_dim=256)
-
-
-def errors(
-    shape: WanShape = DEEP, requests: tuple[VideoRequest, ...] | None = None
-) -> list[Measurement]:
-    """What bfloat16 changes: one pass through 30 random blocks; and videos of the bundled
-    checkpoint by a bfloat16 transformer, by a bfloat16 autoencoder, and by both."""
-    found = [_deep(shape)]
-    wanted = requests or tuple(
-        VideoRequest(f"a {colour} {form} moves {way}", seed=i)
-        for i, (colour, form, way) in enumerate(
-            [("red", "circle", "left"), ("blue", "square", "up"), ("green", "triangle", "right")]
-        )
-    )
-    made = {}
-    pairs = [(d, v) for d in ("float32", "bfloat16") for v in ("float32", "bfloat16")]
-    for dtype, vae_dtype in pairs:
-        with Engine.from_pretrained(
-            "sprites", device="cpu", dtype=dtype, vae_dtype=vae_dtype
-        ) as engine:
-            made[dtype, vae_dtype] = [engine.generate(request) for request in wanted]
-    exact = made["float32", "float32"]
-    for dtype, vae_dtype in pairs[1:]:
-        name = f"transformer {dtype}, autoencoder {vae_dtype}"
-        videos = made[dtype, vae_dtype]
-        latents, levels, largest, noise = [], [], [], []
-        for video, due in zip(videos, exact, strict=True):
-            latents.append(_relative(video.latents, due.latents))
-            away = np.abs(video.frames.astype(np.float64) - due.frames)
-            levels.append(float(away.mean()))
-            largest.append(float(away.max()))
-            noise.append(10 * np.log10(255**2 / max(float((away**2).mean()), 1e-9)))
-        for what, unit, values, better in (
-            ("relative error of latents", "", latents, "lower"),
-            ("mean difference of frames", "levels", levels, "lower"),
-            ("largest difference of frames", "levels", largest, "lower"),
-            ("PSNR of frames", "dB", noise, "higher"),
-        ):
-            found.append(
-                Measurement(
-                    f"errors: {what}, sprites, {name}",
-                    unit,
-                    {SUBJECT: [float(value) for value in values]},
-                    better=better,
-                )
-            )
-    return found
-
-
-@torch.inference_mode()
-def _deep(shape: WanShape) -> Measurement:
-    config = WanConfig(**shape.transformer_config())
-    samples = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = WanTransformer(config).eval().requires_grad_(False)
-        sample, text = torch.randn(shape.channels, 3, 24, 24), torch.randn(64, shape.text_dim)
-        outs = []
-        for dtype in DTYPES.values():
-            twin = model.rebuild()
-            twin.load_state_dict(model.state_dict())
-            twin = _cast(twin, dtype, KEEP_FP32).eval().requires_grad_(False).prepare()
-            outs.append(twin(packed(twin, [(sample, text)])).float())
-        samples.append(_relative(outs[1], outs[0]))
-    return Measurement(
-        f"errors: relative error of a pass, {shape.layers} random blocks of width {shape.width}, "
-        "bfloat16",
-        "",
-        {SUBJECT: samples},
-    )
-
-
-def _relative(found: Tensor, due: Tensor) -> float:
-    return float((found.double() - due.double()).norm() / due.double().norm())

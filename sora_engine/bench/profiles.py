@@ -17,18 +17,19 @@ def cpu_groups(tiny: bool = False, long: bool = False) -> Mapping[str, Group]:
     cores.
 
     long: 20 steps end to end and three traces, some 5 minutes each, and peak memory.
-    Groups in `BY_NAME` run where they are asked for: `cpu`, a step and a decode in fp32 and bf16
-    (4 minutes), `errors`, how far bf16 is from fp32 (1 minute), `session`, a world that is played
-    (long: 10 minutes of a stream and 10,000 steps).
+    Groups in `BY_NAME` run where they are asked for: `cpu`, a step in fp32, bf16 and int8 and a
+    decode (5 minutes), `errors`, how far bf16 and int8 are from fp32 (1 minute), `session`, a world
+    that is played (long: 10 minutes of a stream and 10,000 steps).
     tiny: everything once, at sizes that show no more than that it runs.
     """
     from dataclasses import replace
 
     from sora_engine.bench import http, serving, session
+    from sora_engine.bench.accuracy import errors
     from sora_engine.bench.end_to_end import Run, end_to_end, peak_memory
     from sora_engine.bench.linear import linear
     from sora_engine.bench.ops import block, ops
-    from sora_engine.bench.precision import errors, precision
+    from sora_engine.bench.precision import precision
     from sora_engine.request import VideoRequest
 
     if tiny:

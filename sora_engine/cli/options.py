@@ -15,6 +15,8 @@ from sora_engine.config import ParallelConfig
 from sora_engine.request.lora import EXPERTS, Lora
 
 DEFAULT_MODEL = "sprites"
+BUNDLED = (DEFAULT_MODEL, "meadow")
+"""The names in `registry.BUNDLED`, whose module takes a second to import."""
 
 # What the Python interface calls the values, and what the command line does.
 _OPTION_OF = {
@@ -320,11 +322,19 @@ def model_path(given: Sequence[str] | None) -> ModelPath:
     return given[0] if len(given) == 1 else tuple(given)
 
 
+def must_exist(path: str) -> None:
+    """UsageError for what is no file, no folder and no bundled checkpoint."""
+    if path not in BUNDLED and not Path(path).exists():
+        raise UsageError(
+            f"{path} does not exist; {' and '.join(BUNDLED)} are the bundled checkpoints"
+        )
+
+
 def absolute(path: ModelPath) -> ModelPath:
     """The same from any folder. Links stay: what a hub's cache has behind them has no names."""
     if isinstance(path, tuple):
         return tuple(str(Path(part).absolute()) for part in path)
-    return path if path == DEFAULT_MODEL else str(Path(path).absolute())
+    return path if path in BUNDLED else str(Path(path).absolute())
 
 
 def absolute_parts(parts: str | dict[str, str] | None) -> str | dict[str, str] | None:

@@ -12,7 +12,6 @@ import typer
 
 from sora_engine.cli.app import OnceCommand, UsageError, app, say
 from sora_engine.cli.options import (
-    DEFAULT_MODEL,
     Common,
     Components,
     Device,
@@ -24,6 +23,7 @@ from sora_engine.cli.options import (
     absolute_parts,
     in_options,
     model_path,
+    must_exist,
     named,
     parse_parallel,
 )
@@ -204,8 +204,7 @@ def serve(
     )
     named_parts, decoder = absolute_parts(parts.parts()), parts.decoder()
     for part in model or ():
-        if part != DEFAULT_MODEL and not Path(part).exists():
-            raise UsageError(f"{part} does not exist; {DEFAULT_MODEL!r} is the bundled checkpoint")
+        must_exist(part)
     is_child = PLACE in os.environ  # started by the proxy of --replicas, with its own options
     if is_child:
         end_with_parent()

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from sora_engine.cli.app import OnceCommand, UsageError, app, one_line, say, warn
 from sora_engine.cli.options import (
-    DEFAULT_MODEL,
     Common,
     absolute,
     absolute_parts,
     in_options,
     model_path,
+    must_exist,
     named,
     parse_parallel,
 )
@@ -114,10 +114,7 @@ def run(command: Command) -> None:
         )
     else:
         for path in common.models():
-            if path != DEFAULT_MODEL and not Path(path).exists():
-                raise UsageError(
-                    f"--model: {path} does not exist; {DEFAULT_MODEL!r} is the bundled one"
-                )
+            must_exist(path)
         say(f"sora_engine {version()}: loading {named(model_path(common.models()))}")
     started = time.monotonic()
     engine = load_engine(common)

@@ -55,6 +55,7 @@ class TimeLine:
     """The frames of a request's clips, each in its place on the canvas.
 
     frames: uint8 `[canvas_frames, H, W, 3]`; mask: bool `[canvas_frames, H, W]`, True where known.
+    stretches: the frames of each clip.
     """
 
     def __init__(self, request: ResolvedRequest) -> None:
@@ -63,6 +64,7 @@ class TimeLine:
         self.loop = request.loop
         self.frames = np.zeros((*shape, 3), np.uint8)
         self.mask = np.zeros(shape, bool)
+        self.stretches: list[range] = []
         for clip in request.clips:
             frames = load_frames(clip.frames, request.height, request.width, request.fps)
             end = clip.at + len(frames)
@@ -81,6 +83,7 @@ class TimeLine:
             mask = on_canvas(_clip_mask(clip, frames.shape[:3]), request, end)
             self.frames[clip.at : clip.at + len(mask)] = on_canvas(frames, request, end)
             self.mask[clip.at : clip.at + len(mask)] = mask
+            self.stretches.append(range(clip.at, clip.at + len(mask)))
 
     @property
     def known_frames(self) -> np.ndarray:
@@ -91,6 +94,22 @@ class TimeLine:
         """A frame of the result's size, without the canvas's margin."""
         request = self.request
         return Image.fromarray(crop_middle(self.frames[frame], request.height, request.width))
+
+    def hold(self, latents: list[range]) -> None:
+        """Lets a clip that fills no latent frame, a picture above all, stand still in the one that
+        has most of it: the model would be told nothing of one that is known in part.
+
+        latents: the frames of each latent frame.
+        """
+        for clip in self.stretches:
+            shared = [len(set(clip) & set(latent)) for latent in latents]
+            if any(len(latent) == n for latent, n in zip(latents, shared, strict=True)):
+                continue
+            latent = np.array(latents[int(np.argmax(shared))])
+            known = latent[self.mask[latent].any(axis=(1, 2))]
+            if len(known):
+                nearest = known[np.abs(latent[:, None] - known[None]).argmin(axis=1)]
+                self.frames[latent], self.mask[latent] = self.frames[nearest], self.mask[nearest]
 
     def filled(self) -> np.ndarray:
         """The frames as they are encoded: nothing unknown is in them.
@@ -202,6 +221,7 @@ def _encode_latents(
     grid = model.grid
     shape = request.latent_shape(grid)
     spans = [grid.frames_of(i, loop=request.loop) for i in range(shape[1])]
+    line.hold(spans)
     unit = grid.vae_spatial
     by_latent = torch.from_numpy(np.stack([line.mask[list(span)].all(axis=0) for span in spans]))
     # A token is known where all of its pixels are, in all of its frames.

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,14 +28,33 @@ from sora_engine.errors import CheckpointError
 
 HUGE_BYTES = 4 << 20
 """Tensors from here on lie on huge pages; a page is 2 MiB."""
-SHARED_BYTES = 32 << 20
-"""Of huge pages that smaller tensors share."""
+RUN_BYTES = 1 << 30
+"""Of memory that kept tensors share, at most, but for a larger one."""
+GAP_BYTES = 1 << 16
+"""What lies between two kept tensors is read with them up to here."""
 PIECE_BYTES = 16 << 20
-"""What a device, or another dtype, is given at a time."""
+"""What a device, another dtype or another thread is given at a time."""
 BEHIND_BYTES = 1 << 18
 """From here on a copy takes longer than handing it to another thread."""
+RELEASED_BYTES = 1 << 16
+"""Fewer are not handed back before the file is closed: other processors would be interrupted."""
+SERIAL_VALUES = (1 << 15) - 1
+"""PyTorch converts so many on the thread that asks. Its others would wait, busy, for the next ones,
+and take the processor from those that copy."""
 THREADS = 4
 """Of `Copies`, at most: more wait for memory alone."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """Memory that mirrors a file from `start` on. Up to `sent` its bytes are on their way, up to
+    `end` they are wanted."""
+
+    file: MappedFile
+    memory: mmap.mmap
+    start: int
+    sent: int
+    end: int
 
 
 class Copies:
@@ -47,29 +67,49 @@ class Copies:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "copies")
         self._running: list[Future[None]] = []
-        self._shared: mmap.mmap | None = None
-        self._used = 0
+        self._run: _Run | None = None
 
     @contextlib.contextmanager
-    def behind(self) -> Iterator[None]:
-        """Within it `MappedFile.fill` comes back at once, on this thread."""
-        token = _BEHIND.set(self)
+    def behind(self, *, kept: bool = False) -> Iterator[None]:
+        """Within it `MappedFile.read` and `fill` come back at once, on this thread.
+
+        kept: what is read stays where it is for as long as the model does. Such tensors lie beside
+        each other as their file has them, and are read by long stretches: with a map and a read for
+        each, the system would take longer over them than their bytes take. The memory is given back
+        when the last of them goes.
+        """
+        token = _BEHIND.set((self, kept))
         try:
             yield
         finally:
             _BEHIND.reset(token)
 
-    def room(self, size: int) -> tuple[mmap.mmap, int]:
-        """Memory that several tensors share, and where in it `size` bytes are free. It is given
-        back when the last of them goes."""
-        if self._shared is None or self._used + size > len(self._shared):
-            self._shared, self._used = _huge_pages(max(size, SHARED_BYTES)), 0
-        at = self._used
-        self._used += (size + 63) // 64 * 64
-        return self._shared, at
+    def keep(self, file: MappedFile, start: int, size: int) -> Tensor:
+        """`size` bytes of a file from `start` on, uint8; some time later they are there."""
+        run = self._run
+        mirrors = run is not None and run.file is file and run.end <= start
+        if run is None or not mirrors or start + size > run.start + len(run.memory):
+            self._send()
+            length = min(len(file.data) - start, RUN_BYTES)
+            run = self._run = _Run(file, _huge_pages(max(size, length)), start, start, start)
+        if start - run.end > GAP_BYTES:
+            self._send()
+            run.sent = start
+        run.end = start + size
+        if run.end - run.sent >= PIECE_BYTES:
+            self._send()
+        return torch.frombuffer(run.memory, dtype=torch.uint8, count=size, offset=start - run.start)
 
     def submit(self, read: Callable[[memoryview, int], None], memory: memoryview, at: int) -> None:
         self._running.append(self._pool.submit(read, memory, at))
+
+    def _send(self) -> None:
+        run = self._run
+        while run is not None and run.sent < run.end:
+            end = min(run.end, run.sent + PIECE_BYTES)
+            part = memoryview(run.memory)[run.sent - run.start : end - run.start]
+            self.submit(run.file._read_into, part, run.sent)
+            run.sent = end
 
     def __enter__(self) -> Copies:
         return self
@@ -81,18 +121,20 @@ class Copies:
         trace: TracebackType | None,
     ) -> None:
         """Waits for what runs, before its file is closed. Raises what went wrong."""
+        if error is None:
+            self._send()
         self._pool.shutdown(cancel_futures=error is not None)
         if error is None:
             for each in self._running:
                 each.result()
 
 
-_BEHIND: ContextVar[Copies | None] = ContextVar("copies", default=None)
+_BEHIND: ContextVar[tuple[Copies, bool] | None] = ContextVar("copies", default=None)
 
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Within it `MappedFile.fill` waits for its bytes after all: for what is looked at."""
+    """Within it what is read is waited for after all: it will be looked at."""
     token = _BEHIND.set(None)
     try:
         yield
@@ -122,9 +164,44 @@ class MappedFile:
 
     def release(self, start: int, end: int) -> None:
         """Hand back the pages that a view has touched, and no others but the first."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if end - start >= RELEASED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             first = start - start % mmap.PAGESIZE
             self.data.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+    def read(
+        self,
+        start: int,
+        shape: tuple[int, ...],
+        stored: torch.dtype,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """A dense tensor of the values from `start` on, as `dtype` (None: as stored), owning its
+        memory; within `Copies.behind` they are there some time later, unless they are converted.
+        Raises CheckpointError."""
+        size = math.prod(shape) * stored.itemsize
+        same = dtype is None or dtype == stored
+        copies, kept = _BEHIND.get() or (None, False)
+        if copies is not None and kept and same and size and torch.device(device).type == "cpu":
+            return copies.keep(self, start, size).view(stored).view(shape)
+        target = room(shape, dtype or stored, device)
+        if same or target.is_meta:
+            self.fill(start, target)
+            return target
+        flat, step = target.view(-1), PIECE_BYTES // stored.itemsize
+        each = step if copies is None else SERIAL_VALUES
+        for first in range(0, flat.numel(), step):
+            last = min(first + step, flat.numel())
+            at, end = start + first * stored.itemsize, start + last * stored.itemsize
+            piece = self.view(at, end)
+            if at % stored.itemsize:
+                piece = piece.clone()
+            parts = piece.view(stored).split(each)
+            for values, part in zip(flat[first:last].split(each), parts, strict=True):
+                values.copy_(part)
+            self.release(at, end)
+        return target
 
     def fill(self, start: int, target: Tensor) -> None:
         """Fill a dense tensor with the bytes from `start` on; within `Copies.behind`, some time
@@ -134,11 +211,11 @@ class MappedFile:
         flat = target.view(-1).view(torch.uint8)
         if target.device.type == "cpu":
             values: Any = flat.numpy()
-            memory, copies = memoryview(values), _BEHIND.get()
-            if copies is None or len(memory) < BEHIND_BYTES:
+            memory, behind = memoryview(values), _BEHIND.get()
+            if behind is None or len(memory) < BEHIND_BYTES:
                 self._read_into(memory, start)
             else:
-                copies.submit(self._read_into, memory, start)
+                behind[0].submit(self._read_into, memory, start)
             return
         for first in range(0, len(flat), PIECE_BYTES):
             piece = flat[first : first + PIECE_BYTES]
@@ -170,34 +247,22 @@ class MappedFile:
             self.data.close()
 
 
-def room(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    *,
-    kept: bool = False,
-) -> Tensor:
-    """An empty tensor; of a CPU on huge pages where it is large and the system has them.
-
-    kept: it stays where it is for as long as the model does. Within `Copies.behind` small ones of
-    that kind share their pages: the system would take longer over their memory than they take to
-    read.
-    """
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An empty tensor; of a CPU on huge pages where it is large and the system has them."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    copies = _BEHIND.get() if kept and size >= BEHIND_BYTES else None
     here = torch.device(device).type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
-    if not here or (size < HUGE_BYTES and copies is None):
+    if not here or size < HUGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    if copies is not None and size < HUGE_BYTES:
-        memory, at = copies.room(size)
-    else:
-        memory, at = _huge_pages(size), 0
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=at).view(shape)
+    return torch.frombuffer(_huge_pages(size), dtype=dtype, count=count).view(shape)
 
 
 def _huge_pages(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memory
     with contextlib.suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

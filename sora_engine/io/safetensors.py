@@ -27,7 +27,7 @@ from sora_engine.errors import CheckpointError
 from sora_engine.io.config_file import parse_json_object, read_json_object
 from sora_engine.io.file_kind import SAFETENSORS, kind_of
 from sora_engine.io.links import refuse_stray_link
-from sora_engine.io.mapped_file import PIECE_BYTES, MappedFile, room
+from sora_engine.io.mapped_file import MappedFile
 from sora_engine.io.weights.source import Kept, kept_format_of
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
@@ -126,21 +126,7 @@ class SafetensorsFile:
         if rows is not None:
             start += rows.start * math.prod(shape[1:]) * info.dtype.itemsize
             shape = (len(rows), *shape[1:])
-        target = room(shape, dtype or info.dtype, device)
-        if target.dtype == info.dtype or target.is_meta:
-            self.bytes.fill(start, target)
-            return target
-        flat = target.view(-1)
-        size = info.dtype.itemsize
-        step = PIECE_BYTES // size
-        for first in range(0, flat.numel(), step):
-            last = min(first + step, flat.numel())
-            piece = self.bytes.view(start + first * size, start + last * size)
-            if start % size:
-                piece = piece.clone()
-            flat[first:last].copy_(piece.view(info.dtype))
-            self.bytes.release(start + first * size, start + last * size)
-        return target
+        return self.bytes.read(start, shape, info.dtype, device=device, dtype=dtype)
 
     def close(self) -> None:
         """Unmap the file; views that are still held keep it mapped until they go."""

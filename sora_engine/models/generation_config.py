@@ -123,3 +123,5 @@ def _check_values(own: Mapping[str, Any]) -> None:
             finite(name, own[name], None)
     if not isinstance(own.get("negative_prompt", ""), str):
         raise RequestError(f"negative_prompt must be a string, got {shown(own['negative_prompt'])}")
+    if not isinstance(own.get("example_prompt"), str | None):
+        raise RequestError(f"example_prompt must be a string, got {shown(own['example_prompt'])}")

@@ -9,7 +9,6 @@ that has it), and int8 quantises whatever the file has.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_engine.errors import BackendError
+from sora_engine.io.loading import submodule
 from sora_engine.io.weights.codings import hadamard
 from sora_engine.io.weights.merging import Merge
 from sora_engine.io.weights.source import PIECE_VALUES, WeightSource
@@ -205,9 +205,9 @@ class Keeper:
     ) -> bool:
         """Put the weight of a block's linear layer in place, quantised; False for others."""
         path, _, leaf = name.rpartition(".")
-        if leaf != "weight" or not re.match(rf"({'|'.join(self.block_lists)})\.", name):
+        if leaf != "weight" or name.partition(".")[0] not in self.block_lists:
             return False
-        layer = module.get_submodule(path)
+        layer = submodule(module, path)
         if type(layer) not in (nn.Linear, InvariantLinear):
             return False
         assert isinstance(layer, nn.Linear)
@@ -228,7 +228,7 @@ class Keeper:
                 backend=product if able else "auto", exact=isinstance(layer, InvariantLinear),
             )  # fmt: skip
         parent, _, child = path.rpartition(".")
-        setattr(module.get_submodule(parent), child, made)
+        setattr(submodule(module, parent), child, made)
         return True
 
 

@@ -65,6 +65,8 @@ class GenerationDefaults:
     """None is the checkpoint's scheduler."""
     ladder: str | None = None
     """The levels of a few-step checkpoint; its number of steps is `num_inference_steps`."""
+    example_prompt: str | None = None
+    """A prompt of the kind that it was trained on, for who has none yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

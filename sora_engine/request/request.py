@@ -48,7 +48,8 @@ class Clip:
         a PIL image, the path of an image or a video, a `Video` that an engine has made, or
         `Footage`, a part of any of these. Of another size than the request's they are scaled until
         they cover it, and their middle is kept.
-    at: the frame of the time line at which they begin.
+    at: the frame of the time line at which they begin. Where they fill no latent frame, as a
+        picture behind the first one, they stand still in the one that has most of them.
     mask: bool `[n, height, width]`, `[height, width]` or `[n]`, in the request's size and at its
         frame rate: True where known (the opposite of the mask of `tasks.inpaint`, which is True
         where the picture is made anew). None: everywhere.

@@ -380,7 +380,9 @@ class MemoryPlanner:
         # Of uint8 two float32 copies are made, one after the other; the last one goes in.
         entering = coder.cache + values * (1 + 4 + 4)
         copied = 0 if self.model.vae_dtype == torch.float32 else values * 4
-        return max(text, canvas + max(entering, copied + coder.peak))
+        pictures = self.model.image_encoder
+        seen = 0 if pictures is None else pictures.activation_bytes(1 + self.model.takes_last_image)
+        return max(text, canvas + max(entering, copied + coder.peak, texts + seen))
 
     def _decode(self, request: ResolvedRequest, canvas: Canvas, texts: int) -> tuple[int, int]:
         """Peak, and what is held between two turns."""

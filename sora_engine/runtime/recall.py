@@ -24,6 +24,8 @@ Place = tuple[float, float]
 TILE = 16
 """Cells along a side of the pieces in which the map is kept. One that changes is copied."""
 NOBODY = -1
+STALE = 0.5
+"""What a sight of a cell is worth that is not the last one of it: it may have changed since."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,23 +181,50 @@ class Places(Index):
         )
 
     def pick(self, place: Place, n: int, context: Sequence[Moment]) -> list[Moment]:
-        """Those that are the latest of the most cells of the view, but for cells of which one of
-        the context is; of equal ones the newer."""
+        """Those that together show the most cells of the view, but for cells of which one of the
+        context is the latest. A cell that a moment saw, but not as the last one, counts `STALE`:
+        few moments are the latest of many cells of a view that was left long ago, and one that saw
+        all of it shows it as it was. Of equal ones the newer."""
         if not n or not self.numbered:
             return []
-        latest = next(iter(self.numbered.values()))
-        shows: Counter[int] = Counter()
-        for tile, part in self._pieces(place, latest.size):
-            if tile in self.tiles:
-                shows.update(self.tiles[tile][part].ravel().tolist())
+        size = next(iter(self.numbered.values())).size
+        owners = self._owners(place, size)
         seen = {id(moment) for moment in context}
-        found = [
-            (cells, number)
-            for number, cells in shows.items()
-            if number != NOBODY and id(self.numbered[number]) not in seen
-        ]
-        chosen = sorted(number for _, number in sorted(found, reverse=True)[:n])
-        return [self.numbered[number] for number in chosen]
+        near = [number for number, moment in self.numbered.items() if id(moment) in seen]
+        rows, columns = np.nonzero((owners != NOBODY) & ~np.isin(owners, near))
+        # Who saw any of these cells lies, and is the latest of a cell, within a view's size of it.
+        around = (place[0] - size[0] + 1, place[1] - size[1] + 1)
+        numbers = np.unique(self._owners(around, (3 * size[0] - 2, 3 * size[1] - 2)))
+        numbers = numbers[~np.isin(numbers, [NOBODY, *near])]
+        saw = np.ones((len(numbers), len(rows)), bool)
+        for axis, cells in enumerate((rows, columns)):
+            corners = np.array([round(self.numbered[int(i)].place[axis]) for i in numbers])
+            steps = round(place[axis]) + cells - corners[:, None]
+            if self.world is not None:
+                steps %= self.world[axis]
+            saw &= (steps >= 0) & (steps < size[axis])
+        worth = np.where(owners[rows, columns] == numbers[:, None], 1.0, STALE) * saw
+        shown, picked = np.zeros(len(rows)), []
+        while len(picked) < n and len(rows):
+            gains = np.clip(worth - shown, 0, None).sum(axis=1)
+            best = len(numbers) - 1 - int(gains[::-1].argmax())
+            if not gains[best]:
+                break
+            picked.append(int(numbers[best]))
+            shown = np.maximum(shown, worth[best])
+        return [self.numbered[number] for number in sorted(picked)]
+
+    def _owners(self, place: Place, size: tuple[int, int]) -> np.ndarray:
+        """The numbers of the moments that are the latest of the cells of a view, `[rows, columns]`;
+        no more of them than a torus has."""
+        rows, columns = self._runs_of(place, size)
+        empty = np.full((TILE, TILE), NOBODY)
+        return np.block(
+            [
+                [self.tiles.get((row, column), empty)[part, own] for column, own in columns]
+                for row, part in rows
+            ]
+        )
 
     @property
     def moments(self) -> tuple[Moment, ...]:
@@ -216,14 +245,21 @@ class Places(Index):
         self, place: Place, size: tuple[int, int]
     ) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
         """What a view covers of each tile of the map: the tile, and its rows and columns."""
+        rows, columns = self._runs_of(place, size)
+        for tile_row, row in rows:
+            for tile_column, column in columns:
+                yield (tile_row, tile_column), (row, column)
+
+    def _runs_of(
+        self, place: Place, size: tuple[int, int]
+    ) -> tuple[list[tuple[int, slice]], list[tuple[int, slice]]]:
+        """The rows of a view by tile, and its columns."""
         world = self.world or (None, None)
         rows, columns = (
             list(_runs(round(at), length, around))
             for at, length, around in zip(place, size, world, strict=True)
         )
-        for tile_row, row in rows:
-            for tile_column, column in columns:
-                yield (tile_row, tile_column), (row, column)
+        return rows, columns
 
 
 def _runs(start: int, length: int, around: int | None) -> Iterator[tuple[int, slice]]:

@@ -45,6 +45,7 @@ def video_of(desk: Desk, row: Row, base: str = "") -> Video:
         prompt=facts.get("prompt"),
         size=facts["size"],
         seconds=facts["seconds"],
+        task=_task(row.body),  # type: ignore[arg-type]
         remixed_from_video_id=facts.get("remixed_from"),
         error=None if error is None else Failure(**error),
         quality="standard",
@@ -61,6 +62,14 @@ def video_of(desk: Desk, row: Row, base: str = "") -> Video:
         receipt=facts.get("receipt"),
         **progress,
     )
+
+
+def _task(stored: dict[str, Any]) -> str:
+    """By the name that its command has."""
+    task, fields = stored["task"], stored["fields"]
+    if task == "edit":
+        return "inpaint" if "mask" in fields else "fill" if "missing" in fields else "edit"
+    return "loop" if task == "create" and fields.get("loop") else str(task)
 
 
 def _progress(row: Row, live: Live | None) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Desk:
         """How many jobs of an owner may be under way."""
         self.draining = False
         self._lives: dict[str, Live] = {}
+        self._num_taken = 0
         self._waiting: list[Live] = []
         self._at_engine: set[Live] = set()
         self._wake = threading.Condition(threading.RLock())
@@ -113,6 +114,11 @@ class Desk:
         """All jobs that are not done."""
         with self._wake:
             return list(self._lives.values())
+
+    def census(self) -> tuple[list[Live], int]:
+        """The same, and how many were ever taken, at one moment."""
+        with self._wake:
+            return list(self._lives.values()), self._num_taken
 
     def position(self, name: str) -> int | None:
         """How many jobs are to be begun before this one; None for one that was begun."""
@@ -222,6 +228,7 @@ class Desk:
                     headers={"Retry-After": str(round(self._retry_after_s()))},
                 )
             self._lives[live.row.id] = live
+            self._num_taken += 1
 
     def _retry_after_s(self) -> float:
         jobs = [live.job for live in self._at_engine if live.job is not None]

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Load:
     """waiting, running: jobs. tokens: of all steps that are still to be taken. room: how many more
-    jobs are let in."""
+    jobs are let in. taken: how many were, since the server was started."""
 
     waiting: int = 0
     running: int = 0
     tokens: int = 0
     room: int = 0
+    taken: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -26,11 +27,13 @@ class Load:
 
 def load_of(desk: Desk) -> Load:
     """A desk's load now."""
-    waiting, running = desk.counts
+    lives, taken = desk.census()
+    at_work = sum(live.stage != "queued" for live in lives)
+    waiting, running = len(lives) - at_work, at_work
     settings = desk.settings
     room = settings.max_queue + settings.max_running - waiting - running
-    tokens = sum(_tokens_left(live) for live in desk.lives())
-    return Load(waiting, running, round(tokens), max(0, room))
+    tokens = sum(_tokens_left(live) for live in lives)
+    return Load(waiting, running, round(tokens), max(0, room), taken)
 
 
 def _tokens_left(live: Live) -> float:

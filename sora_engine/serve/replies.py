@@ -30,6 +30,12 @@ class Video(Body):
     prompt: str | None = None
     size: str
     seconds: str
+    task: Annotated[
+        Literal[
+            "create", "image", "extend", "loop", "connect", "edit", "inpaint", "fill", "upscale"
+        ],
+        Field(description="What was asked for; `loop` of videos from words that are loops, too."),
+    ]
     remixed_from_video_id: str | None = None
     error: Failure | None = None
     quality: str | None = None

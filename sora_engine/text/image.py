@@ -108,6 +108,20 @@ class ImageEncoder:
         self.model.to(device)
         return self
 
+    def activation_bytes(self, images: int) -> int:
+        """The most that encoding so many pictures holds beside the weights: their float32 pixels,
+        with the embeddings of all layers and what one layer makes of the last; or a copy of the
+        pixels in the model's dtype, with the first embeddings."""
+        config, size = self.model.config, self.model.dtype.itemsize
+        tokens, width = (config.image_size // config.patch_size) ** 2 + 1, config.hidden_size
+        values = config.num_channels * config.image_size**2
+        pixels = 4 * values
+        copied = pixels + tokens * width * size + (0 if size == 4 else values * size)
+        layer = max(5 * width, width + 3 * config.intermediate_size)
+        return images * max(
+            pixels + tokens * size * ((config.num_hidden_layers + 1) * width + layer), copied
+        )
+
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
         """Embeddings `[images, tokens, image_dim]` of RGB images (PIL, or uint8 `[height, width,

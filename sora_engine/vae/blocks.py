@@ -11,12 +11,15 @@ fastest so, a norm reads its channels in one piece, and a frame is a picture wit
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_engine.vae.native import Layouts, PackableConv3d, PackedConv, native_kernels
 from sora_engine.vae.state import FeatureCache
+from sora_engine.vae.winograd import WinogradConv, serves
 from sora_kernels import causal_norm_silu
 from sora_kernels.transfer import constant
 from sora_kernels.triton_support import problem as triton_problem
@@ -25,6 +28,10 @@ from sora_kernels.triton_support import problem as triton_problem
 class CausalConv3d(PackableConv3d):
     """A convolution that sees the present and the past: in time, all its padding comes before."""
 
+    fewer_products: ClassVar[bool] = False
+    """Whether it may run as a `WinogradConv`: a part of a frame then has other bits than in the
+    whole, within float32's rounding."""
+
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], stride_t: int = 1):
         super().__init__(c_in, c_out, kernel, stride=(stride_t, 1, 1))
 
@@ -32,9 +39,24 @@ class CausalConv3d(PackableConv3d):
         """`[B, c_in, T, H, W] -> [B, c_out, (T - k) // stride + 1, H, W]`, no padding in time, and
         the sum with `beside` of that shape where it is given."""
         if self.layouts.wanted:
-            return self.packed()(x, beside)
+            packed = self.packed()
+            if self.fewer_products and serves(self, x):
+                return self._winograd(packed)(x, beside)
+            return packed(x, beside)
         y = F.conv3d(x, self.weight, self.bias, self.stride, self.spatial_padding)
         return y if beside is None else beside + y
+
+    def _winograd(self, packed: PackedConv) -> WinogradConv:
+        made: WinogradConv = self.layouts.get(
+            "winograd", lambda: WinogradConv(packed.plain_weight(), self.bias)
+        )
+        return made
+
+    @property
+    def second_bytes(self) -> int:
+        """What the weight takes a second time, for large frames."""
+        made: WinogradConv | None = self.layouts.made("winograd")
+        return 0 if made is None else made.nbytes
 
     def _last_tap(self, x: Tensor) -> Tensor:
         if self.layouts.wanted:

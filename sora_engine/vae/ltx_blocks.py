@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ Stride = tuple[int, int, int]
 class LTXConv(CausalConv3d):
     """A convolution whose padding in time repeats the first frame, and without `causal` the last
     one: half of it stands before a frame then, half behind."""
+
+    fewer_products: ClassVar[bool] = True
 
     def __init__(
         self, c_in: int, c_out: int, *, causal: bool, kernel: int = 3, stride: Stride = (1, 1, 1)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 META = torch.device("meta")
 
+_UNTAGGED = (torch.ops.aten.where.ScalarOther, torch.ops.aten.where.ScalarSelf)
+"""Elementwise, and not said to be."""
 _PLAIN = frozenset({"alpha", "approximate", "rounding_mode", "value"})
 _SINGLE = (int, float, bool, str, type(None))
 
@@ -31,7 +33,9 @@ def elementwise(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Te
     The dtype is that of the operation itself on a tensor of the host without elements; axes are
     ordered as in the operand that torch takes their order from.
     """
-    if torch.Tag.pointwise not in func.tags or not _PLAIN.issuperset(kwargs):
+    if torch.Tag.pointwise not in func.tags and func not in _UNTAGGED:
+        return None
+    if not _PLAIN.issuperset(kwargs):
         return None
     tensors = [a for a in args if isinstance(a, Tensor)]
     wide = [t for t in tensors if t.dim()]
@@ -110,13 +114,16 @@ def _stacked(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
 def _norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """`linalg_vector_norm` over axes that are kept."""
     x, _, axes, kept = (*args, None, None, None)[:4]
-    if not x.is_meta or not kept or axes is None or kwargs:
+    dtype = kwargs.get("dtype") or x.dtype
+    if not x.is_meta or not kept or axes is None or kwargs.keys() - {"dtype"}:
         return None
-    if not x.is_floating_point():
+    if not x.is_floating_point() or not dtype.is_floating_point:
         return None
+    if torch.promote_types(x.dtype, dtype) != dtype:
+        return None  # a narrower one, which torch refuses
     away = {axis % x.dim() for axis in axes}
     shape = [1 if i in away else size for i, size in enumerate(x.shape)]
-    return torch.empty(shape, dtype=x.dtype, device=META)
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def _counted(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

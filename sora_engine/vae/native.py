@@ -67,6 +67,10 @@ class Layouts:
                 self._packed[name] = make()
             return self._packed[name]
 
+    def made(self, name: str) -> Any:
+        """What was made under this name; None if nothing was."""
+        return self._packed.get(name)
+
     def forget(self, name: str) -> None:
         """Let go of what was made under this name, if anything was."""
         self._packed.pop(name, None)
@@ -183,6 +187,7 @@ class PackableConv3d(nn.Conv3d):
             self._parameters["weight"] = nn.Parameter(plain, requires_grad=stand_in.requires_grad)
             self._holder = None
             self.layouts.forget("whole")
+            self.layouts.forget("winograd")
 
     def _pack_whole(self) -> PackedConv:
         weight = self.weight

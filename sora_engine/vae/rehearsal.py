@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sora_engine.errors import RequestError
+from sora_engine.vae.blocks import CausalConv3d
 from sora_engine.vae.causal import CausalVAE
 from sora_engine.vae.decoding import decoding
 from sora_engine.vae.meter import META, NoScores, OnOneDevice, StorageMeter
@@ -151,7 +152,9 @@ def _rehearse(
         vae = hollow_vae(config, dtype)
         with StorageMeter([*apart, *vae.parameters()]) as meter:
             kept = [meter.now if held is None else held for held in run(vae)]
-    return CodingMemory(cache=max(kept), peak=meter.peak)
+    convs = [module for module in vae.modules() if isinstance(module, CausalConv3d)]
+    again = sum(conv.second_bytes for conv in convs)
+    return CodingMemory(cache=max(kept), peak=meter.peak + again)
 
 
 def decode_peak_bytes(

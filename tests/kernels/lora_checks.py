@@ -12,7 +12,7 @@ from sora_kernels.testing import check_within_budget, generator, guarded
 
 
 @st.composite
-def lora_cases(draw, max_rows=70, sizes=(1, 7, 16, 33, 64, 100)):
+def lora_cases(draw, max_rows=70, sizes=(1, 7, 16, 33, 64, 100, 530)):
     rows = draw(st.integers(0, max_rows))
     place = st.integers(0, rows)
     return {

@@ -35,7 +35,7 @@ from norm_checks import (
 )
 
 import sora_kernels as sk
-from sora_kernels import csrc
+from sora_kernels import csrc, winograd
 from sora_kernels.testing import check_within_budget, generator, guarded, offsets
 
 ROOT = Path(__file__).parents[2]
@@ -256,6 +256,46 @@ def test_neighbours_do_not_leak(backend, lens):
 
 
 @pytest.mark.usefixtures("native_library")
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("channels", [(1, 3), (16, 16), (37, 20)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 8), (6, 3)])
+def test_native_winograds_ends_make_a_convolution(size, channels):
+    """With their products in float64's place between them, whole and in rows of tiles."""
+    torch.manual_seed(0)
+    (height, width), (ins, outs), frames = size, channels, 2
+    x, weight = torch.randn(frames, height, width, ins), torch.randn(outs, ins, 1, 3, 3)
+    bias, beside = torch.randn(outs), torch.randn(frames, height, width, outs)
+    pictures = x.permute(0, 3, 1, 2).double()
+    want = torch.nn.functional.conv2d(pictures, weight[:, :, 0].double(), bias.double(), padding=1)
+    want = want.permute(0, 2, 3, 1) + beside
+    down, across = (height + 1) // 2, (width + 1) // 2
+    planes = [place[:, :, 0, 0, 0] for place in winograd.filters(weight)]
+    for strip in (down, 1):
+        y = torch.full_like(beside, torch.nan)
+        for first in range(0, down, strip):
+            shape = (frames, strip, across)
+            tiles = torch.full((16, frames * strip * across * ins + 5), torch.nan)
+            winograd.split(x, tiles, first, strip)
+            read = tiles[:, :-5].view(16, *shape, ins)
+            assert not read.isnan().any()
+            products = [tile @ plane.T for tile, plane in zip(read, planes, strict=True)]
+            winograd.join(products, bias, beside, y, first, strip)
+        assert float((y - want).abs().max()) < 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.usefixtures("native_library")
+def test_native_winograd_refuses_what_does_not_fit():
+    x, tiles = torch.zeros(1, 4, 4, 2), torch.zeros(16, 8)
+    with pytest.raises(RuntimeError, match=r"rows 1 to 3 of tiles of \[1, 4, 4, 2\]"):
+        winograd.split(x, tiles, 1, 2)
+    with pytest.raises(RuntimeError, match=r"tiles \[16, 7\] of \[1, 4, 4, 2\]"):
+        winograd.split(x, tiles[:, :7], 0, 2)
+    with pytest.raises(RuntimeError, match="15 products"):
+        winograd.join([tiles[0].view(1, 2, 2, 2)] * 15, None, None, x, 0, 2)
+    with pytest.raises(RuntimeError, match=r"products \[1, 1, 2, 2\]"):
+        winograd.join([tiles[0, :4].view(1, 1, 2, 2)] * 16, None, None, x, 0, 2)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_keeps_the_budget(isa):
     """The kernels of lesser instruction sets, in a process that is held to them."""

@@ -99,11 +99,11 @@ def test_work_goes_where_the_fewest_tokens_wait():
     homes = homes_with(Load(9, 1, 50, 60), Load(0, 1, 400, 70), Load(0, 2, 51, 70))
     assert {shortest(homes).name for _ in range(20)} == {"0"}
     # What is on its way counts as jobs of the mean size: 501 tokens of 13 jobs.
-    homes[0].sent = 1
+    homes[0].sends()
     assert {shortest(homes).name for _ in range(20)} == {"2"}
     full = homes_with(Load(64, 16, 10, 0), Load(64, 15, 900, 1))
     assert shortest(full).name == "1"
-    full[1].sent = 1
+    full[1].sends()
     assert shortest(full).name == "0"  # none has room: it will say so
     assert {shortest(homes_with(Load(), Load())).name for _ in range(60)} == {"0", "1"}
 
@@ -111,8 +111,63 @@ def test_work_goes_where_the_fewest_tokens_wait():
 def test_a_burst_is_shared_out_before_any_of_it_is_counted():
     homes = homes_with(*[Load(room=80)] * 4)
     for _ in range(60):
-        shortest(homes).sent += 1
-    assert [home.sent for home in homes] == [15] * 4
+        shortest(homes).sends()
+    assert [len(home.sent) for home in homes] == [15] * 4
+
+
+def test_clients_at_once_are_shared_out_evenly():
+    """Whatever reports are under way meanwhile: no job counts twice or not at all for long."""
+    uneven = [abs(asyncio.run(shares_of_two(random.Random(seed)))) for seed in range(20)]
+    assert sum(uneven) / len(uneven) < 0.3, uneven
+
+
+async def shares_of_two(rng: random.Random) -> int:
+    """How many more of 24 jobs of 8 clients one of two servers has."""
+    jobs = {"0": 0, "1": 0}
+
+    def server(name: str) -> Home:
+        async def answer(request: httpx.Request) -> httpx.Response:
+            await asyncio.sleep(rng.uniform(0.001, 0.02))
+            if request.method == "POST":
+                jobs[name] += 1
+            load = Load(jobs[name], 0, 1000 * jobs[name], 80, jobs[name])
+            await asyncio.sleep(rng.uniform(0.001, 0.01))
+            return httpx.Response(200, json={"status": "ready", "load": load.to_dict()})
+
+        return Home(name, httpx.MockTransport(answer), "ready", Load(room=80))
+
+    proxy = Proxy(Homes([server("0"), server("1")]))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(proxy), base_url="http://replicas"
+    ) as http:
+        clients = asyncio.Semaphore(8)
+
+        async def create() -> None:
+            async with clients:
+                assert (await http.post("/v1/videos", json={})).status_code == 200
+
+        await asyncio.gather(*(create() for _ in range(24)))
+        await asyncio.sleep(0.1)
+    return jobs["0"] - jobs["1"]
+
+
+def test_a_video_that_is_made_at_once_counts_once():
+    """Its request is under way for as long as its job, and its server has counted it long ago."""
+    home = Home(
+        "0",
+        httpx.MockTransport(
+            lambda _: httpx.Response(
+                200, json={"status": "ready", "load": {"running": 1, "tokens": 9}}
+            )
+        ),
+        "ready",
+    )
+    home.sends()
+    asyncio.run(home.ask())
+    assert len(home.sent) == 1  # it may not have been read yet
+    home.sent = dict.fromkeys(home.sent, time.monotonic() - 0.01)  # COUNTED_S later
+    asyncio.run(home.ask())
+    assert (len(home.sent), home.load.tokens) == (0, 9)
 
 
 def test_a_key_has_one_server_and_few_move_where_one_is_added():

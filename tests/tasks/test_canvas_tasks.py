@@ -132,7 +132,10 @@ def test_holes_are_filled_from_round_about():
 @pytest.mark.parametrize(
     ("clips", "message"),
     [
-        ([sora.Clip(a_clip(2), at=3)], "cover no whole latent frame.*0, 1-4, 5-8, 9-12"),
+        (
+            [sora.Clip(a_clip(17), mask=np.arange(17) == 3)],
+            "cover no whole latent frame.*0, 1-4, 5-8, 9-12",
+        ),
         ([sora.Clip(a_clip(5), at=14)], "ends at frame 19; the video has 17: at most 3 fit"),
         (
             [sora.Clip(a_clip(5)), sora.Clip(a_clip(5), at=3)],

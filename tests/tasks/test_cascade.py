@@ -152,6 +152,17 @@ def test_what_cannot_be_is_told_before_any_work(engine):
     assert engine.num_queued == engine.num_running == 0
 
 
+def test_its_peak_is_below_that_of_one_pass_at_the_full_size(engine):
+    """As `examples/sprites/cascade.py` makes its videos."""
+    large = sora.VideoRequest(BASE.prompt, height=128, width=128, num_frames=33)
+    small = sora.VideoRequest(BASE.prompt, height=64, width=64, num_frames=17)
+    stages = [Stage(scale=2, strength=0.4), Stage(frames=2, strength=0.3, guidance_scale=1.0)]
+    job = sora.submit_cascade(tasks.cascade(small, stages), engine)
+    job.cancel()
+    assert job.plan.passes[-1].decode > job.plan.passes[0].decode
+    assert job.plan.peak < engine.plan(large).peak
+
+
 def test_a_stage_beyond_the_memory_is_refused_before_the_base_is_made():
     limits = sora.Limits(memory_bytes=12 << 20)
     with sora.Engine.from_pretrained("sprites", device="cpu", limits=limits) as small:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 # Each takes a tenth of a second to two of a start, and nothing in the bundled checkpoint needs one.
 LEFT_OUT = (
     "torch._dynamo",
@@ -25,7 +27,7 @@ LEFT_OUT = (
 )
 SCRIPT = """
 import json, runpy, sys
-sys.argv = ["sora", "generate", "a red circle", "--frames", "5", "--steps", "2", "-o", {path!r}]
+sys.argv = ["sora", "generate", "a red circle", "--steps", "2", "-o", {path!r}, *{options!r}]
 try:
     runpy.run_module("sora_engine", run_name="__main__")
 except SystemExit as end:
@@ -34,10 +36,19 @@ print(json.dumps(sorted(sys.modules)))
 """
 
 
-def test_a_cold_start_imports_what_it_uses(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--frames", "5"],
+        ["--frames", "33"],  # in windows
+        ["--frames", "5", "--dtype", "bfloat16", "--vae-dtype", "bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_a_cold_start_imports_what_it_uses(tmp_path, options):
     path = tmp_path / "out.mp4"
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(path=str(path))],
+        [sys.executable, "-c", SCRIPT.format(path=str(path), options=options)],
         capture_output=True,
         text=True,
         check=True,

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 import sora_engine as sora
-from sora_engine.cli import main
+from sora_engine.cli import main, options
 from sora_engine.cli.app import app, one_line
 from sora_engine.cli.work import follow
 from sora_engine.io.video_writer import write_video
+from sora_engine.models.registry import BUNDLED
 
 FRAMES = np.zeros((5, 16, 16, 3), np.uint8)
 
@@ -33,6 +34,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_bundled_checkpoints_are_there_by_their_names() -> None:
+    """Wherever a command is run: `sora serve meadow` is no folder of that name."""
+    assert set(options.BUNDLED) == set(BUNDLED)
+    for name in BUNDLED:
+        options.must_exist(name)
+        assert options.absolute(name) == name
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -45,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["generate", "x", "--image", "empty"], "empty holds no numbered PNG files; 00000.png"),
         (["generate", "x", "--model", ""], "the path of a model is empty; a folder, a file or"),
         (["generate", "x", "--model", "sprites", "--model", "sprites"], "sprites: a whole model"),
-        (["generate", "x", "--model", "Sprites"], "--model: Sprites does not exist"),
+        (["generate", "x", "--model", "Sprites"], "Sprites does not exist; sprites and"),
         (["export-vae", "sprites", "--sizes", "64"], "--sizes: '64' is not HEIGHTxWIDTH, such as"),
         (["generate", "x", "--fps", "1e-9"], "--fps: fps 1e-09: it must be at least 0.001 and at"),
         (["upscale", "clip.mp4", "--scale", "3", "--size", "64x64"], "--scale: scale 3"),

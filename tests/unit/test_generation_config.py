@@ -61,6 +61,7 @@ def test_what_is_not_known_is_named(
         ({"guidance_scale": [5]}, {}, r"guidance_scale must be a number, got \[5\]"),
         ({"guidance_scale_2": True}, {}, "guidance_scale_2 must be a number, got True"),
         ({"negative_prompt": None}, {}, "negative_prompt must be a string, got None"),
+        ({"example_prompt": 7}, {}, "example_prompt must be a string, got 7"),
         ({"max_window": "5"}, {}, "max_window must be an integer, got '5'"),
     ],
 )

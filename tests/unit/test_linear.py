@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sora_engine.models.linear import BlockedLinear, block_linears, can_block, linear_gelu
+from sora_engine.models import linear as layers
+from sora_engine.models.linear import (
+    BlockedLinear,
+    WidenedLinear,
+    block_linears,
+    can_block,
+    lay_out_like,
+    linear_gelu,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -103,3 +111,67 @@ def test_small_and_trainable_layers_stay():
     wanted = can_block(model[0].weight)
     block_linears(model)
     assert [isinstance(layer, BlockedLinear) for layer in model] == [wanted, False, False]
+
+
+# A processor without products of bfloat16.
+
+
+@pytest.mark.parametrize("rows", [1, 7, 333])
+@pytest.mark.parametrize("bias", [True, False])
+def test_widened_it_is_float64_rounded_once(rows, bias):
+    linear = frozen(200, 130, bias, BF16)
+    x = torch.randn(rows, 200).bfloat16()
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    linear.__class__ = WidenedLinear
+    with torch.inference_mode():
+        found = {"": (linear(x), expected)}
+        for name in ("tanh", "none"):
+            found[name] = linear_gelu(linear, x, name), F.gelu(expected, approximate=name)
+    for result, wanted in found.values():
+        assert result.dtype == BF16
+        assert result.shape == wanted.shape
+        assert ((result.double() - wanted).abs() <= wanted.abs() * 2**-8 + 5e-6).all()
+
+
+@pytest.mark.parametrize("sizes", [(200, 130), (8960, 256)])
+def test_nor_does_a_number_of_rows_change_a_widened_row(sizes):
+    linear = frozen(*sizes, dtype=BF16)
+    linear.__class__ = WidenedLinear
+    x = torch.randn(2000, sizes[0]).bfloat16()
+    with torch.inference_mode():
+        together = linear_gelu(linear, x, "tanh")
+        for rows in (1, 2, 3, 5, 8, 17, 32, 63, 129, 500, 1999):
+            assert torch.equal(linear_gelu(linear, x[:rows], "tanh"), together[:rows]), rows
+
+
+def test_nor_is_a_single_widened_row_another():
+    """Each by itself: of a sum in another order, rounding to bfloat16 shows one value in ten
+    thousand."""
+    linear = frozen(200, 130, dtype=BF16)
+    linear.__class__ = WidenedLinear
+    x = torch.randn(2000, 200).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(torch.cat([linear(row[None]) for row in x]), linear(x))
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_bfloat16_is_widened_where_the_processor_has_no_products_of_it(monkeypatch, lacks):
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("products go another way here")
+    if not lacks and layers.multiplies_as_float32():
+        pytest.skip("this processor has none")
+    monkeypatch.setattr(layers, "multiplies_as_float32", lambda: lacks)
+    model = nn.Sequential(frozen(256, 256, dtype=BF16), frozen(8, 8, dtype=BF16), frozen(256, 256))
+    weight = model[0].weight
+    block_linears(model)
+    assert [type(layer) for layer in model] == [
+        WidenedLinear if lacks else BlockedLinear,
+        nn.Linear,
+        BlockedLinear,
+    ]
+    if lacks:
+        assert model[0].weight is weight  # no second copy, and no wider one
+        with torch.device("meta"):
+            hollow = nn.Sequential(nn.Linear(256, 256), nn.Linear(8, 8), nn.Linear(256, 256))
+        lay_out_like(hollow, model)
+        assert type(hollow[0]) is WidenedLinear

@@ -12,12 +12,23 @@ import torch
 from examples.meadow import reader, world
 from examples.meadow.imagine import Memory
 from examples.meadow.model import CLEAN, FRAMES, NEW, RECALLED, Meadow, as_targets, from_targets
-from examples.meadow.pool import Clips, Walk, action_row, cut, recalled
+from examples.meadow.pool import (
+    ACTED,
+    BACK,
+    PLAYER,
+    STALE,
+    Clips,
+    Walk,
+    action_row,
+    cut,
+    recalled,
+)
 from examples.meadow.scoring import Tally, away_class, score
 from examples.meadow.text import GROUPS, caption_of, code, read
 from sora_engine.denoise.drive import sight
 from sora_engine.denoise.packing import Packer, Segment, patchify
 from sora_engine.models.wan.model import WanTransformer
+from sora_engine.runtime.recall import Moment, Places
 
 
 def some_walk(rng: random.Random, steps: int, side: int = 20) -> Walk:
@@ -45,7 +56,7 @@ def model() -> Meadow:
 
 def as_in_a_session(model: Meadow, walk: Walk, parts: tuple, level: float, index: int):
     """What the model makes of one new frame of a training clip, laid out as a session does."""
-    latents, actions, places, sees = parts
+    latents, actions, places, sees, _ = parts
     me = RECALLED + CLEAN + index
     ids = [i for i in sees[me].nonzero().flatten().tolist() if i != me]
     old = sum(i < RECALLED for i in ids)
@@ -72,7 +83,7 @@ def test_a_training_clip_shows_a_new_frame_as_a_session_does(model: Meadow) -> N
     for _ in range(6):
         _, parts = cut(walk, rng)
         levels = torch.cat([torch.zeros(FRAMES - NEW), torch.rand(NEW)])
-        latents, actions, places, sees = (part[None] for part in parts)
+        latents, actions, places, sees, _ = (part[None] for part in parts)
         out = model(latents, levels[None], actions, places, sees, [walk.look.caption()])[0]
         for index in range(NEW):
             level = float(levels[RECALLED + CLEAN + index])
@@ -99,13 +110,15 @@ def test_targets_are_laid_out_as_the_model_emits() -> None:
 def test_the_past_is_what_the_model_made_of_it() -> None:
     rng = random.Random(4)
     walk = some_walk(rng, 40)
-    first, (latents, actions, places, sees) = cut(walk, rng)
-    clips = Clips(*(part[None] for part in (latents, actions, places, sees)), [walk], [first])
-    made = torch.randn(1, NEW, 24, 8, 8)
+    first, parts = cut(walk, rng)
+    clips = Clips(*(part[None] for part in parts), [walk], [first])
+    made = clips.latents[:, -NEW:] + 0.2 * torch.randn(1, NEW, 24, 8, 8)
+    made[:, :, :, 2, 5] += 3  # another tile
     which = torch.tensor([[True, False, True, True, False, False]])
     clips.keep(made, which)
     for i in range(NEW):
-        want = made[0, i].half() if which[0, i] else walk.latents[first + i]
+        want = made[0, i].half() if which[0, i] else walk.latents[first + i].clone()
+        want[:, 2, 5] = walk.latents[first + i, :, 2, 5]
         assert torch.equal(walk.made[first + i], want)
     met = False
     for _ in range(40):
@@ -135,38 +148,69 @@ def test_what_is_recalled_shows_what_is_out_of_sight() -> None:
         ids = recalled(walk, shown, before, RECALLED)
         assert ids == sorted(set(ids))
         assert all(i < before for i in ids)
-        # An independent count: of the tiles that are wanted, how many each frame was last to see.
+        # Independently: all that is wanted and was seen is shown, and by few; and of two that
+        # would show as much the one that is worth more was taken first.
         tiles = [set(zip(*_cells(walk, i), strict=True)) for i in range(first + NEW)]
         wanted = set().union(*tiles[first:]) - set().union(*tiles[before:first])
         last = {cell: i for i in range(before) for cell in tiles[i]}
-        counts = sorted(
-            (sum(last.get(cell) == i for cell in wanted) for i in range(before)), reverse=True
-        )
-        got = sorted((sum(last.get(cell) == i for cell in wanted) for i in ids), reverse=True)
-        assert got == [n for n in counts[:RECALLED] if n]
+        wanted &= set(last)
+        worth = {
+            i: sum(1.0 if last[c] == i else STALE for c in wanted & tiles[i])
+            for i in set(last.values())
+        }
+        assert bool(ids) == bool(wanted)
+        if ids:
+            assert max(worth[i] for i in ids) == max(worth.values())
+            shown = set().union(*(tiles[i] for i in ids))
+            assert len(ids) == RECALLED or wanted <= shown
+            for i in ids:  # none of them for nothing
+                rest = [j for j in ids if j != i]
+                gained = [c for c in wanted & tiles[i] if last[c] == i or all(c not in tiles[j] for j in rest)]
+                assert gained
 
 
 def _cells(walk: Walk, i: int) -> list[list[int]]:
     return [part.ravel().tolist() for part in world.in_view(tuple(walk.places[i]), walk.side)]
 
 
-def test_a_session_recalls_what_training_does() -> None:
-    walk = some_walk(random.Random(8), 50)
-    memory = Memory(walk.side)
-    for now in range(50):
-        view, low = tuple(walk.places[now]), max(0, now - 4)
-        near = [tuple(walk.places[i]) for i in range(low, now)]
-        got = memory.pick(view, near, low, RECALLED)
-        last: dict[tuple[int, int], int] = {}
-        for i in range(now):
-            last |= dict.fromkeys(zip(*_cells(walk, i), strict=True), i)
-        wanted = set(zip(*_cells(walk, now), strict=True))
-        for i in range(low, now):
-            wanted -= set(zip(*_cells(walk, i), strict=True))
-        seen = {last[cell] for cell in wanted if cell in last and last[cell] < low}
-        assert set(got) <= seen
-        assert len(got) == min(RECALLED, len(seen))
-        memory.add(now, view)
+def test_a_session_recalls_what_training_does_and_the_engine() -> None:
+    walk = some_walk(random.Random(8), 90)
+    memory, index, moments = Memory(walk.side), Places((walk.side, walk.side)), []
+    most = 0
+    for now in range(90):
+        view, low = tuple(walk.places[now].tolist()), max(0, now - 4)
+        near = [tuple(walk.places[i].tolist()) for i in range(low, now)]
+        got = memory.pick(view, near, RECALLED)
+        assert got == recalled(walk, range(now, now + 1), low, RECALLED)
+        engines = index.pick(view, RECALLED, moments[low:])
+        assert got == [moments.index(moment) for moment in engines]
+        most = max(most, len(got))
+        memory.add(view)
+        moments.append(Moment(torch.zeros(1, 1, 8, 8), (), view, ""))
+        index = index.added(moments[-1], 2**30)
+    assert most == RECALLED
+
+
+def test_what_comes_back_and_what_is_acted_on_counts_more() -> None:
+    rng = random.Random(9)
+    met = set()
+    for _ in range(30):
+        walk = some_walk(rng, 60)
+        first, (_, actions, _, sees, weights) = cut(walk, rng)
+        for i in range(NEW):
+            now = first + i
+            middle = weights[i, world.CENTRE, world.CENTRE]
+            acted = bool(actions[RECALLED + CLEAN + i, -1])
+            assert middle == (ACTED if acted else PLAYER)
+            met.add(float(middle))
+            here = set(zip(*_cells(walk, now), strict=True))
+            before = set(zip(*_cells(walk, now - 1), strict=True)) if now else set()
+            for cell, weight in zip(zip(*_cells(walk, now), strict=True), weights[i].ravel(), strict=True):
+                met.add(float(weight))
+                if cell in before:
+                    assert weight == 1 or weight == middle
+            assert here
+    assert met == {1.0, BACK, PLAYER, ACTED}
 
 
 def played(seed: int, steps: int = 120) -> tuple[list[reader.Reading], list[str | None], int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,6 +96,31 @@ def test_one_operand(func, args):
             check(func, x, *args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_choice_between_a_tensor_and_a_number(dtype):
+    for x in layouts(dtype).values():
+        for number in (1, 0.5):
+            check(aten.where.ScalarOther, x > 0, x, number)
+            check(aten.where.ScalarSelf, x > 0, number, x)
+
+
+def test_none_of_these_imports_the_compiler():
+    """In a process of its own, since another test may have."""
+    script = """
+import sys, torch
+from sora_engine.vae.meta_ops import on_meta
+aten = torch.ops.aten
+which, x, half = (
+    torch.empty(4, 3, device="meta", dtype=d) for d in (torch.bool, torch.float32, torch.bfloat16)
+)
+on_meta(aten.where.ScalarOther, (which, x, 1), {})
+on_meta(aten.where.ScalarSelf, (which, 1, x), {})
+on_meta(aten.linalg_vector_norm.default, (half, 2, [1], True), {"dtype": torch.float32})
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_gelu_keeps_its_approximation():
     check(aten.gelu.default, torch.ones(SHAPE), approximate="tanh")
 
@@ -155,6 +182,8 @@ def test_norms_and_linear_layers():
         check(aten.linalg_vector_norm.default, x, 2, axes, True)
         check(aten.linalg_vector_norm.default, x.permute(2, 0, 1), 2, axes, True)
     check(aten.linalg_vector_norm.default, x, 2, [1], False)
+    for given in (x, x.bfloat16()):
+        check(aten.linalg_vector_norm.default, given, 2, [1], True, dtype=torch.float32)
     for bias in (None, torch.ones(5)):
         check(aten.linear.default, x, torch.ones(5, 4), bias)
     for bias in (torch.ones(5), torch.ones(3, 5), torch.ones(1, 1)):

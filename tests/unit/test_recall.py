@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sora_engine.request import Action
-from sora_engine.runtime.recall import TILE, Memory, Moment, Places, Recent, away
+from sora_engine.runtime.recall import STALE, TILE, Memory, Moment, Places, Recent, away
 from sora_engine.runtime.standing import Log
 
 ROOM = 2**30
@@ -27,9 +27,30 @@ def cells_of(moment: Moment, world: tuple[int, int] | None) -> set[tuple[int, in
     return {c if world is None else (c[0] % world[0], c[1] % world[1]) for c in cells}
 
 
+def best_of(made, n, view, seen, context, world) -> list[int]:
+    """One by one those that show most that is not shown yet, found by asking each cell."""
+    need = {c: seen[c] for c in cells_of(view, world) if c in seen and made[seen[c]] not in context}
+    kept = sorted(set(seen.values()), reverse=True)
+    saw = {i: cells_of(made[i], world) for i in kept if made[i] not in context}
+    picked: list[int] = []
+
+    def worth(numbers: list[int]) -> float:
+        return sum(
+            max([1.0 if i == last else STALE for i in numbers if c in saw[i]], default=0.0)
+            for c, last in need.items()
+        )
+
+    while len(picked) < n and saw:
+        best = max(saw, key=lambda i: worth([*picked, i]))  # the first of equals: the newest
+        if worth([*picked, best]) == worth(picked):
+            break
+        picked.append(best)
+    return sorted(picked)
+
+
 @pytest.mark.parametrize("world", [None, (20, 20), (16, 37), (3, 5)])
 @pytest.mark.parametrize("room", [ROOM, 30_000])
-def test_who_saw_a_cell_last_is_recalled(world, room):
+def test_who_shows_most_of_what_was_seen_is_recalled(world, room):
     rng = random.Random(1)
     index, seen, made = Places(world), {}, []
     place = (0.0, 0.0)
@@ -37,12 +58,10 @@ def test_who_saw_a_cell_last_is_recalled(world, room):
         place = (place[0] + rng.choice([-1, 0, 1]), place[1] + rng.choice([-1, 0, 1, 30]))
         context = made[-3:]
         view = a_moment(place)
-        owners = [seen[c] for c in cells_of(view, world) if c in seen]
-        owners = [i for i in owners if made[i] not in context]
-        often = sorted(set(owners), key=lambda i: (owners.count(i), i), reverse=True)
         picked = index.pick(place, 2, context)
         if room == ROOM:
-            assert [made.index(m) for m in picked] == sorted(often[:2])
+            want = best_of(made, 2, view, seen, context, world)
+            assert [made.index(m) for m in picked] == want
         else:
             assert all(m in made for m in picked)
         before = index.moments
@@ -64,6 +83,17 @@ def test_who_saw_a_cell_last_is_recalled(world, room):
         assert index.num_lost > 0
         # Those that were seen longest ago went first.
         assert min(made.index(m) for m in index.moments) > 50
+
+
+def test_a_view_that_was_left_bit_by_bit_is_recalled_whole():
+    """Each of those that saw a part of it later is the latest of a column alone."""
+    index = Places(None).added(a_moment((0.0, 0.0), (4, 4)), ROOM)
+    for column in range(1, 9):
+        index = index.added(a_moment((0.0, float(column)), (4, 4)), ROOM)
+    back = index.pick((0.0, 0.0), 2, index.moments[-4:])
+    assert index.moments[0] in back
+    cells = set.union(*(cells_of(m, None) for m in back))
+    assert cells_of(a_moment((0.0, 0.0), (4, 4)), None) <= cells
 
 
 def test_a_memory_without_room_keeps_nothing():

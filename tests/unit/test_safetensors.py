@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sora_engine.errors import CheckpointError
-from sora_engine.io import safetensors as reader
+from sora_engine.io import mapped_file
 from sora_engine.io.loading import load_into
 from sora_engine.io.safetensors import DTYPES, SafetensorsFile, Weights, find_weights
 
@@ -44,7 +44,7 @@ def tensors():
 
 @pytest.mark.parametrize("piece", [64, 16 * 2**20])
 def test_reads_what_the_library_writes(tmp_path, tensors, monkeypatch, piece):
-    monkeypatch.setattr(reader, "PIECE_BYTES", piece)
+    monkeypatch.setattr(mapped_file, "PIECE_BYTES", piece)
     path = tmp_path / "all.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     with SafetensorsFile(path) as file, safe_open(path, "pt") as theirs:

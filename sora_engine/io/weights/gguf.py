@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sora_engine.errors import CheckpointError
 from sora_engine.io.links import refuse_stray_link
-from sora_engine.io.mapped_file import MappedFile, room
+from sora_engine.io.mapped_file import MappedFile
 from sora_engine.io.weights.gguf_blocks import FORMATS, OTHERS, BlockFormat
 from sora_engine.io.weights.source import Kept, kept_format_of, read_by_pieces
 
@@ -124,11 +124,11 @@ class GGUFWeights:
             return part.to(device, dtype or info.dtype, copy=True)
 
         stored = PLAIN.get(each.name)
-        if stored is not None and (dtype or stored) == stored:
+        if stored is not None:
             wanted = range(info.shape[0]) if rows is None else rows
-            target = room((len(wanted), *info.shape[1:]), stored, device)
-            self.bytes.fill(info.start + wanted.start * width * each.size_bytes, target)
-            return target
+            start = info.start + wanted.start * width * each.size_bytes
+            shape = (len(wanted), *info.shape[1:])
+            return self.bytes.read(start, shape, stored, device=device, dtype=dtype)
 
         def decode(part: range) -> Tensor:
             values = self._decoded(info, part.start * width, part.stop * width, device)
@@ -149,9 +149,8 @@ class GGUFWeights:
         """See `WeightSource`."""
         info, form = self.info(name), kept_format_of(self, name)
         row_bytes = info.size_bytes // info.shape[0]
-        weight = room((info.shape[0], row_bytes), torch.uint8, device, kept=True)
-        self.bytes.fill(info.start, weight)
-        return Kept(form, weight)
+        shape = (info.shape[0], row_bytes)
+        return Kept(form, self.bytes.read(info.start, shape, torch.uint8, device=device))
 
     def close(self) -> None:
         """Unmap the file."""
@@ -177,12 +176,6 @@ class GGUFWeights:
         if start == end:
             return torch.empty(0, device=device)
         raw = self.bytes.view(start, end)
-        stored = PLAIN.get(each.name)
-        here = torch.device(device).type == "cpu"
-        if stored is not None and here and start % stored.itemsize == 0:  # one pass over them
-            values = raw.view(stored).to(torch.float32, copy=True)
-            self.bytes.release(start, end)
-            return values
         raw = raw.view(-1, each.size_bytes).to(device, copy=True)
         self.bytes.release(start, end)
         return each.decode(raw)
@@ -215,8 +208,11 @@ class _Header:
         self.at += size
         return self.data[self.at - size : self.at]
 
+    def numbers(self, codes: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + codes, self.take(struct.calcsize("<" + codes)))
+
     def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+        return self.numbers(code)[0]
 
     def text(self) -> str:
         raw = self.take(self.number("Q"))
@@ -235,8 +231,7 @@ class _Header:
         kind, count = self.number("I"), self.number("Q")
         if kind in _SCALARS:
             code = _SCALARS[kind]
-            raw = self.take(count * struct.calcsize("<" + code))
-            return list(struct.unpack(f"<{count}{code}", raw))
+            return list(self.numbers(f"{count}{code}"))
         if count > len(self.data):
             raise self.fail(f"truncated: an array of {count} texts")
         return [self.value(kind, nested=True) for _ in range(count)]
@@ -267,8 +262,8 @@ class _Header:
                 raise self.fail(
                     f"tensor {name!r} has {dims} dimensions, not {MAX_DIMS} at most", name
                 )
-            shape = tuple(reversed([self.number("Q") for _ in range(dims)]))
-            entries[name] = (shape, self.number("I"), self.number("Q"))
+            *shape, kind, offset = self.numbers(f"{dims}QIQ")
+            entries[name] = (tuple(reversed(shape)), kind, offset)
         return metadata, self.placed(entries, metadata)
 
     def placed(

@@ -67,7 +67,10 @@ function fail(/** @type {unknown} */ error) {
 }
 
 const timeline = new Timeline($("track"), changed);
-const gallery = new Gallery({ say, stand, fail, again, place, most: () => model?.max_priority ?? 0 });
+const gallery = new Gallery({
+  say, stand, fail, again, place, most: () => model?.max_priority ?? 0,
+  ended: () => foresight.soon(), // what the next one takes is known better now
+});
 const foresight = new Foresight($("plan"), () => (model && $("prompt").value.trim() ? of("", wire()) : null), {
   failed: (error) => { fail(error); ofPlan = true; },
   went: () => { if (ofPlan) $("problem").textContent = ""; },
@@ -86,7 +89,7 @@ function presets() {
   const rows = grid.vae_spatial * grid.patch[1], columns = grid.vae_spatial * grid.patch[2];
   const near = (/** @type {number} */ side, /** @type {number} */ of) => Math.max(of, Math.round(side / of) * of);
   const area = defaults.height * defaults.width;
-  const sizes = new Map([[`${defaults.width}x${defaults.height}`, "the model's own"]]);
+  const sizes = new Map([[`${defaults.width}x${defaults.height}`, "standard"]]);
   for (const [name, ratio, scale] of /** @type {[string, number, number][]} */ ([
     ["square", 1, 1], ["wide 16:9", 16 / 9, 1], ["tall 9:16", 9 / 16, 1], ["wide 4:3", 4 / 3, 1],
     ["small", defaults.width / defaults.height, 0.25], ["large", defaults.width / defaults.height, 2.25],
@@ -102,6 +105,8 @@ function presets() {
   $("steps").placeholder = defaults.num_inference_steps;
   $("guidance").placeholder = defaults.guidance_scale;
   $("fps").placeholder = defaults.fps;
+  const like = defaults.example_prompt;
+  $("prompt").placeholder = `What the video shows${like ? `, such as “${like}”` : ""}`;
   $("negative").placeholder = defaults.negative_prompt || "nothing";
 }
 
@@ -244,7 +249,7 @@ async function make(/** @type {Event} */ event) {
   if (!$("prompt").value.trim()) return fail(new Error("there is no prompt; say what the video shows"));
   $("make").disabled = true;
   try {
-    gallery.put(await api.make(of("", wire())));
+    gallery.begun(await api.make(of("", wire())));
     say("queued");
     if (!$("lock").checked) dice();
     changed();
@@ -258,19 +263,22 @@ async function make(/** @type {Event} */ event) {
 
 async function addFile(/** @type {File} */ file) {
   say("uploading");
-  const { id: upload, num_frames: frames, fps: rate } = await sent(file);
-  onto({ kind: frames > 1 ? "clip" : "picture", at: 0, upload, frames, rate: frames > 1 ? rate : undefined }, file.name);
+  const { id: upload, num_frames: frames, fps: rate, width, height } = await sent(file);
+  onto({ kind: frames > 1 ? "clip" : "picture", at: 0, name: file.name, upload, frames, rate: frames > 1 ? rate : undefined });
+  const [across, down] = $("size").value.split("x").map(Number);
+  if (Math.abs(Math.log((width * down) / (height * across))) > 0.05) say(`${file.name} is on the time line; its middle is taken, as the video has another shape`);
 }
 
 /** A video, or a file of the reader's, as a card. @param {import("./works.js").Source} source */
 function place(source) {
-  onto({ kind: source.frames > 1 ? "clip" : "picture", at: 0, ...media(source), frames: source.frames, rate: source.rate }, "it");
+  const name = source.prompt || undefined;
+  onto({ kind: source.frames > 1 ? "clip" : "picture", at: 0, name, ...media(source), frames: source.frames, rate: source.rate });
   $("line-name").scrollIntoView({ block: "nearest" });
 }
 
 /** Puts a card onto the time line, which becomes longer where the clip would leave next to nothing to make.
- * @param {import("./timeline.js").Card} card @param {string} name */
-function onto(card, name) {
+ * @param {import("./timeline.js").Card} card */
+function onto(card) {
   const long = timeline.whole(card);
   const longer = [...$("length").options].map((one) => Number(one.value)).filter((n) => n * MOST_KNOWN >= long).sort((a, b) => a - b);
   const grows = card.kind === "clip" && long > MOST_KNOWN * timeline.frames && longer.length > 0;
@@ -279,7 +287,7 @@ function onto(card, name) {
     shape();
   }
   timeline.add(card);
-  say(`${name} is on the time line${grows ? `, which has ${longer[0]} frames now: the model makes those behind it` : ""}`);
+  say(`${card.name ?? "it"} is on the time line${grows ? `, which has ${longer[0]} frames now: the model makes those behind it` : ""}`);
 }
 
 /** Asks for the key, and opens the page with it. */

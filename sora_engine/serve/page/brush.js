@@ -27,25 +27,27 @@ export async function paint({ picture, size: [width, height], prompt, foresee, b
     mark.style.top = `${(100 * at.y) / height}%`;
     mark.style.width = `${(200 * radius()) / width}%`;
   };
-  const dot = () => {
+  /** A stroke to where the brush is: a quick hand leaves no gaps. */
+  const stroke = (from = at) => {
     pen.globalCompositeOperation = $("brush-erase").checked ? "destination-out" : "source-over";
-    pen.fillStyle = PAINT;
+    Object.assign(pen, { strokeStyle: PAINT, lineWidth: 2 * radius(), lineCap: "round" });
     pen.beginPath();
-    pen.arc(at.x, at.y, radius(), 0, 7);
-    pen.fill();
+    pen.moveTo(from.x, from.y);
+    pen.lineTo(at.x, at.y);
+    pen.stroke();
     if (isPainted(pen, width, height)) $("brush-problem").textContent = "";
   };
   canvas.onpointerdown = canvas.onpointermove = (/** @type {PointerEvent} */ event) => {
-    const box = canvas.getBoundingClientRect();
+    const box = canvas.getBoundingClientRect(), from = event.type === "pointermove" ? { ...at } : undefined;
     at.x = ((event.clientX - box.left) / box.width) * width;
     at.y = ((event.clientY - box.top) / box.height) * height;
     show();
-    if (event.buttons) dot();
+    if (event.buttons) stroke(from);
   };
   canvas.onkeydown = (/** @type {KeyboardEvent} */ event) => {
     const by = Math.max(1, width / 40);
     const [x, y] = { ArrowLeft: [-by, 0], ArrowRight: [by, 0], ArrowUp: [0, -by], ArrowDown: [0, by] }[event.key] ?? [0, 0];
-    if (event.key === " ") dot();
+    if (event.key === " ") stroke();
     else if (!x && !y) return;
     event.preventDefault();
     at.x = Math.min(width, Math.max(0, at.x + x));

@@ -7,7 +7,7 @@ import { api } from "./api.js";
 
 const SOON_MS = 300;
 /** What is told until the first answer. */
-const ASKED = "Looking what it takes …";
+const ASKED = "Working out what it takes …";
 
 /** @param {number} seconds */
 export const time = (seconds) =>

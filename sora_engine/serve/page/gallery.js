@@ -24,6 +24,17 @@ export function stageWords(video) {
   return video.stage;
 }
 
+const KINDS = {
+  extend: "Extended", loop: "Loop", connect: "Connected", edit: "Edited", inpaint: "Inpainted", fill: "With new frames",
+  upscale: "Upscaled",
+};
+
+/** What was done, where it is more than a video from words. @param {any} video */
+function kind(video) {
+  const name = video.draft ? "Draft" : video.remixed_from_video_id ? "Remix" : KINDS[/** @type {keyof typeof KINDS} */ (video.task)];
+  return name ? `${name}: ` : "";
+}
+
 /** What a file's credentials come to, in a sentence. @param {any} found */
 export function signed(found) {
   if (!found || found.state === "unread") return "";
@@ -36,11 +47,11 @@ export function signed(found) {
 
 export class Gallery {
   /** @param {{say: (words: string) => void, stand: (words: string) => void, fail: (error: unknown) => void,
-   *   again: (video: any) => Promise<void>, place: (source: any) => void, most: () => number}} page say: tells what
-   *   happened; stand: how it stands, "" for nothing; most: the highest priority. */
+   *   again: (video: any) => Promise<void>, place: (source: any) => void, most: () => number, ended: () => void}} page
+   *   say: tells what happened; stand: how it stands, "" for nothing; most: the highest priority; ended: a job is over. */
   constructor(page) {
     this.page = page;
-    this.works = new Works(page, (job) => this.put(job));
+    this.works = new Works(page, (job) => this.begun(job));
     /** @type {Map<string, {item: HTMLElement, stream: EventSource|null, step: number, next: number, words: string}>} */
     this.jobs = new Map();
     /** @type {Map<string, HTMLElement>} */
@@ -114,18 +125,28 @@ export class Gallery {
     this.page.stand(first && more ? `${first}, and ${more} more` : first);
   }
 
+  /** Shows a job that the reader has begun, and brings it into sight. @param {any} video */
+  begun(video) {
+    this.put(video);
+    const there = this.jobs.get(video.id)?.item ?? this.shown.get(video.id);
+    there?.scrollIntoView({ block: "nearest" });
+  }
+
   /** @param {any} video @param {boolean} [atEnd] */
   put(video, atEnd = false) {
     if (video.status === "queued" || video.status === "in_progress") {
       if (!this.over.has(video.id)) this.working(video);
     } else {
       this.over.add(video.id);
-      if (this.jobs.has(video.id)) {
+      const job = this.jobs.get(video.id), watched = job && watches(job.item);
+      if (job) {
         const failed = video.error && video.error.code !== "cancelled";
         this.page.say(failed ? `failed: ${video.error.message}` : video.error ? "cancelled" : `done: ${video.prompt ?? "a video"}`);
         this.drop(video.id);
+        this.page.ended();
       }
       if (video.error?.code !== "cancelled") this.finished(video, atEnd);
+      if (watched) this.shown.get(video.id)?.scrollIntoView({ block: "nearest" });
     }
     this.empty();
     this.stand();
@@ -221,13 +242,14 @@ export class Gallery {
       item.querySelector(".warn").textContent = `It failed: ${video.error?.message ?? "no reason is known"}`;
       item.querySelector(".warn").hidden = false;
     } else {
+      [film.width, film.height] = video.size.split("x").map(Number); // its place is kept while it loads
       film.src = api.content(video.id, "video");
       film.poster = api.content(video.id, "thumbnail");
       plays(film, video.prompt);
     }
     item.querySelector(".words").textContent = video.prompt ?? "";
     const took = video.inference_time_s == null ? "" : `, took ${time(video.inference_time_s)}`;
-    item.querySelector(".facts").textContent = `${video.size}, ${span(video.seconds)}, seed ${video.seed}${took}`;
+    item.querySelector(".facts").textContent = `${kind(video)}${video.size}, ${span(video.seconds)}, seed ${video.seed}${took}`;
     /** @type {[string, () => any][]} */
     const last = [["Same again", () => this.page.again(video)], ["Delete", () => this.remove(video)]];
     const download = document.createElement("a");
@@ -304,6 +326,14 @@ export class Gallery {
     this.leaving.set(video.id, window.setTimeout(
       () => over().catch((error) => { back(); this.page.fail(error); }), UNDO_MS));
   }
+}
+
+/** Whether the reader looks on while a job is made: it is in sight, and nothing is being written or asked.
+ * @param {HTMLElement} item */
+function watches(item) {
+  const { top, bottom } = item.getBoundingClientRect();
+  const busy = document.querySelector("dialog[open]") || document.activeElement?.matches("input, textarea, select");
+  return !busy && bottom > 0 && top < window.innerHeight;
 }
 
 /** A film that goes round by itself, with its buttons where they are looked for. @param {any} film @param {string | null} words */

@@ -20,10 +20,10 @@ export async function bring(file, gallery) {
   item.classList.add("own");
   if (picture) {
     const shown = document.createElement("img");
-    Object.assign(shown, { src: found.frame ?? "", alt: file.name });
+    Object.assign(shown, { width: found.width, height: found.height, src: found.frame ?? "", alt: file.name });
     film.replaceWith(shown);
   } else {
-    film.src = URL.createObjectURL(file);
+    Object.assign(film, { width: found.width, height: found.height, src: URL.createObjectURL(file) });
     plays(film, file.name);
   }
   item.querySelector(".words").textContent = file.name;

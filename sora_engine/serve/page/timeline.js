@@ -4,9 +4,9 @@
 import { api } from "./api.js";
 import { frameOf } from "./media.js";
 
-/** frames, rate: how many a clip has in its own file, and how many of them are a second. start, stop: those that count,
+/** name: of its file, or the prompt of its video. frames, rate: how many a clip has in its own file, and how many of them are a second. start, stop: those that count,
  * at the rate of the video that is made. mask: of a request that had one.
- * @typedef {{kind: "text"|"picture"|"clip", at: number, words?: string, upload?: string, video_id?: string, frames?: number,
+ * @typedef {{kind: "text"|"picture"|"clip", at: number, name?: string, words?: string, upload?: string, video_id?: string, frames?: number,
  *   rate?: number, start?: number, stop?: number|null, mask?: object, muted?: boolean}} Card */
 
 const NAMES = { text: "Text", picture: "Picture", clip: "Clip" };
@@ -63,9 +63,9 @@ export class Timeline {
     return Math.max(1, Math.ceil(((card.frames ?? 1) * this.fps) / (card.rate || this.fps) - 1e-6));
   }
 
-  /** How many frames of the ruler a card covers. @param {Card} card */
+  /** How many frames of the ruler a card covers. A picture stands still for a latent frame. @param {Card} card */
   long(card) {
-    if (card.kind === "picture") return 1;
+    if (card.kind === "picture") return card.at === 0 && !this.loop ? 1 : this.step;
     if (card.kind === "clip") return (card.stop ?? this.whole(card)) - (card.start ?? 0);
     const later = this.cards.filter((other) => other.kind === "text" && !other.muted && other.at > card.at);
     return Math.min(this.frames, ...later.map((other) => other.at)) - card.at;
@@ -224,7 +224,8 @@ export class Timeline {
       Object.assign(picture, { src: frame, alt: "", draggable: false });
       bar.append(picture);
     }
-    const word = this.word(NAMES[card.kind]);
+    const word = this.word(card.name ?? NAMES[card.kind]);
+    bar.title = word.textContent ?? "";
     bar.append(word);
     if (card.kind === "text") this.refreshers.get(item)?.push(() => { word.textContent = card.words || NAMES.text; });
     if (card.kind === "clip") {

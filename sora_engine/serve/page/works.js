@@ -17,7 +17,9 @@ const $ = (/** @type {string} */ name) => /** @type {any} */ (document.getElemen
 /** @type {Field} */
 const SECONDS = { name: "seconds", label: "Seconds to add", value: "1", kind: "number" };
 /** @type {Field} */
-const GAP = { ...SECONDS, label: "Seconds in between" };
+const GAP = { ...SECONDS, label: "Seconds from the one to the other" };
+/** @type {Field} */
+const BACK = { ...SECONDS, label: "Seconds from its end back to its beginning" };
 /** @type {Field} */
 const STRENGTH = {
   name: "strength", label: "How much changes", value: "0.6", kind: "share",
@@ -58,7 +60,7 @@ export class Works {
       made("Extend after", [words, SECONDS], (given) => of("extensions", { ...given, ...size, video: clip })),
       made("Extend before", [words, SECONDS], ({ prompt, seconds }) =>
         of("extensions", { prompt, before_s: seconds, ...size, video: clip })),
-      made("Loop", [words, GAP], ({ prompt, seconds }) => of("loop", { prompt, gap_s: seconds, ...size, video: clip })),
+      made("Loop", [words, BACK], ({ prompt, seconds }) => of("loop", { prompt, gap_s: seconds, ...size, video: clip })),
       made("Edit", [words, STRENGTH], (given) => of("edits", { ...given, ...size, video: clip })),
       made("New frames", [words, missing], (given) => of("edits", { ...given, ...size, video: clip })),
       ["To the time line", () => this.page.place(source)],

@@ -23,6 +23,9 @@ DOWN_AFTER = 3
 """Questions without an answer after which a server is down; at once where nobody listens."""
 UP_AFTER = 2
 """Answers after which it is up again."""
+COUNTED_S = 2.0
+"""Within which a server has counted work that was sent to it, whether it answers or not: an answer
+may take as long as the job."""
 HOLD_S = 20.0
 """How long requests wait for a server after it went down: a restart of a small model takes less.
 From there on they are told at once."""
@@ -33,13 +36,15 @@ DOWN, LOADING, READY = "down", "loading", "ready"
 @dataclass(eq=False)
 class Home:
     """One server. name: the replica in its jobs' ids. transport: how it is asked. state: `down`,
-    or what its `/ready` says. sent: requests for work that it has not answered yet."""
+    or what its `/ready` says. load: as it told last, at told_at. sent: of each request for work
+    that this does not count yet, the moment from which it does."""
 
     name: str
     transport: httpx.AsyncBaseTransport
     state: str = DOWN
     load: Load = field(default_factory=Load)
-    sent: int = 0
+    sent: dict[object, float] = field(default_factory=dict)
+    told_at: float = 0.0
     failures: int = 0
     answers: int = 0
     lost_at: float = field(default_factory=time.monotonic)
@@ -49,8 +54,20 @@ class Home:
         """Whether it answers for its jobs."""
         return self.state not in (DOWN, LOADING)
 
+    def sends(self) -> object:
+        """Work is sent to it; what `answered` takes."""
+        work = object()
+        self.sent[work] = time.monotonic() + COUNTED_S
+        return work
+
+    def answered(self, work: object) -> None:
+        """It has answered that, and counts it by now."""
+        if work in self.sent:
+            self.sent[work] = min(self.sent[work], time.monotonic())
+
     async def ask(self) -> None:
         """See how it is."""
+        begun = time.monotonic()
         try:
             status, told = await self._ready()
         except httpx.ConnectError:
@@ -64,7 +81,18 @@ class Home:
             if self.state != DOWN or self.answers >= UP_AFTER:
                 self._enter(str(told.get("status", DOWN)) if status in (200, 503) else DOWN)
             with suppress(TypeError):
-                self.load = Load(**told.get("load", {}))
+                self._counts(Load(**told.get("load", {})), begun)
+
+    def _counts(self, load: Load, begun: float) -> None:
+        """It was asked at `begun`, and has told this since. What it has taken meanwhile is what was
+        sent: what was answered first, and then what waits for its answer."""
+        taken = load.taken - self.load.taken
+        if taken < 0 and begun < self.told_at:
+            return  # a later answer was here before
+        self.load, self.told_at = load, time.monotonic()
+        answered = sum(moment <= begun for moment in self.sent.values())
+        left = sorted(self.sent.items(), key=lambda each: each[1])
+        self.sent = dict(left[max(taken, answered) :])
 
     def lost(self) -> None:
         """Nobody listens there."""
@@ -145,7 +173,7 @@ class Homes:
     def load(self) -> Load:
         """Of those that take jobs."""
         loads = [home.load for home in self.all if home.state == READY]
-        names = ("waiting", "running", "tokens", "room")
+        names = ("waiting", "running", "tokens", "room", "taken")
         return Load(**{name: sum(getattr(load, name) for load in loads) for name in names})
 
     async def named(self, name: str) -> Home | None:
@@ -179,15 +207,17 @@ class Homes:
 def shortest(homes: Sequence[Home]) -> Home:
     """The server with the fewest tokens before it, of those that have room where any has.
 
-    What was sent and is not in a server's queue yet counts as jobs of the mean size, since nobody
-    has read it. Of equals any.
+    What was sent and no server has told of yet counts as jobs of the mean size, since nobody has
+    read it. Of equals any.
     """
     jobs = sum(home.load.waiting + home.load.running for home in homes)
     mean = sum(home.load.tokens for home in homes) / jobs if jobs else 1.0
-    fitting = [home for home in homes if home.load.room > home.sent] or list(homes)
-    return min(
-        fitting, key=lambda home: (home.load.tokens + home.sent * max(1.0, mean), random.random())
-    )
+    fitting = [home for home in homes if home.load.room > len(home.sent)] or list(homes)
+
+    def before(home: Home) -> tuple[float, float]:
+        return home.load.tokens + len(home.sent) * max(1.0, mean), random.random()
+
+    return min(fitting, key=before)
 
 
 async def _watched(home: Home) -> None:

@@ -137,7 +137,7 @@ class Proxy:
                 home = await self.homes.named(chosen.name)
             if home is None:
                 raise _down()
-            home.sent += 1
+            work = home.sends()
             try:
                 await forward(home, scope, body, send)
                 return
@@ -146,8 +146,8 @@ class Proxy:
             except Lost as error:
                 raise _lost(again=key is not None) from error
             finally:
-                # What was sent counts until the server's own count has it.
-                task = asyncio.create_task(_arrived(home))
+                home.answered(work)
+                task = asyncio.create_task(home.ask())
                 self._later.add(task)
                 task.add_done_callback(self._later.discard)
         raise _down()
@@ -211,13 +211,6 @@ class Proxy:
             except Lost:
                 continue
         return None
-
-
-async def _arrived(home: Home) -> None:
-    try:
-        await home.ask()
-    finally:
-        home.sent -= 1
 
 
 def _down() -> ApiError:
