@@ -197,7 +197,7 @@ class Desk:
             raise
         with self._wake:
             self._waiting.append(live)
-            self._wake.notify_all()
+            self._nudge()
         self.tell(live)
         return live.row
 
@@ -332,9 +332,10 @@ class Desk:
             self._nudge()
 
     def _nudge(self) -> None:
-        """A place is free, for whoever waits for one: nobody is woken for nothing, as that would
-        take the interpreter from the engine."""
-        if self._waiting or self.draining:
+        """A place or a job is there, for whoever waits for one: nobody is woken for nothing, as
+        that would take the interpreter from the engine."""
+        place = len(self._at_engine) < self.settings.max_running
+        if self.draining or (self._waiting and place):
             self._wake.notify_all()
 
     def again(self, live: Live, *, pause: bool = False) -> None:

@@ -18,7 +18,7 @@ from sora_engine.serve.failures import ApiError
 
 MOST_STREAMS = 4
 """Of one client."""
-PACE_S = 0.1
+PACE_S = 0.2
 """The least time between two words on a job, but for its last: each takes the interpreter from the
 engine's thread, and short steps would spend more on their telling than on themselves."""
 QUIET_S = 15.0

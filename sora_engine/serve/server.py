@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 DRAINED, FAILED, DEAD = 0, 1, 70
 WRITE_S = 60.0
 """After how long a client is let go that takes nothing of what is sent to it."""
-SWITCH_S = 0.0005
-"""How long a thread computes in Python while another one waits to: the engine's comes back from
-each operation to find it taken, and would wait for 5 ms, which is Python's own value."""
 WATCH_S = 0.25
 """How often a server that is ready looks for a signal or a dead engine."""
 LINGER_S = 2.0
@@ -60,13 +57,10 @@ def run(
     os.umask(0o077)
     app = make_app(make_engine, settings)
     listener = listener_for(settings)
-    before_s = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
     try:
         server = Server(app, settings, on_listening, on_ready)
         server.run(sockets=[listener])
     finally:
-        sys.setswitchinterval(before_s)
         listener.close()
     service: Service = app.state.service
     if server.startup_error is not None:

@@ -208,7 +208,7 @@ def quick_end(_: int) -> None:
 
 
 def small_spool(size: int) -> None:
-    Spool.__init__.__defaults__ = (size,)  # type: ignore[misc]
+    Spool.__init__.__defaults__ = (size, size)  # type: ignore[misc]
 
 
 def full_disk(where: dict[str, str]) -> None:

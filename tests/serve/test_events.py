@@ -53,8 +53,9 @@ def streamed(service: Service, name: str, **headers: str) -> list[dict[str, str]
         return list(parsed(answer.iter_lines()))
 
 
-def test_a_stream_tells_what_a_poll_would_and_ends(service: Service) -> None:
-    name = service.create(num_inference_steps=200, size="64x64", num_frames=17)["id"]
+def test_a_stream_tells_what_a_poll_would_and_ends(service: Service, monkeypatch) -> None:
+    monkeypatch.setattr(service.app.state.events, "_pace_s", 0.01)
+    name = service.create(num_inference_steps=100)["id"]
     events = streamed(service, name)
     told = [json.loads(event["data"]) for event in events]
     assert {event["event"] for event in events[:-1]} == {"progress"}

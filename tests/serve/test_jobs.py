@@ -15,6 +15,7 @@ import sora_engine as sora
 from sora_engine.request import ResolvedRequest
 from sora_engine.runtime.worker import Worker
 from sora_engine.serve.answers import video_of
+from sora_engine.serve.failures import ApiError
 from tests.faults.engines import engine
 from tests.serve.serving import SMALL, Service, served
 from tests.unit.test_adapters_engine import make_adapter
@@ -208,3 +209,21 @@ def test_a_writer_that_finds_no_thread_begins_at_the_end(service: Service, monke
     monkeypatch.setattr(threading.Thread, "start", start)
     assert service.ended(service.create()["id"])["status"] == "completed"
     assert refused
+
+
+def test_a_stream_asks_the_rows_only_of_what_may_be_gone(service: Service, monkeypatch) -> None:
+    name = service.create(num_inference_steps=200)["id"]
+    desk, live = service.desk, service.desk.live(name)
+    owner = live.row.owner
+    with pytest.raises(ApiError, match="no such video"):
+        desk.watched("another", name, "video")
+    with pytest.raises(ApiError, match="no such image"):
+        desk.watched(owner, name, "image")
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.store, "get", lambda _name: pytest.fail("the store was asked"))
+        assert desk.watched(owner, name, "video").id == name
+    assert service.http.delete(f"/v1/videos/{name}").status_code == 200
+    with pytest.raises(ApiError, match="no such video"):
+        desk.watched(owner, name, "video")
+    done = service.ended(service.create()["id"])
+    assert desk.watched(owner, done["id"], "video").state == "completed"

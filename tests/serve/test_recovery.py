@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -260,6 +262,21 @@ def test_what_an_attempt_left_in_a_spool_is_no_frame_of_the_next(tmp_path) -> No
     spool.end()
     assert np.array_equal(np.concatenate([spool.get() for _ in frames]), frames)
     assert spool.get() is None
+
+
+def test_a_trail_that_finds_no_room_is_silent(tmp_path, monkeypatch) -> None:
+    """Nothing is mapped that has no place on the disk: to write there would end the process."""
+
+    def full(_file: int, _data: bytes, _at: int) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    for put in (full, lambda _file, data, _at: len(data) - 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", put)
+            trail = Trail(tmp_path / "a.at")
+        trail.goes(1, 0)
+        trail.close()
+        assert last_word(tmp_path / "a.at") == ""
 
 
 def test_a_trail_tells_the_last_word_and_no_earlier_attempts(tmp_path) -> None:
