@@ -219,7 +219,14 @@ def test_medians_are_a_column_for_each_measurement(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/benchmarks.md", "docs/parallel.md", "docs/serving.md"]
+    "page",
+    [
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/parallel.md",
+        "docs/quantised.md",
+        "docs/serving.md",
+    ],
 )
 def test_the_tables_are_what_the_results_say(page):
     text = (ROOT / page).read_text(encoding="utf-8")
