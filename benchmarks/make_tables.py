@@ -13,7 +13,14 @@ from pathlib import Path
 from sora_engine.bench.tables import fill
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/benchmarks.md", "docs/cpu.md", "docs/parallel.md", "docs/serving.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/cpu.md",
+    "docs/parallel.md",
+    "docs/quantised.md",
+    "docs/serving.md",
+)
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ from sora_engine.bench.ran import ran
 from sora_engine.bench.results import SUBJECT, Measurement, Result, ResultError, Spread, counted
 
 MARKED = re.compile(
-    r"(?P<open><!-- bench: (?P<file>[\w.-]+\.json)(?: (?P<names>[^\n]*?))? -->\n)"
-    r".*?(?P<close><!-- /bench -->)",
+    r"(?P<open><!-- (?P<kind>bench|medians): (?P<file>[\w.-]+\.json)(?: (?P<names>[^\n]*?))? -->\n)"
+    r".*?(?P<close><!-- /(?P=kind) -->)",
     re.DOTALL,
 )
 
@@ -28,6 +28,26 @@ def table(result: Result, names: str = "") -> str:
             lines += _rows(measurement)
     if len(lines) == 2:
         raise ResultError(f"no measurement of {result.profile!r} is named like {names!r}")
+    return _with_machine(lines, result)
+
+
+def medians(result: Result, names: str = "") -> str:
+    """A column for each measurement whose name the pattern `names` is found in and a row for each
+    side of them, and a line that says what it ran on. Raises ResultError where there is none."""
+    chosen = [each for each in result.measurements if re.search(names, each.name)]
+    if not chosen:
+        raise ResultError(f"no measurement of {result.profile!r} is named like {names!r}")
+    lines = [f"| median | {' | '.join(f'{each.name}, {each.unit}' for each in chosen)} |"]
+    lines.append("|---" * (len(chosen) + 1) + "|")
+    for side in dict.fromkeys(side for each in chosen for side in each.samples):
+        found = (
+            f"{each.spread(side).median:.3g}" if side in each.samples else "-" for each in chosen
+        )
+        lines.append(f"| {side} | {' | '.join(found)} |")
+    return _with_machine(lines, result)
+
+
+def _with_machine(lines: list[str], result: Result) -> str:
     where = result.machine
     threads = f"{counted(where['threads'], 'thread')} of {counted(where['cores'], 'core')}"
     device = where["gpu"] or f"{where['cpu']}, {threads}, {where['memory_gib']:g} GiB"
@@ -37,7 +57,7 @@ def table(result: Result, names: str = "") -> str:
         if name in result.versions
     )
     day = result.created.partition("T")[0]
-    lines += ["", f"{device}; {packages}; commit {result.commit}, {day}."]
+    lines = [*lines, "", f"{device}; {packages}; commit {result.commit}, {day}."]
     return "\n".join(lines) + "\n"
 
 
@@ -58,13 +78,17 @@ def fill(text: str, folder: Path) -> str:
     """`text` with what stands between its marks made anew from the results in `folder`.
 
     A place is marked `<!-- bench: FILE.json -->` (or `FILE.json PATTERN`, for some of its names)
-    and `<!-- /bench -->`, each on a line of its own; that of what has run where `<!-- ran -->` and
+    and `<!-- /bench -->`, each on a line of its own, or `medians` in place of `bench`; that of what
+    has run where `<!-- ran -->` and
     `<!-- /ran -->`. Raises ResultError for a file that is missing or not a result.
     """
     text = RAN.sub(lambda m: m["open"] + ran(folder) + m["close"], text)
-    if text.count("<!-- bench:") != len(MARKED.findall(text)):
+    if len(re.findall("<!-- (?:bench|medians):", text)) != len(MARKED.findall(text)):
         raise ResultError("a mark `<!-- bench: FILE.json -->` has no `<!-- /bench -->` behind it")
-    return MARKED.sub(
-        lambda m: m["open"] + table(Result.read(folder / m["file"]), m["names"] or "") + m["close"],
-        text,
-    )
+
+    def made(mark: re.Match[str]) -> str:
+        make = table if mark["kind"] == "bench" else medians
+        result = Result.read(folder / mark["file"])
+        return mark["open"] + make(result, mark["names"] or "") + mark["close"]
+
+    return MARKED.sub(made, text)

@@ -197,8 +197,36 @@ def test_a_pattern_picks_rows(tmp_path):
         fill("<!-- bench: r.json strange -->\n<!-- /bench -->", tmp_path)
 
 
+def test_medians_are_a_column_for_each_measurement(tmp_path):
+    result(steps([1.0, 3.0, 2.0], [5.0, 4.0, 6.0]), steps([0.25], name="other")).write(
+        tmp_path / "r.json"
+    )
+    page = "<!-- medians: r.json -->\n<!-- /medians -->\n"
+    made = fill(page, tmp_path)
+    assert made.splitlines()[1:5] == [
+        "| median | step, s | other, s |",
+        "|---|---|---|",
+        "| sora | 2 | 0.25 |",
+        "| diffusers | 5 | - |",
+    ]
+    assert "commit abc, 2026-01-02." in made
+    assert fill(made, tmp_path) == made
+    assert "| sora | 0.25 |" in fill(page.replace("json", "json oth"), tmp_path)
+    with pytest.raises(ResultError, match="named like 'strange'"):
+        fill(page.replace("json", "json strange"), tmp_path)
+    with pytest.raises(ResultError, match="has no"):
+        fill("<!-- medians: r.json -->\n", tmp_path)
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/benchmarks.md", "docs/parallel.md", "docs/serving.md"]
+    "page",
+    [
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/parallel.md",
+        "docs/quantised.md",
+        "docs/serving.md",
+    ],
 )
 def test_the_tables_are_what_the_results_say(page):
     text = (ROOT / page).read_text(encoding="utf-8")
