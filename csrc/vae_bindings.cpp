@@ -102,61 +102,54 @@ Tensor group_norm(const Tensor& x_in, int64_t groups, const MaybeTensor& weight_
   return y;
 }
 
-sora::WinogradArgs tiles_of(at::IntArrayRef picture, int64_t first, int64_t rows) {
-  TORCH_CHECK(picture.size() == 4 && first >= 0 && rows > 0 && 2 * (first + rows) <= picture[1] + 1,
-              "sora: rows ", first, " to ", first + rows, " of tiles of ", picture);
+// `picture [frames, height, width, channels]`, and `tiles [frames, rows, across, 16, channels]`.
+sora::WinogradArgs tiles_of(const Tensor& picture, const Tensor& tiles, int64_t first) {
+  const auto dense = [](const Tensor& t, int64_t axes) {
+    return t.dim() == axes && t.scalar_type() == at::kFloat && t.is_contiguous();
+  };
+  TORCH_CHECK(dense(picture, 4) && dense(tiles, 5) && tiles.size(0) == picture.size(0) &&
+                  tiles.size(2) == (picture.size(2) + 1) / 2 && tiles.size(3) == 16 &&
+                  tiles.size(4) == picture.size(3) && first >= 0 &&
+                  2 * (first + tiles.size(1)) <= picture.size(1) + 1,
+              "sora: tiles ", tiles.sizes(), " from row ", first, " on of ", picture.sizes());
   sora::WinogradArgs args;
-  args.height = picture[1];
-  args.width = picture[2];
-  args.channels = picture[3];
+  args.height = picture.size(1);
+  args.width = picture.size(2);
+  args.channels = picture.size(3);
   args.first = first;
-  args.rows = rows;
-  args.across = (args.width + 1) / 2;
+  args.rows = tiles.size(1);
+  args.across = tiles.size(2);
   return args;
 }
 
-// [frames, height, width, channels] to `tiles [16, >= frames * rows * across * channels]`.
-void winograd_split(const Tensor& x, Tensor tiles, int64_t first, int64_t rows) {
-  sora::WinogradArgs args = tiles_of(x.sizes(), first, rows);
-  const int64_t count = x.size(0) * rows, used = count * args.across * args.channels;
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && tiles.dim() == 2 &&
-                  tiles.scalar_type() == at::kFloat && tiles.size(0) == 16 &&
-                  tiles.size(1) >= used && tiles.stride(1) == 1,
-              "sora: tiles ", tiles.sizes(), " of ", x.sizes());
-  args.x = x.const_data_ptr<float>();
-  args.tiles = tiles.mutable_data_ptr<float>();
-  args.plane = tiles.stride(0);
-  const auto& kernels = sora::kernels();
-  at::parallel_for(0, count, grain(16 * args.across * args.channels), [&](int64_t a, int64_t b) {
-    kernels.winograd_split(args, a, b);
-  });
+template <typename Pass>
+void each_row(const Tensor& tiles, const sora::WinogradArgs& args, Pass pass) {
+  const int64_t width = 16 * args.across * args.channels;
+  at::parallel_for(0, tiles.size(0) * args.rows, grain(width),
+                   [&](int64_t begin, int64_t end) { pass(args, begin, end); });
 }
 
-// 16 products `[frames, rows, across, channels]` to those rows of `y [frames, height, width, channels]`.
-void winograd_join(at::TensorList products, const MaybeTensor& bias, const MaybeTensor& beside,
-                   Tensor y, int64_t first, int64_t rows) {
-  sora::WinogradArgs args = tiles_of(y.sizes(), first, rows);
+void winograd_split(const Tensor& x, Tensor tiles, int64_t first) {
+  sora::WinogradArgs args = tiles_of(x, tiles, first);
+  args.x = x.const_data_ptr<float>();
+  args.tiles = tiles.mutable_data_ptr<float>();
+  each_row(tiles, args, sora::kernels().winograd_split);
+}
+
+void winograd_join(const Tensor& products, const MaybeTensor& bias, const MaybeTensor& beside,
+                   Tensor y, int64_t first) {
+  sora::WinogradArgs args = tiles_of(y, products, first);
   const auto dense = [](const Tensor& t) {
     return t.scalar_type() == at::kFloat && t.is_contiguous();
   };
-  const int64_t count = y.size(0) * rows;
-  TORCH_CHECK(products.size() == 16 && dense(y) &&
-                  (!bias || (dense(*bias) && bias->numel() == args.channels)) &&
+  TORCH_CHECK((!bias || (dense(*bias) && bias->numel() == args.channels)) &&
                   (!beside || (dense(*beside) && beside->sizes() == y.sizes())),
-              "sora: ", products.size(), " products to ", y.sizes());
-  const float* planes[16];
-  for (size_t i = 0; i < 16; ++i) {
-    TORCH_CHECK(dense(products[i]) && products[i].numel() == count * args.across * args.channels,
-                "sora: products ", products[i].sizes(), " to ", y.sizes());
-    planes[i] = products[i].const_data_ptr<float>();
-  }
+              "sora: what is added to ", y.sizes());
+  args.tiles = const_cast<float*>(products.const_data_ptr<float>());
   args.y = y.mutable_data_ptr<float>();
   if (bias) args.bias = bias->const_data_ptr<float>();
   if (beside) args.beside = beside->const_data_ptr<float>();
-  const auto& kernels = sora::kernels();
-  at::parallel_for(0, count, grain(16 * args.across * args.channels), [&](int64_t a, int64_t b) {
-    kernels.winograd_join(args, planes, a, b);
-  });
+  each_row(products, args, sora::kernels().winograd_join);
 }
 
 }  // namespace
@@ -166,9 +159,9 @@ TORCH_LIBRARY_FRAGMENT(sora, m) {
         "int before, int after, int keep) -> (Tensor, Tensor)");
   m.def("native_group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, "
         "bool silu) -> Tensor");
-  m.def("native_winograd_split(Tensor x, Tensor(a!) tiles, int first, int rows) -> ()");
-  m.def("native_winograd_join(Tensor[] products, Tensor? bias, Tensor? beside, Tensor(a!) y, "
-        "int first, int rows) -> ()");
+  m.def("native_winograd_split(Tensor x, Tensor(a!) tiles, int first) -> ()");
+  m.def("native_winograd_join(Tensor products, Tensor? bias, Tensor? beside, Tensor(a!) y, "
+        "int first) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sora, CPU, m) {

@@ -13,7 +13,7 @@
   void group_moments(const sora::GroupNormArgs&, int64_t, int64_t, float*);                 \
   void group_norm(const sora::GroupNormArgs&, int64_t, int64_t, float*);                    \
   void winograd_split(const sora::WinogradArgs&, int64_t, int64_t);                         \
-  void winograd_join(const sora::WinogradArgs&, const float* const*, int64_t, int64_t);     \
+  void winograd_join(const sora::WinogradArgs&, int64_t, int64_t);                          \
   void lora(const sora::LoraArgs&, const sora::LoraGroup*, int64_t, int64_t, int64_t,       \
             float*);                                                                        \
   void lora_transpose(sora::Type, const void*, int64_t, int64_t, float*);                   \

@@ -95,8 +95,7 @@ struct GroupNormArgs {
 // Rows of tiles of 2x2 pixels, `first` and those below it, of all frames; float32, channels last.
 struct WinogradArgs {
   const float* x = nullptr;       // [frames, height, width, channels], dense: what is split
-  float* tiles = nullptr;         // 16 planes of [frames, rows, across, channels]
-  int64_t plane = 0;              // floats from one to the next
+  float* tiles = nullptr;         // [frames, rows, across, 16, channels]: split, or to be joined
   float* y = nullptr;             // [frames, height, width, channels], dense: what is joined
   const float* beside = nullptr;  // as y; may be y
   const float* bias = nullptr;    // [channels]
@@ -186,8 +185,7 @@ struct Kernels {
   void (*group_moments)(const GroupNormArgs&, int64_t begin, int64_t end, float* scratch);  // shares
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, float* scratch);  // pixels
   void (*winograd_split)(const WinogradArgs&, int64_t begin, int64_t end);  // rows of all frames
-  void (*winograd_join)(const WinogradArgs&, const float* const* products, int64_t begin,
-                        int64_t end);
+  void (*winograd_join)(const WinogradArgs&, int64_t begin, int64_t end);
   void (*lora)(const LoraArgs&, const LoraGroup* groups, int64_t count, int64_t begin,
                int64_t end, float* scratch);  // rows that all of the groups change
   // out[c, r] = in[r, c], `lora_padded(rows)` wide.

@@ -11,8 +11,8 @@ void winograd_split(const sora::WinogradArgs& a, int64_t begin, int64_t end) {
     const int64_t frame = task / a.rows, row = task % a.rows;
     const int64_t top = 2 * (a.first + row) - 1;
     const float* x = a.x + frame * a.height * line;
-    float* v = a.tiles + task * a.across * n;
-    for (int64_t column = 0; column < a.across; ++column, v += n) {
+    float* v = a.tiles + task * a.across * 16 * n;
+    for (int64_t column = 0; column < a.across; ++column, v += 16 * n) {
       const int64_t left = 2 * column - 1;
       for (int64_t i = 0; i < n; i += kLanes) {
         Vec d[4][4];
@@ -31,9 +31,8 @@ void winograd_split(const sora::WinogradArgs& a, int64_t begin, int64_t end) {
           e[3][c] = d[1][c] - d[3][c];
         }
         for (int r = 0; r < 4; ++r) {
-          Float* to = (Float*)(v + 4 * r * a.plane + i);
           const auto put_at = [&](int c, Vec value) {
-            store((Float*)((float*)to + c * a.plane), value, n - i);
+            store((Float*)(v + (4 * r + c) * n + i), value, n - i);
           };
           put_at(0, e[r][0] - e[r][2]);
           put_at(1, e[r][1] + e[r][2]);
@@ -45,21 +44,21 @@ void winograd_split(const sora::WinogradArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-void winograd_join(const sora::WinogradArgs& a, const float* const* products, int64_t begin,
-                   int64_t end) {
+void winograd_join(const sora::WinogradArgs& a, int64_t begin, int64_t end) {
   const int64_t n = a.channels, line = a.width * n;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t frame = task / a.rows, row = task % a.rows;
     const int64_t top = 2 * (a.first + row);
     const int64_t high = a.height - top < 2 ? a.height - top : 2;
     for (int64_t column = 0; column < a.across; ++column) {
-      const int64_t from = (task * a.across + column) * n, left = 2 * column;
+      const float* from = a.tiles + (task * a.across + column) * 16 * n;
+      const int64_t left = 2 * column;
       const int64_t wide = a.width - left < 2 ? a.width - left : 2;
       const int64_t at = frame * a.height * line + top * line + left * n;
       for (int64_t i = 0; i < n; i += kLanes) {
         Vec e[2][4];
         for (int c = 0; c < 4; ++c) {
-          const auto m = [&](int r) { return load(floats(products[4 * r + c] + from + i), n - i); };
+          const auto m = [&](int r) { return load(floats(from + (4 * r + c) * n + i), n - i); };
           const Vec second = m(1), third = m(2);
           e[0][c] = m(0) + second + third;
           e[1][c] = second - third - m(3);

@@ -95,8 +95,10 @@ class PackedConv:
         stride: tuple[int, ...],
         padding: tuple[int, ...],
         *,
+        groups: int = 1,
         onednn: bool = True,
     ):
+        self.groups = groups
         self.bias = None if bias is None else bias.detach()
         self.stride, self.padding = tuple(stride), tuple(padding)
         self.blocked = onednn and _onednn_takes(weight)
@@ -107,8 +109,8 @@ class PackedConv:
                 list(self.padding),
                 list(self.stride),
                 [1, 1, 1],
-                1,
-                [1, weight.shape[1], 4, 32, 32],
+                groups,
+                [1, groups * weight.shape[1], 4, 32, 32],
             )
         else:
             self.weight = weight.detach().contiguous(memory_format=torch.channels_last_3d)
@@ -122,17 +124,17 @@ class PackedConv:
         """`[B, c_in, T, H, W] -> [B, c_out, T', H', W']`, and the sum with `beside` of that shape
         where it is given."""
         if not self.blocked:
-            y = F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+            y = F.conv3d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
             return y if beside is None else y.add_(beside)
         ones = (1, 1, 1)
         if beside is not None:
             # Added where the products are summed up: a pass over memory less, and a result less.
             return torch.ops.mkldnn._convolution_pointwise.binary(
                 x, beside.contiguous(memory_format=torch.channels_last_3d), self.weight, self.bias,
-                self.padding, self.stride, ones, 1, "add", None, None, [], "",
+                self.padding, self.stride, ones, self.groups, "add", None, None, [], "",
             )  # fmt: skip
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, self.padding, self.stride, ones, 1, "none", [], ""
+            x, self.weight, self.bias, self.padding, self.stride, ones, self.groups, "none", [], ""
         )
 
 

@@ -269,31 +269,29 @@ def test_native_winograds_ends_make_a_convolution(size, channels):
     want = torch.nn.functional.conv2d(pictures, weight[:, :, 0].double(), bias.double(), padding=1)
     want = want.permute(0, 2, 3, 1) + beside
     down, across = (height + 1) // 2, (width + 1) // 2
-    planes = [place[:, :, 0, 0, 0] for place in winograd.filters(weight)]
+    planes = winograd.filters(weight).view(16, outs, ins)
     for strip in (down, 1):
         y = torch.full_like(beside, torch.nan)
         for first in range(0, down, strip):
-            shape = (frames, strip, across)
-            tiles = torch.full((16, frames * strip * across * ins + 5), torch.nan)
-            winograd.split(x, tiles, first, strip)
-            read = tiles[:, :-5].view(16, *shape, ins)
-            assert not read.isnan().any()
-            products = [tile @ plane.T for tile, plane in zip(read, planes, strict=True)]
-            winograd.join(products, bias, beside, y, first, strip)
+            tiles = torch.full((frames, strip, across, 16, ins), torch.nan)
+            winograd.split(x, tiles, first)
+            assert not tiles.isnan().any()
+            products = torch.einsum("trcpi,poi->trcpo", tiles, planes)
+            winograd.join(products.contiguous(), bias, beside, y, first)
         assert float((y - want).abs().max()) < 1e-5 * float(want.abs().max())
 
 
 @pytest.mark.usefixtures("native_library")
 def test_native_winograd_refuses_what_does_not_fit():
-    x, tiles = torch.zeros(1, 4, 4, 2), torch.zeros(16, 8)
-    with pytest.raises(RuntimeError, match=r"rows 1 to 3 of tiles of \[1, 4, 4, 2\]"):
-        winograd.split(x, tiles, 1, 2)
-    with pytest.raises(RuntimeError, match=r"tiles \[16, 7\] of \[1, 4, 4, 2\]"):
-        winograd.split(x, tiles[:, :7], 0, 2)
-    with pytest.raises(RuntimeError, match="15 products"):
-        winograd.join([tiles[0].view(1, 2, 2, 2)] * 15, None, None, x, 0, 2)
-    with pytest.raises(RuntimeError, match=r"products \[1, 1, 2, 2\]"):
-        winograd.join([tiles[0, :4].view(1, 1, 2, 2)] * 16, None, None, x, 0, 2)
+    x, tiles = torch.zeros(1, 4, 4, 2), torch.zeros(1, 2, 2, 16, 2)
+    with pytest.raises(RuntimeError, match=r"\[1, 2, 2, 16, 2\] from row 1 on of \[1, 4, 4, 2\]"):
+        winograd.split(x, tiles, 1)
+    with pytest.raises(RuntimeError, match=r"tiles \[1, 2, 1, 16, 2\] from row 0 on"):
+        winograd.split(x, tiles[:, :, :1].contiguous(), 0)
+    with pytest.raises(RuntimeError, match=r"tiles \[1, 2, 2, 15, 2\] from row 0 on"):
+        winograd.join(tiles[:, :, :, :15].contiguous(), None, None, x, 0)
+    with pytest.raises(RuntimeError, match=r"what is added to \[1, 4, 4, 2\]"):
+        winograd.join(tiles, torch.zeros(3), None, x, 0)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])

@@ -86,7 +86,29 @@ def test_weights_that_are_loaded_later_are_those_that_run():
     assert torch.equal(conv.state_dict()["weight"], 2 * weight)
 
 
-def test_memory_is_what_was_rehearsed():
+@pytest.fixture
+def threads():
+    """Sets how many threads there are, and sets them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_threads_take_strips_of_their_own(threads, monkeypatch):
+    monkeypatch.setattr(winograd, "STRIP_BYTES", 1 << 20)
+    conv, x = convolution(), videos(2, 64, 1, 60, 40)
+    made = []
+    for count in (1, 2, 3):
+        threads(count)
+        made.append(conv.valid(x))
+        assert torch.get_num_threads() == count
+    assert torch.equal(made[1], made[0])
+    assert torch.equal(made[2], made[0])
+
+
+def test_memory_is_what_was_rehearsed(threads):
+    threads(1)  # the meter sees what this thread does
     config = KLConfig.from_dict(
         {
             "block_out_channels": (64, 64, 64),
