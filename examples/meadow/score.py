@@ -4,9 +4,9 @@
     python -m examples.meadow.score sora_engine/checkpoints/meadow --sessions 20 --shared
 
 `--recall 0` takes its memory away, and `--by recency` has it recall the last latent frames before
-its context, wherever they were seen from. Sessions run side by side, and their steps are packed. With
-`--shared` each is two sessions with one memory: one walks off, paints, and comes back; then the
-other follows it. Does it see what was painted?
+its context, wherever they were seen from. Sessions run side by side, and their steps are packed.
+With `--shared` each is two sessions with one memory: one walks off, paints, and comes back; then
+the other follows it. Does it see what was painted?
 """
 
 from __future__ import annotations

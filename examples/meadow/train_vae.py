@@ -6,8 +6,8 @@ Starting it again with the same `--out` resumes it. At the end it measures the l
 writes `OUT/vae`, a folder that diffusers and the engine read, and says what the reader makes of
 clips that went through it.
 
-With `--decoder FOLDER` it goes on with the decoder of such a folder alone. Latents then stay as they
-are, and a transformer that learnt them still fits.
+With `--decoder FOLDER` it goes on with the decoder of such a folder alone. Latents then stay as
+they are, and a transformer that learnt them still fits.
 """
 
 from __future__ import annotations
