@@ -105,7 +105,8 @@ def choose(last: np.ndarray, places: Sequence[Place], need: np.ndarray, most: in
     rows, columns = np.nonzero(need & (last >= 0))
     own = last[rows, columns] == kept[:, None]
     worth = np.where(own, 1.0, STALE) * sights[:, rows, columns]
-    shown, picked = np.zeros(len(rows)), []
+    picked: list[int] = []
+    shown = np.zeros(len(rows))
     while len(picked) < most and len(kept):
         gain = (worth - shown).clip(min=0).sum(axis=1)
         best = len(kept) - 1 - int(gain[::-1].argmax())

@@ -204,7 +204,8 @@ class Places(Index):
                 steps %= self.world[axis]
             saw &= (steps >= 0) & (steps < size[axis])
         worth = np.where(owners[rows, columns] == numbers[:, None], 1.0, STALE) * saw
-        shown, picked = np.zeros(len(rows)), []
+        picked: list[int] = []
+        shown = np.zeros(len(rows))
         while len(picked) < n and len(rows):
             gains = np.clip(worth - shown, 0, None).sum(axis=1)
             best = len(numbers) - 1 - int(gains[::-1].argmax())
