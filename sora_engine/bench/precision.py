@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class StepTask:
                     layer(rows)
                 for layer in (other.to_q, other.to_out[0]):
                     layer(rows)
-                linear_gelu(ffn[0].proj, rows, "tanh")
+                linear_gelu(cast(nn.Module, ffn[0].proj), rows, "tanh")
                 ffn[2](wide)
                 for keyed, cu in ((heads, own), (keys, text)):
                     packed_attention(
