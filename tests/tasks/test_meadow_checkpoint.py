@@ -30,7 +30,7 @@ def test_it_does_as_it_is_told(engine) -> None:
     options = {"num_inference_steps": 2}
     moves = back = None
     for number in (3, 4):
-        tally, shown = score.play(engine, number, 30, given=True, options=options)
+        tally, shown = score.play(engine, number, 30, given=True, by="places", options=options)
         assert shown.shape == (31, 64, 64, 3)
         moves = tally.moves if moves is None else moves.__iadd__(tally.moves)
         back = tally.back["all"] if back is None else back.__iadd__(tally.back["all"])
@@ -55,7 +55,7 @@ def test_without_recall_it_forgets(engine) -> None:
         right = of = 0
         for number in (5, 6):
             options = {"num_inference_steps": 2, "recall": recall}
-            tally, _ = score.play(engine, number, 40, given=True, options=options)
+            tally, _ = score.play(engine, number, 40, given=True, by="places", options=options)
             right, of = right + tally.back["all"].right, of + tally.back["all"].of
         assert of > 20
         return right / of
