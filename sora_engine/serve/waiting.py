@@ -29,14 +29,15 @@ def failure_of(row: Row) -> ApiError:
 
 
 async def ended(request: Request, desk: Desk, row: Row) -> Row:
-    """The job once it is done. A client that goes away cancels it: then ApiError 499."""
+    """The job once it is done. A client that goes away cancels it, and nothing is kept of one that
+    was done by the time it is noticed, as nobody was told its name: then ApiError 499."""
     live = desk.live(row.id)
     if live is not None:
         done = asyncio.ensure_future(asyncio.shield(asyncio.wrap_future(live.done)))
         try:
             while not done.done():
                 await asyncio.wait({done}, timeout=LOOK_EVERY_S)
-                if not done.done() and await request.is_disconnected():
+                if await request.is_disconnected():
                     raise ApiError(499, "gone", "the client has gone")
         except BaseException:
             await asyncio.to_thread(desk.delete, row.owner, row.id)

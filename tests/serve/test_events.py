@@ -358,3 +358,22 @@ def test_content_is_the_file(service: Service, tmp_path: Path) -> None:
     name = service.ended(service.create()["id"])["id"]
     body = service.http.get(f"/v1/videos/{name}/content").content
     assert body == (service.data / "videos" / name / "video.mp4").read_bytes()
+
+
+def test_a_job_that_was_done_before_its_client_was_missed_leaves_nothing(service: Service) -> None:
+    """Of one that waited on the connection: nobody was told its name."""
+    known = {told["id"] for told in listed(service)}
+    body = json.dumps({**SMALL, "num_inference_steps": 1}).encode()
+    head = (
+        "POST /v1/videos/sync HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", service.server.port)) as sock:
+        sock.sendall(head.encode() + body)
+        until = time.monotonic() + 10
+        while {told["id"] for told in listed(service)} == known:
+            assert time.monotonic() < until, "no job was made"
+    until = time.monotonic() + 10
+    while {told["id"] for told in listed(service)} != known:
+        assert time.monotonic() < until, "the job stays"
+        time.sleep(0.02)
