@@ -157,7 +157,7 @@ def over_http(
                     client.wait(name)
                 engine.generate([kind.request(seed) for seed in (1, 2)])
         return [
-            _throughput(engine, address, default, count, max(1, rounds // 2)),
+            _throughput(engine, address, default, count, rounds),
             _throughput(engine, address, small, count, rounds),
             _latency(engine, address, default, max(2, count // 10)),
             _latency(engine, address, small, count),
