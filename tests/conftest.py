@@ -16,9 +16,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
-# Triton's interpreter multiplies tiles by NumPy. OpenBLAS's kernels for AVX2 alone (Haswell, Zen) give
-# a row other bits at another place of its tile, as no GPU does; these, of any x86, do not. It stands
-# before NumPy is imported, and is set whatever the environment says.
+# Triton's interpreter multiplies tiles by NumPy. OpenBLAS's kernels for AVX2 alone (Haswell, Zen)
+# give a row other bits at another place of its tile, as no GPU does; these, of any x86, do not. It
+# stands before NumPy is imported, and is set whatever the environment says.
 os.environ["OPENBLAS_CORETYPE"] = "Nehalem"
 
 # A first call that imports or compiles something is no slowness of the case that it meets.
